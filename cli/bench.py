@@ -1,0 +1,54 @@
+"""`aerogel bench OUT --against MODEL`: compressed against dense, speed and memory, interleaved."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from aerogel.cli import options
+from aerogel.cli.evaluate import header, settings_for
+from aerogel.cli.output import session
+from aerogel.cli.progress import progress
+
+Batch = Annotated[str | None, typer.Option("--batch", metavar="1,16", help="Batch sizes.")]
+Prompt = Annotated[int | None, typer.Option("--prompt", metavar="N", min=1, help="Prompt tokens.")]
+NewTokens = Annotated[int | None, typer.Option("--new-tokens", metavar="N", min=2, help="Tokens to generate.")]
+Repeats = Annotated[int | None, typer.Option("--repeats", metavar="N", min=1, help="Timed repetitions.")]
+
+
+def command(
+    model: options.RequiredModel,
+    against: options.Against = None,
+    recipe: options.MaybeRecipe = None,
+    batch: Batch = None,
+    prompt: Prompt = None,
+    new_tokens: NewTokens = None,
+    repeats: Repeats = None,
+    set_: options.Set = None,
+    device: options.Device = "auto",
+    json: options.Json = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+    threads: options.Threads = None,
+) -> None:
+    """Measure load time, time to first token, prefill and decode speed, and memory."""
+    with session(json=json, quiet=quiet, debug=debug, threads=threads) as output:
+        from aerogel.model.pipeline import measure, pick_device
+        from aerogel.recipes.sections import Bench
+
+        given = {
+            "bench.batch": None if batch is None else f"[{batch}]",
+            "bench.prompt": prompt,
+            "bench.new_tokens": new_tokens,
+            "bench.repeats": repeats,
+        }
+        changes = [f"{key}={value}" for key, value in given.items() if value is not None]
+        section = settings_for(model, recipe, [*(set_ or ()), *changes]).bench or Bench()
+        with progress(quiet=quiet) as watch:
+            report = header(model, against) | measure(model, against, None, section, device=pick_device(device), progress=watch)
+        if not quiet:
+            from aerogel.cli.show import summary
+
+            output.show(*summary(report))
+        output.result(report)

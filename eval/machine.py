@@ -1,0 +1,61 @@
+"""On what and with what a report was made. Nothing in it names a person, a host or a place on the disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import psutil
+import torch
+
+from aerogel.version import __version__
+
+PACKAGES = ("aerogel", "torch", "transformers", "safetensors", "accelerate", "datasets", "lm_eval", "triton")
+
+
+def processor() -> str:
+    """The processor's name as its maker writes it, else the architecture."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model") and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, which a container or a job scheduler can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> dict[str, object]:
+    """The report's `machine`: cpu, cores, threads, memory (bytes), gpu (names and bytes of each, or None), system."""
+    gpus = None
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        gpus = [{"name": device.name, "memory": device.total_memory} for device in devices]
+    return {
+        "cpu": processor(),
+        "architecture": platform.machine(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "memory": psutil.virtual_memory().total,
+        "gpu": gpus,
+        "system": platform.system(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The report's `versions`: Python, and those of PACKAGES that are installed."""
+    found = {"aerogel": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found

@@ -1,0 +1,182 @@
+"""`aerogel.evaluate` and `aerogel.benchmark`: a checkpoint, alone or against the dense one it was made from."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from aerogel.errors import BadInput
+from aerogel.eval.memory import disk_bytes, peak_bytes, tensor_bytes
+from aerogel.eval.quality import evaluate_one, evaluate_pair
+from aerogel.eval.settings import BenchSettings, Numerics, QualitySettings
+from aerogel.eval.speed import time_models
+from aerogel.eval.tasks import Suite
+from aerogel.model.progress import Progress, silent
+
+
+class Load(Protocol):
+    """Loads a checkpoint ready to run: `dtype` None keeps the stored one."""
+
+    def __call__(self, path: Path, /, *, device: str, dtype: torch.dtype | None) -> PreTrainedModel:
+        """The model of `path` on `device`."""
+
+
+def load_checkpoint(path: Path, /, *, device: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    """What `aerogel.load` does, imported only when a model is loaded."""
+    from aerogel.model.loading import load
+
+    model: PreTrainedModel = load(path, device=device, dtype=dtype)
+    return model
+
+
+def _loaders(
+    path: Path, against: Path | None, device: str, numerics: Numerics, load: Load
+) -> dict[str, Callable[[], PreTrainedModel]]:
+    """One loader for each model, dense first; the names are those of the report."""
+    dtype = torch.float32 if numerics == "float32" else None
+
+    def loader(place: Path) -> Callable[[], PreTrainedModel]:
+        def ready() -> PreTrainedModel:
+            model = load(place, device=device, dtype=dtype)
+            model.train(mode=False)
+            return model
+
+        return ready
+
+    return {"model": loader(path)} if against is None else {"dense": loader(against), "compressed": loader(path)}
+
+
+def _disk(path: Path, against: Path | None) -> dict[str, dict[str, int]]:
+    places = {"model": path} if against is None else {"dense": against, "compressed": path}
+    return {name: disk_bytes(place) for name, place in places.items()}
+
+
+def measured(quality: QualitySettings | None, bench: BenchSettings | None, *, size: bool = True) -> set[str]:
+    """Which measurements a run with these settings against a dense model makes, for `gate.check`."""
+    found = {"memory"} if quality or bench else set()
+    if quality is not None:
+        found |= {"perplexity"} if quality.perplexity else set()
+        found |= {"divergence"} if quality.perplexity and quality.divergence else set()
+        found |= {"tasks"} if quality.tasks else set()
+    return found | ({"bench"} if bench else set()) | ({"size"} if size or quality or bench else set())
+
+
+class _Visitor:
+    """What is measured while each model is in memory anyway: its size there, and its answers to the tasks."""
+
+    def __init__(self, settings: QualitySettings, tokenizer: Callable[[], PreTrainedTokenizerBase], progress: Progress) -> None:
+        self.settings, self.progress = settings, progress
+        self.memory: dict[str, dict[str, int]] = {}
+        self.answers: dict[str, dict[str, Any]] = {}
+        self.suite: Suite | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        if settings.tasks:
+            # Before any model is loaded: a misspelt task should not cost an hour.
+            self.suite = Suite(settings.tasks, limit=settings.limit, shots=settings.shots, seed=settings.seed)
+            self.tokenizer = tokenizer()
+
+    def __call__(self, which: str, model: PreTrainedModel) -> None:
+        self.memory[which] = {"bytes": tensor_bytes(model)}
+        if self.suite is not None and self.tokenizer is not None:
+            self.answers[which] = self.suite.answers(
+                model, self.tokenizer, batch=self.settings.batch, which=which, progress=self.progress
+            )
+
+    def tasks(self) -> dict[str, object]:
+        if self.suite is None:
+            return {}
+        if "model" in self.answers:
+            return self.suite.alone(self.answers["model"])
+        return self.suite.compare(self.answers["dense"], self.answers["compressed"])
+
+
+def evaluate(
+    path: Path,
+    against: Path | None,
+    settings: QualitySettings,
+    *,
+    ids_WT: Tensor | None = None,
+    source: Mapping[str, object] | None = None,
+    device: str = "cpu",
+    load: Load = load_checkpoint,
+    tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
+    progress: Progress = silent,
+) -> dict[str, object]:
+    """Measure the quality of the checkpoint `path`, beside the dense checkpoint `against` where one is given.
+
+    Only one of the two models is in memory at a time. ids_WT: the text to score, int64 [windows, tokens]; needed for
+    perplexity and divergence. source: what that text is (`source`, `bos`, `sha256`), repeated in the result.
+    tokenizer: gives the tokenizer of the tasks; by default the one of `path`.
+
+    Returns the report's `evaluation`: `perplexity`, `divergence`, `tasks`, `memory` and `disk`; what was not asked
+    for is left out. Without `against` each holds the one entry `model`. Raises BadInput for an unknown task or
+    unusable ids.
+    """
+    if settings.perplexity and ids_WT is None:
+        raise BadInput("perplexity needs token ids to score: pass ids_WT, or set evaluate.perplexity: null")
+    loaders = _loaders(path, against, device, settings.numerics, load)
+    visitor = _Visitor(settings, tokenizer or (lambda: AutoTokenizer.from_pretrained(path)), progress)
+    result: dict[str, object] = {}
+    scored = settings.perplexity and ids_WT is not None
+    if scored and against is not None:
+        result = evaluate_pair(
+            loaders["dense"],
+            loaders["compressed"],
+            ids_WT,  # type: ignore[arg-type]  # `scored` says that it is there
+            source=source,
+            numerics=settings.numerics,
+            batch=settings.batch,
+            also=visitor,
+            progress=progress,
+        )
+        if not settings.divergence:
+            del result["divergence"]
+    else:
+        for name, loader in loaders.items():
+            model = loader()
+            visitor(name, model)
+            if scored:
+                result = evaluate_one(
+                    model,
+                    ids_WT,  # type: ignore[arg-type]
+                    source=source,
+                    numerics=settings.numerics,
+                    batch=settings.batch,
+                    progress=progress,
+                )
+            del model
+            gc.collect()
+    if tasks := visitor.tasks():
+        result["tasks"] = tasks
+    return {
+        **result,
+        "numerics": settings.numerics,
+        "device": device,
+        "memory": visitor.memory,
+        "disk": _disk(path, against),
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def benchmark(
+    path: Path,
+    against: Path | None,
+    settings: BenchSettings,
+    *,
+    device: str = "cpu",
+    load: Load = load_checkpoint,
+    progress: Progress = silent,
+) -> dict[str, object]:
+    """Time the checkpoint `path`, interleaved with the dense checkpoint `against` where one is given.
+
+    Both models are in memory at once. Returns the report's `bench`: load time, time to first token, prefill and decode
+    tokens per second with medians and spread for each batch size, speed-ups, bytes in memory and on disk.
+    """
+    result = time_models(_loaders(path, against, device, settings.numerics, load), settings, progress)
+    return {**result, "disk": _disk(path, against)}

@@ -1,0 +1,153 @@
+"""Dense and compressed timed side by side in one run, with medians and spread.
+
+Machines drift: clocks throttle, other processes come and go. Timing one model and then the other turns that drift into
+a speed-up that is not there. So each repetition times both, in alternating order (dense first, then compressed first),
+and the speed-up is the median of the ratios within repetitions, where drift cancels, with the range of those ratios
+beside it. Warm-up runs are thrown away. Prompts are random ids from a seed: what is said makes no difference to how
+long it takes, except in mixtures of experts, where random text spreads over more experts than real text does.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from aerogel.errors import BadInput, RunFailed
+from aerogel.eval.body import vocabulary_of
+from aerogel.eval.decode import decode
+from aerogel.eval.memory import peak_bytes, peak_device_bytes, tensor_bytes
+from aerogel.eval.settings import BenchSettings
+from aerogel.eval.significance import Spread
+from aerogel.model.progress import Progress, silent
+
+Loader = Callable[[], PreTrainedModel]
+Samples = dict[str, list[float]]
+
+QUANTITIES = ("first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
+"""What one repetition measures. The first is better when small, the others when large."""
+
+
+def order(names: list[str], repetition: int) -> list[str]:
+    """Who goes first alternates: what the first one leaves in caches and clocks then helps and hurts both."""
+    return names if repetition % 2 == 0 else names[::-1]
+
+
+def load_all(loaders: Mapping[str, Loader], loads: int, progress: Progress) -> tuple[dict[str, PreTrainedModel], Samples]:
+    """Load every model `loads` times, interleaved; only those of the last round stay in memory."""
+    seconds: Samples = {name: [] for name in loaders}
+    models: dict[str, PreTrainedModel] = {}
+    for repetition in range(loads):
+        for name in order(list(loaders), repetition):
+            progress(f"load: {name}", repetition, loads)
+            start = time.perf_counter()
+            model = loaders[name]()
+            seconds[name].append(time.perf_counter() - start)
+            if repetition == loads - 1:
+                models[name] = model
+            del model
+            gc.collect()
+    return {name: models[name] for name in loaders}, seconds
+
+
+def prompt(vocabulary: int, batch: int, length: int, seed: int) -> Tensor:
+    """Random token ids, int64 [batch, length], the same for the same seed on every machine."""
+    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def check_length(models: Mapping[str, PreTrainedModel], settings: BenchSettings) -> None:
+    """Raise BadInput when prompt and new tokens do not fit in the positions a model has."""
+    needed = settings.prompt + settings.new_tokens
+    for name, model in models.items():
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if isinstance(limit, int) and needed > limit:
+            raise BadInput(
+                f"bench.prompt + bench.new_tokens is {needed}, the {name} model has {limit} positions: "
+                f"write at most {limit} together"
+            )
+
+
+def measure(model: PreTrainedModel, ids_BT: Tensor, settings: BenchSettings) -> dict[str, float]:
+    """One repetition: the three QUANTITIES for one model."""
+    batch, length = ids_BT.shape
+    result = decode(model, ids_BT, settings.new_tokens, settings.cache)
+    return {
+        "first_token_seconds": result.first_seconds,
+        "prefill_tokens_per_second": batch * length / result.first_seconds,
+        "decode_tokens_per_second": batch * (settings.new_tokens - 1) / result.rest_seconds,
+    }
+
+
+def time_batch(
+    models: Mapping[str, PreTrainedModel], batch: int, settings: BenchSettings, progress: Progress
+) -> dict[str, object]:
+    """All repetitions for one batch size: a row of the report."""
+    vocabulary = min(vocabulary_of(model) for model in models.values())
+    ids_BT = prompt(vocabulary, batch, settings.prompt, settings.seed)
+    samples: dict[str, Samples] = {name: {quantity: [] for quantity in QUANTITIES} for name in models}
+    total = settings.warmup + settings.repeats
+    for repetition in range(total):
+        for name in order(list(models), repetition):
+            progress(f"bench: batch {batch}: {name}", repetition, total)
+            try:
+                measured = measure(models[name], ids_BT, settings)
+            except torch.OutOfMemoryError as error:
+                raise RunFailed(
+                    f"out of device memory timing the {name} model at batch {batch}: "
+                    "write smaller numbers for bench.batch, bench.prompt or bench.new_tokens"
+                ) from error
+            if repetition >= settings.warmup:
+                for quantity, value in measured.items():
+                    samples[name][quantity].append(value)
+    progress(f"bench: batch {batch}", total, total)
+    row: dict[str, object] = {"batch": batch}
+    for name, values in samples.items():
+        row[name] = {quantity: Spread.of(values[quantity]).as_dict() for quantity in QUANTITIES}
+    if "dense" in samples and "compressed" in samples:
+        row["speedup"] = speedups(samples["dense"], samples["compressed"])
+    return row
+
+
+def speedups(dense: Samples, compressed: Samples) -> dict[str, object]:
+    """Ratios within repetitions, above 1 where compressed is faster: `first_token`, `prefill`, `decode`."""
+    pairs = {
+        "first_token": (dense["first_token_seconds"], compressed["first_token_seconds"]),
+        "prefill": (compressed["prefill_tokens_per_second"], dense["prefill_tokens_per_second"]),
+        "decode": (compressed["decode_tokens_per_second"], dense["decode_tokens_per_second"]),
+    }
+    return {
+        name: Spread.of([over / under for over, under in zip(above, below, strict=True)]).as_dict()
+        for name, (above, below) in pairs.items()
+    }
+
+
+def time_models(loaders: Mapping[str, Loader], settings: BenchSettings, progress: Progress = silent) -> dict[str, object]:
+    """Load, warm up and time the models of `loaders` ("dense", "compressed") interleaved: the report's `bench`.
+
+    Raises BadInput when the tokens do not fit in a model's positions, RunFailed when device memory runs out.
+    """
+    models, load_seconds = load_all(loaders, settings.loads, progress)
+    check_length(models, settings)
+    first = next(iter(models.values()))
+    return {
+        "device": first.device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": {name: str(model.dtype).removeprefix("torch.") for name, model in models.items()},
+        "numerics": settings.numerics,
+        "prompt": settings.prompt,
+        "new_tokens": settings.new_tokens,
+        "repeats": settings.repeats,
+        "warmup": settings.warmup,
+        "interleaved": len(models) > 1,
+        "cache": settings.cache,
+        "seed": settings.seed,
+        "load_seconds": {name: Spread.of(values).as_dict() for name, values in load_seconds.items()},
+        "memory": {name: {"bytes": tensor_bytes(model)} for name, model in models.items()},
+        "rows": [time_batch(models, batch, settings, progress) for batch in settings.batch],
+        "peak_bytes": peak_bytes(),
+        "peak_device_bytes": peak_device_bytes(),
+    }

@@ -1,0 +1,44 @@
+"""Which kernel runs a problem: the first in the table that does not refuse it.
+
+The table is data, in order of preference. A kernel joins with one line here and a module that offers
+`aerogel.kernels.problem.Kernel`; tests and benchmarks run over the table. A module whose optional library is missing
+refuses with that as the reason, instead of breaking the others.
+"""
+
+from __future__ import annotations
+
+from aerogel.kernels.problem import Kernel, Problem
+from aerogel.lazy import load
+
+GEMM: dict[str, str] = {
+    "torch-int8-dynamic": "aerogel.kernels.gemm.torch_ops:Int8Dynamic",
+    "torch-int4-cpu": "aerogel.kernels.gemm.torch_ops:Int4Cpu",
+    "torch-int8-cpu": "aerogel.kernels.gemm.torch_ops:Int8Cpu",
+    "torch-chunked": "aerogel.kernels.gemm.torch_ops:Chunked",
+    "reference": "aerogel.kernels.gemm.ref:Reference",
+}
+"""Kernel name to `"module:Name"`, best first. The last two refuse nothing."""
+
+
+def kernel(name: str) -> type[Kernel]:
+    """The kernel called `name`. Raises `KeyError` for an unknown one and what the import of its module raises."""
+    found: type[Kernel] = load(GEMM[name])
+    return found
+
+
+def explain(problem: Problem) -> list[tuple[str, str | None]]:
+    """Every kernel, best first, with the reason why it refuses the problem, or None where it would run it."""
+    return [(name, _refusal(name, problem)) for name in GEMM]
+
+
+def choose(problem: Problem) -> tuple[str, type[Kernel]]:
+    """The name and class of the first kernel that runs the problem."""
+    name = next(name for name in GEMM if _refusal(name, problem) is None)
+    return name, kernel(name)
+
+
+def _refusal(name: str, problem: Problem) -> str | None:
+    try:
+        return kernel(name).refuses(problem)
+    except ImportError as error:
+        return f"cannot be imported here ({error})"

@@ -1,0 +1,75 @@
+"""The matmul with a packed weight, said plainly: decode it, multiply in float32. What every kernel is tested against.
+
+    W_NK = (q - z) * s                      exact codes, float32 product
+    x'   = x                                activations: none
+    x'   = s_x * round(x / s_x)             int8: s_x = max|x| / 127 over a token
+    x'   = s_x * e4m3(x / s_x)              fp8:  s_x = max|x| / 448 over a token, or over 128 columns of a token
+    y_MN = x'_MK @ W_NK.T + bias_N
+
+Cost: 2 M N K operations and a dense float32 copy of W on every call. It refuses nothing and is never fast.
+
+Shape legend: M tokens, N out features, K in features.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.kernels.problem import Kernel, Layout, Problem
+from aerogel.quantize.grids import BLOCK, E4M3_MAX
+
+INT8_MAX = 127.0
+"""The input's grid is symmetric, -127..127: its largest value then lies on the grid. Servers do the same."""
+
+
+class Reference(Kernel):
+    """Plain float32 torch on any device."""
+
+    about: ClassVar[str] = "decode to float32 and multiply; the specification, runs everything, slow"
+
+    @staticmethod
+    def refuses(problem: Problem) -> str | None:
+        """Nothing."""
+        return None
+
+    @staticmethod
+    def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
+        """See the module's text."""
+        weight = problem.stored.decode(layout, problem.grid, torch.float32)
+        y_MN = round_input(x_MK.float(), problem) @ weight.T
+        if bias_N is not None:
+            y_MN += bias_N.float()
+        return y_MN.to(x_MK.dtype)
+
+
+def round_input(x_MK: Tensor, problem: Problem) -> Tensor:
+    """The input as the multiplication sees it, float32 [M, K]."""
+    if problem.activations == "none":
+        return x_MK
+    if problem.activations == "int8":
+        values, scale = quantize_int8(x_MK)
+        return values.float() * scale
+    if problem.grid.group_size is None:
+        values, scale = quantize_fp8(x_MK)
+        return values.float() * scale
+    M, K = x_MK.shape
+    blocks = torch.nn.functional.pad(x_MK, (0, -K % BLOCK)).unflatten(1, (-1, BLOCK))
+    values, scale = quantize_fp8(blocks)
+    return (values.float() * scale).reshape(M, -1)[:, :K]
+
+
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values and float32 scales [..., 1] over the last dimension: x ~ values * scale; an all-zero row has scale 1."""
+    peak = x.abs().amax(-1, keepdim=True).float()
+    scale = torch.where(peak > 0, peak / INT8_MAX, torch.ones_like(peak))
+    return (x.float() / scale).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale
+
+
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 values and float32 scales [..., 1] over the last dimension; an all-zero row has scale 1."""
+    peak = x.abs().amax(-1, keepdim=True).float()
+    scale = torch.where(peak > 0, peak / E4M3_MAX, torch.ones_like(peak))
+    return (x.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale

@@ -1,0 +1,205 @@
+"""A linear layer whose weight stays packed.
+
+The buffers carry the names that the checkpoint gives the tensors (`weight_packed`, `weight_scale`, ...), so that loading
+is an ordinary assignment. `prepare` then asks the dispatcher which kernel will run, and brings the buffers into that
+kernel's layout where it differs; the memory stays that of the packed weight. Where activation order put the columns in
+another order, `column_order` permutes the input.
+
+    y = W[:, order] x[order] + b
+
+Shape legend: M tokens, N out features, K in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from aerogel.errors import BadInput
+from aerogel.kernels.dispatch import choose
+from aerogel.kernels.gemm.ref import Reference
+from aerogel.kernels.problem import Kernel, Problem
+from aerogel.pack.config import choose_format, format_of
+from aerogel.pack.format import Activations
+from aerogel.pack.scheme import Scheme
+from aerogel.pack.source import Columns
+from aerogel.quantize.grids import Codes
+
+
+class Linear(nn.Module):
+    """`y = x @ W.T + b` with W [out_features, in_features] packed by `scheme`.
+
+    A new one holds empty buffers of the stored shapes: fill them (or load a state dict) and call `prepare`.
+
+    Args:
+        in_features, out_features: K and N.
+        scheme: format, grid and activations of the weight.
+        bias: whether there is one; a parameter of `dtype`.
+        dtype: of the bias, and of the activations that `prepare` plans for.
+        device: where the buffers are made, the default device unless given.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme, self.compute_dtype = scheme, dtype
+        self.kernel_name: str | None = None
+        self._kernel: type[Kernel] = Reference
+        self._problem: Problem | None = None
+        self.column_order: Tensor | None
+        for name, (shape, kind) in format_of(scheme.format).shapes(out_features, in_features, scheme.grid).items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
+        self.register_buffer("column_order", None)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Codes,
+        *,
+        activations: Activations = "none",
+        bias: Tensor | None = None,
+        order: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        wanted: str = "auto",
+    ) -> Self:
+        """A layer from codes [N, K], ready to run.
+
+        Args:
+            codes: the weight.
+            activations: how inputs are rounded.
+            bias: [N] or None.
+            order: int64 [K], where column j of `codes` stands in the input; None for its own place.
+            dtype: of the activations it will mostly see.
+            wanted: the format to keep it in, or "auto".
+        """
+        fmt = choose_format(codes.grid, activations, wanted)
+        scheme = Scheme(format=fmt.name, grid=codes.grid, activations=activations)
+        N, K = codes.values_NK.shape
+        layer = cls(K, N, scheme, bias=bias is not None, dtype=dtype, device=codes.values_NK.device)
+        for name, tensor in fmt.encode(codes).items():
+            layer._buffers[name] = tensor
+        layer.column_order = order
+        if bias is not None and layer.bias is not None:
+            layer.bias.data = bias.detach().to(dtype)
+        layer.prepare()
+        return layer
+
+    def problem(self, dtype: torch.dtype | None = None, tokens: int | None = None) -> Problem:
+        """The matmul this layer stands for, on the device where it is."""
+        return Problem(
+            format=self.scheme.format,
+            grid=self.scheme.grid,
+            N=self.out_features,
+            K=self.in_features,
+            M=tokens,
+            dtype=dtype or self.compute_dtype,
+            device=self.device.type,
+            activations=self.scheme.activations,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return next(buffer.device for buffer in self._tensors().values())
+
+    def prepare(self, dtype: torch.dtype | None = None) -> Self:
+        """Chooses the kernel for activations of `dtype` and brings the weight into its layout.
+
+        Raises:
+            BadInput: the stored shape is not this layer's.
+        """
+        self.restore()
+        self.compute_dtype = dtype or self.compute_dtype
+        shape = self._buffers.get("weight_shape")
+        if shape is not None and shape.tolist() != [self.out_features, self.in_features]:
+            raise BadInput(
+                f"a packed weight says it is {shape.tolist()}, the model wants [{self.out_features}, {self.in_features}];"
+                " the checkpoint does not belong to this config"
+            )
+        problem = self.problem()
+        self.kernel_name, self._kernel = choose(problem)
+        self._problem = problem
+        if not self._kernel.runs_stored(problem):
+            self._replace(self._kernel.pack(self._stored_codes(), problem))
+        return self
+
+    def restore(self) -> None:
+        """Brings the weight back into the layout of the file; `prepare` undoes it."""
+        problem, self._problem, self.kernel_name = self._problem, None, None
+        if problem is not None and not self._kernel.runs_stored(problem):
+            self._replace(problem.stored.encode(self._kernel.unpack(self._tensors(), problem)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features], in x's dtype."""
+        if self._problem is None:
+            self.prepare(x.dtype)
+        problem = self._problem or self.problem()
+        rows = x.reshape(-1, self.in_features).to(problem.dtype)
+        if self.column_order is not None:
+            rows = rows.index_select(1, self.column_order)
+        y = self._kernel.run(rows.contiguous(), self._tensors(), problem, self.bias)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def columns(self) -> Columns:
+        """The weight's codes and the order of its columns."""
+        if self._problem is None:
+            return Columns(self._stored_codes(), self.column_order)
+        return Columns(self._kernel.unpack(self._tensors(), self._problem), self.column_order)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight [N, K], in the planned dtype unless given; bit for bit what the file decodes to."""
+        return self.columns().dense(dtype or self.compute_dtype)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weight as it lies in memory, bias not counted."""
+        held = [*self._tensors().values(), *([] if self.column_order is None else [self.column_order])]
+        return sum(tensor.nbytes for tensor in held)
+
+    def extra_repr(self) -> str:
+        """Shape, numbers and kernel."""
+        grid = self.scheme.grid
+        group = "channel" if grid.group_size is None else grid.group_size
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
+            f" format={self.scheme.format}, bits={grid.bits}, group={group}, kernel={self.kernel_name or 'not chosen'}"
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: held for name, held in self._buffers.items() if held is not None and name != "column_order"}
+
+    def _stored_codes(self) -> Codes:
+        return format_of(self.scheme.format).to_codes(self._tensors(), self.scheme.grid)
+
+    def _replace(self, tensors: dict[str, Tensor]) -> None:
+        for name in self._tensors():
+            del self._buffers[name]
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves the weight, but never casts it: `model.half()` must not round scales. A new device may mean a new kernel."""
+        prepared = self._problem is not None
+        self.restore()
+        kept = dict(self._buffers)
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device)).dtype
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        self.compute_dtype = dtype
+        return self.prepare() if prepared and self.device.type != "meta" else self

@@ -1,0 +1,88 @@
+"""What a kernel is asked to do, and what a kernel is.
+
+A kernel multiplies activations with one packed weight, `y_MN = x_MK @ W_NK.T`. It runs on one layout of the weight: either
+the tensors as they are stored, or its own, which `pack` makes from the codes once, when a model is loaded. It refuses
+what it cannot do, with a reason a person can read, and never fails later for something it could have refused.
+
+Shape legend: M tokens, N out features, K in features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.pack.config import format_of
+from aerogel.pack.format import Activations, Format, Grid
+from aerogel.quantize.grids import Codes, IntGrid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One matmul with a packed weight.
+
+    format: a key of `aerogel.pack.FORMATS`.
+    grid: the weight's numbers: bits, group_size, symmetric, scale_dtype.
+    N, K: the weight's shape. M: tokens, or None for "any number", which is what a layer must be ready for.
+    dtype: of the activations and the result. device: "cpu", "cuda", ...
+    activations: how the input is rounded at run time.
+    """
+
+    format: str
+    grid: Grid
+    N: int
+    K: int
+    M: int | None = None
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    activations: Activations = "none"
+
+    @property
+    def integer(self) -> IntGrid | None:
+        """The grid when it is an integer one."""
+        return self.grid if isinstance(self.grid, IntGrid) else None
+
+    @property
+    def stored(self) -> type[Format]:
+        """The format's class."""
+        return format_of(self.format)
+
+
+Layout = Mapping[str, Tensor]
+
+
+class Kernel(ABC):
+    """One way to run a `Problem`. Never instantiated: all methods are static, all state is in the layout's tensors."""
+
+    about: ClassVar[str]
+    """One line for `aerogel list kernels`."""
+
+    @staticmethod
+    @abstractmethod
+    def refuses(problem: Problem) -> str | None:
+        """Why this kernel cannot run the problem, or None. Never raises; may look at the machine."""
+
+    @staticmethod
+    def runs_stored(problem: Problem) -> bool:
+        """True when the layout is the format's stored tensors, so that loading costs no work. The default."""
+        return True
+
+    @staticmethod
+    def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
+        """The layout's tensors, made from codes [N, K]. By default what the format stores."""
+        return problem.stored.encode(codes)
+
+    @staticmethod
+    def unpack(layout: Layout, problem: Problem) -> Codes:
+        """The inverse of `pack`, exactly."""
+        return problem.stored.to_codes(layout, problem.grid)
+
+    @staticmethod
+    @abstractmethod
+    def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
+        """x @ W.T (+ bias): [M, N] in x's dtype. M may be 0. `x_MK` is contiguous and of `problem.dtype`."""

@@ -1,0 +1,168 @@
+"""The weight conversion that turns packed tensors on disk into buffers of `kernels.Linear` or into decoded parameters.
+
+transformers loads a checkpoint by sending every tensor name through renaming rules and at most one `WeightConverter`,
+which collects tensors and makes parameters of them. `Decoder` is one more such converter. It knows each tensor of a
+packed weight by its whole name, from a `Plan`; where a parameter has a conversion rule of its own (merging experts,
+say), the decoded matrices go through that rule.
+
+Shape legend: N out features, K in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+from aerogel.errors import BadInput, RunFailed
+from aerogel.kernels.linear import Linear
+from aerogel.model.placement import Placement, Plan, decoded, features
+from aerogel.model.reader import Entry, read_header
+from aerogel.pack.config import format_of
+from aerogel.pack.source import Source
+
+
+class PlainNames(WeightRenaming):  # type: ignore[misc, unused-ignore]
+    """All renaming rules in one, which leaves the names that `Decoder` takes as they are on disk."""
+
+    def __init__(self, renamings: list[WeightRenaming], taken: Mapping[str, str]) -> None:
+        super().__init__("\0", "\0")
+        self.renamings, self.taken = renamings, taken
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The rules in turn, each on what the one before it gave."""
+        if source_key not in self.taken:
+            for rule in self.renamings:
+                source_key, _ = rule.rename_source_key(source_key)
+        return source_key, None
+
+
+class _Whole(ConversionOps):  # type: ignore[misc, unused-ignore]
+    """Stands for the conversion that `Decoder.convert` does itself."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Nothing to do."""
+        return input_dict
+
+
+class Decoder(WeightConverter):  # type: ignore[misc, unused-ignore]
+    """The weight conversion for everything that is packed: tensors on disk to buffers or decoded parameters.
+
+    transformers keeps one copy per parameter that it makes; the plan is shared among them, the collected tensors are not.
+    """
+
+    def __init__(self, plan: Plan, source: Source) -> None:
+        super().__init__("\0", "\0", [_Whole()])
+        self.plan, self.source = plan, source
+        self.targets = {
+            tensor: _anchor(items[0])
+            for items in plan.placements.values()
+            for item in items
+            for tensor in item.tensors.values()
+        }
+        self.parameter_of = {_anchor(items[0]): parameter for parameter, items in plan.placements.items()}
+        self.arrived: set[str] = set()
+        # The base class forbids setting patterns twice, since it compiles them; these are whole names, found by look-up.
+        object.__setattr__(self, "source_patterns", list(self.targets))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decoder:
+        """A copy that collects its own tensors."""
+        copy = Decoder.__new__(Decoder)
+        WeightConverter.__init__(copy, "\0", "\0", [_Whole()])
+        copy.plan, copy.source, copy.targets = self.plan, self.source, self.targets
+        copy.parameter_of, copy.arrived = self.parameter_of, self.arrived
+        return copy
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The parameter that a tensor of a packed weight helps to make."""
+        target = self.targets.get(source_key)
+        return (source_key, None) if target is None else (target, source_key)
+
+    def absent(self) -> list[str]:
+        """Parameters that were planned and did not come."""
+        return sorted(set(self.plan.placements) - self.arrived)
+
+    def convert(self, layer_name: str, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """The buffers or parameters made from what was collected for `layer_name`."""
+        parameter = self.parameter_of[layer_name]
+        items = self.plan.placements[parameter]
+        held = {name: tensors[0] for name, tensors in self.materialize_tensors().items()}
+        self.arrived.add(parameter)
+        if items[0].packed:
+            return self._packed(items[0], held, model)
+        dtype = model.get_parameter_or_buffer(parameter).dtype
+        parts = [decoded(item, self.source, _local(item, held), dtype) for item in items]
+        if items[0].stack is not None:
+            parts, items = [torch.stack(parts)], items[:1]
+        rule = self.plan.rules.get(parameter)
+        if rule is None:
+            return {parameter: parts[0]}
+        rule = deepcopy(rule)
+        for item, part in zip(items, parts, strict=True):
+            rule.add_tensor(parameter, item.name, item.pattern, part)
+        made: dict[str, Any] = rule.convert(parameter, model=model, **kwargs)
+        return made
+
+    def _packed(self, item: Placement, held: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Any]:
+        layer = model.get_submodule(item.module)
+        if not isinstance(layer, Linear) or item.scheme is None:
+            raise RunFailed(f"{item.module} was to stay packed but is a {type(layer).__name__}; please report this model")
+        tensors = _local(item, held)
+        shapes = format_of(item.scheme.format).shapes(layer.out_features, layer.in_features, item.scheme.grid)
+        if {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} != shapes:
+            columns = self.source.read(tensors, item.scheme)
+            N, K = columns.codes.values_NK.shape
+            if (layer.out_features, layer.in_features) != (N, K):
+                wanted = [layer.out_features, layer.in_features]
+                raise BadInput(f"{item.name} is packed as [{N}, {K}], the model wants {wanted}; the config is another model's")
+            layer.column_order = columns.order
+            tensors = format_of(item.scheme.format).encode(columns.codes)
+        return {f"{item.module}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def replace_linear(model: PreTrainedModel, item: Placement, bias_on_disk: bool) -> None:
+    """Puts an empty `kernels.Linear` in the place of the linear that `item` belongs to, and unties it if it was tied."""
+    old = model.get_submodule(item.module)
+    N, K = features(old)
+    weight = old.get_parameter("weight")
+    bias = getattr(old, "bias", None) is not None or bias_on_disk
+    if item.scheme is None:
+        raise RunFailed(f"{item.name} has no scheme; please report this checkpoint")
+    model.set_submodule(item.module, Linear(K, N, item.scheme, bias=bias, dtype=weight.dtype, device="meta"))
+    # Some models initialise their children's `weight` by name, which a packed linear does not have. Its values come from
+    # the file in any case, and transformers leaves a module alone that says it is initialised.
+    model.get_submodule(item.module.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
+    if model.all_tied_weights_keys.pop(item.parameter, None) is not None:
+        # A packed head has its own tensors, so the embedding stays dense and alone.
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+
+
+def read_headers(files: list[Path]) -> dict[str, Entry]:
+    """The entries of several safetensors files together. Raises `BadInput` for a damaged one."""
+    return {name: entry for file in files for name, entry in read_header(file).items()}
+
+
+def read_entry(entry: Entry) -> Tensor:
+    """One tensor of a safetensors file."""
+    with safe_open(entry.file, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(entry.name)
+    return tensor
+
+
+def _anchor(item: Placement) -> str:
+    """The name in the model's state dict by which transformers collects the tensors of a parameter."""
+    if not item.packed or item.scheme is None:
+        return item.parameter
+    return f"{item.module}.{'weight_packed' if item.scheme.format == 'pack-quantized' else 'weight'}"
+
+
+def _local(item: Placement, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {local: held[name] for local, name in item.tensors.items()}

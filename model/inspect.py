@@ -1,0 +1,173 @@
+"""What a checkpoint is, read from its headers and its config: architecture, tensors, formats, bits per weight, sizes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from aerogel.errors import BadInput
+from aerogel.model.reader import CheckpointReader
+from aerogel.model.source import resolve
+
+REPORT = "aerogel_report.json"
+ARCHITECTURE_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "num_experts",
+    "num_local_experts",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+PACKED = ("weight_packed", "qweight", "weight_scale", "scales", "qzeros", "weight_zero_point", "weight_shape", "g_idx")
+"""Local names of tensors that belong to a quantized weight."""
+
+
+def inspect(model: str | Path) -> dict[str, Any]:
+    """Facts about a checkpoint, dense or quantized by anyone; loads no weights.
+
+    Returns:
+        {"path", "model_type", "architectures", "dtype", "architecture": {...}, "quantization": {...} | None,
+         "tensors": count, "parameters": count of stored numbers of dense tensors and logical weights of packed ones,
+         "bytes", "bits_per_weight": of the quantized weights or None, "files": [{"name", "bytes"}],
+         "kinds": [{"name", "count", "dtype", "bytes"}], "report": its aerogel_report.json or None}.
+
+    Raises:
+        BadInput: nothing there, no config.json, or damaged safetensors.
+    """
+    folder = resolve(model)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    reader = CheckpointReader(folder)
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    weights = _weights(reader)
+    packed = {name: facts for name, facts in weights.items() if facts["quantized"]}
+    logical = sum(facts["weights"] for facts in packed.values())
+    return {
+        "path": str(folder),
+        "model_type": config.get("model_type"),
+        "architectures": config.get("architectures") or [],
+        "dtype": config.get("dtype") or config.get("torch_dtype"),
+        "architecture": {key: text[key] for key in ARCHITECTURE_KEYS if text.get(key) is not None},
+        "quantization": _quantization(config, len(packed)),
+        "tensors": len(reader.names),
+        "parameters": sum(facts["weights"] for facts in weights.values()),
+        "bytes": reader.nbytes,
+        "bits_per_weight": 8 * sum(facts["bytes"] for facts in packed.values()) / logical if logical else None,
+        "files": [{"name": file.name, "bytes": file.stat().st_size} for file in sorted(_files(reader))],
+        "kinds": _kinds(reader),
+        "report": _report(folder),
+    }
+
+
+def _files(reader: CheckpointReader) -> set[Path]:
+    return {entry.file for entry in reader}
+
+
+def _weights(reader: CheckpointReader) -> dict[str, dict[str, Any]]:
+    """Tensors gathered by the module that owns them, with logical weight counts."""
+    by_module: dict[str, dict[str, Any]] = defaultdict(dict)
+    for entry in reader:
+        module, _, leaf = entry.name.rpartition(".")
+        by_module[module][leaf] = entry
+    found = {}
+    for module, leaves in by_module.items():
+        quantized = any(leaf in leaves for leaf in PACKED)
+        parts = [entry for leaf, entry in leaves.items() if not quantized or leaf in PACKED or leaf == "weight"]
+        rest = [entry for entry in leaves.values() if entry not in parts]
+        count = _logical(leaves, reader) if quantized else sum(math.prod(entry.shape) for entry in parts)
+        found[module] = {"quantized": quantized, "weights": count, "bytes": sum(entry.nbytes for entry in parts)}
+        if rest:
+            size = sum(math.prod(entry.shape) for entry in rest)
+            found[f"{module} (bias)"] = {"quantized": False, "weights": size, "bytes": sum(e.nbytes for e in rest)}
+    return found
+
+
+def _logical(leaves: dict[str, Any], reader: CheckpointReader) -> int:
+    """How many weights a packed module stands for: N * K."""
+    if "weight_shape" in leaves:
+        return math.prod(int(size) for size in reader.read(leaves["weight_shape"].name).tolist())
+    if "weight" in leaves:
+        return math.prod(leaves["weight"].shape)
+    if "qweight" in leaves and "g_idx" in leaves:
+        return int(leaves["g_idx"].shape[0]) * int(leaves["qweight"].shape[1])
+    if "qweight" in leaves and "scales" in leaves:
+        # AWQ packs along N, so K is plain; the scales have N columns.
+        return int(leaves["qweight"].shape[0]) * int(leaves["scales"].shape[1])
+    return 0
+
+
+def _quantization(config: dict[str, Any], count: int) -> dict[str, Any] | None:
+    """The quantization config in a few words, or None for a dense checkpoint."""
+    raw = config.get("quantization_config")
+    if not isinstance(raw, dict):
+        return None
+    groups = raw.get("config_groups")
+    schemes = [_scheme(group, raw) for group in groups.values()] if isinstance(groups, dict) else [_flat_scheme(raw)]
+    return {
+        "method": raw.get("quant_method"),
+        "format": raw.get("format") or raw.get("checkpoint_format") or raw.get("version"),
+        "schemes": schemes,
+        "ignore": raw.get("ignore") or raw.get("modules_to_not_convert") or [],
+        "layers": count,
+    }
+
+
+def _scheme(group: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """One group of compressed-tensors."""
+    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    return {
+        "format": group.get("format") or raw.get("format"),
+        "type": weights.get("type"),
+        "bits": weights.get("num_bits"),
+        "group_size": weights.get("group_size"),
+        "symmetric": weights.get("symmetric"),
+        "activation_bits": inputs.get("num_bits"),
+        "targets": len(group.get("targets") or []),
+    }
+
+
+def _flat_scheme(raw: dict[str, Any]) -> dict[str, Any]:
+    """GPTQ and AWQ configs have one scheme for everything."""
+    return {
+        "format": raw.get("checkpoint_format") or raw.get("version"),
+        "type": "int",
+        "bits": raw.get("bits") or raw.get("w_bit"),
+        "group_size": raw.get("group_size") or raw.get("q_group_size"),
+        "symmetric": raw.get("sym", not raw.get("zero_point", False)),
+        "activation_bits": None,
+        "targets": 1,
+    }
+
+
+def _kinds(reader: CheckpointReader) -> list[dict[str, Any]]:
+    """Tensors with the block number replaced by `*`, counted: thirty blocks are one line each."""
+    counts: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    for entry in reader:
+        key = (collapse(entry.name), str(entry.dtype).removeprefix("torch."))
+        counts[key] += 1
+        sizes[key] += entry.nbytes
+    return [{"name": name, "count": counts[name, kind], "dtype": kind, "bytes": sizes[name, kind]} for name, kind in counts]
+
+
+def collapse(name: str) -> str:
+    """`model.layers.3.mlp.down_proj.weight` as `model.layers.*.mlp.down_proj.weight`."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _report(folder: Path) -> dict[str, Any] | None:
+    """The report that aerogel left beside the checkpoint."""
+    file = folder / REPORT
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{file} is not JSON ({error}); delete it or restore it") from error
+    return found if isinstance(found, dict) else None

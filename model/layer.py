@@ -1,0 +1,78 @@
+"""What flows through the stages: one linear's weight, what calibration knows about its input, and what became of it.
+
+Shape legend: N out features, K in features, G groups along K, T tokens.
+
+Everything here is frozen. A stage (`Layer -> Layer`) returns a new `Layer`, so it can be tested on a random 8x16 matrix
+with no model at hand, and two stages compose by being called one after the other: pruning leaves a mask, and whoever
+rounds afterwards honours it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from aerogel.quantize.grids import Codes
+
+Need = Literal["second_moment", "cross_moment"]
+"""What a stage asks calibration for; the walk accumulates only what some stage of that layer declares in `needs`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Sums over the calibration tokens that reached one linear. Raw sums, so that `+` merges two captures exactly.
+
+    tokens: how many tokens were seen (T).
+    second_moment_KK: sum of x x^T over tokens, float32 [K, K], or None when no stage needs it.
+    cross_moment_KK: sum of (x_dense - x) x^T, float32 [K, K]; x_dense is the input that the uncompressed model would
+        have given. GPTAQ's mismatch term; None unless a stage needs it.
+    skipped: tokens left out because a value was not finite.
+    """
+
+    tokens: int
+    second_moment_KK: Tensor | None = None
+    cross_moment_KK: Tensor | None = None
+    skipped: int = 0
+
+    def __add__(self, other: Stats) -> Stats:
+        def merged(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return a + b if a is not None and b is not None else a if b is None else b
+
+        return Stats(
+            tokens=self.tokens + other.tokens,
+            second_moment_KK=merged(self.second_moment_KK, other.second_moment_KK),
+            cross_moment_KK=merged(self.cross_moment_KK, other.cross_moment_KK),
+            skipped=self.skipped + other.skipped,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One linear, `y_MN = x_MK @ weight_NK.T`, on its way through the stages.
+
+    name: its name in the checkpoint without the trailing `.weight`, for instance `model.layers.0.mlp.down_proj`.
+    weight_NK: float32 [N, K], always the weight as it now stands: dense, masked, or decoded from `codes`.
+    stats: what calibration accumulated for its input, or None for methods that need no data.
+    mask_NK: bool [N, K], True where the weight is kept; None when nothing was pruned. Zeros under the mask stay zero.
+    codes: the quantized weight, whose `decode()` equals `weight_NK`; None when not quantized.
+    loss: relative output error tr(D H D^T) / tr(W H W^T) of this layer against the weight it came with, or None.
+    notes: facts for the report, such as {"damping": 0.01, "retries": 0}. Plain JSON values only.
+    """
+
+    name: str
+    weight_NK: Tensor
+    stats: Stats | None = None
+    mask_NK: Tensor | None = None
+    codes: Codes | None = None
+    loss: float | None = None
+    notes: Mapping[str, object] = field(default_factory=dict)
+
+    def with_(self, **changes: object) -> Layer:
+        """A copy with `changes` applied; `notes` are merged instead of replaced."""
+        if "notes" in changes:
+            changes["notes"] = {**self.notes, **changes["notes"]}  # type: ignore[dict-item]
+        return replace(self, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,57 @@
+"""Loads compressed checkpoints into transformers models that run on aerogel's kernels.
+
+There is one mechanism, transformers' own: `register` puts an HfQuantizer in the place of the stock ones for
+compressed-tensors, gptq and awq, and adds one for "aerogel". `AutoModelForCausalLM.from_pretrained` then does the rest:
+
+    config.json --quantization_config--> a `Source` (or the stock quantizer, for what aerogel does not run)
+    headers of the files --plan--> linears replaced by `kernels.Linear`, still on the meta device
+    tensors --`Decoder`, a weight conversion--> packed buffers, or decoded into a fused parameter
+    after loading --`prepare`--> each layer in the layout of the kernel that will run it
+
+No optional package is needed for any of it. Memory is that of the packed weights, plus one weight while it is converted.
+
+Shape legend: N out features, K in features.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from aerogel.errors import BadInput
+from aerogel.model.quantizer import first_line, register
+
+__all__ = ["load", "register"]
+
+
+def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A compressed (or dense) checkpoint as a model ready to run.
+
+    Args:
+        path: a local folder or a hub id.
+        device: where the weights go.
+        dtype: of everything that is not packed, and of activations; the checkpoint's own unless given.
+
+    Returns:
+        The model in eval mode, packed linears as `aerogel.kernels.linear.Linear`.
+
+    Raises:
+        BadInput: no such checkpoint, or one that cannot be loaded as it is; the message says why.
+    """
+    register()
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} is not a checkpoint transformers can read ({first_line(error)})") from error
+    name = (config.architectures or [""])[0]
+    family = getattr(transformers, name, AutoModelForCausalLM)
+    placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
+    model, report = family.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True, **placed)
+    if report["missing_keys"]:
+        absent = sorted(report["missing_keys"])
+        raise BadInput(f"{path} lacks {absent[0]!r} ({len(absent)} weights missing); the checkpoint is not whole, get it again")
+    loaded: PreTrainedModel = model
+    return loaded

@@ -1,0 +1,202 @@
+"""Where the packed weights of a checkpoint go in the transformers model, decided from headers alone.
+
+For each packed weight on disk the name its dense weight would have is sent through transformers' renaming rules, as any
+tensor's is. That leads to one of four places:
+
+    a linear's weight      the linear is replaced by `kernels.Linear` and stays packed (a GPT-2 Conv1D as well)
+    a part of a parameter  experts that transformers fuses into one 3-D parameter: decoded, and handed to its own rule
+    a slice of a stack     `...experts.E.gate_up_proj` where the model has `...experts.gate_up_proj` [E, ., .]: decoded, stacked
+    any other parameter    decoded
+
+Nothing here reads a weight. The one exception are column indices (GPTQ's g_idx, K integers each): whether their groups
+are even decides whether a linear can stay packed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from aerogel.errors import BadInput
+from aerogel.model.reader import Entry
+from aerogel.pack.scheme import Scheme
+from aerogel.pack.source import Source, UnevenGroups, order_of
+
+NUMBERED = re.compile(r"(?P<stem>.+)\.(?P<number>\d+)\.(?P<leaf>[^.]+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """One weight on disk and its place in the model.
+
+    name: the weight on disk, without suffix; for a tensor that is not packed, its whole name.
+    tensors: {local name: tensor name on disk}.
+    scheme: how it is packed; None for a tensor that is not, but shares its parameter with one that is.
+    parameter: the model parameter it makes, or is part of.
+    pattern: the conversion rule's pattern that it matched, None when it is the parameter itself.
+    packed: whether it stays packed, in a `kernels.Linear` in the place of `parameter`'s module.
+    transposed: whether the disk of the dense model has it as [K, N].
+    stack: its index in a stack of matrices on disk, or None.
+    dense_name: the tensor's name in a dense checkpoint of this model.
+    """
+
+    name: str
+    tensors: Mapping[str, str]
+    scheme: Scheme | None
+    parameter: str
+    pattern: str | None = None
+    packed: bool = False
+    transposed: bool = False
+    stack: int | None = None
+    dense_name: str = ""
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns the parameter."""
+        return self.parameter.rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All placements of a checkpoint, by the parameter they make, and the rules for parameters made of several."""
+
+    placements: Mapping[str, list[Placement]]
+    rules: Mapping[str, WeightConverter]
+    homeless: list[str] = field(default_factory=list)
+
+    def packed(self) -> list[Placement]:
+        """The weights that stay packed."""
+        return [items[0] for items in self.placements.values() if items[0].packed]
+
+
+def make_plan(
+    model: PreTrainedModel, header: Mapping[str, Entry], source: Source, read: Callable[[str], Tensor]
+) -> Plan:
+    """Places every packed weight of a checkpoint.
+
+    Args:
+        model: on the meta device, still dense.
+        header: the entries of all tensors on disk.
+        source: reads this kind of checkpoint.
+        read: gives a tensor by its name on disk; called for column indices only.
+
+    Returns:
+        The plan; `homeless` lists packed weights that the model has no place for.
+
+    Raises:
+        BadInput: a packed weight that the quantization config does not describe, or a shape that does not fit.
+    """
+    return _Planner(model, header, source, read).plan()
+
+
+class _Planner:
+    def __init__(
+        self, model: PreTrainedModel, header: Mapping[str, Entry], source: Source, read: Callable[[str], Tensor]
+    ) -> None:
+        self.model, self.header, self.source, self.read = model, header, source, read
+        rules = get_model_conversion_mapping(model)
+        self.renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self.by_pattern = {pattern: rule for rule in self.converters for pattern in rule.source_patterns}
+        self.wanted = model.state_dict()
+
+    def plan(self) -> Plan:
+        """Packed weights first, then the plain tensors that share a parameter with one of them."""
+        groups = self.source.groups(self.header)
+        found: dict[str, list[Placement]] = {}
+        homeless = []
+        for name in sorted(groups, key=dot_natural_key):
+            placement = self._place(name, groups[name])
+            if placement is None:
+                homeless.append(name)
+            else:
+                found.setdefault(placement.parameter, []).append(placement)
+        used = {tensor for tensors in groups.values() for tensor in tensors.values()}
+        shared = {parameter for parameter, items in found.items() if items[0].pattern is not None}
+        for name in self._others(used) if shared else ():
+            parameter, pattern = self._target(name)
+            if parameter in shared:
+                plain = Placement(name=name, tensors={"": name}, scheme=None, parameter=parameter, pattern=pattern)
+                found[parameter].append(plain)
+        for items in found.values():
+            items.sort(key=lambda item: dot_natural_key(item.name))
+        rules = {p: self.by_pattern[items[0].pattern] for p, items in found.items() if items[0].pattern is not None}
+        return Plan(found, rules, homeless)
+
+    def _others(self, used: set[str]) -> Iterable[str]:
+        return (name for name in self.header if name not in used)
+
+    def _target(self, name: str) -> tuple[str, str | None]:
+        parameter, pattern = rename_source_key(
+            name, self.renamings, self.converters, self.model.base_model_prefix, self.wanted
+        )
+        return (name, None) if parameter not in self.wanted and name in self.wanted else (parameter, pattern)
+
+    def _place(self, name: str, tensors: Mapping[str, str]) -> Placement | None:
+        dense_name = f"{name}.weight"
+        parameter, pattern = self._target(dense_name)
+        stack = None
+        if parameter not in self.wanted:
+            numbered = NUMBERED.fullmatch(name)
+            if numbered is None:
+                return None
+            dense_name, stack = f"{numbered['stem']}.{numbered['leaf']}", int(numbered["number"])
+            parameter, pattern = self._target(dense_name)
+            if parameter not in self.wanted or self.wanted[parameter].ndim != 3:
+                return None
+        owner = self.model.get_submodule(parameter.rpartition(".")[0])
+        scheme = self._scheme(name, tensors, parameter, owner)
+        transposed = isinstance(owner, Conv1D) if stack is None else bool(getattr(owner, "is_transposed", False))
+        return Placement(
+            name=name,
+            tensors=tensors,
+            scheme=scheme,
+            parameter=parameter,
+            pattern=pattern,
+            packed=stack is None and pattern is None and self._stays_packed(tensors, scheme, parameter, owner),
+            transposed=transposed,
+            stack=stack,
+            dense_name=dense_name,
+        )
+
+    def _scheme(self, name: str, tensors: Mapping[str, str], parameter: str, owner: nn.Module) -> Scheme:
+        header = {local: self.header[tensor].dtype for local, tensor in tensors.items()}
+        return self.source.scheme((name, parameter.removesuffix(".weight")), header, ("Linear", type(owner).__name__))
+
+    def _stays_packed(self, tensors: Mapping[str, str], scheme: Scheme, parameter: str, owner: nn.Module) -> bool:
+        plain = isinstance(owner, nn.Linear) and type(owner).forward is nn.Linear.forward
+        if not (plain or isinstance(owner, Conv1D)) or not parameter.endswith(".weight"):
+            return False
+        index = tensors.get(self.source.index)
+        if index is None or self.header[index].shape in ((), (0,)):
+            return True
+        try:
+            order_of(self.read(index), scheme.grid.group_size)
+        except UnevenGroups:
+            return False
+        return True
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of an `nn.Linear` or a Conv1D."""
+    if isinstance(module, Conv1D):
+        return int(module.nf), int(module.nx)
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    raise BadInput(f"a {type(module).__name__} has no packed counterpart; aerogel packs Linear and Conv1D")
+
+
+def decoded(placement: Placement, source: Source, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The dense tensor of one placement, as a dense checkpoint's disk has it: [N, K], or [K, N] where transposed."""
+    if placement.scheme is None:
+        return tensors[""].to(dtype)
+    weight = source.read(tensors, placement.scheme).dense(dtype)
+    return weight.T.contiguous() if placement.transposed else weight

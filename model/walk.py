@@ -1,0 +1,390 @@
+"""The walk: block after block, each linear meets its stages with statistics that already see what was compressed before.
+
+For each block: read its tensors, run the calibration data through it wave by wave, give every `Layer` to its stages, put
+the compressed weight back (so that the next wave, and the next block, see it), encode what is to be stored, let go. The
+walk is a generator: one `Part` per block, then one for what lies outside the blocks. It writes nothing and draws nothing.
+
+What runs is what is stored: the weight put back into the model is decoded from the very tensors that go to the file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import BadInput, RunFailed
+from aerogel.model.layer import Layer, Stats
+from aerogel.model.naming import Group, materialise
+from aerogel.model.reader import CheckpointReader
+from aerogel.model.runner import Activations, Runner
+from aerogel.model.sites import apply_scales
+from aerogel.model.statistics import BlockStatistics
+from aerogel.model.structure import Matrix, Structure
+from aerogel.model.tape import Slot
+from aerogel.pack.config import choose_format
+from aerogel.pack.format import Format
+from aerogel.recipes.stages import StageSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A finished piece of the checkpoint: `tensors` as they go to the file, `row` for the report.
+
+    seconds is kept apart from the row, which must be the same in every run.
+    """
+
+    name: str
+    tensors: dict[str, Tensor]
+    row: dict[str, Any]
+    seconds: float
+
+
+@dataclass(slots=True)
+class Sources:
+    """The checkpoint tensors of one part, in the type they are stored in, as they stand now."""
+
+    reader: CheckpointReader
+    device: torch.device
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    own_layout: set[str] = field(default_factory=set)
+
+    def fetch(self, name: str) -> Tensor:
+        """Tensor `name` on the compute device; read once, refused when a value is not finite."""
+        if name not in self.tensors:
+            self.tensors[name] = self.reader.read(name, finite=True).to(self.device)
+        return self.tensors[name]
+
+    def put(self, matrix: Matrix, weight_NK: Tensor) -> None:
+        """Replaces one matrix by another weight."""
+        old = self.tensors[matrix.tensor]
+        if matrix.tensor not in self.own_layout:  # the tensor may still be shared with the dense twin: write to a copy
+            old = self.tensors[matrix.tensor] = old.clone()
+            self.own_layout.add(matrix.tensor)
+        matrix.take(old).copy_(weight_NK)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a walk needs to know beside the model: stages by matrix name, how to store, and how calibration behaves."""
+
+    stages: Mapping[str, list[StageSpec]]
+    format: str
+    dtype: torch.dtype | None
+    experts_top_up: bool
+    min_expert_tokens: int
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """A tensor that is not compressed, in the type the output is written in."""
+        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+
+
+class Walk:
+    """One pass over a model. `parts` is the generator; everything else serves it.
+
+    Args:
+        structure, runner: the model.
+        job: what to do.
+        activations: hidden states, filled by the runner's prologue; None when no stage needs data.
+        dense: the same for the uncompressed stream, where some stage needs the cross moment.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        runner: Runner | None,
+        job: Job,
+        activations: Activations | None,
+        batches: int,
+        dense: Activations | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.structure, self.runner, self.job = structure, runner, job
+        self.activations, self.batches, self.dense = activations, batches, dense
+        self.device = device or torch.device("cpu")
+        self.by_block: dict[int | None, list[Matrix]] = {}
+        for matrix in structure.matrices:
+            self.by_block.setdefault(matrix.block, []).append(matrix)
+
+    def parts(self, finished: Callable[[str], Mapping[str, Tensor] | None]) -> Iterator[Part]:
+        """The blocks in order, then `outer`. `finished(name)` returns the stored tensors of a part that is already done."""
+        for index in range(len(self.structure.block_names)):
+            name = f"block-{index:05d}"
+            done = finished(name)
+            if done is None:
+                yield self._block(index, name)
+            elif self.runner is not None:
+                self._replay(index, done)
+        if finished("outer") is None:
+            yield self._outer()
+
+    # ---- one block ------------------------------------------------------------------------------------------------
+
+    def _block(self, index: int, name: str) -> Part:
+        start = time.perf_counter()
+        groups = self.structure.block_groups(index)
+        sources = Sources(self.structure.reader, self.device)
+        matrices = [m for m in self.by_block.get(index, []) if self.job.stages[m.name]]
+        treated = {m.tensor for m in matrices}
+        for group in groups:
+            for source, _ in group.sources:
+                value = sources.fetch(source)
+                if source not in treated:
+                    sources.tensors[source] = self.job.kept(value)
+        row: dict[str, Any] = {"index": index, "name": self.structure.block_names[index]}
+        if self.runner is None or self.activations is None:
+            layers = {m.name: self._solve([m], [self._layer(m, sources, None)])[0] for m in matrices}
+        else:
+            layers, facts = self._calibrated(index, matrices, sources)
+            row |= facts
+        tensors, rows = self._store(groups, matrices, layers, sources)
+        return Part(name, tensors, {**row, "layers": rows}, time.perf_counter() - start)
+
+    def _calibrated(
+        self, index: int, matrices: list[Matrix], sources: Sources
+    ) -> tuple[dict[str, Layer], dict[str, Any]]:
+        runner, activations = self.runner, self.activations
+        if runner is None or activations is None:
+            raise RunFailed("a stage needs calibration data and the walk has none; this is a mistake in aerogel, report it")
+        runner.fetch = sources.fetch
+        block = runner.load_block(index)
+        sample = activations[0]  # the first batch stands for the block's output error
+        before = runner.run(index, block, sample)
+        sites = apply_scales(self.structure, runner, index, block, matrices, self.job.stages, sources, activations, self.batches)
+        statistics = BlockStatistics(
+            runner,
+            index,
+            block,
+            sorted({m.parameter for m in matrices}),
+            activations,
+            self.batches,
+            hidden_dense=self.dense,
+            top_up=self.job.experts_top_up,
+            min_expert_tokens=self.job.min_expert_tokens,
+        )
+        layers: dict[str, Layer] = {}
+        for wave in statistics.waves():
+            layers |= self._wave(wave, [m for m in matrices if m.parameter in wave], statistics, sources)
+            self._put_back(wave, sources)
+            statistics.final.update(wave)
+        error = _relative_error(runner.run(index, block, sample), before)
+        if index < len(self.structure.block_names) - 1 or self._head_needs_data():
+            statistics.advance(activations)
+            statistics.advance_dense()
+        runner.release_block(index)
+        facts: dict[str, Any] = {"relative_error": error}
+        if sites:
+            facts["sites"] = sites
+        if statistics.expert_tokens:
+            facts["experts"] = [
+                {"module": name, "tokens": [count[e] for e in sorted(count)]} for name, count in statistics.expert_tokens.items()
+            ]
+        return layers, facts
+
+    def _wave(
+        self, wave: list[str], matrices: list[Matrix], statistics: BlockStatistics, sources: Sources
+    ) -> dict[str, Layer]:
+        """The layers of one wave, solved. Linears that share an input are solved together."""
+        widths = {m.parameter: m.k for m in matrices}
+        needs = {need for m in matrices for spec in self.job.stages[m.name] for need in spec.needs}
+        slots = sorted({(m.parameter, m.expert) for m in matrices}, key=lambda s: (wave.index(s[0]), s[1] or 0))
+        cross = "cross_moment" in needs
+        done: dict[str, Layer] = {}
+        for portion in statistics.portions(slots, widths.__getitem__, cross):
+            stats = statistics.collect(portion, widths.__getitem__, cross=cross) if needs else {}
+            together: dict[Slot, list[Matrix]] = {}
+            for m in matrices:
+                if (m.parameter, m.expert) in set(portion):
+                    together.setdefault((statistics.leader(m.parameter), m.expert), []).append(m)
+            for leader, members in together.items():
+                layers = [self._layer(m, sources, stats.pop(leader, None) if len(members) == 1 else stats.get(leader)) for m in members]
+                stats.pop(leader, None)
+                for m, layer in zip(members, self._solve(members, layers), strict=True):
+                    done[m.name] = layer
+                    sources.put(m, layer.weight_NK)
+        return done
+
+    def _layer(self, matrix: Matrix, sources: Sources, stats: Stats | None) -> Layer:
+        weight = matrix.take(sources.fetch(matrix.tensor)).to(torch.float32, copy=True).contiguous()
+        return Layer(name=matrix.name, weight_NK=weight, stats=stats)
+
+    def _stages(self, members: list[Matrix], layers: list[Layer]) -> list[Layer]:
+        """Layers through their prune and quantize stages; equal stages on a shared input are solved in one go."""
+        plans = [[s for s in self.job.stages[m.name] if s.kind != "scale"] for m in members]
+        if all(plan == plans[0] for plan in plans):
+            for spec in plans[0]:
+                many = getattr(spec.stage, "call_group", None)
+                layers = many(layers) if many is not None and len(layers) > 1 else [spec.stage(layer) for layer in layers]
+            return layers
+        for i, plan in enumerate(plans):
+            for spec in plan:
+                layers[i] = spec.stage(layers[i])
+        return layers
+
+    def _solve(self, members: list[Matrix], layers: list[Layer]) -> list[Layer]:
+        """Layers through their stages and as they will be stored: what runs from here on is what the file decodes to."""
+        return [self._as_stored(m, layer) for m, layer in zip(members, self._stages(members, layers), strict=True)]
+
+    def _as_stored(self, matrix: Matrix, layer: Layer) -> Layer:
+        if layer.codes is None:
+            return layer.with_(weight_NK=self.job.kept(layer.weight_NK).float(), stats=None)
+        form = self._format(matrix)
+        stored = form.decode(form.encode(layer.codes), layer.codes.grid)
+        if not torch.equal(stored, layer.weight_NK):
+            raise RunFailed(
+                f"{matrix.name}: what would be stored does not decode to what the solver returned; this is a mistake in aerogel,"
+                " report it with the recipe"
+            )
+        return layer.with_(stats=None)
+
+    def _spec(self, matrix: Matrix) -> StageSpec | None:
+        return next((s for s in self.job.stages[matrix.name] if s.kind == "quantize"), None)
+
+    def _format(self, matrix: Matrix) -> type[Format]:
+        spec = self._spec(matrix)
+        if spec is None:
+            raise RunFailed(f"{matrix.name} has codes but no quantize stage; this is a mistake in aerogel, report it")
+        return choose_format(spec.stage.grid, spec.activations, self.job.format)
+
+    def _put_back(self, wave: Iterable[str], sources: Sources) -> None:
+        """Rebuilds the parameters of a wave from the compressed weights."""
+        if self.runner is not None:
+            names = set(wave)
+            groups = [g for g in self.structure.groups if names.intersection(g.outputs)]
+            materialise(self.structure.model, groups, sources.fetch, self.runner.dtype)
+
+    # ---- storing ---------------------------------------------------------------------------------------------------
+
+    def _store(
+        self, groups: Iterable[Group], matrices: list[Matrix], layers: Mapping[str, Layer], sources: Sources
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """What goes to the file for these groups, and a report row per matrix."""
+        tensors: dict[str, Tensor] = {}
+        rows = []
+        coded: dict[str, int] = {}
+        for m in matrices:
+            layer = layers[m.name]
+            size = 0
+            if layer.codes is not None:
+                stored = {f"{m.name}.{key}": value for key, value in self._format(m).encode(layer.codes).items()}
+                tensors |= stored
+                size = sum(t.nbytes for t in stored.values())
+                coded[m.tensor] = coded.get(m.tensor, 0) + 1
+            else:
+                sources.put(m, layer.weight_NK)
+                size = m.n * m.k * (self.job.dtype or sources.tensors[m.tensor].dtype).itemsize
+            rows.append(self._row(m, layer, size, sources.tensors[m.tensor].dtype))
+        for group in groups:
+            for source, _ in group.sources:
+                value = sources.fetch(source)
+                slices = value.shape[0] if value.ndim == 3 else 1
+                if 0 < coded.get(source, 0) < slices:
+                    raise BadInput(
+                        f"{coded[source]} of the {slices} experts in {source} are quantized; target all of them or none, since"
+                        " they are stored together"
+                    )
+                if source not in coded:
+                    tensors[source] = self.job.kept(value)
+        return tensors, rows
+
+    def _row(self, matrix: Matrix, layer: Layer, size: int, dtype: torch.dtype) -> dict[str, Any]:
+        weights = matrix.n * matrix.k
+        zeros = 1 - float(layer.mask_NK.float().mean()) if layer.mask_NK is not None else 0.0
+        return {
+            "name": matrix.name,
+            "method": " -> ".join(spec.method_name for spec in self.job.stages[matrix.name]),
+            "bits": layer.codes.grid.bits if layer.codes is not None else None,
+            "bits_per_weight": 8 * size / weights,
+            "zeros": zeros,
+            "loss": layer.loss,
+            "bytes": size,
+            "source_bytes": weights * dtype.itemsize,
+            "notes": dict(layer.notes),
+        }
+
+    # ---- what is not a block ---------------------------------------------------------------------------------------
+
+    def _head_needs_data(self) -> bool:
+        return any(spec.needs for m in self.by_block.get(None, []) for spec in self.job.stages[m.name])
+
+    def _outer(self) -> Part:
+        """Embeddings, final norm, head, and tensors that the architecture does not use: all kept unless a stage says not."""
+        start = time.perf_counter()
+        sources = Sources(self.structure.reader, self.device)
+        matrices = [m for m in self.by_block.get(None, []) if self.job.stages[m.name]]
+        layers: dict[str, Layer] = {}
+        for m in matrices:
+            needs = {need for spec in self.job.stages[m.name] for need in spec.needs}
+            stats = self._head_stats(m, sources) if needs else None
+            (layers[m.name],) = self._solve([m], [self._layer(m, sources, stats)])
+        tied = [m for m in matrices if m.tied]
+        untied = [m for m in matrices if not m.tied]
+        tensors, rows = self._store(self.structure.outer_groups, untied, layers, sources)
+        for m in tied:
+            codes = layers[m.name].codes
+            if codes is None:
+                raise BadInput(f"{m.name} is tied to the embedding; it can be quantized, which unties it, but not only pruned")
+            stored = {f"{m.name}.{key}": value for key, value in self._format(m).encode(codes).items()}
+            tensors |= stored
+            rows.append(self._row(m, layers[m.name], sum(t.nbytes for t in stored.values()), sources.tensors[m.tensor].dtype))
+        for name in self.structure.unused:
+            tensors[name] = self.job.kept(self.structure.reader.read(name))
+        return Part("outer", tensors, {"name": "outer", "layers": rows}, time.perf_counter() - start)
+
+    def _head_stats(self, matrix: Matrix, sources: Sources) -> Stats:
+        """Statistics of what arrives at the output head."""
+        from aerogel.model.capture import Accumulator
+
+        head = self.structure.model.get_output_embeddings()
+        module = self.structure.model.get_submodule(matrix.parameter.rpartition(".")[0])
+        if module is not head or self.runner is None or self.activations is None:
+            raise BadInput(f"{matrix.name} lies outside the blocks and only the output head can be calibrated; use rtn or hqq for it")
+        self.runner.fetch = sources.fetch
+        total = Accumulator(matrix.k, cross=False, device=self.device)
+        hidden = (self.activations[batch] for batch in range(self.batches))
+        for x in self.runner.epilogue(hidden):
+            total.add(x)
+        return total.stats(matrix.name)
+
+    def _replay(self, index: int, stored: Mapping[str, Tensor]) -> None:
+        """Runs a block that an earlier run finished, so that the activations stand where they stood."""
+        if self.runner is None or self.activations is None:
+            return
+        sources = Sources(self.structure.reader, self.device)
+        coded = {m.tensor for m in self.by_block.get(index, []) if self._codes_of(m, stored)}
+        for group in self.structure.block_groups(index):
+            for source, _ in group.sources:
+                sources.tensors[source] = sources.fetch(source) if source in coded else stored[source].to(self.device)
+        for m in self.by_block.get(index, []):
+            local = self._codes_of(m, stored)
+            if local:
+                spec = self._spec(m)
+                sources.put(m, self._format(m).decode(local, spec.stage.grid).to(self.device))  # type: ignore[union-attr]
+        self.runner.fetch = sources.fetch
+        twin = None
+        if self.dense is not None:
+            self.runner.fetch = Sources(self.structure.reader, self.device).fetch
+            twin = self.runner.load_block(index)
+            for batch in range(self.batches):
+                self.dense[batch] = self.runner.run(index, twin, self.dense[batch])
+            self.runner.fetch = sources.fetch
+        block = self.runner.load_block(index)
+        for batch in range(self.batches):
+            self.activations[batch] = self.runner.run(index, block, self.activations[batch])
+        self.runner.release_block(index)
+
+    def _codes_of(self, matrix: Matrix, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The stored code tensors of a matrix by local name, none when it was not quantized."""
+        start = f"{matrix.name}."
+        local = {name.removeprefix(start): t for name, t in stored.items() if name.startswith(start) and name != f"{start}bias"}
+        return local if "weight_scale" in local else {}
+
+
+def _relative_error(got: Tensor, wanted: Tensor) -> float:
+    """|got - wanted| / |wanted|, Frobenius, in float32."""
+    wanted = wanted.float()
+    return float((got.float() - wanted).norm() / wanted.norm().clamp_min(1e-30))

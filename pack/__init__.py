@@ -1,0 +1,18 @@
+"""What is stored: formats (codes to named tensors and back), and the checkpoint formats of others, read exactly."""
+
+from __future__ import annotations
+
+FORMATS: dict[str, str] = {
+    "pack-quantized": "aerogel.pack.pack_quantized:PackQuantized",
+    "int-quantized": "aerogel.pack.int_quantized:IntQuantized",
+    "float-quantized": "aerogel.pack.float_quantized:FloatQuantized",
+}
+"""Format name to a `"module:Name"` string; each is a class that implements `aerogel.pack.format.Format`."""
+
+SOURCES: dict[str, str] = {
+    "compressed-tensors": "aerogel.pack.compressed_tensors:CompressedTensors",
+    "aerogel": "aerogel.pack.compressed_tensors:CompressedTensors",
+    "gptq": "aerogel.pack.gptq:Gptq",
+    "awq": "aerogel.pack.awq:Awq",
+}
+"""`quant_method` of a config.json to the reader of its checkpoints, an `aerogel.pack.source.Source`."""

@@ -1,0 +1,178 @@
+"""How one linear is quantized, and the words in which compressed-tensors says so.
+
+A `Scheme` is what a config.json tells about one weight: the stored format, the grid, and what happens to activations.
+`weight_arguments` and `activation_arguments` write that as compressed-tensors' QuantizationArgs; `parse_group` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+
+from aerogel.errors import BadInput
+from aerogel.pack.format import Activations, Grid
+from aerogel.quantize.grids import BLOCK, Fp8Grid, IntGrid
+
+NOT_SERVED = "not among what aerogel runs"
+
+
+class NotServed(BadInput):
+    """A valid quantization config that aerogel's kernels do not run (yet); another loader may."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """One linear's quantization.
+
+    format: a key of `aerogel.pack.FORMATS`, the way the weight lies in memory once loaded.
+    grid: the weight's numbers. Its `scale_dtype` is a guess until the file's header is seen (`with_scale_dtype`).
+    activations: none, int8 or fp8, dynamic.
+    """
+
+    format: str
+    grid: Grid
+    activations: Activations = "none"
+
+    def with_scale_dtype(self, dtype: torch.dtype) -> Scheme:
+        """The same scheme with scales of `dtype`, as the header of the file has them."""
+        grid = self.grid
+        if isinstance(grid, Fp8Grid):
+            return Scheme(
+                format=self.format,
+                grid=Fp8Grid(strategy=grid.strategy, scale_dtype=dtype),
+                activations=self.activations,
+            )
+        exact = IntGrid(bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric, scale_dtype=dtype)
+        return Scheme(format=self.format, grid=exact, activations=self.activations)
+
+
+def weight_arguments(grid: Grid) -> dict[str, Any]:
+    """compressed-tensors QuantizationArgs of a weight on `grid`."""
+    block = [BLOCK, BLOCK] if isinstance(grid, Fp8Grid) and grid.strategy == "block" else None
+    if isinstance(grid, Fp8Grid):
+        strategy, symmetric = grid.strategy, True
+    else:
+        strategy, symmetric = "channel" if grid.group_size is None else "group", grid.symmetric
+    return _arguments(
+        num_bits=grid.bits,
+        type="float" if isinstance(grid, Fp8Grid) else "int",
+        strategy=strategy,
+        symmetric=symmetric,
+        group_size=grid.group_size if strategy == "group" else None,
+        block_structure=block,
+        observer="memoryless_minmax",
+        zp_dtype=None if symmetric else "torch.int8",
+    )
+
+
+def activation_arguments(grid: Grid, activations: Activations) -> dict[str, Any] | None:
+    """compressed-tensors QuantizationArgs of dynamic input activations, None when they stay as they are."""
+    if activations == "none":
+        return None
+    blocks = isinstance(grid, Fp8Grid) and grid.strategy == "block"
+    return _arguments(
+        num_bits=8,
+        type="int" if activations == "int8" else "float",
+        strategy="group" if blocks else "token",
+        symmetric=True,
+        group_size=BLOCK if blocks else None,
+        dynamic=True,
+    )
+
+
+def _arguments(**given: Any) -> dict[str, Any]:
+    """All keys that compressed-tensors writes, in its order, with its defaults."""
+    defaults: dict[str, Any] = {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "group_size": None,
+        "num_bits": 8,
+        "observer": None,
+        "observer_kwargs": {},
+        "scale_dtype": None,
+        "strategy": None,
+        "symmetric": True,
+        "type": "int",
+        "zp_dtype": None,
+    }
+    return {**defaults, **given}
+
+
+def config_group(name: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+    """One entry of `config_groups`, still without `targets`."""
+    return {"format": name, "input_activations": inputs, "output_activations": None, "targets": [], "weights": weights}
+
+
+def parse_group(group: Mapping[str, Any], default_format: str | None) -> Scheme:
+    """The scheme that an entry of `config_groups` describes.
+
+    Args:
+        group: the entry, as the JSON has it.
+        default_format: the config's top-level `format`, used when the group has none.
+
+    Raises:
+        NotServed: a format or numbers that aerogel does not run, with the reason.
+        BadInput: an entry that makes no sense.
+    """
+    if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
+        raise NotServed(f"a config group without 'weights' quantizes activations only, {NOT_SERVED}")
+    if group.get("output_activations"):
+        raise NotServed(f"quantized output activations are {NOT_SERVED}")
+    name = group.get("format") or default_format
+    weights = group["weights"]
+    grid = _grid(weights, str(name))
+    stored = "int-quantized" if name == "naive-quantized" and isinstance(grid, IntGrid) else str(name)
+    stored = "float-quantized" if name == "naive-quantized" and isinstance(grid, Fp8Grid) else stored
+    activations = _activations(group.get("input_activations"), grid)
+    if activations != "none" and stored == "pack-quantized":
+        raise NotServed(f"pack-quantized weights with {activations} activations are {NOT_SERVED}")
+    return Scheme(format=stored, grid=grid, activations=activations)
+
+
+def _grid(weights: Mapping[str, Any], name: str) -> Grid:
+    kind, bits = weights.get("type", "int"), int(weights.get("num_bits", 8))
+    if weights.get("dynamic"):
+        raise NotServed(f"weights quantized at run time (dynamic: {weights['dynamic']}) are {NOT_SERVED}")
+    group = weights.get("group_size")
+    group = int(group) if group is not None and int(group) > 0 else None
+    strategy = weights.get("strategy") or ("group" if group else "channel" if weights.get("group_size") == -1 else "tensor")
+    if name in ("float-quantized", "naive-quantized") and kind == "float" and bits == 8:
+        if strategy == "block" and list(weights.get("block_structure") or []) != [BLOCK, BLOCK]:
+            raise NotServed(f"fp8 blocks of {weights.get('block_structure')} are {NOT_SERVED}, only [128, 128]")
+        if strategy not in ("channel", "block", "tensor"):
+            raise NotServed(f"fp8 weights with strategy {strategy} are {NOT_SERVED}")
+        return Fp8Grid(strategy=strategy)
+    if name in ("pack-quantized", "int-quantized", "naive-quantized") and kind == "int":
+        if strategy not in ("group", "channel", "tensor") or not 2 <= bits <= 8:
+            raise NotServed(f"{bits}-bit integers with strategy {strategy} are {NOT_SERVED}")
+        size = group if strategy == "group" else None
+        return IntGrid(bits=bits, group_size=size, symmetric=bool(weights.get("symmetric", True)))
+    raise NotServed(f"format {name} with {bits}-bit {kind} weights is {NOT_SERVED}")
+
+
+def _activations(inputs: Mapping[str, Any] | None, grid: Grid) -> Activations:
+    if not inputs:
+        return "none"
+    if not inputs.get("dynamic") or inputs.get("dynamic") == "local" or int(inputs.get("num_bits", 8)) != 8:
+        raise NotServed(f"static or narrow input activations are {NOT_SERVED}")
+    strategy, kind = inputs.get("strategy"), inputs.get("type", "int")
+    if not inputs.get("symmetric", True):
+        raise NotServed(f"asymmetric input activations are {NOT_SERVED}")
+    blocks = isinstance(grid, Fp8Grid) and grid.strategy == "block"
+    if kind == "float" and isinstance(grid, Fp8Grid):
+        if strategy == ("group" if blocks else "token") and (not blocks or inputs.get("group_size") == BLOCK):
+            return "fp8"
+    elif kind == "int" and isinstance(grid, IntGrid) and strategy == "token":
+        return "int8"
+    raise NotServed(f"{kind} input activations with strategy {strategy} on these weights are {NOT_SERVED}")
+
+
+def known_activations(name: str) -> Activations:
+    """`name` as an activation kind. Raises `BadInput` when it is none."""
+    if name not in get_args(Activations):
+        raise BadInput(f"activations {name!r} is unknown; write none, int8 or fp8")
+    return name  # type: ignore[return-value]

@@ -1,0 +1,13 @@
+"""Quantization: the grids (the only place that rounds) and the solvers that choose codes on them, one method per file."""
+
+from __future__ import annotations
+
+METHODS: dict[str, str] = {
+    "rtn": "aerogel.quantize.rtn:RoundToNearest",
+    "gptq": "aerogel.quantize.gptq:Gptq",
+    "hqq": "aerogel.quantize.hqq:Hqq",
+}
+"""Name of a `quantize:` method -> its class, loaded when first used. A method is `Layer -> Layer`."""
+
+SCALES: dict[str, str] = {"awq": "aerogel.quantize.awq:Awq"}
+"""Name of a `scale:` method -> its class. A method is `Site -> Site`: it runs before the codes are chosen."""

@@ -1,0 +1,202 @@
+"""GPTQ: round one input at a time and let the inputs still to come make up for the error.
+
+Equation: minimise tr((W - Q) H (W - Q)^T) over codes, H the second moment of the layer's input. Column by column, in
+the order of falling activation, each is rounded to nearest after the errors of earlier columns have been spread over it
+(`sweep` has the recursion; it equals that of Frantar et al. 2022, arXiv 2210.17323, without forming H^-1).
+
+What is added to the paper's method, each an option:
+- clip: scales are fitted before the solve, by a range search in which an error at input k costs 1 / (H^-1)_kk, the price
+  that remains after all other inputs have adapted. Scoring the clip by the inverse factor is due to Marlin's authors
+  (Frantar et al. 2024, arXiv 2408.11743).
+- act_order changes only the order of solving. Groups stay consecutive inputs and codes are stored in natural order, so
+  no runtime pays for it.
+- refit: afterwards codes and scales descend on the same loss until they stop paying (`refine`).
+- gptaq: earlier layers are compressed already, so this one sees inputs x instead of the x' of the dense model. Its loss
+  |W x' - Q x|^2 is the same quadratic form around another weight, W + W C H^-1 with C = sum (x' - x) x^T. Li et al. 2025
+  (arXiv 2504.02692) add part of that shift inside the recursion; here it is added whole, times `gptaq_alpha`.
+- a mask is honoured inside the loop: a pruned column has q = 0 and its error moves on like any other. When the kept
+  weights were refitted on the mask first, this is the joint optimum of pruning and quantizing for that mask, because
+  what refitting leaves is orthogonal to everything the codes can still change.
+
+Cost: a Cholesky factor per input (K^3 / 3), N K^2 per sweep, about 3 N K^2 per round of refit.
+Shape legend: N out features, K in features, G groups; [K, N] is a weight transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import BadInput, RunFailed
+from aerogel.model.layer import Layer, Need
+from aerogel.quantize.grids import Codes, Params, rows_of
+from aerogel.quantize.problem import ROWS, Problem, check_weight, prepare, relative_loss, second_moment
+from aerogel.quantize.ranges import Search
+from aerogel.quantize.refine import OnGrid, refine
+from aerogel.quantize.rounder import Rounder
+from aerogel.quantize.sweep import BLOCK, Chooser, sweep
+
+if TYPE_CHECKING:
+    from aerogel.quantize.grids import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq:
+    """Stage `Layer -> Layer`: codes that minimise the output error on the calibration data.
+
+    grid: the numbers to choose from.
+    clip: `none` spans every weight; `mse` searches the range with the least squared error; `hessian` weighs that error
+        by what the data say about each input.
+    groups: `static` fits all scales before the solve; `updated` fits each group when its turn comes, from the weights
+        as they then are (needs act_order: false).
+    act_order: solve the inputs with the largest activations first.
+    damping: share of the mean diagonal of H added to its diagonal; grows tenfold when H cannot be factored.
+    precision: type of the factorisation and the solve.
+    refit: rounds of descent on codes and scales after the solve; 0 leaves plain GPTQ.
+    signed_scales: let symmetric scales be negative where that puts the longer side of the range to use.
+    gptaq, gptaq_alpha: also make up for what compression changed in the input, to this share.
+    """
+
+    grid: Grid
+    clip: Literal["none", "mse", "hessian"] = "hessian"
+    groups: Literal["static", "updated"] = "static"
+    act_order: bool = True
+    damping: float = 0.05
+    precision: Literal["float32", "float64"] = "float32"
+    refit: int = 2
+    signed_scales: bool = True
+    gptaq: bool = False
+    gptaq_alpha: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.groups == "updated" and self.act_order:
+            raise BadInput("groups: updated solves in natural order; write act_order: false, or groups: static")
+        if self.groups == "updated" and self.grid.shared_rows != 1:
+            raise BadInput("groups: updated needs one scale per output; write groups: static for this format")
+        if not 0 < self.damping <= 1:
+            raise BadInput(f"damping must lie above 0 and at most at 1, found {self.damping}")
+        if self.refit < 0:
+            raise BadInput(f"refit must be 0 or a number of rounds, found {self.refit}")
+        if not 0 < self.gptaq_alpha <= 1:
+            raise BadInput(f"gptaq_alpha must lie above 0 and at most at 1, found {self.gptaq_alpha}")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The statistics asked of calibration."""
+        return frozenset({"second_moment", "cross_moment"} if self.gptaq else {"second_moment"})
+
+    def __call__(self, layer: Layer) -> Layer:
+        """The layer with codes. Raises `RunFailed` where calibration saw nothing of it, or H cannot be factored."""
+        return self.call_group((layer,))[0]
+
+    def call_group(self, layers: Sequence[Layer]) -> list[Layer]:
+        """Several layers; those whose statistics are the same tensor share one factorisation. Results do not depend
+        on who else is in the group."""
+        problems: dict[int, Problem] = {}
+        solved = []
+        for layer in layers:
+            h_KK = second_moment(layer, "gptq")
+            check_weight(layer, "gptq")
+            if id(h_KK) not in problems:
+                problems[id(h_KK)] = prepare(
+                    h_KK, name=layer.name, damping=self.damping, act_order=self.act_order, precision=self.precision
+                )
+            solved.append(self._solve(layer, h_KK, problems[id(h_KK)]))
+        return solved
+
+    def _solve(self, layer: Layer, h_KK: Tensor, problem: Problem) -> Layer:
+        target_NK = self._target(layer, h_KK, problem)
+        mask_NK = layer.mask_NK
+        importance_K = problem.importance_K if self.clip == "hessian" else None
+        fitted = self.grid.fit(target_NK, importance_K, mask_NK, self._search)
+        chunks: list[tuple[Tensor, Params]] = []
+        for start in range(0, len(target_NK), ROWS):
+            rows = slice(start, min(len(target_NK), start + ROWS))
+            mask_KN = None if mask_NK is None else mask_NK[rows].T.to(problem.h_KK.dtype).contiguous()
+            target_KN = target_NK[rows].T.to(problem.h_KK.dtype).contiguous()
+            chunks.append(self._solve_rows(target_KN, mask_KN, rows_of(self.grid, fitted, rows), problem))
+        codes = self._codes(chunks, fitted)
+        weight_NK = codes.decode()
+        return layer.with_(
+            weight_NK=weight_NK, codes=codes, loss=relative_loss(layer.weight_NK, weight_NK, h_KK), notes=problem.notes
+        )
+
+    @property
+    def _search(self) -> Search:
+        return Search(kind="minmax" if self.clip == "none" else "mse", signed=self.signed_scales)
+
+    def _target(self, layer: Layer, h_KK: Tensor, problem: Problem) -> Tensor:
+        """The weight to approximate, [N, K]: the layer's own, or shifted by what its input lost."""
+        w_NK = layer.weight_NK.float()
+        if not self.gptaq:
+            return w_NK
+        cross_KK = layer.stats.cross_moment_KK if layer.stats is not None else None
+        if cross_KK is None:
+            raise RunFailed(f"gptaq needs the cross moment of the inputs of {layer.name}, and calibration kept none")
+        # problem.h_KK is H over its mean diagonal, so the cross moment is brought to the same unit.
+        unit = h_KK.diagonal()[h_KK.diagonal() > 0].mean()
+        pull_KN = (w_NK @ cross_KK / unit).T.to(problem.h_KK.dtype)
+        shift_KN: Tensor = torch.linalg.solve(problem.h_KK, pull_KN)
+        return w_NK + self.gptaq_alpha * shift_KN.T.float()
+
+    def _solve_rows(self, target_KN: Tensor, mask_KN: Tensor | None, fitted: Params, problem: Problem) -> tuple[Tensor, Params]:
+        """Codes and scales of up to `ROWS` outputs."""
+        K, N = target_KN.shape
+        rounder = self.grid.rounder(fitted, N, K, target_KN.dtype)
+        order_K = problem.permutation
+        work_KN = target_KN[order_K]
+        chooser: Chooser = OnGrid(rounder, problem.order, None if mask_KN is None else mask_KN[order_K])
+        segment = BLOCK
+        if self.groups == "updated":
+            chooser = _Updated(rounder, mask_KN, problem, self._search, self.clip == "hessian")
+            segment = rounder.size
+        q_KN = torch.empty_like(target_KN)
+        q_KN[order_K] = sweep(work_KN, work_KN, problem.lower_KK, chooser, segment=segment)
+        if self.refit:
+            q_KN = refine(target_KN, problem.h_KK, q_KN, rounder, mask_KN, self.refit)
+        params = rounder.params()
+        return self.grid.encode(q_KN.T.float(), params), params
+
+    def _codes(self, chunks: Sequence[tuple[Tensor, Params]], fitted: Params) -> Codes:
+        """All rows together. Scales that outputs share never change while solving, so those are the fitted ones."""
+        values_NK = torch.cat([values for values, _ in chunks])
+        if self.grid.shared_rows != 1:
+            return Codes(values_NK=values_NK, scale_NG=fitted.scale_NG, zero_NG=fitted.zero_NG, grid=self.grid)
+        scale_NG = torch.cat([params.scale_NG for _, params in chunks])
+        zeros = [params.zero_NG for _, params in chunks if params.zero_NG is not None]
+        zero_NG = torch.cat(zeros) if zeros else None
+        return Codes(values_NK=values_NK, scale_NG=scale_NG, zero_NG=zero_NG, grid=self.grid)
+
+
+@dataclass(frozen=True)
+class _Updated:
+    """Chooser that fits the scales of a group when its first column is due, natural column order only."""
+
+    rounder: Rounder
+    mask_KN: Tensor | None
+    problem: Problem
+    search: Search
+    by_hessian: bool
+
+    def enter(self, start: int, stop: int, target_kN: Tensor) -> None:
+        """Scales of the group that begins here. The curvature is what errors in it cost once later inputs adapted."""
+        kept = target_kN if self.mask_KN is None else target_kN * self.mask_KN[start:stop]
+        curvature = None
+        if self.by_hessian:
+            unit_upper = self.problem.lower_KK[start:stop, start:stop].T
+            factor = unit_upper * self.problem.pivot_K[start:stop].sqrt()
+            curvature = factor @ factor.T
+        N, K = kept.shape[1], stop - start
+        fitted = self.rounder.grid.fit(kept.T.float(), None, None, self.search, curvature)
+        single = self.rounder.grid.rounder(fitted, N, K, target_kN.dtype)
+        self.rounder.replace(start // self.rounder.size, single.step(0))
+
+    def column(self, i: int, target_N: Tensor, out: Tensor) -> None:
+        """The nearest grid values, zero where pruned."""
+        self.rounder.column(i, target_N, out)
+        if self.mask_KN is not None:
+            out.mul_(self.mask_KN[i])

@@ -1,0 +1,144 @@
+"""What the input of a layer makes of an error in its weight: the quadratic form that every solver here minimises.
+
+For a weight error D = W - Q and inputs x, the squared output error summed over the calibration tokens is tr(D H D^T) with
+H = sum x x^T. `Problem` prepares H once for all linears that read the same input (q, k, v; gate and up; all of them are
+independent rows of one problem): it adds damping, chooses the order of columns and factors. Numbers are relative to the
+mean diagonal, so that neither the token count nor the scale of the activations matters.
+
+Damping adds a multiple of the mean diagonal to the diagonal: without it H of few tokens is singular, and solvers would
+trust correlations that calibration saw by chance. If the factorisation fails the damping is multiplied by ten, at most to
+1, and the damping that worked and the number of retries are stated in the notes of the layer.
+An input that was zero on every token is `dead`: its column cannot be judged and is rounded to nearest.
+
+Shape legend: N out features, K in features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import RunFailed
+from aerogel.model.layer import Layer
+
+ROWS = 4096
+"""Outputs solved at a time: rows are independent, and this bounds the working memory."""
+
+HIGHEST_DAMPING = 1.0
+
+
+def second_moment(layer: Layer, method: str) -> Tensor:
+    """The layer's H, [K, K]. Raises `RunFailed` naming the layer when calibration cannot have produced a useful one."""
+    stats = layer.stats
+    if stats is None or stats.second_moment_KK is None:
+        raise RunFailed(f"{method} needs the second moment of the inputs of {layer.name}, and calibration kept none")
+    h_KK = stats.second_moment_KK
+    K = layer.weight_NK.shape[1]
+    if h_KK.shape != (K, K):
+        raise RunFailed(f"{layer.name} has {K} inputs, but its second moment is {list(h_KK.shape)}")
+    if not bool(torch.isfinite(h_KK).all()):
+        raise RunFailed(f"the second moment of the inputs of {layer.name} is not finite; calibrate on other data")
+    if stats.tokens == 0 or not bool((h_KK.diagonal() > 0).any()):
+        raise RunFailed(
+            f"{layer.name} saw no input in {stats.tokens} calibration tokens, so {method} cannot judge its weights;"
+            " use more or other calibration data, or leave it to a method that needs none"
+        )
+    return h_KK
+
+
+def check_weight(layer: Layer, method: str) -> None:
+    """Raises `RunFailed` when the weight has values that no method can round or rank."""
+    if not bool(torch.isfinite(layer.weight_NK).all()):
+        raise RunFailed(f"{method} cannot treat {layer.name}: its weight has NaN or infinite values")
+
+
+def relative_loss(w_NK: Tensor, q_NK: Tensor, h_KK: Tensor) -> float:
+    """tr(D H D^T) / tr(W H W^T) with D = W - Q, accumulated in float64; 0 for a weight whose output is zero anyway."""
+    error = scale = 0.0
+    for w, q in zip(torch.split(w_NK, ROWS), torch.split(q_NK, ROWS), strict=True):
+        w = w.float()
+        d = w - q
+        error += float((d * (d @ h_KK)).sum(dtype=torch.float64))
+        scale += float((w * (w @ h_KK)).sum(dtype=torch.float64))
+    return max(error, 0.0) / scale if scale > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """H made ready for solving.
+
+    h_KK: damped, mean diagonal about 1, natural column order.
+    order: the columns in the order in which they are solved.
+    lower_KK: feedback matrix L of `sweep`, in that order. pivot_K: r_ii^2, what a unit error of column i costs once all
+        later columns have adapted to it.
+    importance_K: 1 / diag(H^-1), natural order: what a unit error costs once *all* other columns have adapted.
+    notes: damping, retries, dead columns.
+    """
+
+    h_KK: Tensor
+    order: tuple[int, ...]
+    lower_KK: Tensor
+    pivot_K: Tensor
+    importance_K: Tensor
+    notes: dict[str, object]
+
+    @property
+    def permutation(self) -> Tensor:
+        """`order` as a tensor."""
+        return torch.tensor(self.order, device=self.h_KK.device)
+
+
+def prepare(
+    h_KK: Tensor,
+    *,
+    name: str,
+    damping: float,
+    act_order: bool,
+    precision: Literal["float32", "float64"] = "float32",
+) -> Problem:
+    """Damp, order and factor a second moment. `name` is who to name if it cannot be factored (`RunFailed`).
+
+    act_order: columns with the largest mean square first, so that their errors are still corrected by all others.
+    """
+    h_KK = h_KK.to(torch.float64 if precision == "float64" else torch.float32)
+    dead = h_KK.diagonal() <= 0
+    scaled = h_KK / h_KK.diagonal()[~dead].mean()
+    order = torch.arange(len(scaled), device=scaled.device)
+    if act_order:
+        order = torch.argsort(scaled.diagonal(), descending=True, stable=True)
+    used, retries = _damp_until_definite(scaled, damping, name)
+    # H = R R^T with R upper: the Cholesky factor of the reversed matrix, reversed back.
+    upper = torch.linalg.cholesky(scaled[order][:, order].flip(0, 1)).flip(0, 1)
+    diagonal = upper.diagonal().clone()
+    inverse = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
+    importance = torch.empty_like(diagonal)
+    importance[order] = 1 / inverse.square_().sum(0)
+    del inverse
+    return Problem(
+        h_KK=scaled,
+        order=tuple(order.tolist()),
+        lower_KK=upper.div_(diagonal).T.contiguous(),
+        pivot_K=diagonal.square_(),
+        importance_K=importance,
+        notes={"damping": used, "retries": retries, "dead_inputs": int(dead.sum())},
+    )
+
+
+def _damp_until_definite(scaled_KK: Tensor, damping: float, name: str) -> tuple[float, int]:
+    """Adds damping in place until a Cholesky factor exists; the damping used and how often it had to grow."""
+    natural = scaled_KK.diagonal().clone()
+    attempt = damping
+    retries = 0
+    while True:
+        scaled_KK.diagonal().copy_(natural + attempt)
+        if int(torch.linalg.cholesky_ex(scaled_KK.flip(0, 1))[1]) == 0:
+            return attempt, retries
+        if attempt >= HIGHEST_DAMPING:
+            raise RunFailed(
+                f"the second moment of the inputs of {name} cannot be factored even with damping {attempt:g};"
+                " calibrate with more samples, or write precision: float64"
+            )
+        attempt, retries = min(HIGHEST_DAMPING, max(attempt, 1e-4) * 10), retries + 1

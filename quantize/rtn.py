@@ -1,0 +1,75 @@
+"""Round to nearest: every weight to the closest value of its grid. No data needed, the baseline of everything else.
+
+What can be chosen is the range of each group (`ranges`): by default the one with the least squared error instead of the
+one that spans every weight, which alone removes a third of the error at 3 bits. With `weighted` the errors count by the
+mean square of their input, which needs calibration but no solve. Cost: one pass per range tried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from aerogel.model.layer import Layer, Need
+from aerogel.quantize.grids import quantized
+from aerogel.quantize.problem import check_weight, relative_loss, second_moment
+from aerogel.quantize.ranges import Search
+
+if TYPE_CHECKING:
+    from aerogel.quantize.grids import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundToNearest:
+    """Stage `Layer -> Layer`.
+
+    grid: the numbers to choose from.
+    clip: `none` spans every weight, `mse` searches the range with the least error.
+    weighted: weigh errors by the mean square of the input they meet; needs calibration.
+    norm: power of the error in the search.
+    signed_scales: let symmetric scales be negative where that puts the longer side of the range to use.
+    """
+
+    grid: Grid
+    clip: Literal["none", "mse"] = "mse"
+    weighted: bool = False
+    norm: float = 2.0
+    signed_scales: bool = True
+
+    def __post_init__(self) -> None:
+        Search(norm=self.norm)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The statistics asked of calibration."""
+        return frozenset({"second_moment"} if self.weighted else ())
+
+    def __call__(self, layer: Layer) -> Layer:
+        """The layer with codes; its loss is known where it has statistics. Pruned weights stay zero."""
+        check_weight(layer, "rtn")
+        importance_K = second_moment(layer, "rtn (weighted)").diagonal() if self.weighted else None
+        search = Search(kind="minmax" if self.clip == "none" else "mse", norm=self.norm, signed=self.signed_scales)
+        kept_NK = layer.weight_NK.float() if layer.mask_NK is None else layer.weight_NK.float() * layer.mask_NK
+        codes = quantized(self.grid, kept_NK, self.grid.fit(kept_NK, importance_K, None, search))
+        weight_NK = codes.decode()
+        return layer.with_(
+            weight_NK=weight_NK, codes=codes, loss=known_loss(layer, weight_NK), notes=weight_error(layer, weight_NK)
+        )
+
+
+def known_loss(layer: Layer, weight_NK: Tensor) -> float | None:
+    """Relative output error where the layer has a second moment, for methods that do without."""
+    stats = layer.stats
+    if stats is None or stats.second_moment_KK is None or stats.tokens == 0:
+        return None
+    return relative_loss(layer.weight_NK, weight_NK, stats.second_moment_KK)
+
+
+def weight_error(layer: Layer, weight_NK: Tensor) -> dict[str, object]:
+    """|W - Q|^2 / |W|^2 for the notes of methods that see no data."""
+    size = float(layer.weight_NK.square().sum(dtype=torch.float64))
+    error = float((layer.weight_NK - weight_NK).square().sum(dtype=torch.float64))
+    return {"weight_error": error / size if size > 0 else 0.0}

@@ -1,0 +1,113 @@
+"""Which stages treat which weight. Every pattern must match something, and no weight is rounded twice.
+
+A pattern is the exact name of a matrix in the checkpoint (without `.weight`), its class, or `re:` and a regular
+expression that must match at the start of the name. The class `Linear` covers every linear map however an
+architecture stores it: `nn.Linear`, the transposed `Conv1D` of GPT-2, and each expert of a fused stack. `Expert`
+covers experts alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+from aerogel.errors import BadInput
+from aerogel.lazy import nearest
+from aerogel.recipes.stages import StageSpec
+
+LINEAR_CLASSES = frozenset({"Linear", "Conv1D", "Expert"})
+"""What the class name `Linear` stands for. Experts are linears: a recipe that forgot them would leave most of a
+mixture-of-experts model dense."""
+
+ALWAYS_ALLOWED = "lm_head"
+"""The default ignore pattern: a model with a tied head has no such module, and that is no mistake of the user."""
+
+
+def matches(pattern: str, name: str, module_class: str) -> bool:
+    """Whether `pattern` covers the module `name` of class `module_class`."""
+    if pattern.startswith("re:"):
+        return _compiled(pattern[3:]).match(name) is not None
+    return pattern in (name, module_class) or (pattern == "Linear" and module_class in LINEAR_CLASSES)
+
+
+def assign(stages: Sequence[StageSpec], modules: Iterable[tuple[str, str]]) -> dict[str, list[StageSpec]]:
+    """For each module name the stages that treat it, in order; an empty list where none does.
+
+    Args:
+        stages: of a recipe.
+        modules: (checkpoint name without `.weight`, class name) of every weight that can be treated or kept by name.
+
+    Raises:
+        BadInput: a pattern matches nothing, a weight is claimed by two quantize stages, a stage comes after
+            the one that rounds the weight, or a scale stage has no quantize stage behind it.
+    """
+    known = list(modules)
+    for index, spec in enumerate(stages):
+        for key in ("targets", "ignore"):
+            for pattern in getattr(spec, key):
+                _check_pattern(f"stages.{index}.{spec.kind}.{key}", key, pattern, known)
+    plan: dict[str, list[StageSpec]] = {name: [] for name, _ in known}
+    claims: dict[str, list[int]] = {name: [] for name, _ in known}
+    for index, spec in enumerate(stages):
+        for name in _claimed(spec, index, known):
+            plan[name].append(spec)
+            claims[name].append(index)
+    for name, indices in claims.items():
+        _check_order(name, indices, stages)
+    return plan
+
+
+def _claimed(spec: StageSpec, index: int, known: list[tuple[str, str]]) -> list[str]:
+    """The names that one stage treats: targets less ignore. Raises `BadInput` when nothing is left."""
+    found = [
+        name
+        for name, module_class in known
+        if any(matches(pattern, name, module_class) for pattern in spec.targets)
+        and not any(matches(pattern, name, module_class) for pattern in spec.ignore)
+    ]
+    if not found:
+        raise BadInput(
+            f"stages.{index}.{spec.kind}: ignore {list(spec.ignore)} leaves nothing of targets {list(spec.targets)};"
+            " shorten ignore or widen targets"
+        )
+    return found
+
+
+def _check_pattern(place: str, key: str, pattern: str, known: list[tuple[str, str]]) -> None:
+    """A pattern that matches nothing is a typing error more often than not, and silently skips weights."""
+    if key == "ignore" and pattern == ALWAYS_ALLOWED:
+        return
+    if not any(matches(pattern, name, module_class) for name, module_class in known):
+        examples = [name for name, _ in known]
+        hint = nearest(pattern, {*examples, *LINEAR_CLASSES}) if not pattern.startswith("re:") and len(examples) < 5000 else ""
+        hint = hint if "did you mean" in hint else f"; names look like {examples[0] if examples else 'none'}"
+        raise BadInput(f"{place}: '{pattern}' matches nothing in this model{hint} (see `aerogel plan`)")
+
+
+def _check_order(name: str, indices: list[int], stages: Sequence[StageSpec]) -> None:
+    """At most one quantize stage per weight, and it is the last one."""
+    rounding = [index for index in indices if stages[index].kind == "quantize"]
+    if len(rounding) > 1:
+        first, second = rounding[:2]
+        raise BadInput(
+            f"{name} is claimed by stages.{first}.quantize and stages.{second}.quantize; narrow the targets of one"
+            " or add the weight to its ignore"
+        )
+    if rounding and rounding[0] != indices[-1]:
+        late = next(index for index in indices if index > rounding[0])
+        raise BadInput(
+            f"{name}: stages.{late}.{stages[late].kind} comes after stages.{rounding[0]}.quantize, which already"
+            " rounded it; move it in front"
+        )
+    scaling = [index for index in indices if stages[index].kind == "scale"]
+    if scaling and not rounding:
+        raise BadInput(
+            f"{name}: stages.{scaling[0]}.scale prepares rounding, but no quantize stage treats this weight; give both"
+            " the same targets and ignore"
+        )
+
+
+@cache
+def _compiled(expression: str) -> re.Pattern[str]:
+    return re.compile(expression)

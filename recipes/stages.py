@@ -1,0 +1,197 @@
+"""One entry of `stages:` resolved: which method, with which options, on which weights.
+
+An entry is a mapping with one key, the kind (`prune`, `scale` or `quantize`), whose value holds `method`, `targets`,
+`ignore` and the options of that method. A `scale` stage is a site stage: it moves scale between the linears of a site
+before the quantize stage behind it rounds them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from aerogel.errors import BadInput
+from aerogel.lazy import load, nearest
+from aerogel.recipes.files import Document, Key, describe
+from aerogel.recipes.options import GRIDS, option_model, options
+from aerogel.recipes.overrides import STAGE_KINDS
+from aerogel.recipes.problems import first_problem
+
+Kind = Literal["prune", "scale", "quantize"]
+Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)]
+Activations = Literal["none", "int8", "fp8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """A stage of the recipe with the weights it is meant for.
+
+    kind: prune, scale or quantize.
+    method_name: the name in the table of that kind, such as `gptq`.
+    stage: the method, a frozen dataclass that is callable (`Layer -> Layer`; a scale stage works on a site).
+    targets, ignore: patterns; exact checkpoint name without `.weight`, a class such as `Linear`, or `re:regex`.
+    activations: what inputs are rounded to at run time; `none` keeps them. Only quantize stages have another value.
+    options: every other key with its value, defaults included; plain JSON values.
+    """
+
+    kind: Kind
+    method_name: str
+    stage: Any
+    targets: tuple[str, ...] = ("Linear",)
+    ignore: tuple[str, ...] = ("lm_head",)
+    activations: Activations = "none"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that this stage asks calibration for; empty for a method that needs no data."""
+        return frozenset(getattr(self.stage, "needs", frozenset()))
+
+    def at(self, dtype: str) -> StageSpec:
+        """The same stage with `scale_dtype: auto` resolved to `dtype` (`bfloat16`, ...), the type of the checkpoint."""
+        if self.options.get("scale_dtype") != "auto":
+            return self
+        return replace(self, stage=_build_stage(self.kind, self.method_name, {**self.options, "scale_dtype": dtype}))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry as it would be written in a recipe with nothing left out."""
+        shared: dict[str, Any] = {
+            "method": self.method_name,
+            "targets": list(self.targets),
+            "ignore": list(self.ignore),
+        }
+        if self.kind == "quantize":
+            shared["activations"] = self.activations
+        return {self.kind: {**shared, **self.options}}
+
+
+def methods(kind: str) -> dict[str, str]:
+    """The table of lazy method names for a kind of stage; costs no import of the methods themselves."""
+    table = {
+        "prune": "aerogel.prune:METHODS",
+        "scale": "aerogel.quantize:SCALES",
+        "quantize": "aerogel.quantize:METHODS",
+    }
+    found: dict[str, str] = load(table[kind])
+    return found
+
+
+@cache
+def stage_model(kind: str, method: str, grid: str | None) -> type[BaseModel]:
+    """The closed model of the keys that a stage of this kind, method and grid format accepts."""
+    keys: dict[str, tuple[Any, Any]] = {
+        "method": (Literal[method], ...),
+        "targets": (Patterns, ("Linear",)),
+        "ignore": (Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)], ("lm_head",)),
+    }
+    if grid is not None:
+        keys |= {"activations": (Activations, "none"), "format": (Literal[tuple(GRIDS)], "int")}
+        keys |= options(load(GRIDS[grid]))
+    name = f"{kind} ({method}, {grid})" if grid else f"{kind} ({method})"
+    return option_model(name, keys | options(load(methods(kind)[method]), without=frozenset({"grid"})))
+
+
+def parse_stages(document: Document) -> tuple[StageSpec, ...]:
+    """The resolved `stages:` of a document. Raises `BadInput` naming the place and the nearest word that exists."""
+    stages = document.tree.get("stages")
+    if not isinstance(stages, list) or not stages:
+        found = "found none" if "stages" not in document.tree else f"found {describe(stages)}"
+        raise document.problem(("stages",), f"must list at least one stage ({', '.join(STAGE_KINDS)}), {found}")
+    return tuple(_parse_stage(document, index, entry) for index, entry in enumerate(stages))
+
+
+def _parse_stage(document: Document, index: int, entry: object) -> StageSpec:
+    key: Key = ("stages", index)
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise document.problem(key, f"a stage is one of {', '.join(STAGE_KINDS)} with its options, found {_words(entry)}")
+    ((kind, body),) = entry.items()
+    key = (*key, kind)
+    if kind not in STAGE_KINDS:
+        raise document.problem(key, f"unknown kind of stage{nearest(kind, STAGE_KINDS)}")
+    if not isinstance(body, dict):
+        raise document.problem(key, f"must be a mapping such as {{method: ...}}, found {describe(body)}")
+    method = _chosen(document, (*key, "method"), body.get("method"), methods(kind))
+    grid = None
+    if kind == "quantize":
+        grid = _chosen(document, (*key, "format"), body.get("format", "int"), GRIDS)
+    model = stage_model(kind, method, grid)
+    try:
+        checked = model.model_validate(body).model_dump()
+    except ValidationError as error:
+        raise first_problem(error, model, document, key) from None
+    return _spec(document, key, kind, checked)
+
+
+def _spec(document: Document, key: Key, kind: str, checked: dict[str, Any]) -> StageSpec:
+    """The stage built from checked options; what its own `__post_init__` refuses is blamed on the right key."""
+    shared = {name: checked.pop(name) for name in ("method", "targets", "ignore")}
+    activations = checked.pop("activations", "none")
+    for name in ("targets", "ignore"):
+        for position, pattern in enumerate(shared[name]):
+            _check_pattern(document, (*key, name, position), pattern)
+    try:
+        stage = _build_stage(kind, shared["method"], checked)
+    except BadInput as error:
+        guilty = [name for name in checked if re.search(rf"\b{name}\b", str(error))]
+        raise document.problem((*key, *guilty[:1]), str(error)) from None
+    return StageSpec(
+        kind=kind,  # type: ignore[arg-type]
+        method_name=shared["method"],
+        stage=stage,
+        targets=shared["targets"],
+        ignore=shared["ignore"],
+        activations=activations,
+        options=checked,
+    )
+
+
+def _build_stage(kind: str, method: str, checked: dict[str, Any]) -> Any:
+    """An instance of the method's class, with its grid when it rounds."""
+    cls = load(methods(kind)[method])
+    own = {name: checked[name] for name in options(cls, without=frozenset({"grid"}))}
+    if kind == "quantize":
+        own["grid"] = _build_grid(checked)
+    return cls(**own)
+
+
+def _build_grid(checked: dict[str, Any]) -> Any:
+    """The grid of a quantize stage. `scale_dtype: auto` stands as float32 until the checkpoint's type is known."""
+    import torch
+
+    cls = load(GRIDS[checked["format"]])
+    values = {name: checked[name] for name in options(cls)}
+    if "scale_dtype" in values:
+        name = values["scale_dtype"]
+        values["scale_dtype"] = getattr(torch, "float32" if name == "auto" else name)
+    return cls(**values)
+
+
+def _chosen(document: Document, key: Key, word: object, table: Mapping[str, str]) -> str:
+    """`word` if the table has it; else the error that names the nearest one."""
+    what = key[-1]
+    if word is None:
+        raise document.problem(key, f"is missing; add `{what}:` with one of {', '.join(sorted(table))}")
+    if not isinstance(word, str) or word not in table:
+        raise document.problem(key, f"unknown {what} {describe(word)}{nearest(str(word), table)}")
+    return word
+
+
+def _check_pattern(document: Document, key: Key, pattern: str) -> None:
+    """Refuses a `re:` pattern that is no regular expression."""
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise document.problem(key, f"'{pattern}' is not a regular expression ({error})") from None
+
+
+def _words(entry: object) -> str:
+    """What stands where a stage was expected."""
+    if isinstance(entry, dict) and entry:
+        return f"the keys {', '.join(map(str, entry))}: begin each stage with its own `- `"
+    return describe(entry)

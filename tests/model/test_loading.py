@@ -1,0 +1,290 @@
+"""Compressed checkpoints, as files, through `from_pretrained`: the model must be the one the decoded weights make."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests import zoo
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from aerogel.errors import BadInput
+from aerogel.kernels.linear import Linear
+from aerogel.model.loading import load, register
+from aerogel.model.reader import CheckpointReader
+from aerogel.model.structure import Matrix, discover
+from aerogel.pack.config import choose_format, quantization_config
+from aerogel.pack.export import export_dense
+from aerogel.quantize.grids import Fp8Grid, IntGrid, quantized
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+INT4 = IntGrid(bits=4, group_size=16)
+IDS = torch.randint(3, 128, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+@dataclass
+class Made:
+    dense: Path
+    packed: Path
+    expected: dict[str, Tensor]
+    names: list[str] = field(default_factory=list)
+
+
+def make(
+    folder: Path,
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    grid_of: Callable[[Matrix], Any] = lambda m: INT4,
+    activations: str = "none",
+    method: str = "compressed-tensors",
+) -> Made:
+    """A zoo model as a dense checkpoint, and a packed one with every matrix but embeddings, head and routers quantized."""
+    register()
+    dense = zoo.save(name, folder / "dense", dtype=dtype)
+    structure = discover(dense)
+    reader = CheckpointReader(dense)
+    out = {n: reader.read(n) for n in reader.names}
+    expected = {n: t.clone() for n, t in out.items()}
+    assignments = []
+    for m in structure.matrices:
+        role = structure.role(m.tensor)
+        grid = grid_of(m) if m.kind != "Embedding" and role in ("linear", "expert", "conv1d") else None
+        if grid is None:
+            continue
+        weight = m.take(expected[m.tensor]).float()
+        codes = quantized(grid, weight, grid.fit(weight))
+        m.take(expected[m.tensor]).copy_(codes.decode(dtype))
+        out.pop(m.tensor, None)
+        for local, tensor in choose_format(grid, activations).encode(codes).items():
+            out[f"{m.name}.{local}"] = tensor.clone()
+        assignments.append((m.name, grid, activations))
+    packed = folder / "packed"
+    packed.mkdir()
+    save_file(out, packed / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((dense / "config.json").read_text())
+    config["quantization_config"] = quantization_config(assignments, ["lm_head"], method=method)
+    (packed / "config.json").write_text(json.dumps(config))
+    return Made(dense, packed, expected, [n for n, _, _ in assignments])
+
+
+def reference(made: Made) -> torch.nn.Module:
+    """The dense architecture with the decoded weights."""
+    target = made.dense.parent / "expected"
+    target.mkdir(exist_ok=True)
+    (target / "config.json").write_text((made.dense / "config.json").read_text())
+    save_file(made.expected, target / "model.safetensors", metadata={"format": "pt"})
+    return AutoModelForCausalLM.from_pretrained(target, experts_implementation="eager")
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits.float()
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    error = ((found - wanted).norm() / wanted.norm()).item()
+    worst = int((found - wanted).abs().argmax())
+    assert error <= tolerance, f"relative error {error:.2e} above {tolerance:.0e}, worst at flat index {worst}"
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.ZOO])
+def test_every_architecture_runs_with_its_decoded_weights(tmp_path: Path, name: str) -> None:
+    made = make(tmp_path, name)
+    model = load(made.packed)
+    close(logits(model), logits(reference(made)), 2e-5)
+    assert made.names
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_oss", "qwen3"])
+def test_export_gives_the_decoded_weights_bit_for_bit_under_their_own_names(tmp_path: Path, name: str) -> None:
+    made = make(tmp_path, name, dtype=torch.bfloat16)
+    (made.packed / "tokenizer.json").write_text("{}")
+    out = export_dense(made.packed, tmp_path / "exported", shard_bytes=20_000)
+    reader = CheckpointReader(out)
+    assert set(reader.names) == set(made.expected)
+    for tensor, wanted in made.expected.items():
+        assert torch.equal(reader.read(tensor), wanted), tensor
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert (out / "tokenizer.json").exists() and len(list(out.glob("*.safetensors"))) > 1
+    with pytest.raises(BadInput, match="exists"):
+        export_dense(made.packed, out)
+    export_dense(made.packed, out, overwrite=True)
+    assert len(list(out.glob("*.safetensors"))) == 1
+
+
+SCHEMES = [
+    (IntGrid(bits=bits, group_size=group, symmetric=symmetric, scale_dtype=torch.bfloat16), "none")
+    for bits, group, symmetric in [(2, 32, False), (3, 16, True), (4, 32, True), (4, 32, False), (5, None, True), (8, 32, True)]
+] + [
+    (IntGrid(bits=8, scale_dtype=torch.bfloat16), "none"),
+    (IntGrid(bits=8, scale_dtype=torch.bfloat16), "int8"),
+    (Fp8Grid(), "fp8"),
+    (Fp8Grid(strategy="block", scale_dtype=torch.bfloat16), "none"),
+    (Fp8Grid(strategy="tensor"), "none"),
+]
+
+
+@pytest.mark.parametrize(("grid", "activations"), SCHEMES, ids=str)
+def test_every_scheme_loads_packed_and_decodes_exactly(tmp_path: Path, grid: Any, activations: str) -> None:
+    made = make(tmp_path, "llama", dtype=torch.bfloat16, grid_of=lambda m: grid, activations=activations)
+    model = load(made.packed)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
+    assert set(layers) == set(made.names)
+    sizes = {n: 0 for n in layers}
+    for tensor, value in load_file(made.packed / "model.safetensors").items():
+        owner = tensor.rpartition(".")[0]
+        if owner in sizes:
+            sizes[owner] += value.nbytes
+    for n, layer in layers.items():
+        assert torch.equal(layer.dequantize(torch.bfloat16), made.expected[f"{n}.weight"]), n
+        kept = layer.restore() or layer.packed_bytes
+        assert kept == sizes[n], n
+        layer.prepare()
+        # A kernel's own layout may repeat scales in another type, never weights.
+        assert layer.packed_bytes <= sizes[n] + 5 * layer.out_features * grid.groups(layer.in_features)
+    tolerance = 0.08 if activations != "none" else 0.03
+    close(logits(model), logits(reference(made)), tolerance)
+
+
+def test_tied_embeddings_stay_tied_and_a_packed_head_unties(tmp_path: Path) -> None:
+    made = make(tmp_path, "qwen3")
+    model = load(made.packed)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    weight = made.expected["model.embed_tokens.weight"].float()
+    codes = quantized(INT4, weight, INT4.fit(weight))
+    tensors = load_file(made.packed / "model.safetensors")
+    for local, tensor in choose_format(INT4).encode(codes).items():
+        tensors[f"lm_head.{local}"] = tensor
+    save_file(tensors, made.packed / "model.safetensors", metadata={"format": "pt"})
+    for tied in (False, True):
+        # True is a config that somebody forgot to change; the tensors in the file decide.
+        config = json.loads((made.packed / "config.json").read_text())
+        config["tie_word_embeddings"] = tied
+        config["quantization_config"]["ignore"] = []
+        (made.packed / "config.json").write_text(json.dumps(config))
+        model = load(made.packed)
+        assert isinstance(model.lm_head, Linear)
+        assert torch.equal(model.lm_head.dequantize(), codes.decode())
+        assert torch.equal(model.model.embed_tokens.weight, made.expected["model.embed_tokens.weight"])
+        assert model.config.tie_word_embeddings is False
+
+
+def test_mixed_schemes_and_kept_layers(tmp_path: Path) -> None:
+    wide = IntGrid(bits=8, group_size=16, symmetric=False)
+
+    def grid_of(m: Matrix) -> Any:
+        if "k_proj" in m.name:
+            return None
+        return wide if "down_proj" in m.name else INT4
+
+    made = make(tmp_path, "llama", grid_of=grid_of)
+    config = json.loads((made.packed / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "pack-quantized" and len(config["config_groups"]) == 2
+    model = load(made.packed)
+    assert model.model.layers[0].mlp.down_proj.scheme.grid == wide
+    assert type(model.model.layers[0].self_attn.k_proj) is torch.nn.Linear
+    close(logits(model), logits(reference(made)), 2e-5)
+
+
+def test_experts_of_which_some_are_not_packed(tmp_path: Path) -> None:
+    made = make(tmp_path, "mixtral", grid_of=lambda m: None if "experts.2." in m.name else INT4)
+    close(logits(load(made.packed)), logits(reference(made)), 2e-5)
+
+
+def test_what_is_missing_or_wrong_is_an_error(tmp_path: Path) -> None:
+    made = make(tmp_path, "llama")
+    file = made.packed / "model.safetensors"
+    whole = load_file(file)
+    broken = {n: t for n, t in whole.items() if n != "model.layers.1.mlp.up_proj.weight_scale"}
+    save_file(broken, file, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="weight_scale"):
+        load(made.packed)
+    name = "model.layers.0.mlp.up_proj.weight_shape"
+    save_file({**whole, name: torch.tensor([1, 2])}, file, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"\[1, 2\]"):
+        load(made.packed)
+    save_file({n: t for n, t in whole.items() if n != "model.norm.weight"}, file, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="norm"):
+        load(made.packed)
+    with pytest.raises(BadInput, match="checkpoint"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_config_that_aerogel_does_not_run_goes_to_the_stock_loader_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make(tmp_path, "llama")
+    config = json.loads((made.packed / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group["format"] = "nvfp4-pack-quantized"
+    group["weights"] |= {"type": "float", "num_bits": 4, "strategy": "tensor_group", "group_size": 16}
+    (made.packed / "config.json").write_text(json.dumps(config))
+    pytest.importorskip("compressed_tensors")
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    with caplog.at_level("WARNING"):
+        quantizer = AutoHfQuantizer.from_config(AutoConfig.from_pretrained(made.packed).quantization_config)
+    assert type(quantizer).__name__ == "CompressedTensorsHfQuantizer"
+    assert "nvfp4-pack-quantized" in caplog.text
+
+
+def test_no_optional_package_is_imported(tmp_path: Path) -> None:
+    made = make(tmp_path, "llama")
+    script = f"""
+import sys
+for name in ("compressed_tensors", "gptqmodel", "optimum", "awq"):
+    sys.modules[name] = None
+from aerogel.model.register import install_hook
+assert "transformers" not in sys.modules
+install_hook(); install_hook()
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(made.packed)!r})
+print(type(model.model.layers[0].mlp.up_proj).__module__)
+"""
+    assert run(script) == "aerogel.kernels.linear"
+
+
+PEERS = [
+    (IntGrid(bits=4, group_size=16, scale_dtype=torch.bfloat16), "none"),
+    (IntGrid(bits=5, scale_dtype=torch.bfloat16), "none"),
+    (IntGrid(bits=8, scale_dtype=torch.bfloat16), "int8"),
+    (Fp8Grid(), "fp8"),
+]
+"""Symmetric only: compressed-tensors 0.20 plans packed zero points with an unpacked shape, and refuses its own files."""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(("grid", "activations"), PEERS, ids=str)
+def test_plain_transformers_loads_our_files_and_agrees(tmp_path: Path, grid: Any, activations: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    made = make(tmp_path, "llama", dtype=torch.bfloat16, grid_of=lambda m: grid, activations=activations)
+    script = f"""
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(made.packed)!r})
+assert "aerogel" not in str(type(model.model.layers[0].mlp.up_proj))
+with torch.no_grad():
+    torch.save(model(torch.tensor({IDS.tolist()})).logits.float(), {str(tmp_path / "logits.pt")!r})
+print("done")
+"""
+    assert run(script).endswith("done")
+    close(logits(load(made.packed)), torch.load(tmp_path / "logits.pt"), 0.08 if activations != "none" else 0.03)
+
+
+def run(script: str) -> str:
+    """What a fresh interpreter prints for `script`."""
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
