@@ -1,4 +1,4 @@
-"""`aerogel bench OUT --against MODEL`: compressed against dense, speed and memory, interleaved."""
+"""`aerogel bench OUT --against MODEL`: compressed against dense, accuracy and speed, measured side by side."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ Batch = Annotated[str | None, typer.Option("--batch", metavar="1,16", help="Batc
 Prompt = Annotated[int | None, typer.Option("--prompt", metavar="N", min=1, help="Prompt tokens.")]
 NewTokens = Annotated[int | None, typer.Option("--new-tokens", metavar="N", min=2, help="Tokens to generate.")]
 Repeats = Annotated[int | None, typer.Option("--repeats", metavar="N", min=1, help="Timed repetitions.")]
+SpeedOnly = Annotated[bool, typer.Option("--speed-only", help="Leave out the quality beside --against.")]
 
 
 def command(
@@ -25,6 +26,7 @@ def command(
     prompt: Prompt = None,
     new_tokens: NewTokens = None,
     repeats: Repeats = None,
+    speed_only: SpeedOnly = False,
     set_: options.Set = None,
     device: options.Device = "auto",
     json: options.Json = None,
@@ -32,7 +34,7 @@ def command(
     debug: options.Debug = False,
     threads: options.Threads = None,
 ) -> None:
-    """Measure load time, time to first token, prefill and decode speed, and memory."""
+    """Measure load time, prefill and decode speed, and memory; with --against, side by side and with the quality."""
     with session(json=json, quiet=quiet, debug=debug, threads=threads) as output:
         from aerogel.model.pipeline import measure, pick_device
         from aerogel.recipes.sections import Bench
@@ -44,9 +46,12 @@ def command(
             "bench.repeats": repeats,
         }
         changes = [f"{key}={value}" for key, value in given.items() if value is not None]
-        section = settings_for(model, recipe, [*(set_ or ()), *changes]).bench or Bench()
+        settings = settings_for(model, recipe, [*(set_ or ()), *changes])
+        quality = settings.evaluate if against is not None and not speed_only else None
         with progress(quiet=quiet) as watch:
-            report = header(model, against) | measure(model, against, None, section, device=pick_device(device), progress=watch)
+            report = header(model, against) | measure(
+                model, against, quality, settings.bench or Bench(), device=pick_device(device), progress=watch
+            )
         if not quiet:
             from aerogel.cli.show import summary
 

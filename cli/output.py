@@ -6,6 +6,7 @@ With `--json -` stdout carries exactly one JSON object. Libraries that print on 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -77,15 +78,15 @@ def _calm_libraries(stack: contextlib.ExitStack, debug: bool) -> None:
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "transformers" in sys.modules:
-        from transformers.utils import logging
+        from transformers.utils import logging as library
 
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        library.disable_progress_bar()  # type: ignore[no-untyped-call]
     if debug:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if "transformers" in sys.modules:
-        stack.callback(logging.set_verbosity, logging.get_verbosity())
-        logging.set_verbosity(logging.ERROR)
+        stack.callback(library.set_verbosity, library.get_verbosity())
+        library.set_verbosity(logging.ERROR)
     stack.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore")
 

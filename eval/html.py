@@ -48,9 +48,8 @@ def figures(report: Report) -> list[tuple[str, str]]:
         found.append((table.number(kl["kl"], 3), "KL divergence, nats per token"))
     if kl.get("top1") is not None:
         found.append((table.percent(kl["top1"], 1), "top-1 agreement with dense"))
-    for row in bench.get("rows") or []:
-        if (speedup := (row.get("speedup") or {}).get("decode")) is not None:
-            found.append((f"{speedup['median']:.2f}{table.TIMES}", f"decode speed, batch {row['batch']}"))
+    speedups = [(row["batch"], (row.get("speedup") or {}).get("decode")) for row in bench.get("rows") or []]
+    found += [(f"{ratio['median']:.2f}{table.TIMES}", f"decode speed, batch {batch}") for batch, ratio in speedups if ratio]
     return found
 
 

@@ -7,7 +7,6 @@ import os
 import platform
 from pathlib import Path
 
-import psutil
 import torch
 
 from aerogel.version import __version__
@@ -31,6 +30,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def installed_memory() -> int | None:
+    """Bytes of physical memory; None where the system does not tell (Windows)."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def machine() -> dict[str, object]:
     """The report's `machine`: cpu, cores, threads, memory (bytes), gpu (names and bytes of each, or None), system."""
     gpus = None
@@ -42,7 +48,7 @@ def machine() -> dict[str, object]:
         "architecture": platform.machine(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
-        "memory": psutil.virtual_memory().total,
+        "memory": installed_memory(),
         "gpu": gpus,
         "system": platform.system(),
     }

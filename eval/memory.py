@@ -37,14 +37,12 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-def peak_bytes() -> int:
-    """The most physical memory this process has held since it started."""
-    try:
-        import resource
-    except ImportError:  # Windows has no `resource`; psutil knows the peak there.
-        import psutil
+def peak_bytes() -> int | None:
+    """The most physical memory this process has held since it started; None where the system does not tell (Windows)."""
+    if sys.platform == "win32":
+        return None
+    import resource
 
-        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -41,9 +41,11 @@ def load_all(loaders: Mapping[str, Loader], loads: int, progress: Progress) -> t
     """Load every model `loads` times, interleaved; only those of the last round stay in memory."""
     seconds: Samples = {name: [] for name in loaders}
     models: dict[str, PreTrainedModel] = {}
+    done, total = 0, loads * len(loaders)
     for repetition in range(loads):
         for name in order(list(loaders), repetition):
-            progress(f"load: {name}", repetition, loads)
+            progress("load", done, total, {"name": name})
+            done += 1
             start = time.perf_counter()
             model = loaders[name]()
             seconds[name].append(time.perf_counter() - start)
@@ -51,6 +53,7 @@ def load_all(loaders: Mapping[str, Loader], loads: int, progress: Progress) -> t
                 models[name] = model
             del model
             gc.collect()
+    progress("load", total, total)
     return {name: models[name] for name in loaders}, seconds
 
 
@@ -92,7 +95,7 @@ def time_batch(
     total = settings.warmup + settings.repeats
     for repetition in range(total):
         for name in order(list(models), repetition):
-            progress(f"bench: batch {batch}: {name}", repetition, total)
+            progress(f"bench: batch {batch}", repetition, total, {"name": name})
             try:
                 measured = measure(models[name], ids_BT, settings)
             except torch.OutOfMemoryError as error:

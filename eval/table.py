@@ -232,7 +232,7 @@ def block_table(report: Report) -> Table | None:
         error = percent(block.get("relative_error"), 3)
         rows.append((block["name"], error, worst, size(big), size(small), seconds(block.get("seconds"))))
     heads = columns("block", "output error", "worst layer loss", "source", "compressed", "time")
-    return Table("Blocks", heads, tuple(rows), "output error: relative Frobenius error of the block's output")
+    return Table("Blocks one by one", heads, tuple(rows), "output error: relative Frobenius error of the block's output")
 
 
 def tensor_table(report: Report) -> Table | None:
@@ -253,7 +253,7 @@ def tensor_table(report: Report) -> Table | None:
         for tensor in tensors
     )
     heads = columns("tensor", "<fate>", "<how / why>", "shape", "bits", "source", "stored")
-    return Table("Tensors", heads, rows)
+    return Table("Every tensor", heads, rows)
 
 
 def expert_table(report: Report) -> Table | None:

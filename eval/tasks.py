@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import logging
 import random
 import warnings
@@ -30,8 +31,7 @@ Answers = dict[str, dict[int, float]]
 @contextmanager
 def _quiet() -> Iterator[None]:
     """lm-eval logs every default it applies as a warning and draws a bar per task; what matters is in the result."""
-    from tqdm.std import tqdm
-
+    tqdm: Any = importlib.import_module("tqdm.std").tqdm
     logger = logging.getLogger("lm_eval")
     level, start = logger.level, tqdm.__init__
 
@@ -98,7 +98,7 @@ class Suite:
         with _quiet():
             runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, backend="causal")
             for done, (name, task) in enumerate(self.tasks.items()):
-                progress(f"tasks: {which}: {name}", done, len(self.tasks))
+                progress(f"tasks: {which}", done, len(self.tasks), {"name": name})
                 task.set_config(key="num_fewshot", value=self.shots)
                 task.set_fewshot_seed(seed=self.seed)
                 output = evaluate(

@@ -173,9 +173,10 @@ class Linear(nn.Module):
         """Shape, numbers and kernel."""
         grid = self.scheme.grid
         group = "channel" if grid.group_size is None else grid.group_size
+        bits = getattr(grid, "bits", "?")
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
-            f" format={self.scheme.format}, bits={grid.bits}, group={group}, kernel={self.kernel_name or 'not chosen'}"
+            f" format={self.scheme.format}, bits={bits}, group={group}, kernel={self.kernel_name or 'not chosen'}"
         )
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -196,7 +197,7 @@ class Linear(nn.Module):
         self.restore()
         kept = dict(self._buffers)
         dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device)).dtype
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in kept.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:

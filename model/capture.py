@@ -17,7 +17,8 @@ from torch import Tensor
 from aerogel.errors import RunFailed
 from aerogel.model.layer import Stats
 
-PANEL = 512
+PANEL = 256
+"""Columns of x^T x made at a time. Narrow panels waste little of the lower triangle and still fill the matrix units."""
 MAX_SKIPPED_SHARE = 0.01
 
 

@@ -219,7 +219,7 @@ class _Run:
         runner = Runner(
             self.structure, lambda name: job.kept(reader.read(name, finite=True)).to(self.device), self.compute, self.device
         )
-        batches = list(tokens.ids.split(section.batch))
+        batches = list(torch.split(tokens.ids, section.batch))
         spill = journal.work if section.activations == "disk" else None
         with contextlib.ExitStack() as stack:
             activations = Activations(spill)

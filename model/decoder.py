@@ -47,7 +47,9 @@ class PlainNames(WeightRenaming):  # type: ignore[misc, unused-ignore]
 class _Whole(ConversionOps):  # type: ignore[misc, unused-ignore]
     """Stands for the conversion that `Decoder.convert` does itself."""
 
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def convert(  # type: ignore[override, unused-ignore]
+        self, input_dict: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
         """Nothing to do."""
         return input_dict
 
@@ -89,7 +91,9 @@ class Decoder(WeightConverter):  # type: ignore[misc, unused-ignore]
         """Parameters that were planned and did not come."""
         return sorted(set(self.plan.placements) - self.arrived)
 
-    def convert(self, layer_name: str, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def convert(  # type: ignore[override, unused-ignore]
+        self, layer_name: str, model: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """The buffers or parameters made from what was collected for `layer_name`."""
         parameter = self.parameter_of[layer_name]
         items = self.plan.placements[parameter]
@@ -106,7 +110,7 @@ class Decoder(WeightConverter):  # type: ignore[misc, unused-ignore]
             return {parameter: parts[0]}
         rule = deepcopy(rule)
         for item, part in zip(items, parts, strict=True):
-            rule.add_tensor(parameter, item.name, item.pattern, part)
+            rule.add_tensor(parameter, item.name, item.pattern or "", part)  # type: ignore[arg-type, unused-ignore]
         made: dict[str, Any] = rule.convert(parameter, model=model, **kwargs)
         return made
 

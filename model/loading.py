@@ -16,6 +16,7 @@ Shape legend: N out features, K in features.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -49,9 +50,10 @@ def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = N
     name = (config.architectures or [""])[0]
     family = getattr(transformers, name, AutoModelForCausalLM)
     placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
-    model, report = family.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True, **placed)
+    loaded: Any = family.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True, **placed)
+    model, report = loaded
     if report["missing_keys"]:
         absent = sorted(report["missing_keys"])
         raise BadInput(f"{path} lacks {absent[0]!r} ({len(absent)} weights missing); the checkpoint is not whole, get it again")
-    loaded: PreTrainedModel = model
-    return loaded
+    found: PreTrainedModel = model
+    return found

@@ -98,7 +98,7 @@ def release(model: torch.nn.Module, groups: Iterable[Group]) -> None:
         for name in group.outputs:
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
-            value = module._parameters.get(leaf)
+            value: Tensor | None = module._parameters.get(leaf)
             if value is None:
                 value = module._buffers[leaf]
             if value is not None and not value.is_meta:

@@ -4,7 +4,7 @@ Everything comes from the headers of the checkpoint and from the shapes that a f
 exact and not an estimate. Memory and time are estimates, and each is given with the parts it is made of:
 
     memory = one block in compute precision + its input and output activations + the second moments of one wave
-    seconds = (2 forward passes over the calibration tokens + the solvers' flops) / the matmul rate measured just now
+    seconds = (2 forward passes over the calibration tokens + the solvers' flops) / matmul rate + rounding per weight
 
 Shape legend: N out features, K in features, T calibration tokens, D hidden size.
 """
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aerogel.errors import BadInput
 from aerogel.pack.config import choose_format
 from aerogel.recipes.assign import assign, matches
 from aerogel.recipes.schema import Recipe
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 SOLVER_COPIES = 3
 """float32 [K, K] matrices a solver holds at once for one linear: the second moment, its inverse, a work copy."""
+
+ROUNDING_SECONDS = 5e-8
+"""Per weight, for the search of its scale and the rounding itself: two cores of a current server."""
 
 
 def plan(model: str | Path, recipe: Recipe | str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -53,6 +57,8 @@ def plan(model: str | Path, recipe: Recipe | str | Path | Mapping[str, Any]) -> 
 def plan_structure(structure: Structure, recipe: Recipe) -> dict[str, Any]:
     """As `plan`, for a structure that was already discovered."""
     assigned = assign(recipe.stages, [(matrix.name, matrix.kind) for matrix in structure.matrices])
+    _check_outside(structure, assigned)
+    _check_stacks(structure, assigned)
     dtype = stored_dtype(structure, recipe)
     by_tensor: dict[str, list[Matrix]] = defaultdict(list)
     for matrix in structure.matrices:
@@ -73,6 +79,40 @@ def plan_structure(structure: Structure, recipe: Recipe) -> dict[str, Any]:
         "memory": _memory(structure, assigned, recipe),
         "time": _time(structure, assigned, recipe),
     }
+
+
+def _check_outside(structure: Structure, assigned: Mapping[str, list[StageSpec]]) -> None:
+    """What the walk does last, it must not refuse last: linears outside the blocks, and a head tied to the embedding."""
+    for matrix in structure.matrices:
+        stages = assigned[matrix.name]
+        if matrix.block is not None or not stages:
+            continue
+        is_head = structure.is_head(matrix)
+        if any(spec.kind == "scale" for spec in stages):
+            raise BadInput(f"{matrix.name} lies outside the blocks, where no scale can be folded; add it to ignore of that stage")
+        if not is_head and any(spec.needs for spec in stages):
+            raise BadInput(
+                f"{matrix.name} lies outside the blocks, where only the output head can be calibrated; add it to ignore, or give"
+                " it a stage of its own with rtn or hqq"
+            )
+        if matrix.tied and not any(spec.kind == "quantize" for spec in stages):
+            raise BadInput(
+                f"{matrix.name} is tied to the embedding; it can be quantized, which unties it, but not only pruned; add it to ignore"
+            )
+
+
+def _check_stacks(structure: Structure, assigned: Mapping[str, list[StageSpec]]) -> None:
+    """Experts that are stored together are quantized together."""
+    stacks: dict[str, list[bool]] = defaultdict(list)
+    for matrix in structure.matrices:
+        if matrix.index is not None:
+            stacks[matrix.tensor].append(any(spec.kind == "quantize" for spec in assigned[matrix.name]))
+    for tensor, quantized in stacks.items():
+        if any(quantized) and not all(quantized):
+            raise BadInput(
+                f"{sum(quantized)} of the {len(quantized)} experts in {tensor} are quantized; target all of them or none, since"
+                " they are stored together"
+            )
 
 
 def stored_dtype(structure: Structure, recipe: Recipe) -> torch.dtype:
@@ -224,10 +264,13 @@ def _time(structure: Structure, assigned: Mapping[str, list[StageSpec]], recipe:
         for matrix in inside
         if any(spec.needs for spec in assigned[matrix.name])
     )
+    rounded = [matrix for matrix in structure.matrices if any(spec.kind == "quantize" for spec in assigned[matrix.name])]
+    rounding = ROUNDING_SECONDS * sum(matrix.n * matrix.k for matrix in rounded)
     return {
         "forward_seconds": forward / rate,
         "solver_seconds": solving / rate,
-        "seconds": (forward + solving) / rate,
+        "rounding_seconds": rounding,
+        "seconds": (forward + solving) / rate + rounding,
         "flops_per_second": rate,
         "basis": "float32 matmul of 512 x 512 on the CPU, measured now; rough, within a factor of three",
     }

@@ -116,7 +116,7 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
         """Unfuses Llama 4's experts for checkpoints that hold them apart; the stacks we store keep their own class."""
         if not any(".gate_up_proj.weight_" in name for name in self.header):
-            super()._convert_model_for_quantization(model)
+            super()._convert_model_for_quantization(model)  # type: ignore[no-untyped-call, unused-ignore]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Replaces every linear that stays packed, and keeps the plan for the weights."""
@@ -171,7 +171,8 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
             if isinstance(module, Linear):
                 dense = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
                 dense.weight = torch.nn.Parameter(module.dequantize(dtype), requires_grad=False)
-                dense.bias = None if module.bias is None else torch.nn.Parameter(module.bias.data.to(dtype))
+                if module.bias is not None:
+                    dense.bias = torch.nn.Parameter(module.bias.data.to(dtype))
                 model.set_submodule(name, dense)
         return model
 

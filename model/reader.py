@@ -110,7 +110,7 @@ class CheckpointReader:
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         with entry.file.open("rb") as stream:
             stream.seek(entry.begin)
-            got = stream.readinto(memoryview(buffer.numpy())) if entry.nbytes else 0
+            got = stream.readinto(buffer.numpy().data) if entry.nbytes else 0
         if got != entry.nbytes:
             raise BadInput(f"{entry.file} ended {entry.nbytes - got} bytes before the end of {name!r}; download it again")
         tensor = buffer.view(entry.dtype).reshape(entry.shape)
@@ -128,7 +128,7 @@ def _is_finite(tensor: Tensor) -> bool:
         tensor = tensor.to(torch.float16)
     flat = tensor.reshape(-1)
     # A sum is not finite when any term is not; only an overflowing sum needs the slower look.
-    return all(bool(part.sum(dtype=torch.float64).isfinite()) or bool(part.isfinite().all()) for part in flat.split(1 << 24))
+    return all(bool(part.sum(dtype=torch.float64).isfinite()) or bool(part.isfinite().all()) for part in torch.split(flat, 1 << 24))
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:

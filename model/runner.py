@@ -110,7 +110,7 @@ class Runner:
                 self.blocks[i] = block
 
     def _non_head_groups(self) -> list[Any]:
-        head = self.model.get_output_embeddings()
+        head = self.structure.head
         names = {name for name, module in self.model.named_modules() if module is head}
         tied = set(self.structure.tied.values())
         return [
@@ -175,11 +175,14 @@ class Runner:
         args, kwargs = self.arguments[index, len(hidden)]
         with torch.no_grad():
             result = block(hidden, *args, **kwargs)
-        return result[0] if isinstance(result, tuple) else result
+        output: Tensor = result[0] if isinstance(result, tuple) else result
+        return output
 
     def epilogue(self, batch_hidden: Iterable[Tensor]) -> Iterator[Tensor]:
         """What arrives at the output head for each batch of hidden states behind the last block (final norm and all)."""
-        head = self.model.get_output_embeddings()
+        head = self.structure.head
+        if head is None:
+            raise BadInput(f"a {self.structure.config.model_type} model has no output head; leave it out of the stage's targets")
         groups = self._non_head_groups()
         materialise(self.model, groups, self.fetch, self.dtype)
         seen: list[Tensor] = []

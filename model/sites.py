@@ -102,7 +102,7 @@ def _folds(
             for p in consumers:
                 owner = trial.get_submodule(next(n for n, q in trial.named_parameters() if q is p).rpartition(".")[0])
                 columns = p.data.T if isinstance(owner, Conv1D) else p.data
-                columns.div_(factors_C if site.tie_K is None else factors_C[site.tie_K])
+                columns.div_((factors_C if site.tie_K is None else factors_C[site.tie_K]).to(p.device))
             after = runner.run(index, trial, hidden)
     finally:
         for p, value in zip(consumers, saved, strict=True):
@@ -116,7 +116,7 @@ def _inputs(runner: Runner, index: int, block: nn.Module, prefix: str, hidden: T
     seen: dict[str, Tensor] = {}
 
     def note(slot: tuple[str, int | None], x: Tensor) -> None:
-        seen.setdefault(slot[0], x.reshape(-1, x.shape[-1])[:64].clone())
+        seen.setdefault(slot[0], x.reshape(-1, x.shape[-1])[:64].cpu())
 
     with Tape(weights, note, frozenset(n for n, _ in weights.by_address.values())):
         runner.run(index, block, _float_arguments(runner, index, hidden))
@@ -192,7 +192,7 @@ def _tie(before: Tensor, after: Tensor, factors_C: Tensor) -> Tensor | None:
     spacing = 10 ** (0.6 / max(1, len(factors_C) - 1)) - 1
     near = ((ratio_K / factors_C[tie_K] - 1).abs() < spacing / 4) | ~live_K
     # Every channel must be read, and dead inputs would leave its place unknown.
-    return tie_K if bool(near.all()) and bool(live_K.all()) and len(tie_K.unique()) == len(factors_C) else None
+    return tie_K if bool(near.all()) and bool(live_K.all()) and len(torch.unique(tie_K)) == len(factors_C) else None
 
 
 def apply_scales(
@@ -266,7 +266,8 @@ def _fold_site(
         layers.append(Layer(name=m.name, weight_NK=weight, stats=stats[statistics.leader(m.parameter), m.expert]))
         grids.append(next((s.stage.grid for s in stages[m.name] if s.kind == "quantize"), None))
     spec = next(chosen[m.name] for m in consumers if m.name in chosen)
-    solved: Site = spec.stage(Site(name=site.module, consumers=tuple(layers), grids=tuple(grids), tie_K=site.tie_K))
+    tie_K = site.tie_K.to(layers[0].weight_NK.device) if site.tie_K is not None else None
+    solved: Site = spec.stage(Site(name=site.module, consumers=tuple(layers), grids=tuple(grids), tie_K=tie_K))
     inverse_C = solved.producer_scale()
     if inverse_C is None or solved.scale_K is None:
         return {"site": site.module, "consumers": [m.name for m in consumers], **solved.notes}

@@ -24,7 +24,7 @@ from aerogel.errors import BadInput, RunFailed
 from aerogel.model.capture import Accumulator
 from aerogel.model.layer import Stats
 from aerogel.model.runner import Activations, Runner
-from aerogel.model.tape import Finished, Slot, Tape, Trace, Weights, trace
+from aerogel.model.tape import ATTENTION, Finished, Slot, Tape, Trace, Weights, trace
 
 REMEMBERED_BYTES = 640 * 1024 * 1024
 SUMS_BYTES = 1024 * 1024 * 1024
@@ -87,7 +87,7 @@ class BlockStatistics:
         self.expert_tokens: dict[str, Counter[int]] = {}
         # The twin keeps the dense weights: it shares their memory until the block's own are replaced.
         self.twin = copy.deepcopy(block, {id(p): p for p in block.parameters()}) if hidden_dense is not None else None
-        self.trace: Trace = trace(self._weights(block), lambda: runner.run(index, block, hidden[0]))
+        self.trace, self.first_output = trace(self._weights(block), lambda: runner.run(index, block, hidden[0]))
 
     def _weights(self, module: nn.Module) -> Weights:
         return Weights({name: module.get_parameter(name.removeprefix(self.prefix)) for name in self.names})
@@ -177,7 +177,7 @@ class BlockStatistics:
     def _remember(self, memory: Memory) -> Callable[[str, int, Callable[[], Tensor]], Tensor]:
         def answer(name: str, use: int, compute: Callable[[], Tensor]) -> Tensor:
             # An expert's n-th use says nothing about which expert it is; only plain linears are remembered.
-            if name not in self.final or name in self.expert_tokens:
+            if not self._is_final(name, use) or name in self.expert_tokens:
                 return compute()
             held: Tensor | None = memory.outputs.get((name, use))
             if held is None:
@@ -187,6 +187,14 @@ class BlockStatistics:
             return held
 
         return answer
+
+    def _is_final(self, name: str, use: int) -> bool:
+        """Whether a product, or the n-th attention, depends on nothing that is still to be compressed."""
+        if name != ATTENTION:
+            return name in self.final
+        waves = self.trace.waves
+        depth = self.trace.attention[use] if use < len(self.trace.attention) else len(waves)
+        return all(n in self.final for n in self.names if waves[n] < depth)
 
     @contextlib.contextmanager
     def _remembering(self, block: nn.Module, memory: Memory | None) -> Iterator[None]:
@@ -213,7 +221,8 @@ class BlockStatistics:
                 kept = [t for t in tensors if isinstance(t, Tensor)]
                 if not all(self.budget.take(t) for t in kept):
                     return result
-                for used in [k for k in memory.outputs if k[0] in inside]:
+                # With the child's own result at hand, nothing inside it is asked for again.
+                for used in [k for k in memory.outputs if k[0] in inside or k[0] == ATTENTION]:
                     self.budget.left += memory.outputs.pop(used).nbytes
                 memory.outputs[key] = (result, [t._version for t in kept], kept)
             result, versions, kept = memory.outputs[key]
@@ -252,11 +261,12 @@ class BlockStatistics:
 
             def forward(*args: Any, plain: Any = plain, name: str = name, experts: Any = experts, **kwargs: Any) -> Any:
                 for expert in experts:
-                    shown = Tape(
-                        self._weights(self.block),
-                        lambda slot, x, only=(name, expert): sums[slot].add(x) if slot == only else None,
-                        frozenset({name}),
-                    )
+
+                    def add(slot: Slot, x: Tensor, only: Slot = (name, expert)) -> None:
+                        if slot == only:
+                            sums[slot].add(x)
+
+                    shown = Tape(self._weights(self.block), add, frozenset({name}))
                     new_args, new_kwargs = _routed_to(expert, args, kwargs)
                     with shown:
                         plain(*new_args, **new_kwargs)
@@ -269,20 +279,19 @@ class BlockStatistics:
             finally:
                 del module.forward
 
-    def advance(self, into: Activations) -> None:
-        """Runs the finished block over all batches and keeps what leaves it."""
-        for batch in range(self.batches):
-            tape = Tape(self._weights(self.block), lambda slot, x: None, frozenset(), remember=self._remember(self.remembered[batch]))
-            with self._remembering(self.block, self.remembered[batch]), tape:
-                result = self.runner.run(self.index, self.block, self.hidden[batch])
-            self.remembered[batch] = Memory()
-            into[batch] = result
+    def output(self, batch: int) -> Tensor:
+        """What leaves the block for one batch as it now stands; what is remembered of that batch is let go."""
+        tape = Tape(self._weights(self.block), lambda slot, x: None, frozenset(), remember=self._remember(self.remembered[batch]))
+        with self._remembering(self.block, self.remembered[batch]), tape:
+            result = self.runner.run(self.index, self.block, self.hidden[batch])
+        self.remembered[batch] = Memory()
+        return result
 
-    def advance_dense(self) -> None:
-        """Runs the dense twin over its own batches, in place."""
-        if self.twin is not None and self.hidden_dense is not None:
-            for batch in range(self.batches):
-                self.hidden_dense[batch] = self.runner.run(self.index, self.twin, self.hidden_dense[batch])
+    def advance(self, into: Activations, first: Tensor) -> None:
+        """Runs the finished block over all batches but the first, whose output is `first`, and keeps what leaves it."""
+        into[0] = first
+        for batch in range(1, self.batches):
+            into[batch] = self.output(batch)
 
 
 def _routed_to(expert: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:

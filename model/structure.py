@@ -112,15 +112,25 @@ class Structure:
         """The groups outside the blocks: embeddings, final norm, head."""
         return self._groups_by_block.get(None, [])
 
+    @property
+    def head(self) -> nn.Module | None:
+        """The output head, which turns hidden states into logits."""
+        found: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
+        return found
+
+    def is_head(self, matrix: Matrix) -> bool:
+        """Whether `matrix` is the weight of the output head, tied or not."""
+        module = self.model.get_submodule(matrix.parameter.rpartition(".")[0])
+        return module is self.head
+
     @cached_property
     def matrices(self) -> list[Matrix]:
         """Every matrix that a stage may compress, in checkpoint order, then the tied head if there is one."""
         found = [matrix for group in self.groups for matrix in self._matrices_of(group)]
-        head = self.model.get_output_embeddings()
         for tied, stored in self.tied.items():
             path = tied.removesuffix(".weight")
             source = next((g.sources[0][0] for g in self.groups if stored in g.outputs), None)
-            if source is not None and head is not None and self.model.get_submodule(path) is head:
+            if source is not None and self.model.get_submodule(path) is self.head:
                 n, k = self.reader.entry(source).shape
                 found.append(Matrix(path, "Linear", source, n, k, None, tied, tied=True))
         return found
@@ -167,12 +177,10 @@ class Structure:
 
     @cached_property
     def _roles(self) -> dict[str, str]:
-        head = self.model.get_output_embeddings()
         roles = {name: _plain_role(self.model, group.outputs[0]) for group in self.groups for name, _ in group.sources}
         for matrix in self.matrices:
             if not matrix.tied:
-                module = self.model.get_submodule(matrix.parameter.rpartition(".")[0])
-                roles[matrix.tensor] = "head" if module is head else matrix.kind.lower()
+                roles[matrix.tensor] = "head" if self.is_head(matrix) else matrix.kind.lower()
         return roles
 
 
@@ -206,8 +214,10 @@ def discover(folder: str | Path, *, trust_remote_code: bool = False) -> Structur
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """The model class of `config` with every parameter on the meta device, buffers that no checkpoint stores filled in."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
-    model.eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call, unused-ignore]
+            config, experts_implementation="eager"
+        )
+    model.train(False)
     model.tie_weights()
     owners = {name.rpartition(".")[0] for name, _ in model.named_non_persistent_buffers()}
     for path in owners:
@@ -217,7 +227,7 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
             if buffer is not None and buffer.is_meta:
                 module._buffers[leaf] = torch.empty_like(buffer, device="cpu")
         # transformers' own rule recomputes rotary frequencies and the like; parameters stay on meta, so it costs nothing.
-        model._init_weights(module)
+        model._init_weights(module)  # type: ignore[no-untyped-call, unused-ignore]
     return model
 
 

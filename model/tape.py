@@ -23,8 +23,13 @@ from torch.overrides import TorchFunctionMode
 Slot = tuple[str, int | None]
 """A known weight: the parameter's name, and which expert of a 3-D parameter."""
 
+ATTENTION = "(attention)"
+"""The name under which a tape asks for remembered results of attention, which costs more than a linear at length. No module
+can be called that."""
+
 _LINEAR = {nn.functional.linear}
 _MATMUL = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__}
+_ATTENTION = {nn.functional.scaled_dot_product_attention}
 _ADDED = {torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm}
 
 
@@ -73,10 +78,12 @@ class Trace:
 
     waves: slots without the expert number -> how many known products its input went through at most.
     shared: parameter -> the parameter that stands for it because both multiply the very same tensor.
+    attention: for each call of attention, how many known products its inputs went through at most.
     """
 
     waves: dict[str, int] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    attention: list[int] = field(default_factory=list)
 
 
 class _Tracer(TorchFunctionMode):
@@ -93,6 +100,8 @@ class _Tracer(TorchFunctionMode):
         result = func(*args, **kwargs)
         depth = max((getattr(t, "_wave", 0) for t in _tensors((args, kwargs))), default=0)
         product = self.weights.product(func, args, kwargs)
+        if func in _ATTENTION:
+            self.trace.attention.append(depth)
         if product is not None:
             for (name, _), x in zip(product.slots, product.inputs, strict=True):
                 self.trace.waves[name] = max(depth, self.trace.waves.get(name, 0))
@@ -120,11 +129,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(list(value.values()))
 
 
-def trace(weights: Weights, run: Callable[[], object]) -> Trace:
-    """Waves and shared inputs of the known weights, from one call of `run`."""
+def trace(weights: Weights, run: Callable[[], Tensor]) -> tuple[Trace, Tensor]:
+    """Waves and shared inputs of the known weights, from one call of `run`; and what that call returned."""
     with torch.no_grad(), _Tracer(weights) as tracer:
-        run()
-    return tracer.trace
+        result = run()
+    return tracer.trace, result
 
 
 class Finished(Exception):  # noqa: N818  (not an error: it ends a run of a block that has shown all it had to show)
@@ -139,7 +148,8 @@ class Tape(TorchFunctionMode):
         collect: called with each wanted slot and its input [..., K].
         wanted: parameters whose inputs are collected.
         stop_after: parameters after whose collection the forward may stop (empty: never stops early).
-        remember: asked for the output of every known product: (parameter, how often it was used before, how to compute it).
+        remember: asked for the output of every known product, and of attention under the name `ATTENTION`:
+            (parameter, how often it was used before, how to compute it).
     """
 
     def __init__(
@@ -163,7 +173,7 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         product = self.weights.product(func, args, kwargs)
         if product is None:
-            return func(*args, **kwargs)
+            return self._answer(ATTENTION, func, args, kwargs) if func in _ATTENTION else func(*args, **kwargs)
         name = product.slots[0][0]
         if name in self.wanted:
             for slot, x in zip(product.slots, product.inputs, strict=True):
@@ -172,6 +182,9 @@ class Tape(TorchFunctionMode):
                 self.left.discard(name)
                 if not self.left:
                     raise Finished
+        return self._answer(name, func, args, kwargs)
+
+    def _answer(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.remember is None:
             return func(*args, **kwargs)
         use = self.uses.get(name, 0)

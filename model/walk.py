@@ -152,8 +152,6 @@ class Walk:
             raise RunFailed("a stage needs calibration data and the walk has none; this is a mistake in aerogel, report it")
         runner.fetch = sources.fetch
         block = runner.load_block(index)
-        sample = activations[0]  # the first batch stands for the block's output error
-        before = runner.run(index, block, sample)
         sites = apply_scales(self.structure, runner, index, block, matrices, self.job.stages, sources, activations, self.batches)
         statistics = BlockStatistics(
             runner,
@@ -171,10 +169,13 @@ class Walk:
             layers |= self._wave(wave, [m for m in matrices if m.parameter in wave], statistics, sources)
             self._put_back(wave, sources)
             statistics.final.update(wave)
-        error = _relative_error(runner.run(index, block, sample), before)
+        # The first batch stands for the block's output error.
+        first = statistics.output(0)
+        error = _relative_error(first, statistics.first_output)
         if index < len(self.structure.block_names) - 1 or self._head_needs_data():
-            statistics.advance(activations)
-            statistics.advance_dense()
+            statistics.advance(activations, first)
+            runner.release_block(index)
+            self._advance_dense(index)
         runner.release_block(index)
         facts: dict[str, Any] = {"relative_error": error}
         if sites:
@@ -339,10 +340,8 @@ class Walk:
         """Statistics of what arrives at the output head."""
         from aerogel.model.capture import Accumulator
 
-        head = self.structure.model.get_output_embeddings()
-        module = self.structure.model.get_submodule(matrix.parameter.rpartition(".")[0])
-        if module is not head or self.runner is None or self.activations is None:
-            raise BadInput(f"{matrix.name} lies outside the blocks and only the output head can be calibrated; use rtn or hqq for it")
+        if not self.structure.is_head(matrix) or self.runner is None or self.activations is None:
+            raise BadInput(f"{matrix.name} lies outside the blocks; only the output head can be calibrated there")
         self.runner.fetch = sources.fetch
         total = Accumulator(matrix.k, cross=False, device=self.device)
         hidden = (self.activations[batch] for batch in range(self.batches))
@@ -365,16 +364,28 @@ class Walk:
                 spec = self._spec(m)
                 sources.put(m, self._format(m).decode(local, spec.stage.grid).to(self.device))  # type: ignore[union-attr]
         self.runner.fetch = sources.fetch
-        twin = None
-        if self.dense is not None:
-            self.runner.fetch = Sources(self.structure.reader, self.device).fetch
-            twin = self.runner.load_block(index)
-            for batch in range(self.batches):
-                self.dense[batch] = self.runner.run(index, twin, self.dense[batch])
-            self.runner.fetch = sources.fetch
         block = self.runner.load_block(index)
         for batch in range(self.batches):
             self.activations[batch] = self.runner.run(index, block, self.activations[batch])
+        self.runner.release_block(index)
+        self._advance_dense(index)
+
+    def _advance_dense(self, index: int) -> None:
+        """The uncompressed stream through a block, from the weights on disk: the same whether the block was just walked
+        (its twin may have scales folded in) or is replayed."""
+        if self.runner is None or self.dense is None:
+            return
+        reader = self.structure.reader
+        treated = {m.tensor for m in self.by_block.get(index, []) if self.job.stages[m.name]}
+
+        def fetch(name: str) -> Tensor:
+            value = reader.read(name, finite=True)
+            return (value if name in treated else self.job.kept(value)).to(self.device)
+
+        self.runner.fetch = fetch
+        block = self.runner.load_block(index)
+        for batch in range(self.batches):
+            self.dense[batch] = self.runner.run(index, block, self.dense[batch])
         self.runner.release_block(index)
 
     def _codes_of(self, matrix: Matrix, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -103,7 +103,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         stream.write(head)
         for name in order:
             data = tensors[name].detach().cpu().contiguous()
-            stream.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+            stream.write(data.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def merge_files(path: Path, entries: Iterable[Entry]) -> None:

@@ -71,4 +71,4 @@ def _columns(packed: Tensor) -> Tensor:
     """int32 [R, N/8] -> uint8 [R, N] with the interleaving undone."""
     nibbles = bits.unpack(packed, 4, packed.shape[1] * 8)
     order = torch.tensor(NIBBLE_OF_COLUMN, device=packed.device)
-    return nibbles.unflatten(1, (-1, 8))[:, :, order].flatten(1)
+    return nibbles.reshape(len(nibbles), packed.shape[1], 8)[:, :, order].flatten(1)

@@ -144,7 +144,7 @@ def _split_octets(stream: Tensor, bits: int, codes: Tensor) -> None:
     wide = torch.zeros(*stream.shape[:-1], octets, 8, dtype=torch.uint8, device=stream.device)
     short = octets * bits - stream.shape[-1]
     stream = torch.nn.functional.pad(stream, (0, short)) if short > 0 else stream[..., : octets * bits]
-    wide[..., :bits] = stream.unflatten(-1, (octets, bits))
+    wide[..., :bits] = stream.reshape(*stream.shape[:-1], octets, bits)
     octet = wide.view(torch.int64).squeeze(-1)
     for lane in range(min(8, codes.shape[-1])):
         part = codes[..., lane::8]

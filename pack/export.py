@@ -31,7 +31,8 @@ from aerogel.pack.source import Source, open_source
 SHARD_BYTES = 5 * 1000**3
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".md")
 """Kinds of files that are not copied: weights in any form, and a model card that speaks of the compressed model."""
-LEFT_BEHIND_NAMES = ("config.json", INDEX_NAME, "quantize_config.json", "hf_quant_config.json", "recipe.yaml", "aerogel_report.json")
+QUANTIZED_ONLY = ("quantize_config.json", "hf_quant_config.json", "recipe.yaml", "aerogel_report.json")
+LEFT_BEHIND_NAMES = ("config.json", INDEX_NAME, *QUANTIZED_ONLY)
 
 
 def export_dense(path: str | Path, out: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -134,7 +135,7 @@ def _skeleton(path: Path, model_type: str) -> PreTrainedModel:
         del config.quantization_config
     family = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
-        model: PreTrainedModel = family(config) if family is not None else AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = family(config) if family is not None else AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call, unused-ignore]
     return model
 
 

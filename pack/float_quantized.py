@@ -67,7 +67,7 @@ class FloatQuantized(Format):
         weight = tensors.get("weight")
         if weight is None or weight.dtype != torch.float8_e4m3fn or weight.ndim != 2:
             raise BadInput("a float-quantized linear needs an e4m3 matrix 'weight'; the config does not belong to this file")
-        scale = take(tensors, "weight_scale", _scale_shape(*weight.shape, grid), SCALE_DTYPES)
+        scale = take(tensors, "weight_scale", _scale_shape(weight.shape[0], weight.shape[1], grid), SCALE_DTYPES)
         scale = scale.reshape(1, 1) if grid.strategy == "tensor" else scale
         return Codes(values_NK=weight, scale_NG=scale, zero_NG=None, grid=grid)
 

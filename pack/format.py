@@ -17,9 +17,21 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
-from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
+from aerogel.quantize.grids import Codes, Grid
 
-Grid = IntGrid | Fp8Grid
+__all__ = [
+    "MATMUL_TOLERANCE",
+    "ROW_STEP",
+    "SCALE_DTYPES",
+    "Activations",
+    "Format",
+    "Grid",
+    "Shapes",
+    "Tolerance",
+    "take",
+    "with_bias",
+]
+
 Activations = Literal["none", "int8", "fp8"]
 """How a linear's input is rounded at run time: not at all, int8 per token, or e4m3 per token (per token and 128 columns
 where the weight has blocks). Always dynamic: nothing is stored for it."""

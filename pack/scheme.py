@@ -7,8 +7,8 @@ A `Scheme` is what a config.json tells about one weight: the stored format, the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -38,33 +38,31 @@ class Scheme:
 
     def with_scale_dtype(self, dtype: torch.dtype) -> Scheme:
         """The same scheme with scales of `dtype`, as the header of the file has them."""
-        grid = self.grid
-        if isinstance(grid, Fp8Grid):
-            return Scheme(
-                format=self.format,
-                grid=Fp8Grid(strategy=grid.strategy, scale_dtype=dtype),
-                activations=self.activations,
-            )
-        exact = IntGrid(bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric, scale_dtype=dtype)
-        return Scheme(format=self.format, grid=exact, activations=self.activations)
+        if not isinstance(self.grid, IntGrid | Fp8Grid):
+            raise BadInput(f"{type(self.grid).__name__} is not a grid that files describe")
+        return replace(self, grid=replace(self.grid, scale_dtype=dtype))
 
 
 def weight_arguments(grid: Grid) -> dict[str, Any]:
     """compressed-tensors QuantizationArgs of a weight on `grid`."""
-    block = [BLOCK, BLOCK] if isinstance(grid, Fp8Grid) and grid.strategy == "block" else None
     if isinstance(grid, Fp8Grid):
-        strategy, symmetric = grid.strategy, True
-    else:
-        strategy, symmetric = "channel" if grid.group_size is None else "group", grid.symmetric
+        return _arguments(
+            num_bits=8,
+            type="float",
+            strategy=grid.strategy,
+            block_structure=[BLOCK, BLOCK] if grid.strategy == "block" else None,
+            observer="memoryless_minmax",
+        )
+    if not isinstance(grid, IntGrid):
+        raise BadInput(f"compressed-tensors has no words for a {type(grid).__name__}")
     return _arguments(
         num_bits=grid.bits,
-        type="float" if isinstance(grid, Fp8Grid) else "int",
-        strategy=strategy,
-        symmetric=symmetric,
-        group_size=grid.group_size if strategy == "group" else None,
-        block_structure=block,
+        type="int",
+        strategy="channel" if grid.group_size is None else "group",
+        symmetric=grid.symmetric,
+        group_size=grid.group_size,
         observer="memoryless_minmax",
-        zp_dtype=None if symmetric else "torch.int8",
+        zp_dtype=None if grid.symmetric else "torch.int8",
     )
 
 
@@ -139,7 +137,8 @@ def _grid(weights: Mapping[str, Any], name: str) -> Grid:
         raise NotServed(f"weights quantized at run time (dynamic: {weights['dynamic']}) are {NOT_SERVED}")
     group = weights.get("group_size")
     group = int(group) if group is not None and int(group) > 0 else None
-    strategy = weights.get("strategy") or ("group" if group else "channel" if weights.get("group_size") == -1 else "tensor")
+    implied = "group" if group else "channel" if weights.get("group_size") == -1 else "tensor"
+    strategy: Any = weights.get("strategy") or implied
     if name in ("float-quantized", "naive-quantized") and kind == "float" and bits == 8:
         if strategy == "block" and list(weights.get("block_structure") or []) != [BLOCK, BLOCK]:
             raise NotServed(f"fp8 blocks of {weights.get('block_structure')} are {NOT_SERVED}, only [128, 128]")
@@ -169,10 +168,3 @@ def _activations(inputs: Mapping[str, Any] | None, grid: Grid) -> Activations:
     elif kind == "int" and isinstance(grid, IntGrid) and strategy == "token":
         return "int8"
     raise NotServed(f"{kind} input activations with strategy {strategy} on these weights are {NOT_SERVED}")
-
-
-def known_activations(name: str) -> Activations:
-    """`name` as an activation kind. Raises `BadInput` when it is none."""
-    if name not in get_args(Activations):
-        raise BadInput(f"activations {name!r} is unknown; write none, int8 or fp8")
-    return name  # type: ignore[return-value]

@@ -27,7 +27,7 @@ from aerogel.errors import BadInput
 from aerogel.lazy import load
 from aerogel.pack import SOURCES
 from aerogel.pack.scheme import NotServed, Scheme
-from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
+from aerogel.quantize.grids import Codes, IntGrid
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +166,6 @@ def scale_dtype(header: Mapping[str, torch.dtype], local: str, name: str) -> tor
 
 def integer_grid(scheme: Scheme) -> IntGrid:
     """The scheme's grid, which must be an integer one. Raises `BadInput`."""
-    if isinstance(scheme.grid, Fp8Grid):
+    if not isinstance(scheme.grid, IntGrid):
         raise BadInput("the config says fp8 where the file holds packed integers; the config does not belong to this file")
     return scheme.grid

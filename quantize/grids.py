@@ -50,6 +50,10 @@ class Grid(Protocol):
     """What solvers and formats may ask of any number grid."""
 
     @property
+    def bits(self) -> int:
+        """Bits of one code."""
+
+    @property
     def group_size(self) -> int | None:
         """Inputs that share a scale, None for all of them."""
 
@@ -82,6 +86,9 @@ class Grid(Protocol):
 
     def step_of_range(self, low: Tensor, high: Tensor) -> Step:
         """Scales whose grid spans [low, high], rounded as they are stored."""
+
+    def neighbours(self, step: Step) -> list[Step]:
+        """Other scales near these that a search should try, none where the scale itself is all there is to vary."""
 
     def store(self, scale: Tensor) -> Tensor:
         """Scales rounded to what can be stored, as float of the same dtype, never 0."""
@@ -193,6 +200,17 @@ class IntGrid:
         scale = self.store((high - low) / (2**self.bits - 1))
         zero = (self.q_min - low / scale).round_().clamp_(self.q_min, self.q_max)
         return Step(scale, self.q_min - zero, self.q_max - zero)
+
+    def neighbours(self, step: Step) -> list[Step]:
+        """The zero points beside the present ones, each with a slightly finer, the same, and a coarser scale."""
+        if not isinstance(step.low, Tensor) or not isinstance(step.high, Tensor):
+            return []
+        width = self.q_max - self.q_min
+        found = []
+        for move in (-1.0, 1.0):
+            low = (step.low + move).clamp_(-width, 0)
+            found += [Step(self.store(step.scale * factor), low, low + width) for factor in (0.93, 1.0, 1.07)]
+        return found
 
     def store(self, scale: Tensor) -> Tensor:
         """Scales as stored; 0 becomes 1 (nothing but zeros to represent), underflow the smallest value of the type."""
@@ -307,6 +325,10 @@ class Fp8Grid:
     def step_of_range(self, low: Tensor, high: Tensor) -> Step:
         """The scale that puts the larger end at 448."""
         return Step(self.store(torch.maximum(high, -low) / E4M3_MAX), -E4M3_MAX, E4M3_MAX)
+
+    def neighbours(self, step: Step) -> list[Step]:
+        """None: there is no zero point."""
+        return []
 
     def store(self, scale: Tensor) -> Tensor:
         """Scales as stored; 0 becomes 1."""

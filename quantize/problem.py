@@ -109,9 +109,7 @@ def prepare(
     order = torch.arange(len(scaled), device=scaled.device)
     if act_order:
         order = torch.argsort(scaled.diagonal(), descending=True, stable=True)
-    used, retries = _damp_until_definite(scaled, damping, name)
-    # H = R R^T with R upper: the Cholesky factor of the reversed matrix, reversed back.
-    upper = torch.linalg.cholesky(scaled[order][:, order].flip(0, 1)).flip(0, 1)
+    upper, used, retries = _factor(scaled, order, damping, name)
     diagonal = upper.diagonal().clone()
     inverse = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
     importance = torch.empty_like(diagonal)
@@ -127,15 +125,16 @@ def prepare(
     )
 
 
-def _damp_until_definite(scaled_KK: Tensor, damping: float, name: str) -> tuple[float, int]:
-    """Adds damping in place until a Cholesky factor exists; the damping used and how often it had to grow."""
+def _factor(scaled_KK: Tensor, order: Tensor, damping: float, name: str) -> tuple[Tensor, float, int]:
+    """R upper triangular with H = R R^T in the given order, the damping it took (added in place), and the retries."""
     natural = scaled_KK.diagonal().clone()
-    attempt = damping
-    retries = 0
+    attempt, retries = damping, 0
     while True:
         scaled_KK.diagonal().copy_(natural + attempt)
-        if int(torch.linalg.cholesky_ex(scaled_KK.flip(0, 1))[1]) == 0:
-            return attempt, retries
+        # The Cholesky factor of the reversed matrix, reversed back, is upper and stands on the left.
+        lower, failure = torch.linalg.cholesky_ex(scaled_KK[order][:, order].flip(0, 1))
+        if int(failure) == 0:
+            return lower.flip(0, 1), attempt, retries
         if attempt >= HIGHEST_DAMPING:
             raise RunFailed(
                 f"the second moment of the inputs of {name} cannot be factored even with damping {attempt:g};"

@@ -10,7 +10,8 @@ shrink factors p, and keeps the one with the least
 The choice of scale by p-norm is GPTQ's `mse` option and EasyQuant's range optimisation; scoring the clip by the curvature
 follows Marlin's authors. Two refinements come after it. A symmetric integer range reaches further on its negative side
 (-8..7), so a negative scale is tried too, which puts the longer side where the weights are. And given the codes c, the
-best scale has a closed form, s = sum a w c / sum a c^2: alternating it with rounding is kept while it helps.
+best scale has a closed form, s = sum a w c / sum a c^2: alternating it with rounding is kept while it helps. Zero points one
+step away are tried there too, because shrinking moves both ends of a range alike.
 
 Cost: one pass over the weight per candidate, vectorised over all groups of a chunk; no gradients, no randomness.
 Shape legend: G groups, g members of a group, n outputs; weights are [G, g, n], scales [G, n].
@@ -66,7 +67,7 @@ class Search:
     steps: number of ranges tried, from the full one down to `shrink` of it.
     norm: the power of the error that is summed; 2 except in experiments (GPTQ's own search uses 2.4).
     signed: also try negative scales where the grid is symmetric and reaches further to one side.
-    refits: rounds of closed-form scale given the codes, after the search.
+    refits: rounds after the search, each of other zero points and of the closed-form scale given the codes.
     """
 
     kind: Literal["minmax", "mse"] = "mse"
@@ -117,6 +118,8 @@ def search_steps(
         for candidate in _candidates(grid.step_of_range(low * shrink, high * shrink), how.signed):
             best, cost = _better(best, cost, candidate, judge(candidate))
     for _ in range(how.refits):
+        for candidate in grid.neighbours(best):
+            best, cost = _better(best, cost, candidate, judge(candidate))
         candidate = best._replace(scale=grid.store(judge.least_squares(best)))
         best, cost = _better(best, cost, candidate, judge(candidate))
     return best

@@ -79,10 +79,20 @@ def _check_pattern(place: str, key: str, pattern: str, known: list[tuple[str, st
     if key == "ignore" and pattern == ALWAYS_ALLOWED:
         return
     if not any(matches(pattern, name, module_class) for name, module_class in known):
-        examples = [name for name, _ in known]
-        hint = nearest(pattern, {*examples, *LINEAR_CLASSES}) if not pattern.startswith("re:") and len(examples) < 5000 else ""
-        hint = hint if "did you mean" in hint else f"; names look like {examples[0] if examples else 'none'}"
-        raise BadInput(f"{place}: '{pattern}' matches nothing in this model{hint} (see `aerogel plan`)")
+        raise BadInput(f"{place}: '{pattern}' matches nothing in this model{_hint(pattern, known)} (see `aerogel plan`)")
+
+
+def _hint(pattern: str, known: list[tuple[str, str]]) -> str:
+    """What may have been meant by a pattern that matches nothing."""
+    names = [name for name, module_class in known if module_class in LINEAR_CLASSES]
+    if not pattern.startswith("re:"):
+        if any(pattern in name for name in names):
+            return f"; for a part of a name write 're:.*{re.escape(pattern)}'"
+        # Comparing with every expert of a large model would take minutes.
+        hint = nearest(pattern, {*names[:2000], *LINEAR_CLASSES})
+        if "did you mean" in hint:
+            return hint
+    return f"; names look like {names[0] if names else 'none'}"
 
 
 def _check_order(name: str, indices: list[int], stages: Sequence[StageSpec]) -> None:

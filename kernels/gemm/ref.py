@@ -55,10 +55,10 @@ def round_input(x_MK: Tensor, problem: Problem) -> Tensor:
     if problem.grid.group_size is None:
         values, scale = quantize_fp8(x_MK)
         return values.float() * scale
-    M, K = x_MK.shape
-    blocks = torch.nn.functional.pad(x_MK, (0, -K % BLOCK)).unflatten(1, (-1, BLOCK))
+    K = x_MK.shape[1]
+    blocks = torch.nn.functional.pad(x_MK, (0, -K % BLOCK)).reshape(x_MK.shape[0], -(-K // BLOCK), BLOCK)
     values, scale = quantize_fp8(blocks)
-    return (values.float() * scale).reshape(M, -1)[:, :K]
+    return (values.float() * scale).flatten(1)[:, :K]
 
 
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:

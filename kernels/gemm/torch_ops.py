@@ -108,7 +108,7 @@ class Int4Cpu(Kernel):
         ones = torch.zeros_like(layout["scale_and_offset"])
         ones[..., 0] = 1
         values = torch.empty(problem.N, problem.K, dtype=torch.int8)
-        size = problem.integer.group_size if problem.integer else None
+        size = problem.grid.group_size or problem.K
         eye = torch.eye(problem.K, dtype=problem.dtype)
         for start in range(0, problem.K, 256):
             rows = torch._weight_int4pack_mm_for_cpu(eye[start : start + 256], layout["int4"], size, ones)
@@ -121,7 +121,7 @@ class Int4Cpu(Kernel):
         """One call of the operator."""
         if x_MK.shape[0] == 0:
             return x_MK.new_empty(0, problem.N)
-        size = problem.integer.group_size if problem.integer else None
+        size = problem.grid.group_size or problem.K
         y_MN: Tensor = torch._weight_int4pack_mm_for_cpu(x_MK, layout["int4"], size, layout["scale_and_offset"])
         return y_MN if bias_N is None else y_MN.add_(bias_N)
 

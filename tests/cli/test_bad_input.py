@@ -148,7 +148,10 @@ RECIPES = {
         GOOD.replace("16", "16, targets: [model.layers.0.mlp.dawn_proj]"),
         ["dawn_proj", "matches nothing", "down_proj"],
     ),
-    "ignore matches nothing": (GOOD.replace("16", "16, ignore: [lm_head, v_proj]"), ["v_proj", "matches nothing"]),
+    "ignore matches nothing": (
+        GOOD.replace("16", "16, ignore: [lm_head, v_proj]"),
+        ["v_proj", "matches nothing", "re:.*v_proj"],
+    ),
     "claimed twice": (f"{GOOD}  - quantize: {{method: rtn, bits: 8}}\n", ["stages.0", "stages.1", "claimed", "ignore"]),
     "pruned too late": (f"{GOOD}  - prune: {{method: magnitude, sparsity: 0.5}}\n", ["stages.1.prune", "move it in front"]),
 }

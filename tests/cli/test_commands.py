@@ -85,7 +85,11 @@ def test_eval_and_bench_use_the_recipe_of_the_checkpoint(aerogel, recipe: Path, 
     assert evaluation["divergence"]["kl"] >= 0
     timed = aerogel("bench", "out", "--against", tiny, "--json", "bench.json", "--threads", 1)
     assert timed.code == 0, timed.stderr
-    assert json.loads(Path("bench.json").read_text())["bench"]["prompt"] == 4
+    report = json.loads(Path("bench.json").read_text())
+    assert report["bench"]["prompt"] == 4
+    assert report["evaluation"]["divergence"]["kl"] == evaluation["divergence"]["kl"]
+    timed = aerogel("bench", "out", "--against", tiny, "--speed-only", "--json", "-", "--threads", 1)
+    assert "evaluation" not in json.loads(timed.stdout)
 
 
 def test_export(aerogel, tiny: Path) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -22,13 +21,13 @@ def test_help_and_typing_errors_import_nothing_heavy(arguments: list[str]) -> No
 
 
 def test_help_is_quick() -> None:
-    call = [sys.executable, "-m", "aerogel.cli.app", "--help"]
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run(call, capture_output=True, check=True)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.3
+    """Processor time, so that a busy machine does not fail it."""
+    code = (
+        "import sys, time\nsys.argv = ['aerogel', '--help']\nfrom aerogel.cli.app import main\nmain()\n"
+        "sys.stderr.write(str(time.process_time()))"
+    )
+    calls = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    assert min(float(call.stderr) for call in calls) < 0.3
 
 
 def test_help_names_every_command(aerogel) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.zoo import ZOO, build
 from torch import Tensor, nn
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.eval import quality
 from aerogel.eval.body import HiddenStore, Split
 from aerogel.eval.quality import divergence, evaluate_one, evaluate_pair
-from tests.zoo import ZOO, build
 
 Make = Callable[..., Any]
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from aerogel.errors import BadInput
-from aerogel.eval import card, report as reports, table
+from aerogel.eval import card, table
+from aerogel.eval import report as reports
 from aerogel.eval.html import html, write_html
 
 HOSTILE = '</script><script>alert("1")</script><img src=x onerror=alert(1)>'
@@ -133,7 +134,15 @@ def test_a_report_of_one_model_alone() -> None:
 def test_tables_have_as_many_cells_as_columns(report: dict[str, Any]) -> None:
     makers = (table.tensor_table, table.block_table, table.expert_table)
     found = [*table.tables(report), *(item for maker in makers if (item := maker(report)))]
-    assert [item.title for item in found] == ["Size", "Quality", "Tasks", "Speed", "Tensors", "Blocks", "Experts"]
+    assert [item.title for item in found] == [
+        "Size",
+        "Quality",
+        "Tasks",
+        "Speed",
+        "Every tensor",
+        "Blocks one by one",
+        "Experts",
+    ]
     for item in found:
         assert {len(row) for row in item.rows} == {len(item.columns)}
 

@@ -98,7 +98,7 @@ def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
     assert error <= tolerance, f"relative error {error:.2e} above {tolerance:.0e}, worst at flat index {worst}"
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.ZOO])
+@pytest.mark.parametrize("name", list(zoo.ZOO))
 def test_every_architecture_runs_with_its_decoded_weights(tmp_path: Path, name: str) -> None:
     made = make(tmp_path, name)
     model = load(made.packed)
@@ -141,7 +141,7 @@ def test_every_scheme_loads_packed_and_decodes_exactly(tmp_path: Path, grid: Any
     model = load(made.packed)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
     assert set(layers) == set(made.names)
-    sizes = {n: 0 for n in layers}
+    sizes = dict.fromkeys(layers, 0)
     for tensor, value in load_file(made.packed / "model.safetensors").items():
         owner = tensor.rpartition(".")[0]
         if owner in sizes:
@@ -200,6 +200,62 @@ def test_mixed_schemes_and_kept_layers(tmp_path: Path) -> None:
 def test_experts_of_which_some_are_not_packed(tmp_path: Path) -> None:
     made = make(tmp_path, "mixtral", grid_of=lambda m: None if "experts.2." in m.name else INT4)
     close(logits(load(made.packed)), logits(reference(made)), 2e-5)
+
+
+@pytest.mark.parametrize("order", ["natural", "shuffled", "uneven"])
+def test_gptq_checkpoints_of_others(tmp_path: Path, order: str) -> None:
+    dense = zoo.save("llama", tmp_path / "dense", dtype=torch.float16)
+    tensors, expected = {}, load_file(dense / "model.safetensors")
+    for name, weight in load_file(dense / "model.safetensors").items():
+        if "proj" not in name:
+            tensors[name] = weight
+            continue
+        K, stem = weight.shape[1], name.removesuffix(".weight")
+        columns = {"natural": torch.arange(K), "shuffled": torch.randperm(K), "uneven": 16 * (torch.arange(K) % 2)}
+        found = Numbers.draw(weight.shape, columns[order] // 16)
+        tensors |= {f"{stem}.{local}": tensor for local, tensor in found.tensors.items()}
+        # Many tools write a bias of zeros for layers that have none.
+        tensors[f"{stem}.bias"] = torch.zeros(weight.shape[0], dtype=torch.float16)
+        expected[name] = found.dense
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((dense / "config.json").read_text())
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": order != "natural"}
+    config["quantization_config"] = quantization
+    (packed / "config.json").write_text(json.dumps(config))
+    model = load(packed)
+    layer = model.model.layers[0].mlp.down_proj
+    assert isinstance(layer, Linear) == (order != "uneven")
+    for name, weight in expected.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        assert torch.equal(module.dequantize() if isinstance(module, Linear) else module.weight, weight), name
+    close(logits(model), logits(reference(Made(dense, packed, expected))), 5e-3)
+
+
+@dataclass
+class Numbers:
+    """A GPTQ weight of random codes, packed along K by torch's own shifts, and what it stands for."""
+
+    tensors: dict[str, Tensor]
+    dense: Tensor
+
+    @classmethod
+    def draw(cls, shape: torch.Size, index: Tensor) -> Numbers:
+        (N, K), G = shape, int(index.max()) + 1
+        groups = max(G, -(-K // 16))
+        u, z = torch.randint(0, 16, (K, N)), torch.randint(1, 16, (groups, N))
+        scale = (torch.rand(groups, N) * 0.02 + 0.01).half()
+        dense = ((u - z[index]).float() * scale[index].float()).half().T.contiguous()
+        shifts = 4 * torch.arange(8)
+        packed = (u.reshape(K // 8, 8, N) << shifts[:, None]).sum(1)
+        zeros = ((z - 1).reshape(groups, N // 8, 8) << shifts).sum(2)
+        words = {"qweight": _int32(packed), "qzeros": _int32(zeros), "scales": scale, "g_idx": index.to(torch.int32)}
+        return cls(words, dense)
+
+
+def _int32(words: Tensor) -> Tensor:
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).contiguous()
 
 
 def test_what_is_missing_or_wrong_is_an_error(tmp_path: Path) -> None:

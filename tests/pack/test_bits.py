@@ -67,9 +67,12 @@ def test_what_does_not_fit_is_refused() -> None:
         bits.unpack(torch.zeros(1, 1, dtype=torch.int64), 4, 8)
 
 
-def test_a_large_matrix_packs_in_about_a_tenth_of_a_second() -> None:
+def test_a_large_matrix_packs_in_less_than_a_second() -> None:
     codes = torch.randint(0, 16, (4096, 14336), dtype=torch.uint8)
-    start = time.perf_counter()
-    bits.pack(codes, 4)
-    # Ten times what an idle core takes, so that a busy machine does not fail it; the bound is one second.
-    assert time.perf_counter() - start < 1.5
+    taken = []
+    for _ in range(3):
+        start = time.thread_time()
+        bits.pack(codes, 4)
+        taken.append(time.thread_time() - start)
+    # Processor time, best of three: other work on the machine does not count.
+    assert min(taken) < 1.0

@@ -23,6 +23,11 @@ def _layer(N: int = 48, K: int = 192, *, tokens: int = 1024, seed: int = 0, name
     return Layer(name=name, weight_NK=w, stats=Stats(tokens=tokens, second_moment_KK=x.T @ x))
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def make_layer() -> MakeLayer:
     return _layer

@@ -62,6 +62,7 @@ def test_the_default_ignore_pattern_may_match_nothing() -> None:
     ("stages", "words"),
     [
         ([quantize(targets=["model.layers.0.mlp.down_prj"])], ["stages.0.quantize.targets", "down_proj'?"]),
+        ([quantize(targets=["down_proj"])], ["'down_proj' matches nothing", "'re:.*down_proj'"]),
         ([quantize(targets=["re:.*nothing"])], ["re:.*nothing", "matches nothing", "names look like"]),
         ([quantize(ignore=["lm_head", "Conv2D"])], ["stages.0.quantize.ignore", "'Conv2D'", "Conv1D"]),
         ([quantize(), quantize(targets=["lm_head", "Linear"])], ["claimed by", "stages.0", "stages.1"]),

