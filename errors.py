@@ -13,13 +13,13 @@ class AerogelError(Exception):
     exit_code: int = 3
 
 
-class BadInput(AerogelError):
+class BadInput(AerogelError):  # noqa: N818  (what happened, said where it is raised)
     """The recipe, the model, the data or an option is wrong: the user can fix it before anything ran (exit code 2)."""
 
     exit_code = 2
 
 
-class RunFailed(AerogelError):
+class RunFailed(AerogelError):  # noqa: N818
     """The run could not finish: disk, memory, numerics. The message says what is safe and how to go on (exit code 3)."""
 
     exit_code = 3

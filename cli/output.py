@@ -76,6 +76,7 @@ def _calm_libraries(stack: contextlib.ExitStack, debug: bool) -> None:
     """No bars but ours, and no warnings about what the user cannot change; `--debug` shows the warnings."""
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "transformers" in sys.modules:
         from transformers.utils import logging as library

@@ -114,7 +114,8 @@ def quality_table(report: Report) -> Table | None:
         rows.append(("top-1 agreement", percent_with_error(kl["top1"], kl.get("top1_se")), "same most likely token"))
     note = (
         f"{text['windows']} windows of {text['sequence_length']} tokens, not overlapping; source: {text['source']}; "
-        f"BOS: {_yes(text.get('bos'))}; computed in: {text.get('numerics', 'stored')}"
+        f"BOS: {_yes(text.get('bos'))}; "
+        + ("computed in float32" if text.get("numerics") == "float32" else "computed in the checkpoint's own type")
     )
     return Table("Quality", columns("measure", "value", "<unit>"), tuple(rows), note)
 

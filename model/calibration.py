@@ -191,7 +191,7 @@ def _local_documents(path: Path, column: str | None) -> list[Any]:
             text = path.read_text("utf-8")
             return [text] if text.strip() else []
         if suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+            rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
         elif suffix == ".json":
             rows = json.loads(path.read_text("utf-8"))
             if not isinstance(rows, list):
@@ -202,7 +202,7 @@ def _local_documents(path: Path, column: str | None) -> list[Any]:
             rows = list(Dataset.from_parquet(str(path)))
         else:
             raise BadInput(f"{path} has the ending {suffix!r}; give one of {', '.join(LOCAL_SUFFIXES)}")
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # not UTF-8, not JSON, not parquet
         raise BadInput(f"{path} cannot be read as {suffix[1:]} ({error}); mend or convert the file") from error
     except OSError as error:
         raise BadInput(f"{path} cannot be opened ({error.strerror}); check its permissions") from error

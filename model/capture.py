@@ -8,8 +8,8 @@ Shape legend: T tokens, K in features.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -54,8 +54,10 @@ class Accumulator:
         with gram_precision(x.dtype):
             x_TK, dense_TK = x_TK.float(), dense_TK.float() if dense_TK is not None else None
             # The sum is finite only if every value is; it costs one pass, where isfinite would cost a mask.
-            if not bool(x_TK.sum().isfinite()):
+            if not bool((x_TK.sum() if dense_TK is None else x_TK.sum() + dense_TK.sum()).isfinite()):
                 good = x_TK.isfinite().all(dim=1)
+                if dense_TK is not None:
+                    good &= dense_TK.isfinite().all(dim=1)
                 self.skipped += int((~good).sum())
                 x_TK, dense_TK = x_TK[good], dense_TK[good] if dense_TK is not None else None
             self.tokens += len(x_TK)

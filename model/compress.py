@@ -25,7 +25,7 @@ from aerogel.errors import BadInput
 from aerogel.eval.machine import machine, versions
 from aerogel.eval.memory import peak_bytes
 from aerogel.model.calibration import Tokens, load_tokens
-from aerogel.model.journal import Journal, fingerprint, weights_digest
+from aerogel.model.journal import Journal, fingerprint, restore, weights_digest, work_folder
 from aerogel.model.plan import plan_structure, stored_dtype
 from aerogel.model.progress import Progress, silent
 from aerogel.model.reader import CheckpointReader
@@ -42,7 +42,14 @@ from aerogel.recipes.stages import StageSpec
 SHARD_BYTES = 5_000_000_000
 REPORT_NAME = "aerogel_report.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-NOT_COPIED = {"config.json", "model.safetensors.index.json", "hf_quant_config.json", "quantize_config.json", "README.md", REPORT_NAME}
+NOT_COPIED = {
+    "config.json",
+    "model.safetensors.index.json",
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "README.md",
+    REPORT_NAME,
+}
 
 
 def compress(
@@ -83,6 +90,7 @@ def compress(
     run = _Run(structure, chosen, torch.device(device))
     tokens = run.tokens() if chosen.needs_data else None
     key = run.key(tokens)
+    restore(out)
     report = _finished(out, key)
     if report is None:
         if out.exists() and not overwrite:
@@ -94,7 +102,7 @@ def compress(
             journal.close()
     else:
         seconds = {}
-        shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
+        shutil.rmtree(work_folder(out), ignore_errors=True)
     for row in report["blocks"]:
         row["seconds"] = seconds.get(row["name"], 0.0)
     return {
@@ -136,7 +144,7 @@ class _Run:
         self.structure, self.recipe, self.device = structure, recipe, device
         stored = stored_dtype(structure, recipe)
         specs = [spec.at(str(stored).removeprefix("torch.")) for spec in recipe.stages]
-        self.assigned: dict[str, list[StageSpec]] = assign(specs, [(m.name, m.kind) for m in structure.matrices])
+        self.assigned: dict[str, list[StageSpec]] = assign(specs, structure.modules)
         # The plan raises whatever would go wrong later: formats that cannot store a grid, patterns, shapes.
         self.plan = plan_structure(structure, recipe)
         self.kept_dtype = None if recipe.pack.dtype == "source" else stored

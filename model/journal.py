@@ -25,6 +25,9 @@ from aerogel.errors import BadInput
 from aerogel.model.reader import CheckpointReader
 from aerogel.model.writer import disk_errors, sync_folder, write_json, write_tensors
 
+REPLACED = "replaced"
+"""Inside the work folder: the old output, between its being moved aside and its being deleted."""
+
 
 def fingerprint(facts: Mapping[str, object]) -> str:
     """A short digest of everything that decides the bytes of the result."""
@@ -40,6 +43,34 @@ def weights_digest(reader: CheckpointReader) -> str:
     for entry in reader:
         seen.update(f"{entry.name}:{entry.dtype}:{entry.shape}:{entry.begin}\n".encode())
     return seen.hexdigest()
+
+
+def work_folder(out: Path) -> Path:
+    """Where a run that writes `out` keeps what it has finished."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def restore(out: Path) -> None:
+    """Puts back an output that was to be overwritten, where a kill fell between the two renames of `Journal.publish`."""
+    work = work_folder(out)
+    if (work / REPLACED).is_dir() and not out.exists():
+        with _alone(work) as mine, disk_errors(out):
+            if mine and not out.exists():
+                os.replace(work / REPLACED, out)
+
+
+@contextlib.contextmanager
+def _alone(work: Path) -> Iterator[bool]:
+    """Whether this process is the only one that works in `work`; if so it stays that until the end."""
+    with disk_errors(work):
+        lock = (work / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +89,12 @@ class Journal:
         Raises:
             BadInput: another process is writing the same output now, or the folder cannot be made.
         """
-        work = out.with_name(f"{out.name}.partial")
+        work = work_folder(out)
         with disk_errors(work):
             work.mkdir(parents=True, exist_ok=True)
-        with disk_errors(work):
-            lock = (work / ".lock").open("w")
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BadInput(f"another process is writing {out} now; wait for it or choose another output") from error
+        with _alone(work) as mine:
+            if not mine:
+                raise BadInput(f"another process is writing {out} now; wait for it or choose another output")
             journal = cls(out, work, key)
             if journal._key_on_disk() != key:
                 journal._clear()
@@ -76,10 +103,11 @@ class Journal:
 
     def _key_on_disk(self) -> str | None:
         file = self.work / "journal.json"
-        if not file.exists():
+        try:
+            found = json.loads(file.read_text("utf-8"))
+        except (FileNotFoundError, ValueError):  # no run, or a file that no run wrote: start anew
             return None
-        found = json.loads(file.read_text("utf-8"))
-        return str(found.get("fingerprint"))
+        return str(found.get("fingerprint")) if isinstance(found, dict) else None
 
     def _clear(self) -> None:
         """Deletes what another run left, its journal first so that nothing half deleted is ever trusted."""
@@ -110,17 +138,16 @@ class Journal:
         write_json(self.work / f"{part}.json", row)
 
     def publish(self, *, overwrite: bool) -> None:
-        """Renames the final folder to the output; an output to be overwritten is moved aside first and deleted last."""
+        """Renames the final folder to the output; an output to be overwritten is moved into the work folder first, which
+        `close` deletes last."""
         with disk_errors(self.out):
-            aside = self.out.with_name(f"{self.out.name}.replaced")
+            aside = self.work / REPLACED
             if overwrite and self.out.exists():
                 if aside.exists():
                     shutil.rmtree(aside)
                 os.replace(self.out, aside)
             os.replace(self.final, self.out)
             sync_folder(self.out.parent)
-            if aside.exists() and overwrite:
-                shutil.rmtree(aside)
 
     def close(self) -> None:
         """Deletes the work folder of a run that is published."""

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from aerogel.errors import BadInput
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -49,6 +51,9 @@ def group_tensors(model: PreTrainedModel, tensors: dict[str, Tensor]) -> tuple[l
     Args:
         model: the architecture, on the meta device.
         tensors: every tensor of the checkpoint as a meta tensor of its shape and dtype.
+
+    Raises:
+        BadInput: tensors whose shapes do not fit the model.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -70,9 +75,29 @@ def group_tensors(model: PreTrainedModel, tensors: dict[str, Tensor]) -> tuple[l
     groups = []
     for target, sources in collected.items():
         draft = Group(tuple(sources), (target,), rule_of[target])
-        outputs = tuple(draft.build(model, tensors.__getitem__))
-        groups.append(Group(draft.sources, outputs, draft.converter))
+        made = _checked(model, draft, tensors, wanted)
+        groups.append(Group(draft.sources, tuple(made), draft.converter))
     return groups, unused
+
+
+def _checked(model: PreTrainedModel, group: Group, tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a group makes, on the meta device; `BadInput` where it has not the shapes that the model's config asks for."""
+    first = group.sources[0][0]
+    shapes = f"{first!r} of shape {list(tensors[first].shape)}"
+    try:
+        made = group.build(model, tensors.__getitem__)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise BadInput(
+            f"{shapes} and the {len(group.sources) - 1} tensors beside it do not make {group.outputs[0]!r}"
+            f" ({str(error).strip().splitlines()[0][:120]}); config.json belongs to another model, or a file is damaged"
+        ) from error
+    for name, value in made.items():
+        if name in wanted and value.shape != wanted[name].shape:
+            raise BadInput(
+                f"{shapes} gives {name!r} the shape {list(value.shape)} where config.json asks for {list(wanted[name].shape)};"
+                " config.json belongs to another model, or a file is damaged"
+            )
+    return made
 
 
 def materialise(model: PreTrainedModel, groups: Iterable[Group], fetch: Callable[[str], Tensor], dtype: torch.dtype) -> None:

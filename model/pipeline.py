@@ -7,6 +7,7 @@ command.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def run(
         BadInput: anything that is wrong with the input, before the compression starts.
         RunFailed: disk, memory, numerics; the message says what is safe.
     """
+    start = time.perf_counter()
     checked = Recipe.load(recipe, overrides)
     source = source_of(model, checked)
     folder = Path(out) if out is not None else default_out(source, checked)
@@ -62,6 +64,7 @@ def run(
     report |= measure(folder, source, checked.evaluate, checked.bench, device=place, progress=progress, prepared=prepared)
     judge = load("aerogel.eval.gate:judge")
     report["gate"] = judge(checked.gate.model_dump(), report)
+    report["seconds"] = time.perf_counter() - start
     write(folder, report)
     return report, all(row["passed"] for row in report["gate"])
 

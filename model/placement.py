@@ -77,9 +77,7 @@ class Plan:
         return [items[0] for items in self.placements.values() if items[0].packed]
 
 
-def make_plan(
-    model: PreTrainedModel, header: Mapping[str, Entry], source: Source, read: Callable[[str], Tensor]
-) -> Plan:
+def make_plan(model: PreTrainedModel, header: Mapping[str, Entry], source: Source, read: Callable[[str], Tensor]) -> Plan:
     """Places every packed weight of a checkpoint.
 
     Args:
@@ -135,9 +133,7 @@ class _Planner:
         return (name for name in self.header if name not in used)
 
     def _target(self, name: str) -> tuple[str, str | None]:
-        parameter, pattern = rename_source_key(
-            name, self.renamings, self.converters, self.model.base_model_prefix, self.wanted
-        )
+        parameter, pattern = rename_source_key(name, self.renamings, self.converters, self.model.base_model_prefix, self.wanted)
         return (name, None) if parameter not in self.wanted and name in self.wanted else (parameter, pattern)
 
     def _place(self, name: str, tensors: Mapping[str, str]) -> Placement | None:

@@ -56,7 +56,7 @@ def plan(model: str | Path, recipe: Recipe | str | Path | Mapping[str, Any]) -> 
 
 def plan_structure(structure: Structure, recipe: Recipe) -> dict[str, Any]:
     """As `plan`, for a structure that was already discovered."""
-    assigned = assign(recipe.stages, [(matrix.name, matrix.kind) for matrix in structure.matrices])
+    assigned = assign(recipe.stages, structure.modules)
     _check_outside(structure, assigned)
     _check_stacks(structure, assigned)
     dtype = stored_dtype(structure, recipe)
@@ -89,15 +89,18 @@ def _check_outside(structure: Structure, assigned: Mapping[str, list[StageSpec]]
             continue
         is_head = structure.is_head(matrix)
         if any(spec.kind == "scale" for spec in stages):
-            raise BadInput(f"{matrix.name} lies outside the blocks, where no scale can be folded; add it to ignore of that stage")
+            raise BadInput(
+                f"{matrix.name} lies outside the blocks, where no scale can be folded; add it to ignore of that stage"
+            )
         if not is_head and any(spec.needs for spec in stages):
             raise BadInput(
-                f"{matrix.name} lies outside the blocks, where only the output head can be calibrated; add it to ignore, or give"
-                " it a stage of its own with rtn or hqq"
+                f"{matrix.name} lies outside the blocks, where only the output head can be calibrated; add it to ignore, or"
+                " give it a stage of its own with rtn or hqq"
             )
         if matrix.tied and not any(spec.kind == "quantize" for spec in stages):
             raise BadInput(
-                f"{matrix.name} is tied to the embedding; it can be quantized, which unties it, but not only pruned; add it to ignore"
+                f"{matrix.name} is tied to the embedding; it can be quantized, which unties it, but not only pruned;"
+                " add it to ignore"
             )
 
 
@@ -146,7 +149,7 @@ def _fate(
     if not owned:
         return {"fate": "kept", "why": f"{role}: no stage applies", "bits_per_weight": None, "bytes": kept}
     if not any(assigned[matrix.name] for matrix in owned):
-        return {"fate": "kept", "why": _why_kept(owned[0], recipe), "bits_per_weight": None, "bytes": kept}
+        return {"fate": "kept", "why": _why_kept(owned[0], role, recipe), "bits_per_weight": None, "bytes": kept}
     stored = [_stored_bytes(matrix, assigned[matrix.name], recipe, dtype, kept // len(owned)) for matrix in owned]
     weights = sum(matrix.n * matrix.k for matrix in owned)
     stages = assigned[owned[0].name]
@@ -183,11 +186,11 @@ def _dense_bytes(shape: tuple[int, ...], dtype: torch.dtype, recipe: Recipe) -> 
     return math.prod(shape) * kind.itemsize
 
 
-def _why_kept(matrix: Matrix, recipe: Recipe) -> str:
+def _why_kept(matrix: Matrix, role: str, recipe: Recipe) -> str:
     """The ignore pattern that kept a matrix, or that no stage targets it."""
     for index, spec in enumerate(recipe.stages):
         for pattern in spec.ignore:
-            if matches(pattern, matrix.name, matrix.kind):
+            if matches(pattern, matrix.name, "lm_head" if role == "head" else matrix.kind):
                 return f"stages.{index}.{spec.kind}.ignore: '{pattern}'"
     return f"no stage targets it ({matrix.kind})"
 

@@ -128,7 +128,9 @@ def _is_finite(tensor: Tensor) -> bool:
         tensor = tensor.to(torch.float16)
     flat = tensor.reshape(-1)
     # A sum is not finite when any term is not; only an overflowing sum needs the slower look.
-    return all(bool(part.sum(dtype=torch.float64).isfinite()) or bool(part.isfinite().all()) for part in torch.split(flat, 1 << 24))
+    return all(
+        bool(part.sum(dtype=torch.float64).isfinite()) or bool(part.isfinite().all()) for part in torch.split(flat, 1 << 24)
+    )
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
@@ -150,13 +152,13 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
         raise BadInput(f"{index} is not a safetensors index ({error}); download it again") from error
     shards: dict[Path, set[str] | None] = {}
     for name, file in pairs:
-        if Path(file).name != file:
+        if Path(file).name != file or file in ("", ".", ".."):
             raise BadInput(f"{index} puts {name!r} into {file!r}, outside the folder; only plain file names are allowed")
         names = shards.setdefault(folder / file, set())
         if names is not None:
             names.add(name)
     for path in shards:
-        if not path.exists():
+        if not path.is_file():
             raise BadInput(f"{index} names the shard {path.name}, which is not there; download the missing file")
     return shards
 

@@ -32,9 +32,7 @@ def _register() -> None:
 class _Finder(MetaPathFinder):
     """Finds `HOOKED` as usual, once, and wraps its loader."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """None for every other module."""
         if fullname != HOOKED:
             return None

@@ -182,7 +182,9 @@ class Runner:
         """What arrives at the output head for each batch of hidden states behind the last block (final norm and all)."""
         head = self.structure.head
         if head is None:
-            raise BadInput(f"a {self.structure.config.model_type} model has no output head; leave it out of the stage's targets")
+            raise BadInput(
+                f"a {self.structure.config.model_type} model has no output head; leave it out of the stage's targets"
+            )
         groups = self._non_head_groups()
         materialise(self.model, groups, self.fetch, self.dtype)
         seen: list[Tensor] = []

@@ -86,9 +86,7 @@ def find_sites(runner: Runner, index: int, block: nn.Module, hidden: Tensor) -> 
     return found
 
 
-def _folds(
-    runner: Runner, index: int, trial: nn.Module, prefix: str, hidden: Tensor, site: Found, factors_C: Tensor
-) -> bool:
+def _folds(runner: Runner, index: int, trial: nn.Module, prefix: str, hidden: Tensor, site: Found, factors_C: Tensor) -> bool:
     """Whether scaling the producer and its consumers against each other leaves the block's output as it was.
 
     It does not when something else reads the producer too, a router's experts for instance.
@@ -240,8 +238,8 @@ def apply_scales(
     change = float((after.float() - before.float()).norm() / before.float().norm())
     if not change < INVARIANCE[runner.dtype]:
         raise RunFailed(
-            f"folding scales changed the output of {structure.block_names[index]} by {change:.1%}; leave the scale stage out for this"
-            " model and report it"
+            f"folding scales changed the output of {structure.block_names[index]} by {change:.1%}; leave the scale stage out"
+            " for this model and report it"
         )
     return rows
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,20 +110,24 @@ def _from_gguf(path: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
     draft = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
-        model.to(_original_dtype(model.parameters(), quantized=_holds_codes(path))).save_pretrained(draft)
+        dtype = _original_dtype(model.parameters(), quantized=_holds_codes(path))
+        torch.nn.Module.to(model, dtype)
+        model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(draft)
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, IndexError, OSError, RuntimeError, struct.error) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise BadInput(f"{path.name} cannot be converted ({error}); give a GGUF of an architecture transformers knows") from error
+        raise BadInput(
+            f"{path.name} cannot be converted ({error}); give a GGUF of an architecture transformers knows"
+        ) from error
     try:
         os.replace(draft, folder)
     except OSError:
@@ -151,7 +156,8 @@ def _original_dtype(parameters: Iterable[torch.Tensor], *, quantized: bool) -> t
     """
     import torch
 
-    matrices, vectors = [], []
+    matrices: list[torch.Tensor] = []
+    vectors: list[torch.Tensor] = []
     for parameter in parameters:
         (matrices if parameter.ndim > 1 else vectors).append(parameter.detach())
     shown = vectors if quantized else [*vectors, *matrices]

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aerogel.errors import BadInput, RunFailed
+from aerogel.errors import RunFailed
 from aerogel.model.capture import Accumulator
 from aerogel.model.layer import Stats
 from aerogel.model.runner import Activations, Runner
-from aerogel.model.tape import ATTENTION, Finished, Slot, Tape, Trace, Weights, trace
+from aerogel.model.tape import ATTENTION, Finished, Slot, Tape, Weights, trace
 
 REMEMBERED_BYTES = 640 * 1024 * 1024
 SUMS_BYTES = 1024 * 1024 * 1024
@@ -85,6 +85,7 @@ class BlockStatistics:
         self.remembered = [Memory() for _ in range(batches)]
         self.budget = Budget(REMEMBERED_BYTES)
         self.expert_tokens: dict[str, Counter[int]] = {}
+        self.expert_seen: dict[str, Counter[int]] = {}
         # The twin keeps the dense weights: it shares their memory until the block's own are replaced.
         self.twin = copy.deepcopy(block, {id(p): p for p in block.parameters()}) if hidden_dense is not None else None
         self.trace, self.first_output = trace(self._weights(block), lambda: runner.run(index, block, hidden[0]))
@@ -135,16 +136,18 @@ class BlockStatistics:
 
         Raises:
             RunFailed: an expert saw fewer tokens than asked for, or too many tokens are not finite.
-            BadInput: the cross moment of a routed expert, which has no tokens to pair.
         """
         leaders = {(self.leader(name), expert) for name, expert in slots}
-        if cross and any(expert is not None for _, expert in leaders):
-            raise BadInput("gptaq pairs dense and compressed tokens, which routed experts do not have; ignore them in that stage")
-        sums = {s: Accumulator(width(s[0]), cross=cross, device=self.runner.device) for s in sorted(leaders, key=str)}
+        # Routing differs between the two streams, so an expert's tokens have no partners: it gets no cross moment.
+        sums = {
+            s: Accumulator(width(s[0]), cross=cross and s[1] is None, device=self.runner.device)
+            for s in sorted(leaders, key=str)
+        }
         for batch in range(self.batches):
             dense: dict[Slot, Tensor] = {}
-            if cross and self.twin is not None and self.hidden_dense is not None:
-                self._pass(self.twin, self.hidden_dense[batch], dense.__setitem__, leaders, None)
+            paired = {slot for slot in leaders if slot[1] is None}
+            if cross and paired and self.twin is not None and self.hidden_dense is not None:
+                self._pass(self.twin, self.hidden_dense[batch], dense.__setitem__, paired, None)
 
             def add(slot: Slot, x: Tensor, dense: dict[Slot, Tensor] = dense) -> None:
                 if slot in sums:
@@ -227,7 +230,9 @@ class BlockStatistics:
                 memory.outputs[key] = (result, [t._version for t in kept], kept)
             result, versions, kept = memory.outputs[key]
             if [t._version for t in kept] != versions:
-                raise RunFailed(f"{self.prefix}{path} had its output changed in place; this architecture needs a fix in aerogel")
+                raise RunFailed(
+                    f"{self.prefix}{path} had its output changed in place; this architecture needs a fix in aerogel"
+                )
             return result
 
         return run
@@ -241,6 +246,9 @@ class BlockStatistics:
                     starved.setdefault(name, []).append(expert)
         if starved and self.top_up:
             self._top_up(starved, sums)
+        for (name, expert), total in sums.items():
+            if expert is not None:
+                self.expert_seen.setdefault(name, Counter())[expert] = total.tokens
         for name, experts in starved.items():
             short = [e for e in experts if sums[name, e].tokens < self.min_expert_tokens]
             if short:
@@ -249,6 +257,17 @@ class BlockStatistics:
                     f" calibration.min_expert_tokens={self.min_expert_tokens} ({len(short)} such experts); raise"
                     " calibration.samples, or set calibration.experts: top_up"
                 )
+
+    def expert_rows(self) -> list[dict[str, Any]]:
+        """For each stack of experts the tokens that the router sent, and those that calibration saw after topping up."""
+        return [
+            {
+                "module": name,
+                "tokens": [routed[e] for e in sorted(routed)],
+                "seen": [self.expert_seen[name][e] for e in sorted(routed)],
+            }
+            for name, routed in self.expert_tokens.items()
+        ]
 
     def _top_up(self, starved: Mapping[str, list[int]], sums: Mapping[Slot, Accumulator]) -> None:
         """Shows all tokens to the experts in `starved`, whatever the router says; their outputs are thrown away."""
@@ -281,7 +300,9 @@ class BlockStatistics:
 
     def output(self, batch: int) -> Tensor:
         """What leaves the block for one batch as it now stands; what is remembered of that batch is let go."""
-        tape = Tape(self._weights(self.block), lambda slot, x: None, frozenset(), remember=self._remember(self.remembered[batch]))
+        tape = Tape(
+            self._weights(self.block), lambda slot, x: None, frozenset(), remember=self._remember(self.remembered[batch])
+        )
         with self._remembering(self.block, self.remembered[batch]), tape:
             result = self.runner.run(self.index, self.block, self.hidden[batch])
         self.remembered[batch] = Memory()

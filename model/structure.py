@@ -135,6 +135,11 @@ class Structure:
                 found.append(Matrix(path, "Linear", source, n, k, None, tied, tied=True))
         return found
 
+    @property
+    def modules(self) -> list[tuple[str, str]]:
+        """Name and class of every matrix, as recipes match them; the head's class is `lm_head`, whatever its name is."""
+        return [(m.name, "lm_head" if self.is_head(m) else m.kind) for m in self.matrices]
+
     def _matrices_of(self, group: Group) -> list[Matrix]:
         parameter = group.outputs[0]
         path, _, leaf = parameter.rpartition(".")

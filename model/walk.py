@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput, RunFailed
+from aerogel.model.capture import Accumulator
 from aerogel.model.layer import Layer, Stats
 from aerogel.model.naming import Group, materialise
 from aerogel.model.reader import CheckpointReader
@@ -144,15 +145,15 @@ class Walk:
         tensors, rows = self._store(groups, matrices, layers, sources)
         return Part(name, tensors, {**row, "layers": rows}, time.perf_counter() - start)
 
-    def _calibrated(
-        self, index: int, matrices: list[Matrix], sources: Sources
-    ) -> tuple[dict[str, Layer], dict[str, Any]]:
+    def _calibrated(self, index: int, matrices: list[Matrix], sources: Sources) -> tuple[dict[str, Layer], dict[str, Any]]:
         runner, activations = self.runner, self.activations
         if runner is None or activations is None:
             raise RunFailed("a stage needs calibration data and the walk has none; this is a mistake in aerogel, report it")
         runner.fetch = sources.fetch
         block = runner.load_block(index)
-        sites = apply_scales(self.structure, runner, index, block, matrices, self.job.stages, sources, activations, self.batches)
+        sites = apply_scales(
+            self.structure, runner, index, block, matrices, self.job.stages, sources, activations, self.batches
+        )
         statistics = BlockStatistics(
             runner,
             index,
@@ -181,14 +182,10 @@ class Walk:
         if sites:
             facts["sites"] = sites
         if statistics.expert_tokens:
-            facts["experts"] = [
-                {"module": name, "tokens": [count[e] for e in sorted(count)]} for name, count in statistics.expert_tokens.items()
-            ]
+            facts["experts"] = statistics.expert_rows()
         return layers, facts
 
-    def _wave(
-        self, wave: list[str], matrices: list[Matrix], statistics: BlockStatistics, sources: Sources
-    ) -> dict[str, Layer]:
+    def _wave(self, wave: list[str], matrices: list[Matrix], statistics: BlockStatistics, sources: Sources) -> dict[str, Layer]:
         """The layers of one wave, solved. Linears that share an input are solved together."""
         widths = {m.parameter: m.k for m in matrices}
         needs = {need for m in matrices for spec in self.job.stages[m.name] for need in spec.needs}
@@ -202,7 +199,10 @@ class Walk:
                 if (m.parameter, m.expert) in set(portion):
                     together.setdefault((statistics.leader(m.parameter), m.expert), []).append(m)
             for leader, members in together.items():
-                layers = [self._layer(m, sources, stats.pop(leader, None) if len(members) == 1 else stats.get(leader)) for m in members]
+                layers = [
+                    self._layer(m, sources, stats.pop(leader, None) if len(members) == 1 else stats.get(leader))
+                    for m in members
+                ]
                 stats.pop(leader, None)
                 for m, layer in zip(members, self._solve(members, layers), strict=True):
                     done[m.name] = layer
@@ -237,8 +237,8 @@ class Walk:
         stored = form.decode(form.encode(layer.codes), layer.codes.grid)
         if not torch.equal(stored, layer.weight_NK):
             raise RunFailed(
-                f"{matrix.name}: what would be stored does not decode to what the solver returned; this is a mistake in aerogel,"
-                " report it with the recipe"
+                f"{matrix.name}: what would be stored does not decode to what the solver returned; this is a mistake in"
+                " aerogel, report it with the recipe"
             )
         return layer.with_(stats=None)
 
@@ -338,8 +338,6 @@ class Walk:
 
     def _head_stats(self, matrix: Matrix, sources: Sources) -> Stats:
         """Statistics of what arrives at the output head."""
-        from aerogel.model.capture import Accumulator
-
         if not self.structure.is_head(matrix) or self.runner is None or self.activations is None:
             raise BadInput(f"{matrix.name} lies outside the blocks; only the output head can be calibrated there")
         self.runner.fetch = sources.fetch
@@ -371,15 +369,13 @@ class Walk:
         self._advance_dense(index)
 
     def _advance_dense(self, index: int) -> None:
-        """The uncompressed stream through a block, from the weights on disk: the same whether the block was just walked
-        (its twin may have scales folded in) or is replayed."""
+        """The uncompressed stream through a block, from the weights on disk: walked and replayed alike."""
         if self.runner is None or self.dense is None:
             return
-        reader = self.structure.reader
         treated = {m.tensor for m in self.by_block.get(index, []) if self.job.stages[m.name]}
 
         def fetch(name: str) -> Tensor:
-            value = reader.read(name, finite=True)
+            value = self.structure.reader.read(name, finite=True)
             return (value if name in treated else self.job.kept(value)).to(self.device)
 
         self.runner.fetch = fetch

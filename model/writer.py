@@ -37,7 +37,9 @@ def disk_errors(path: Path) -> Iterator[None]:
                 " the same command again to go on"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise BadInput(f"{path} cannot be written ({error.strerror}); choose an output folder that you may write to") from error
+            raise BadInput(
+                f"{path} cannot be written ({error.strerror}); choose an output folder that you may write to"
+            ) from error
         raise RunFailed(f"writing {path} failed ({error.strerror}); finished blocks are safe, run the command again") from error
 
 

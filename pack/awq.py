@@ -44,9 +44,7 @@ class Awq(Source):
         if layout != "gemm" or width != 4:
             raise NotServed(f"AWQ version {layout!r} with {width} bits is {NOT_SERVED}, only gemm with 4")
         symmetric = not bool(config.get("zero_point", True))
-        grid = IntGrid(
-            bits=width, group_size=group if group > 0 else None, symmetric=symmetric, scale_dtype=torch.float16
-        )
+        grid = IntGrid(bits=width, group_size=group if group > 0 else None, symmetric=symmetric, scale_dtype=torch.float16)
         self._base = Scheme(format="pack-quantized", grid=grid)
 
     def scheme(self, names: Sequence[str], header: Mapping[str, torch.dtype], class_names: Sequence[str]) -> Scheme:

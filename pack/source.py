@@ -135,9 +135,7 @@ class UnevenGroups(BadInput):
     """A column index whose groups differ in size."""
 
 
-def arranged(
-    values_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, grid: IntGrid, index_K: Tensor | None
-) -> Columns:
+def arranged(values_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, grid: IntGrid, index_K: Tensor | None) -> Columns:
     """Codes with a column index as `Columns`: sorted by group, or with one scale per column where sizes are uneven."""
     if index_K is None:
         return Columns(Codes(values_NK=values_NK, scale_NG=scale_NG, zero_NG=zero_NG, grid=grid))

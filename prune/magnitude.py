@@ -24,7 +24,7 @@ class Magnitude:
     sparsity: float | None = None
     pattern: str = "unstructured"
     refit: bool = False
-    damping: float = 0.05
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         parse(self.pattern, self.sparsity)

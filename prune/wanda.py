@@ -28,7 +28,7 @@ class Wanda:
     sparsity: float | None = None
     pattern: str = "unstructured"
     refit: bool = False
-    damping: float = 0.05
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         parse(self.pattern, self.sparsity)

@@ -11,9 +11,8 @@ What is added to the paper's method, each an option:
 - act_order changes only the order of solving. Groups stay consecutive inputs and codes are stored in natural order, so
   no runtime pays for it.
 - refit: afterwards codes and scales descend on the same loss until they stop paying (`refine`).
-- gptaq: earlier layers are compressed already, so this one sees inputs x instead of the x' of the dense model. Its loss
-  |W x' - Q x|^2 is the same quadratic form around another weight, W + W C H^-1 with C = sum (x' - x) x^T. Li et al. 2025
-  (arXiv 2504.02692) add part of that shift inside the recursion; here it is added whole, times `gptaq_alpha`.
+- gptaq: earlier layers are compressed already, so this one sees other inputs than in the dense model; the weight is
+  shifted towards the dense model's outputs before it is rounded (`problem.toward_dense`), by `gptaq_alpha` of the way.
 - a mask is honoured inside the loop: a pruned column has q = 0 and its error moves on like any other. When the kept
   weights were refitted on the mask first, this is the joint optimum of pruning and quantizing for that mask, because
   what refitting leaves is orthogonal to everything the codes can still change.
@@ -31,10 +30,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from aerogel.errors import BadInput, RunFailed
+from aerogel.errors import BadInput
 from aerogel.model.layer import Layer, Need
 from aerogel.quantize.grids import Codes, Params, rows_of
-from aerogel.quantize.problem import ROWS, Problem, check_weight, prepare, relative_loss, second_moment
+from aerogel.quantize.problem import ROWS, Problem, check_weight, prepare, relative_loss, second_moment, toward_dense
 from aerogel.quantize.ranges import Search
 from aerogel.quantize.refine import OnGrid, refine
 from aerogel.quantize.rounder import Rounder
@@ -59,6 +58,8 @@ class Gptq:
     refit: rounds of descent on codes and scales after the solve; 0 leaves plain GPTQ.
     signed_scales: let symmetric scales be negative where that puts the longer side of the range to use.
     gptaq, gptaq_alpha: also make up for what compression changed in the input, to this share.
+    gptaq_experts: what to do with routed experts, whose tokens differ between the two models and cannot be paired:
+        `error` stops, `plain` solves them without gptaq and says so in the notes.
     """
 
     grid: Grid
@@ -70,7 +71,8 @@ class Gptq:
     refit: int = 2
     signed_scales: bool = True
     gptaq: bool = False
-    gptaq_alpha: float = 0.25
+    gptaq_alpha: float = 1.0
+    gptaq_experts: Literal["error", "plain"] = "error"
 
     def __post_init__(self) -> None:
         if self.groups == "updated" and self.act_order:
@@ -109,7 +111,13 @@ class Gptq:
         return solved
 
     def _solve(self, layer: Layer, h_KK: Tensor, problem: Problem) -> Layer:
-        target_NK = self._target(layer, h_KK, problem)
+        target_NK = layer.weight_NK.float()
+        notes = dict(problem.notes)
+        paired = layer.stats is not None and layer.stats.cross_moment_KK is not None
+        if self.gptaq and (paired or self.gptaq_experts == "error"):
+            target_NK = toward_dense(layer, problem, self.gptaq_alpha, "gptaq")
+        elif self.gptaq:
+            notes["gptaq"] = "not used: a routed expert's tokens cannot be paired"
         mask_NK = layer.mask_NK
         importance_K = problem.importance_K if self.clip == "hessian" else None
         fitted = self.grid.fit(target_NK, importance_K, mask_NK, self._search)
@@ -121,27 +129,11 @@ class Gptq:
             chunks.append(self._solve_rows(target_KN, mask_KN, rows_of(self.grid, fitted, rows), problem))
         codes = self._codes(chunks, fitted)
         weight_NK = codes.decode()
-        return layer.with_(
-            weight_NK=weight_NK, codes=codes, loss=relative_loss(layer.weight_NK, weight_NK, h_KK), notes=problem.notes
-        )
+        return layer.with_(weight_NK=weight_NK, codes=codes, loss=relative_loss(layer.weight_NK, weight_NK, h_KK), notes=notes)
 
     @property
     def _search(self) -> Search:
         return Search(kind="minmax" if self.clip == "none" else "mse", signed=self.signed_scales)
-
-    def _target(self, layer: Layer, h_KK: Tensor, problem: Problem) -> Tensor:
-        """The weight to approximate, [N, K]: the layer's own, or shifted by what its input lost."""
-        w_NK = layer.weight_NK.float()
-        if not self.gptaq:
-            return w_NK
-        cross_KK = layer.stats.cross_moment_KK if layer.stats is not None else None
-        if cross_KK is None:
-            raise RunFailed(f"gptaq needs the cross moment of the inputs of {layer.name}, and calibration kept none")
-        # problem.h_KK is H over its mean diagonal, so the cross moment is brought to the same unit.
-        unit = h_KK.diagonal()[h_KK.diagonal() > 0].mean()
-        pull_KN = (w_NK @ cross_KK / unit).T.to(problem.h_KK.dtype)
-        shift_KN: Tensor = torch.linalg.solve(problem.h_KK, pull_KN)
-        return w_NK + self.gptaq_alpha * shift_KN.T.float()
 
     def _solve_rows(self, target_KN: Tensor, mask_KN: Tensor | None, fitted: Params, problem: Problem) -> tuple[Tensor, Params]:
         """Codes and scales of up to `ROWS` outputs."""

@@ -141,3 +141,25 @@ def _factor(scaled_KK: Tensor, order: Tensor, damping: float, name: str) -> tupl
                 " calibrate with more samples, or write precision: float64"
             )
         attempt, retries = min(HIGHEST_DAMPING, max(attempt, 1e-4) * 10), retries + 1
+
+
+def toward_dense(layer: Layer, problem: Problem, share: float, method: str) -> Tensor:
+    """The weight whose output on the inputs that this layer now gets is nearest to that of the dense model, [N, K].
+
+    Earlier layers are compressed, so the layer sees x where the dense model would give x'. Minimising |W x' - Q x|^2 is
+    the same quadratic form around W + W C H^-1 with C = sum (x' - x) x^T (Li et al. 2025, arXiv 2504.02692, add the part
+    of it that their recursion has not yet passed). `share` of the shift is added: the shift is a fit to the calibration
+    data, and what does not carry over to other text grows with it.
+    """
+    w_NK = layer.weight_NK.float()
+    stats = layer.stats
+    if stats is None or stats.cross_moment_KK is None or stats.second_moment_KK is None:
+        raise RunFailed(
+            f"{method} needs dense and compressed inputs of {layer.name} in pairs, and there are none (routed experts have"
+            " no pairs); write gptaq_experts: plain, or leave gptaq out for this weight"
+        )
+    # problem.h_KK is H over its mean diagonal, so the cross moment is brought to the same unit.
+    diagonal = stats.second_moment_KK.diagonal()
+    pull_KN = (w_NK @ stats.cross_moment_KK / diagonal[diagonal > 0].mean()).T.to(problem.h_KK.dtype)
+    shift_KN: Tensor = torch.linalg.solve(problem.h_KK, pull_KN)
+    return w_NK + share * shift_KN.T.float()

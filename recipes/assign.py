@@ -3,7 +3,7 @@
 A pattern is the exact name of a matrix in the checkpoint (without `.weight`), its class, or `re:` and a regular
 expression that must match at the start of the name. The class `Linear` covers every linear map however an
 architecture stores it: `nn.Linear`, the transposed `Conv1D` of GPT-2, and each expert of a fused stack. `Expert`
-covers experts alone.
+covers experts alone. The output head has the class `lm_head` whatever it is called, so that `ignore: [lm_head]` means it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from aerogel.errors import BadInput
 from aerogel.lazy import nearest
 from aerogel.recipes.stages import StageSpec
 
-LINEAR_CLASSES = frozenset({"Linear", "Conv1D", "Expert"})
+LINEAR_CLASSES = frozenset({"Linear", "Conv1D", "Expert", "lm_head"})
 """What the class name `Linear` stands for. Experts are linears: a recipe that forgot them would leave most of a
 mixture-of-experts model dense."""
 

@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 import types
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -85,8 +86,14 @@ def reference() -> str:
 
 def _shipped() -> str:
     """The recipes that come with aerogel."""
-    rows = [f"| `{name}` | {files.read(path).tree.get('about', '')} |" for name, path in shipped().items()]
-    return "\n".join(["## Shipped recipes", "", "| name | what it does |", "|---|---|", *rows])
+    rows = [f"| `{name}` | {files.read(path).tree.get('about', '')} | {_measured(path)} |" for name, path in shipped().items()]
+    return "\n".join(["## Shipped recipes", "", "| name | what it does | measured |", "|---|---|---|", *rows])
+
+
+def _measured(path: Path) -> str:
+    """What the `# measured:` line of a recipe says; a dash where nothing was measured yet."""
+    found = re.search(r"^# measured: (.*)$", path.read_text("utf-8"), re.MULTILINE)
+    return _cell(found[1]) if found and "not measured" not in found[1] else "\N{EN DASH}"
 
 
 def _section(title: str, model: type[BaseModel]) -> str:

@@ -132,9 +132,7 @@ def _as_int8(codes: Codes) -> dict[str, Tensor]:
 
 
 def _from_int8(layout: Layout, problem: Problem) -> Codes:
-    return Codes(
-        values_NK=layout["weight"], scale_NG=layout["weight_scale"], zero_NG=None, grid=problem.grid
-    )
+    return Codes(values_NK=layout["weight"], scale_NG=layout["weight_scale"], zero_NG=None, grid=problem.grid)
 
 
 def _refuses_grid(problem: Problem) -> str | None:

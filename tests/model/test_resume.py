@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import builtins
 import fcntl
+import functools
 import io
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tests import zoo
 from tests.model.tiny import GPTQ, RTN, digest, ids_file, recipe
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from aerogel.errors import BadInput
 from aerogel.model.compress import compress
+from aerogel.model.structure import discover
 from aerogel.recipes.schema import Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -33,151 +39,154 @@ class Killed(BaseException):
 
 
 class Disk:
-    """Counts every step that changes the disk, and kills at one of them.
+    """Counts every step that changes the disk below a folder, and kills at one of them.
 
-    A killed write leaves the first half of its bytes behind, as a real kill may.
+    A killed write leaves half of its bytes behind, as a real kill may. Writes to one file count up to the second.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, inside: Path) -> None:
-        self.step, self.at, self.inside = 0, -1, inside
-        self.log: list[str] = []
-        for name in ("replace", "fsync", "mkdir", "unlink", "rmdir", "rename"):
-            self._wrap(patch, os, name)
-        plain_open = io.open
-        disk = self
+        self.inside = inside
+        self.start(-1)
+        for name in ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir"):
+            self._count(patch, name)
+        plain = io.open
 
         def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            stream = plain_open(file, mode, *args, **kwargs)
-            if "w" not in mode or not isinstance(file, str | Path) or not Path(file).is_relative_to(inside):
+            stream = plain(file, mode, *args, **kwargs)
+            if "b" not in mode or not {"w", "x", "a"} & set(mode) or self.inside not in Path(str(file)).parents:
                 return stream
-            write = stream.write
-
-            def half(data: Any) -> Any:
-                disk.hit(f"write {Path(file).name}", lambda: (write(data[: len(data) // 2]), stream.flush()))
-                return write(data)
-
-            stream.write = half
-            return stream
+            self.hit(f"open {file}", stream.close)
+            return _Written(stream, self)
 
         patch.setattr(builtins, "open", opened)
         patch.setattr(io, "open", opened)
 
-    def _wrap(self, patch: pytest.MonkeyPatch, module: Any, name: str) -> None:
-        plain = getattr(module, name)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            first = args[0]
-            if name == "fsync" or self.inside in Path(str(first)).parents or "dir_fd" in kwargs:
-                self.hit(f"{name} {first}")
-            return plain(*args, **kwargs)
-
-        patch.setattr(module, name, counted)
+    def start(self, at: int) -> None:
+        """Counts from the beginning and kills at step `at`."""
+        self.step, self.at = 0, at
+        self.log: list[str] = []
 
     def hit(self, what: str, before: Callable[[], Any] | None = None) -> None:
-        if self.step == self.at:
-            self.step += 1
+        self.log.append(what)
+        self.step += 1
+        if self.step == self.at + 1:
             if before is not None:
                 before()
             raise Killed
-        self.log.append(what)
-        self.step += 1
+
+    def _count(self, patch: pytest.MonkeyPatch, name: str) -> None:
+        plain = getattr(os, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if name == "fsync" or self.inside in Path(str(args[0])).parents or kwargs.get("dir_fd") is not None:
+                self.hit(f"{name} {args[0]}")
+            return None if name == "fsync" else plain(*args, **kwargs)
+
+        patch.setattr(os, name, counted)
 
 
-def small(folder: Path, blocks: int = 2) -> Path:
-    """A llama of a few blocks."""
-    zoo.ZOO["resumed"] = {**zoo.ZOO["llama"], "num_hidden_layers": blocks}
-    return zoo.save("llama", folder / "dense") if blocks == 2 else _longer(folder, blocks)
+class _Written:
+    """A file open for writing whose first two writes are steps."""
+
+    def __init__(self, stream: Any, disk: Disk) -> None:
+        self.stream, self.disk, self.writes = stream, disk, 0
+
+    def __enter__(self) -> _Written:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stream.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, data: Any) -> Any:
+        self.writes += 1
+        if self.writes <= 2:
+            self.disk.hit(f"write {self.stream.name}", lambda: self.stream.write(bytes(data)[: len(bytes(data)) // 2]))
+        return self.stream.write(data)
 
 
-def _longer(folder: Path, blocks: int) -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out what costs time and has nothing to do with the disk."""
+    monkeypatch.setattr("aerogel.model.compress.discover", functools.cache(discover))
+    monkeypatch.setattr("aerogel.model.compress.versions", lambda: {"aerogel": "0"})
+    monkeypatch.setattr("aerogel.model.compress.machine", dict)
+    monkeypatch.setattr("aerogel.model.plan.matmul_rate", lambda: 1e9)
 
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{**zoo.ZOO["llama"], "num_hidden_layers": blocks})).save_pretrained(folder / "dense")
-    return folder / "dense"
+
+FAST = {"quantize": {"method": "rtn", "bits": 4, "group_size": 16, "clip": "none"}}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_at_every_step_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool) -> None:
-    dense = small(tmp_path)
+def test_one_kill_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None, overwrite: bool) -> None:
+    dense = zoo.save("llama", tmp_path / "dense")
+    chosen = recipe(None, FAST)
+    compress(dense, chosen, tmp_path / "wanted")
+    wanted = digest(tmp_path / "wanted")
+    compress(dense, recipe(None, {"quantize": {**FAST["quantize"], "bits": 3}}), tmp_path / "before")
+    old = digest(tmp_path / "before") if overwrite else {}
+    place = tmp_path / "place"
+    disk = Disk(monkeypatch, place)
+    steps = 0
+    for at in itertools.count():
+        out = place / f"{at}" / "out"
+        out.parent.mkdir(parents=True)
+        if overwrite:
+            shutil.copytree(tmp_path / "before", out)
+        disk.start(at)
+        try:
+            compress(dense, chosen, out, overwrite=overwrite)
+        except Killed:
+            steps += 1
+            where = f"killed at step {at}: {disk.log[-3:]}"
+            check_nothing_is_half_written(out, wanted, old, where)
+            disk.start(-1)
+            compress(dense, chosen, out, overwrite=overwrite)
+            assert digest(out) == wanted, where
+            assert [path.name for path in out.parent.iterdir()] == ["out"], where
+            shutil.rmtree(out.parent)
+        else:
+            break
+    assert digest(out) == wanted
+    assert steps > 60
+
+
+def test_killed_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    dense = zoo.save("llama", tmp_path / "dense")
     chosen = recipe(ids_file(tmp_path), GPTQ)
     compress(dense, chosen, tmp_path / "wanted")
     wanted = digest(tmp_path / "wanted")
-    place = tmp_path / "place"
-    place.mkdir()
-    out = place / "out"
-    old: dict[str, str] = {}
-    if overwrite:
-        compress(dense, recipe(None, RTN), out)
-        old = digest(out)
-    disk = Disk(monkeypatch, place)
-    done, kills = False, 0
-    while not done:
-        # Each attempt resumes what the one before it left, and is killed one step after its own first new one.
-        disk.step, disk.at = 0, kills % 29
+    out = tmp_path / "place" / "out"
+    disk = Disk(monkeypatch, out.parent)
+    draw = random.Random(0)
+    kills = 0
+    while True:
+        disk.start(draw.randrange(45))
         try:
-            compress(dense, chosen, out, overwrite=overwrite)
-            done = True
+            compress(dense, chosen, out)
         except Killed:
             kills += 1
-            _check_nothing_is_half_written(out, wanted, old)
-        assert kills < 2000
-    assert kills > 20
-    assert digest(out) == wanted
-    assert [path.name for path in place.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_one_kill_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool) -> None:
-    dense = small(tmp_path)
-    chosen = recipe(None, RTN)
-    compress(dense, chosen, tmp_path / "wanted")
-    wanted = digest(tmp_path / "wanted")
-    compress(dense, recipe(None, {"quantize": {"method": "rtn", "bits": 3, "group_size": 16}}), tmp_path / "before")
-    old = digest(tmp_path / "before")
-    place = tmp_path / "place"
-    place.mkdir()
-    disk = Disk(monkeypatch, place)
-    for at in range(10_000):
-        out = place / f"{at}" / "out"
-        out.parent.mkdir()
-        if overwrite:
-            _copy(tmp_path / "before", out)
-        disk.step, disk.at, disk.log = 0, at, []
-        try:
-            compress(dense, chosen, out, overwrite=overwrite)
-        except Killed:
-            _check_nothing_is_half_written(out, wanted, old if overwrite else {})
-            disk.at = -1
-            compress(dense, chosen, out, overwrite=overwrite)
-            survived = False
+            check_nothing_is_half_written(out, wanted, {}, f"kill {kills}")
         else:
-            survived = True
-        assert digest(out) == wanted, f"killed at step {at}: {disk.log[at - 3 : at]}"
-        assert [path.name for path in out.parent.iterdir()] == ["out"], f"killed at step {at}: {disk.log[at - 3 : at + 2]}"
-        if survived:
             break
-    assert at > 40
+    assert kills >= 5
+    assert digest(out) == wanted
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def _copy(source: Path, target: Path) -> None:
-    target.mkdir()
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-
-
-def _check_nothing_is_half_written(out: Path, wanted: dict[str, str], old: dict[str, str]) -> None:
-    """Under the final name lies nothing, all of the old, or all of the new."""
+def check_nothing_is_half_written(out: Path, wanted: dict[str, str], old: dict[str, str], where: str) -> None:
+    """Under the final name lies nothing, all of the old, or all of the new; the old goes only when the new is whole."""
     if out.exists():
-        assert digest(out) in (wanted, old)
+        assert digest(out) in (wanted, old), where
     elif old:
         # Between two renames the old output lies aside, whole.
-        assert digest(out.with_name("out.replaced")) == old
+        assert digest(out.with_name("out.partial") / "replaced") == old, where
 
 
 def test_another_recipe_discards_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = small(tmp_path)
+    dense = zoo.save("llama", tmp_path / "dense")
     source = ids_file(tmp_path)
     other = {"quantize": {"method": "gptq", "bits": 3, "group_size": 16}}
     compress(dense, recipe(source, other), tmp_path / "wanted")
@@ -206,7 +215,7 @@ def _interrupt(dense: Path, chosen: Recipe, out: Path) -> list[int]:
 
 
 def test_the_same_recipe_goes_on_at_the_next_block(tmp_path: Path) -> None:
-    dense = small(tmp_path)
+    dense = zoo.save("llama", tmp_path / "dense")
     chosen = recipe(ids_file(tmp_path), GPTQ)
     compress(dense, chosen, tmp_path / "wanted")
     assert _interrupt(dense, chosen, tmp_path / "out") == [0, 1]
@@ -216,32 +225,60 @@ def test_the_same_recipe_goes_on_at_the_next_block(tmp_path: Path) -> None:
     assert digest(tmp_path / "out") == digest(tmp_path / "wanted")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gpt_oss", "falcon", "deepseek_v3"])
-@pytest.mark.parametrize("kind", ["gptq", "gptaq", "awq", "prune", "disk"])
-def test_resumed_walks_stand_where_the_killed_one_stood(tmp_path: Path, name: str, kind: str) -> None:
-    if kind == "gptaq" and name in ("mixtral", "gpt_oss", "deepseek_v3"):
-        pytest.skip("routed experts have no pairs of dense and compressed tokens")
-    if kind == "awq" and name != "falcon":
-        pytest.skip("one architecture with sites is enough")
-    stages: dict[str, list[dict[str, Any]]] = {
-        "gptq": [GPTQ],
-        "gptaq": [{"quantize": {**GPTQ["quantize"], "gptaq": True}}],
-        "awq": [{"scale": {"method": "awq"}}, {"quantize": {"method": "rtn", "bits": 4, "group_size": 16}}],
-        "prune": [{"prune": {"method": "sparsegpt", "pattern": "2:4"}}, {"quantize": {**GPTQ["quantize"], "targets": ["re:.*0"]}}],
-        "disk": [GPTQ],
-    }
-    if kind == "prune":
-        stages["prune"] = [{"prune": {"method": "wanda", "pattern": "2:4"}}]
+GPTAQ = {"quantize": {**GPTQ["quantize"], "gptaq": True}}
+AWQ = {"scale": {"method": "awq", "steps": 4}}
+WALKS: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
+    ("gpt2", [GPTQ], {}),
+    ("gpt2", [GPTAQ], {}),
+    ("gpt2", [GPTAQ], {"activations": "disk"}),
+    ("falcon", [GPTAQ], {}),
+    ("llama", [AWQ, GPTAQ], {}),
+    ("llama", [AWQ, RTN], {}),
+    ("gemma2", [AWQ, GPTQ], {}),
+    ("mixtral", [GPTQ], {}),
+    ("gpt_oss", [GPTQ], {"activations": "disk"}),
+    ("deepseek_v3", [GPTQ], {}),
+    ("mamba2", [GPTQ], {}),
+    ("gpt2", [{"prune": {"method": "wanda", "pattern": "2:4"}}], {}),
+    ("mixtral", [{"prune": {"method": "sparsegpt", "pattern": "2:4"}}, GPTQ], {}),
+]
+
+
+@pytest.mark.parametrize("dtype", ["source", "float16"])
+@pytest.mark.parametrize(("name", "stages", "calibration"), WALKS)
+def test_a_resumed_walk_stands_where_the_killed_one_stood(
+    tmp_path: Path, name: str, stages: list[dict[str, Any]], calibration: dict[str, Any], dtype: str
+) -> None:
     dense = zoo.save(name, tmp_path / "dense")
-    chosen = recipe(ids_file(tmp_path), *stages[kind], activations="disk" if kind == "disk" else "memory", pack={"dtype": "float16"})
+    chosen = recipe(ids_file(tmp_path), *stages, pack={"dtype": dtype}, **calibration)
     compress(dense, chosen, tmp_path / "wanted")
     _interrupt(dense, chosen, tmp_path / "out")
     compress(dense, chosen, tmp_path / "out")
     assert digest(tmp_path / "out") == digest(tmp_path / "wanted")
 
 
+def test_an_old_output_comes_back_when_another_command_follows_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    dense = zoo.save("llama", tmp_path / "dense")
+    out = tmp_path / "place" / "out"
+    compress(dense, recipe(None, FAST), out)
+    old = digest(out)
+    disk = Disk(monkeypatch, out.parent)
+    for at in itertools.count():
+        disk.start(at)
+        with pytest.raises(Killed):
+            compress(dense, recipe(None, RTN), out, overwrite=True)
+        if not out.exists():
+            break
+    disk.start(-1)
+    with pytest.raises(BadInput, match="already exists"):
+        compress(dense, recipe(None, {"quantize": {**FAST["quantize"], "bits": 3}}), out)
+    assert digest(out) == old
+
+
 def test_two_processes_do_not_write_the_same_output(tmp_path: Path) -> None:
-    dense = small(tmp_path)
+    dense = zoo.save("llama", tmp_path / "dense")
     work = tmp_path / "out.partial"
     work.mkdir()
     with (work / ".lock").open("w") as lock:
@@ -252,7 +289,7 @@ def test_two_processes_do_not_write_the_same_output(tmp_path: Path) -> None:
 
 
 def test_a_finished_output_is_done_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = small(tmp_path)
+    dense = zoo.save("llama", tmp_path / "dense")
     chosen = recipe(ids_file(tmp_path), GPTQ)
     first = compress(dense, chosen, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
@@ -266,7 +303,7 @@ def test_a_finished_output_is_done_at_once(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_failing_run_leaves_the_old_output_alone(tmp_path: Path) -> None:
-    dense = small(tmp_path)
+    dense = zoo.save("llama", tmp_path / "dense")
     compress(dense, recipe(None, RTN), tmp_path / "out")
     before = digest(tmp_path / "out")
     chosen = recipe(ids_file(tmp_path), GPTQ)
@@ -284,13 +321,26 @@ def test_a_failing_run_leaves_the_old_output_alone(tmp_path: Path) -> None:
 
 
 def test_a_real_process_that_is_really_killed(tmp_path: Path) -> None:
-    dense = _longer(tmp_path, 6)
+    torch.manual_seed(0)
+    dense = tmp_path / "dense"
+    LlamaForCausalLM(LlamaConfig(**{**zoo.ZOO["llama"], "num_hidden_layers": 6})).save_pretrained(dense)
     chosen = recipe(ids_file(tmp_path), GPTQ).as_dict()
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(chosen))
     out = tmp_path / "out"
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "aerogel", "compress", str(dense), "-r", str(tmp_path / "recipe.yaml"), "-o", str(folder), "--quiet"]
+        command = [
+            sys.executable,
+            "-m",
+            "aerogel",
+            "compress",
+            str(dense),
+            "-r",
+            str(tmp_path / "recipe.yaml"),
+            "-o",
+            str(folder),
+            "--quiet",
+        ]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, env=environment, cwd=tmp_path)
 
@@ -304,20 +354,21 @@ def test_a_real_process_that_is_really_killed(tmp_path: Path) -> None:
     assert clean.returncode == 0
     draw = random.Random(0)
     kills = 0
-    for _ in range(12):
+    for _ in range(8):
         process = start(out)
-        if kills < 4:
-            while process.poll() is None and not out.with_name("out.partial").exists():
-                time.sleep(0.005)
-            time.sleep(draw.random() * (whole - appeared))
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-                process.wait()
-                assert not out.exists() or digest(out) == digest(tmp_path / "wanted")
-                continue
-        assert process.wait() == 0
-        break
+        if kills:
+            assert process.wait() == 0
+            break
+        while process.poll() is None and not out.with_name("out.partial").exists():
+            time.sleep(0.005)
+        time.sleep(draw.random() * (whole - appeared))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            assert not out.exists() or digest(out) == digest(tmp_path / "wanted")
+        else:  # it was quicker than the draw: once more
+            shutil.rmtree(out)
     assert kills >= 1
     assert digest(out) == digest(tmp_path / "wanted")
     assert not out.with_name("out.partial").exists()

@@ -93,7 +93,9 @@ def test_what_loads_is_what_was_stored(case: Any, name: str, method: str) -> Non
     check(case(name, method), 2e-5)
 
 
-@pytest.mark.parametrize(("name", "bits", "dtype"), [("llama", 8, "bfloat16"), ("mixtral", 8, "float32"), ("gpt2", 4, "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "bits", "dtype"), [("llama", 8, "bfloat16"), ("mixtral", 8, "float32"), ("gpt2", 4, "bfloat16")]
+)
 def test_other_widths_and_types(case: Any, name: str, bits: int, dtype: str) -> None:
     check(case(name, "gptq", bits, dtype), 2e-5 if dtype == "float32" else 3e-2)
 
@@ -154,7 +156,9 @@ def test_starved_experts_are_shown_all_tokens(tmp_path: Path) -> None:
 def test_a_starved_expert_fails_the_run_when_routing_is_binding(tmp_path: Path, name: str) -> None:
     dense = zoo.save(name, tmp_path / "dense")
     chosen = recipe(ids_file(tmp_path), GPTQ, experts="routed", min_expert_tokens=128)
-    with pytest.raises(RunFailed, match=r"expert \d of model\.layers\.[01]\.mlp\.experts\.\w+ saw \d+ .*min_expert_tokens=128") as caught:
+    with pytest.raises(
+        RunFailed, match=r"expert \d of model\.layers\.[01]\.mlp\.experts\.\w+ saw \d+ .*min_expert_tokens=128"
+    ) as caught:
         compress(dense, chosen, tmp_path / "out")
     assert caught.value.exit_code == 3
     assert not (tmp_path / "out").exists()
