@@ -1,4 +1,4 @@
-"""llm-compressor's GPTQ on the same model and token ids, for benchmarks/compress_speed.py; runs in the peer's own environment."""
+"""llm-compressor's GPTQ on the same model and token ids, for benchmarks/compress_speed.py. Runs in the peer's environment."""
 
 from __future__ import annotations
 
