@@ -29,6 +29,9 @@ ROWS = 4096
 
 HIGHEST_DAMPING = 1.0
 
+PANEL = 512
+"""Columns of R^-1 made at a time."""
+
 
 def second_moment(layer: Layer, method: str) -> Tensor:
     """The layer's H, [K, K]. Raises `RunFailed` naming the layer when calibration cannot have produced a useful one."""
@@ -111,10 +114,8 @@ def prepare(
         order = torch.argsort(scaled.diagonal(), descending=True, stable=True)
     upper, used, retries = _factor(scaled, order, damping, name)
     diagonal = upper.diagonal().clone()
-    inverse = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
     importance = torch.empty_like(diagonal)
-    importance[order] = 1 / inverse.square_().sum(0)
-    del inverse
+    importance[order] = 1 / _inverse_norms(upper)
     return Problem(
         h_KK=scaled,
         order=tuple(order.tolist()),
@@ -123,6 +124,21 @@ def prepare(
         importance_K=importance,
         notes={"damping": used, "retries": retries, "dead_inputs": int(dead.sum())},
     )
+
+
+def _inverse_norms(upper: Tensor) -> Tensor:
+    """Squared length of every column of R^-1, a panel of columns at a time: the whole inverse would be a third K x K matrix.
+
+    Column c of the inverse of an upper triangular matrix ends at row c, so a panel needs the leading part of R only.
+    """
+    norms = []
+    for start in range(0, len(upper), PANEL):
+        stop = min(start + PANEL, len(upper))
+        unit = torch.zeros(stop, stop - start, dtype=upper.dtype, device=upper.device)
+        unit[start:stop].fill_diagonal_(1)
+        columns = torch.linalg.solve_triangular(upper[:stop, :stop], unit, upper=True)
+        norms.append(columns.square_().sum(0))
+    return torch.cat(norms)
 
 
 def _factor(scaled_KK: Tensor, order: Tensor, damping: float, name: str) -> tuple[Tensor, float, int]:
