@@ -78,15 +78,16 @@ class _Lines:
 
     def __init__(self) -> None:
         self.shown: dict[str, int] = {}
-        self.begun: dict[str, float] = {}
+        self.begun: dict[str, tuple[float, int]] = {}
 
     def __call__(self, stage: str, done: int, total: int, facts: Mapping[str, object] = NO_FACTS, /) -> None:
         tenth = 10 * done // total if total else 10
-        start = self.begun.setdefault(stage, time.monotonic())
-        if tenth == self.shown.get(stage, 0 if done else -1):
+        start, already = self.begun.setdefault(stage, (time.monotonic(), done))
+        if tenth == self.shown.get(stage, -1):
             return
         self.shown[stage] = tenth
         spent = time.monotonic() - start
-        left = f", {spent / done * (total - done):.0f} s left" if 0 < done < total else ""
+        # A resumed run begins in the middle: only what it did itself says how fast it is.
+        left = f", {spent / (done - already) * (total - done):.0f} s left" if already < done < total else ""
         sys.stderr.write(f"{stage}: {done}/{total}, {spent:.0f} s{left}  {describe(facts)}".rstrip() + "\n")
         sys.stderr.flush()

@@ -26,7 +26,7 @@ from aerogel.model.layer import Stats
 from aerogel.model.runner import Activations, Runner
 from aerogel.model.tape import ATTENTION, Finished, Slot, Tape, Weights, trace
 
-REMEMBERED_BYTES = 384 * 1024 * 1024
+REMEMBERED_BYTES = 256 * 1024 * 1024
 SUMS_BYTES = 1024 * 1024 * 1024
 
 

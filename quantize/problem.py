@@ -108,18 +108,23 @@ def prepare(
     """
     h_KK = h_KK.to(torch.float64 if precision == "float64" else torch.float32)
     dead = h_KK.diagonal() <= 0
-    scaled = h_KK / h_KK.diagonal()[~dead].mean()
-    order = torch.arange(len(scaled), device=scaled.device)
+    unit = h_KK.diagonal()[~dead].mean()
+    order = torch.arange(len(h_KK), device=h_KK.device)
     if act_order:
-        order = torch.argsort(scaled.diagonal(), descending=True, stable=True)
-    upper, used, retries = _factor(scaled, order, damping, name)
+        order = torch.argsort(h_KK.diagonal(), descending=True, stable=True)
+    upper, used, retries = _factor(h_KK, unit, order, damping, name)
     diagonal = upper.diagonal().clone()
     importance = torch.empty_like(diagonal)
     importance[order] = 1 / _inverse_norms(upper)
+    lower_KK = upper.div_(diagonal).T.contiguous()
+    del upper
+    # Only now: while H is factored there are three more matrices of its size, which sets the peak memory of a run.
+    scaled = h_KK / unit
+    scaled.diagonal().add_(used)
     return Problem(
         h_KK=scaled,
         order=tuple(order.tolist()),
-        lower_KK=upper.div_(diagonal).T.contiguous(),
+        lower_KK=lower_KK,
         pivot_K=diagonal.square_(),
         importance_K=importance,
         notes={"damping": used, "retries": retries, "dead_inputs": int(dead.sum())},
@@ -141,14 +146,16 @@ def _inverse_norms(upper: Tensor) -> Tensor:
     return torch.cat(norms)
 
 
-def _factor(scaled_KK: Tensor, order: Tensor, damping: float, name: str) -> tuple[Tensor, float, int]:
-    """R upper triangular with H = R R^T in the given order, the damping it took (added in place), and the retries."""
-    natural = scaled_KK.diagonal().clone()
+def _factor(h_KK: Tensor, unit: Tensor, order: Tensor, damping: float, name: str) -> tuple[Tensor, float, int]:
+    """R upper triangular with H / unit + damping = R R^T in the given order, the damping it took, and the retries."""
     attempt, retries = damping, 0
+    last_first = order.flip(0)
     while True:
-        scaled_KK.diagonal().copy_(natural + attempt)
         # The Cholesky factor of the reversed matrix, reversed back, is upper and stands on the left.
-        lower, failure = torch.linalg.cholesky_ex(scaled_KK[order][:, order].flip(0, 1))
+        reversed_KK = h_KK[last_first][:, last_first].div_(unit)
+        reversed_KK.diagonal().add_(attempt)
+        lower, failure = torch.linalg.cholesky_ex(reversed_KK)
+        del reversed_KK
         if int(failure) == 0:
             return lower.flip(0, 1), attempt, retries
         if attempt >= HIGHEST_DAMPING:
