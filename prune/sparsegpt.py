@@ -20,7 +20,7 @@ from aerogel.errors import BadInput
 from aerogel.model.layer import Layer, Need
 from aerogel.prune.finish import check, finish
 from aerogel.prune.patterns import Pattern, parse
-from aerogel.quantize.problem import ROWS, Problem, prepare, second_moment, toward_dense
+from aerogel.quantize.problem import ROWS, Problem, prepare, second_moment
 from aerogel.quantize.sweep import BLOCK, sweep
 
 
@@ -31,15 +31,12 @@ class SparseGpt:
     sparsity: share of weights removed, one half if left out. pattern: unstructured (compared over blocks of 128 inputs
     and all outputs), row (within a block, every output alone), or N:M. refit: solve the kept weights exactly on the
     mask afterwards. damping: share of the mean diagonal of H added to it; grows tenfold when H cannot be factored.
-    gptaq, gptaq_alpha: also make up for what compressing earlier layers changed in the input, to this share.
     """
 
     sparsity: float | None = None
     pattern: str = "unstructured"
     refit: bool = False
     damping: float = 0.01
-    gptaq: bool = False
-    gptaq_alpha: float = 1.0
 
     def __post_init__(self) -> None:
         if parse(self.pattern, self.sparsity).kind == "block":
@@ -50,7 +47,7 @@ class SparseGpt:
     @property
     def needs(self) -> frozenset[Need]:
         """The statistics asked of calibration."""
-        return frozenset({"second_moment", "cross_moment"} if self.gptaq else {"second_moment"})
+        return frozenset({"second_moment"})
 
     @property
     def parsed(self) -> Pattern:
@@ -62,8 +59,6 @@ class SparseGpt:
         check(layer, self.parsed, "sparsegpt")
         moment_KK = second_moment(layer, "sparsegpt")
         problem = prepare(moment_KK, name=layer.name, damping=self.damping, act_order=False)
-        if self.gptaq:
-            layer = layer.with_(weight_NK=toward_dense(layer, problem, self.gptaq_alpha, "gptaq"))
         weights, masks = [], []
         for start in range(0, len(layer.weight_NK), ROWS):
             rows = slice(start, start + ROWS)
