@@ -24,7 +24,7 @@ from torch import Tensor
 from aerogel.errors import RunFailed
 from aerogel.model.layer import Layer
 
-ROWS = 4096
+ROWS = 2048
 """Outputs solved at a time: rows are independent, and this bounds the working memory."""
 
 HIGHEST_DAMPING = 1.0
