@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import zoo
-from tests.model.tiny import GPTQ, RTN, digest, ids_file, recipe
+from tests.model.tiny import GPTQ, RTN, Wrapped, digest, ids_file, recipe
 
 from aerogel.errors import AerogelError, BadInput, RunFailed
 from aerogel.model.compress import compress
@@ -217,20 +217,12 @@ def test_weights_that_are_no_numbers_with_calibration(dense: Path, tmp_path: Pat
 # ---- disks ------------------------------------------------------------------------------------------------------------
 
 
-class _Full:
+class _Full(Wrapped):
     """A file whose disk has room for so many bytes."""
 
     def __init__(self, stream: Any, disk: dict[str, int]) -> None:
-        self.stream, self.disk = stream, disk
-
-    def __enter__(self) -> _Full:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stream.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
+        super().__init__(stream)
+        self.disk = disk
 
     def write(self, data: Any) -> Any:
         size = memoryview(data).nbytes

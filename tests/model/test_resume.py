@@ -23,7 +23,7 @@ import pytest
 import torch
 import yaml
 from tests import zoo
-from tests.model.tiny import GPTQ, RTN, digest, ids_file, recipe
+from tests.model.tiny import GPTQ, RTN, Wrapped, digest, ids_file, recipe
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aerogel.errors import BadInput
@@ -85,20 +85,12 @@ class Disk:
         patch.setattr(os, name, counted)
 
 
-class _Written:
+class _Written(Wrapped):
     """A file open for writing whose first two writes are steps."""
 
     def __init__(self, stream: Any, disk: Disk) -> None:
-        self.stream, self.disk, self.writes = stream, disk, 0
-
-    def __enter__(self) -> _Written:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stream.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
+        super().__init__(stream)
+        self.disk, self.writes = disk, 0
 
     def write(self, data: Any) -> Any:
         self.writes += 1

@@ -60,3 +60,19 @@ def logits(model: nn.Module) -> Tensor:
 def error(found: Tensor, wanted: Tensor) -> float:
     """Relative Frobenius error."""
     return float((found - wanted).norm() / wanted.norm())
+
+
+class Wrapped:
+    """A file object that stands in front of another; tests override what they want to watch or break."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stream.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
