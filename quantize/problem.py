@@ -100,18 +100,21 @@ def prepare(
     name: str,
     damping: float,
     act_order: bool,
+    together: int = 1,
     precision: Literal["float32", "float64"] = "float32",
 ) -> Problem:
     """Damp, order and factor a second moment. `name` is who to name if it cannot be factored (`RunFailed`).
 
     act_order: columns with the largest mean square first, so that their errors are still corrected by all others.
+    together: runs of so many neighbours stay together and in their order, sorted by their summed mean square.
     """
     h_KK = h_KK.to(torch.float64 if precision == "float64" else torch.float32)
     dead = h_KK.diagonal() <= 0
     unit = h_KK.diagonal()[~dead].mean()
     order = torch.arange(len(h_KK), device=h_KK.device)
     if act_order:
-        order = torch.argsort(h_KK.diagonal(), descending=True, stable=True)
+        runs = h_KK.diagonal().view(-1, together).sum(1)
+        order = order.view(-1, together)[torch.argsort(runs, descending=True, stable=True)].flatten()
     upper, used, retries = _factor(h_KK, unit, order, damping, name)
     diagonal = upper.diagonal().clone()
     importance = torch.empty_like(diagonal)

@@ -101,6 +101,23 @@ def test_refit_never_raises_a_row(layer, monkeypatch):
         previous = rows
 
 
+@pytest.mark.parametrize("options", [{"pattern": "2:4"}, {"pattern": "4:8"}])
+def test_loud_inputs_first_lose_less(make_layer, options):
+    ordered, natural = (
+        sum(SparseGpt(**options, act_order=act_order)(make_layer(seed=seed)).loss for seed in range(5))
+        for act_order in (True, False)
+    )
+    assert ordered < natural
+
+
+def test_shares_differ_between_inputs_but_not_in_sum(layer):
+    """Quiet inputs give up more weights than loud ones, which equal shares per block would not allow."""
+    mask = SparseGpt(sparsity=0.5)(layer).mask_NK
+    loudest = layer.stats.second_moment_KK.diagonal().argsort(descending=True)
+    assert int(mask.sum()) == mask.numel() // 2
+    assert mask[:, loudest[:64]].float().mean() > 0.6 > 0.4 > mask[:, loudest[-64:]].float().mean()
+
+
 def test_sparsegpt_in_chunks_of_rows(layer, monkeypatch):
     whole = SparseGpt(pattern="2:4")(layer)
     monkeypatch.setattr("aerogel.prune.sparsegpt.ROWS", 13)
