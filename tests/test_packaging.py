@@ -20,7 +20,15 @@ ROOT = Path(__file__).parents[1]
 NOT_INSTALLED = {"tests", "benchmarks", "docs", "src", "build", "dist", "demo"}
 FOLDERS = sorted(path for path in ROOT.iterdir() if path.is_dir() and path.name[0].isalpha() and path.name not in NOT_INSTALLED)
 MODULES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in folder.rglob("*.py"))])
-DATA = sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "eval").glob("*.j2"), ROOT / "py.typed"])
+DATA = sorted(
+    [
+        *(ROOT / "recipes").glob("*.yaml"),
+        *(ROOT / "eval").glob("*.j2"),
+        *(ROOT / "kernels" / "cuda").glob("*.cu*"),
+        *(ROOT / "kernels" / "gemm").glob("*.json"),
+        ROOT / "py.typed",
+    ]
+)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 

@@ -1,0 +1,214 @@
+"""The matmul with a packed weight on NVIDIA GPUs: one operator over several implementations.
+
+    y_MN = x_MK @ W_NK.T + bias_N          bf16 or fp16 activations, float32 accumulation
+
+The weight lies in the tile layout (`pack/tiles.py`); which implementation runs is decided per number of tokens M, by
+`IMPLEMENTATIONS`, in order of preference: the first that does not refuse. Each makes a plan once per weight and M, and a
+plan is called with nothing but the tensors that change. The operator `aerogel::tiles_linear` has a fake implementation,
+so that `torch.compile(fullgraph=True)` traces through it, and its launches are recorded by CUDA graphs.
+
+Shape legend: M tokens, N out features, K in features, R row tiles, C k tiles, G groups along K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import BadInput
+from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
+from aerogel.kernels.problem import Kernel, Layout, Problem
+from aerogel.lazy import load
+from aerogel.pack.format import Grid
+from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
+
+DTYPES = (torch.bfloat16, torch.float16)
+LEAST_CAPABILITY = (8, 0)
+
+Runner = Callable[[Tensor, Tensor | None, Tensor], None]
+"""(x_MK contiguous, bias_N or None, y_MN to be filled) on torch's current stream and device."""
+
+
+class Implementation(Protocol):
+    """One way to multiply with a `TileWeight`. A class that is never instantiated: its methods are static."""
+
+    name: ClassVar[str]
+
+    @staticmethod
+    def refuses(weight: TileWeight, M: int, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+        """Why it does not run this weight with M tokens on such a device, or None. Looks at shapes and dtypes only."""
+
+    @staticmethod
+    def plan(weight: TileWeight, M: int, dtype: torch.dtype) -> Runner:
+        """Everything that can be done before the activations are known (compiling, tables, argument blocks)."""
+
+
+IMPLEMENTATIONS: list[str] = [
+    "aerogel.kernels.gemm.cuda_few:Few",
+    "aerogel.kernels.gemm.cuda_dense:Dense",
+]
+"""`"module:Name"` of each `Implementation`, best first. The last refuses nothing."""
+
+MOST_PLANS = 1 << 14
+_plans: dict[tuple[object, ...], Runner] = {}
+
+
+def implementations() -> list[type[Implementation]]:
+    """The classes of `IMPLEMENTATIONS`."""
+    return [load(place) for place in IMPLEMENTATIONS]
+
+
+def choose(weight: TileWeight, M: int, dtype: torch.dtype, capability: tuple[int, int]) -> type[Implementation]:
+    """The first implementation that runs M tokens."""
+    return next(found for found in implementations() if found.refuses(weight, M, dtype, capability) is None)
+
+
+def tiles_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    table: Tensor | None,
+    pick: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    N: int,
+) -> Tensor:
+    """`aerogel::tiles_linear` on CUDA: x [M, K] bf16 or fp16 -> [M, N]. See `TileWeight` for the other arguments.
+
+    The plan depends on the weight's tensors by their addresses, so it is found again by them and never outdated.
+    """
+    M, K = x.shape
+    y = x.new_empty(M, N)
+    if M == 0 or N == 0:
+        return y
+    key = (
+        codes.data_ptr(),
+        scale.data_ptr(),
+        M,
+        K,
+        N,
+        group_size,
+        x.dtype,
+        scale.dtype,
+        0 if zero is None else zero.data_ptr(),
+        0 if table is None else table.data_ptr(),
+        0 if pick is None else pick.data_ptr(),
+        codes.shape[2],
+    )
+    runner = _plans.get(key)
+    if runner is None:
+        held = TileWeight(codes=codes, scale=scale, zero=zero, table=table, pick=pick, group_size=group_size, N=N, K=K)
+        runner = _plan(held, x, key)
+    runner(x, bias, y)
+    return y
+
+
+def _plan(weight: TileWeight, x: Tensor, key: tuple[object, ...]) -> Runner:
+    weight.check()
+    if x.dtype not in DTYPES:
+        raise BadInput(f"tiles_linear multiplies bfloat16 or float16 activations, found {x.dtype}; cast them")
+    capability = torch.cuda.get_device_capability(x.device)
+    if len(_plans) >= MOST_PLANS:
+        _plans.clear()
+    with torch.cuda.device(x.device):
+        runner = choose(weight, x.shape[0], x.dtype, capability).plan(weight, x.shape[0], x.dtype)
+    _plans[key] = runner
+    return runner
+
+
+def _fake(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    table: Tensor | None,
+    pick: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    N: int,
+) -> Tensor:
+    return x.new_empty(x.shape[0], N)
+
+
+_library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "tiles_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? table, Tensor? pick, Tensor? bias,"
+    " int group_size, int N) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("tiles_linear", tiles_linear, "CUDA")  # type: ignore[no-untyped-call]
+torch.library.register_fake("aerogel::tiles_linear", _fake, lib=_library)
+
+
+class Cuda(Kernel):
+    """Weight-only matmul in the tile layout."""
+
+    about: ClassVar[str] = "CUDA kernels compiled at run time: integers of 1 to 8 bits and e4m3, bfloat16 and float16"
+
+    @staticmethod
+    def refuses(problem: Problem) -> str | None:
+        """Anything but weight-only 16-bit matmuls on an NVIDIA GPU of compute capability 8.0 or newer."""
+        if problem.device != "cuda":
+            return f"runs on NVIDIA GPUs only, not on {problem.device}"
+        if problem.activations != "none":
+            return f"is weight-only, activations are {problem.activations}"
+        if problem.dtype not in DTYPES:
+            return f"multiplies bfloat16 or float16 activations, not {str(problem.dtype).removeprefix('torch.')}"
+        return _refuses_grid(problem.grid) or _refuses_machine()
+
+    @staticmethod
+    def runs_stored(problem: Problem) -> bool:
+        """Its own layout: `pack/tiles.py`."""
+        return False
+
+    @staticmethod
+    def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
+        """tile_codes uint8 [R, C, 256 * bits], tile_scale [R, G, 16], and tile_zero or tile_table where there are any."""
+        return tensors_of(codes)
+
+    @staticmethod
+    def unpack(layout: Layout, problem: Problem) -> Codes:
+        """The inverse of `pack`, exactly."""
+        return codes_of(dict(layout), problem.grid, problem.N, problem.K)
+
+    @staticmethod
+    def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
+        """One call of the operator."""
+        y_MN: Tensor = torch.ops.aerogel.tiles_linear(
+            x_MK,
+            layout["tile_codes"],
+            layout["tile_scale"],
+            layout.get("tile_zero"),
+            layout.get("tile_table"),
+            None,
+            bias_N,
+            problem.grid.group_size or 0,
+            problem.N,
+        )
+        return y_MN
+
+
+def _refuses_grid(grid: Grid) -> str | None:
+    if isinstance(grid, Fp8Grid):
+        return None
+    if not isinstance(grid, IntGrid):
+        return f"runs integers and e4m3 floats, not codes on a {type(grid).__name__}"
+    if grid.group_size is not None and grid.group_size % 16:
+        return f"group_size must be a multiple of 16, or null, found {grid.group_size}"
+    return None
+
+
+def _refuses_machine() -> str | None:
+    if not torch.cuda.is_available():
+        return "needs an NVIDIA GPU that torch can use, and there is none"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is not None or capability < LEAST_CAPABILITY:
+        return f"needs an NVIDIA GPU of compute capability 8.0 or newer, this one is {capability[0]}.{capability[1]}"
+    from aerogel.kernels.cuda.nvrtc import compiler
+
+    compiler()  # its ImportError is the reason
+    return None

@@ -1,0 +1,134 @@
+"""A weight in the tile layout, as the CUDA kernels take it.
+
+    W[n, k] = (u[n, k] - z) * s            integers; z = 2^(b-1) where there is no zero point
+    W[n, k] = table[u[n, k]] * s           any 16 or 256 numbers; one table, one per row, or one of several per group
+
+with s, z and the table's number those of row n and of k's group. `pack/tiles.py` says where each bit of u lies.
+
+Shape legend: N out features, K in features, R = ceil(N / 16) row tiles, C = ceil(K / 128) k tiles, G groups along K,
+T tables, E = 16 or 256 entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import BadInput
+from aerogel.pack import bits as stream
+from aerogel.pack import tiles
+from aerogel.quantize.grids import Codes, Fp8Grid, Grid, IntGrid
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileWeight:
+    """Tensors and shape of one weight.
+
+    codes: uint8 [R, C, 256 * bits], see `pack.tiles`.
+    scale: fp16, bf16 or fp32 [R, G, 16].
+    zero: uint8 (the integer z_u), or float in the scale's dtype (its value), [R, G, 16]; None when symmetric or a table.
+    table: fp16, bf16 or fp32 [T, E]: T is 1, or N rounded up to row tiles (one per row), or anything with `pick`.
+    pick: uint8 [R, G, 16], the number of the table of each group and row; None otherwise.
+    group_size: a multiple of 16, or 0 for one scale per row (G = 1).
+    N, K: the weight's own shape.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    table: Tensor | None
+    pick: Tensor | None
+    group_size: int
+    N: int
+    K: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return self.codes.shape[2] // 256
+
+    @property
+    def groups(self) -> int:
+        """Groups along K."""
+        return self.scale.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a pass over the weight reads."""
+        held = (self.codes, self.scale, self.zero, self.table, self.pick)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    def check(self) -> None:
+        """Raises `BadInput` where shapes or dtypes contradict each other."""
+        R, C = tiles.tile_counts(self.N, self.K)
+        G = 1 if self.group_size == 0 else -(-self.K // self.group_size)
+        per_group = (R, G, 16)
+        found = {
+            "codes": self.codes.dtype == torch.uint8 and tuple(self.codes.shape) == (R, C, 256 * self.bits),
+            "group_size": self.group_size >= 0 and self.group_size % 16 == 0,
+            "scale": self.scale.dtype in SCALE_DTYPES and tuple(self.scale.shape) == per_group,
+            "zero": self.zero is None
+            or (self.zero.dtype in (torch.uint8, self.scale.dtype) and tuple(self.zero.shape) == per_group),
+            "table": self.table is None or self._table_fits(R),
+            "pick": self.pick is None or (self.pick.dtype == torch.uint8 and tuple(self.pick.shape) == per_group),
+        }
+        held = (self.codes, self.scale, self.zero, self.table, self.pick)
+        found["strides"] = all(tensor is None or tensor.is_contiguous() for tensor in held)
+        wrong = [name for name, right in found.items() if not right]
+        if wrong:
+            raise BadInput(
+                f"a tiled weight [{self.N}, {self.K}] in {self.bits} bits with group_size {self.group_size} has"
+                f" {', '.join(wrong)} of the wrong shape or dtype; codes are {list(self.codes.shape)} (expected"
+                f" {[R, C, 256 * self.bits]}), scales {self.scale.dtype} {list(self.scale.shape)} (expected {list(per_group)})"
+            )
+
+    def _table_fits(self, R: int) -> bool:
+        table = self.table
+        if table is None or table.dim() != 2 or self.zero is not None or table.dtype not in SCALE_DTYPES:
+            return False
+        tables_fit = table.shape[0] <= 256 if self.pick is not None else table.shape[0] in (1, R * 16)
+        return tables_fit and table.shape[1] == 1 << self.bits and self.bits in (4, 8)
+
+
+def e4m3_table(device: torch.device) -> Tensor:
+    """The 256 values of e4m3 as float16 [1, 256], which holds them all exactly (the two NaNs stay NaN)."""
+    return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).half()[None]
+
+
+def tensors_of(codes: Codes) -> dict[str, Tensor]:
+    """Codes [N, K] of an integer or e4m3 grid as the layout's tensors: tile_codes, tile_scale and, where needed, tile_zero
+    and tile_table. Raises `BadInput` for other grids."""
+    grid = codes.grid
+    N = codes.values_NK.shape[0]
+    if isinstance(grid, IntGrid):
+        values = stream.signed_to_unsigned(codes.values_NK, grid.bits)
+        layout = {"tile_codes": tiles.pack_tiles(values, grid.bits), "tile_scale": tiles.pack_rows_of_tiles(codes.scale_NG)}
+        if codes.zero_NG is not None:
+            zero = stream.signed_to_unsigned(codes.zero_NG.to(torch.int8), grid.bits)
+            layout["tile_zero"] = tiles.pack_rows_of_tiles(zero)
+        return layout
+    if isinstance(grid, Fp8Grid):
+        shared = grid.shared_rows or N
+        return {
+            "tile_codes": tiles.pack_tiles(codes.values_NK.contiguous().view(torch.uint8), 8),
+            "tile_scale": tiles.pack_rows_of_tiles(codes.scale_NG.repeat_interleave(shared, 0)[:N]),
+            "tile_table": e4m3_table(codes.values_NK.device),
+        }
+    raise BadInput(f"codes on a {type(grid).__name__} have no tile layout; it holds integers and e4m3 floats")
+
+
+def codes_of(layout: dict[str, Tensor], grid: Grid, N: int, K: int) -> Codes:
+    """The inverse of `tensors_of`, exactly."""
+    values = tiles.unpack_tiles(layout["tile_codes"], grid.bits, N, K)
+    scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], N)
+    if isinstance(grid, Fp8Grid):
+        scale = scale[:: grid.shared_rows or N].contiguous()
+        return Codes(values_NK=values.view(torch.float8_e4m3fn), scale_NG=scale, zero_NG=None, grid=grid)
+    zero = layout.get("tile_zero")
+    if zero is not None:
+        zero = stream.unsigned_to_signed(tiles.unpack_rows_of_tiles(zero, N), grid.bits)
+    return Codes(values_NK=stream.unsigned_to_signed(values, grid.bits), scale_NG=scale, zero_NG=zero, grid=grid)
