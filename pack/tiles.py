@@ -138,22 +138,27 @@ def _row_tiles_at_once(codes_NK: Tensor, C: int) -> int:
     return max(1, CHUNK.get(codes_NK.device.type, CHUNK["cpu"]) // (ROWS * COLUMNS * max(C, 1)))
 
 
+def _axis(x: Tensor, dim: int, *sizes: int) -> Tensor:
+    """Axis `dim` split into `sizes`."""
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+
+
 def _join4(limb: Tensor) -> Tensor:
     """[r, c, s, g, t, e, i1, i0] -> bytes [r, c, piece, g, t, s % 4, e, i1]; i0 is the nibble."""
     byte = limb[..., 0] | limb[..., 1] << 4
-    return byte.unflatten(2, (2, 4)).permute(0, 1, 2, 4, 5, 3, 6, 7)
+    return _axis(byte, 2, 2, 4).permute(0, 1, 2, 4, 5, 3, 6, 7)
 
 
 def _join2(limb: Tensor) -> Tensor:
     """-> bytes [r, c, g, t, word, e, s % 2]; i0 and i1 are the field."""
     byte = limb[..., 0, 0] | limb[..., 0, 1] << 2 | limb[..., 1, 0] << 4 | limb[..., 1, 1] << 6
-    return byte.unflatten(2, (4, 2)).permute(0, 1, 4, 5, 2, 6, 3)
+    return _axis(byte, 2, 4, 2).permute(0, 1, 4, 5, 2, 6, 3)
 
 
 def _join1(limb: Tensor) -> Tensor:
     """-> bytes [r, c, g, t, word, e, s / 2 % 2]; i0, i1 and s % 2 are the bit."""
     half = limb[..., 0, 0] | limb[..., 0, 1] << 1 | limb[..., 1, 0] << 2 | limb[..., 1, 1] << 3
-    pairs = half.unflatten(2, (2, 2, 2))
+    pairs = _axis(half, 2, 2, 2, 2)
     byte = pairs[:, :, :, :, 0] | pairs[:, :, :, :, 1] << 4
     return byte.permute(0, 1, 4, 5, 2, 6, 3)
 
@@ -169,7 +174,7 @@ def _split(part: Tensor, width: int) -> Tensor:
         return torch.stack([byte & 15, byte >> 4], -1)
     if width == 2:
         byte = part.reshape(*lead, 8, 4, 4, 2, 2).permute(0, 1, 4, 6, 2, 3, 5).reshape(*lead, 8, 8, 4, 2)
-        return torch.stack([(byte >> 2 * i) & 3 for i in range(4)], -1).unflatten(-1, (2, 2))
+        return _axis(torch.stack([(byte >> 2 * i) & 3 for i in range(4)], -1), 6, 2, 2)
     byte = part.reshape(*lead, 8, 4, 2, 2, 2).permute(0, 1, 4, 6, 2, 3, 5)
     fields = torch.stack([(byte >> 4 * odd) & 15 for odd in range(2)], 4).reshape(*lead, 8, 8, 4, 2)
-    return torch.stack([(fields >> i) & 1 for i in range(4)], -1).unflatten(-1, (2, 2))
+    return _axis(torch.stack([(fields >> i) & 1 for i in range(4)], -1), 6, 2, 2)

@@ -204,6 +204,9 @@ def _load() -> tuple[ctypes.CDLL, str]:
     tried = candidates()
     for path in tried:
         try:
+            # NVRTC asks the loader for its table of builtins by name only, which finds it where it is loaded already.
+            for builtins in sorted(Path(path).parent.glob("*nvrtc-builtins.so*")) if Path(path).is_absolute() else ():
+                ctypes.CDLL(str(builtins))
             return ctypes.CDLL(path), path
         except OSError:
             continue
