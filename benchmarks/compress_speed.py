@@ -18,6 +18,7 @@ from pathlib import Path
 
 from aerogel.eval.machine import machine, versions
 
+PEER = "llm-compressor 0.14 GPTQ"
 OURS = """
 import json, sys, time
 from aerogel.model.compress import compress
@@ -29,7 +30,7 @@ print(json.dumps({"seconds": time.perf_counter() - start, "cpu_seconds": time.pr
 """
 
 
-def run(command: list[str], threads: int) -> dict[str, object]:
+def run(command: list[str], threads: int) -> dict[str, float]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -37,11 +38,18 @@ def run(command: list[str], threads: int) -> dict[str, object]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def shares(rows: dict[str, dict[str, float]]) -> dict[str, float]:
+    """CPU seconds of each over those of the peer; empty without one."""
+    peer = rows.get(PEER)
+    return {} if peer is None else {name: row["cpu_seconds"] / peer["cpu_seconds"] for name, row in rows.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--ids", type=Path, required=True)
     parser.add_argument("--peer-python")
+    parser.add_argument("--only", choices=["gptq, no refit", "gptq", "gptq + gptaq"], help="one of ours instead of all")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
@@ -50,12 +58,14 @@ def main() -> None:
     ids = given.ids.resolve()
     quantize = {"method": "gptq", "bits": 4, "group_size": 64, "symmetric": True}
     recipes = {"gptq, no refit": {**quantize, "refit": 0}, "gptq": quantize, "gptq + gptaq": {**quantize, "gptaq": True}}
-    rows: dict[str, object] = {}
+    rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         if given.peer_python:
             peer = [given.peer_python, str(Path(__file__).with_name("peer_gptq.py")), given.model, str(ids)]
-            rows["llm-compressor 0.14 GPTQ"] = run([*peer, str(given.rows), str(given.length), f"{folder}/peer"], given.threads)
+            rows[PEER] = run([*peer, str(given.rows), str(given.length), f"{folder}/peer"], given.threads)
         for name, stage in recipes.items():
+            if given.only not in (None, name):
+                continue
             calibration = {"source": f"{ids}:calibration", "samples": given.rows, "sequence_length": given.length}
             recipe = {"aerogel": 1, "calibration": calibration, "stages": [{"quantize": stage}]}
             out = f"{folder}/{len(rows)}"
@@ -68,6 +78,7 @@ def main() -> None:
         "versions": versions(),
         "threads": given.threads,
         "rows": rows,
+        "share_of_peer": shares(rows),
     }
     given.out.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(json.dumps(rows, indent=1) + "\n")
