@@ -105,7 +105,12 @@ class Gptq:
             check_weight(layer, "gptq")
             if id(h_KK) not in problems:
                 problems[id(h_KK)] = prepare(
-                    h_KK, name=layer.name, damping=self.damping, act_order=self.act_order, precision=self.precision
+                    h_KK,
+                    name=layer.name,
+                    damping=self.damping,
+                    act_order=self.act_order,
+                    importance=self.clip == "hessian",
+                    precision=self.precision,
                 )
             solved.append(self._solve(layer, h_KK, problems[id(h_KK)]))
         return solved
@@ -119,8 +124,7 @@ class Gptq:
         elif self.gptaq:
             notes["gptaq"] = "not used: a routed expert's tokens cannot be paired"
         mask_NK = layer.mask_NK
-        importance_K = problem.importance_K if self.clip == "hessian" else None
-        fitted = self.grid.fit(target_NK, importance_K, mask_NK, self._search)
+        fitted = self.grid.fit(target_NK, problem.importance_K, mask_NK, self._search)
         chunks: list[tuple[Tensor, Params]] = []
         for start in range(0, len(target_NK), ROWS):
             rows = slice(start, min(len(target_NK), start + ROWS))

@@ -77,7 +77,8 @@ class Problem:
     order: the columns in the order in which they are solved.
     lower_KK: feedback matrix L of `sweep`, in that order. pivot_K: r_ii^2, what a unit error of column i costs once all
         later columns have adapted to it.
-    importance_K: 1 / diag(H^-1), natural order: what a unit error costs once *all* other columns have adapted.
+    importance_K: 1 / diag(H^-1), natural order: what a unit error costs once *all* other columns have adapted; None unless
+        asked for, since it takes about as long as the factor itself.
     notes: damping, retries, dead columns.
     """
 
@@ -85,7 +86,7 @@ class Problem:
     order: tuple[int, ...]
     lower_KK: Tensor
     pivot_K: Tensor
-    importance_K: Tensor
+    importance_K: Tensor | None
     notes: dict[str, object]
 
     @property
@@ -101,12 +102,14 @@ def prepare(
     damping: float,
     act_order: bool,
     together: int = 1,
+    importance: bool = False,
     precision: Literal["float32", "float64"] = "float32",
 ) -> Problem:
     """Damp, order and factor a second moment. `name` is who to name if it cannot be factored (`RunFailed`).
 
     act_order: columns with the largest mean square first, so that their errors are still corrected by all others.
     together: runs of so many neighbours stay together and in their order, sorted by their summed mean square.
+    importance: also compute `importance_K`.
     """
     h_KK = h_KK.to(torch.float64 if precision == "float64" else torch.float32)
     dead = h_KK.diagonal() <= 0
@@ -117,8 +120,10 @@ def prepare(
         order = order.view(-1, together)[torch.argsort(runs, descending=True, stable=True)].flatten()
     upper, used, retries = _factor(h_KK, unit, order, damping, name)
     diagonal = upper.diagonal().clone()
-    importance = torch.empty_like(diagonal)
-    importance[order] = 1 / _inverse_norms(upper)
+    importance_K = None
+    if importance:
+        importance_K = torch.empty_like(diagonal)
+        importance_K[order] = 1 / _inverse_norms(upper)
     lower_KK = upper.div_(diagonal).T.contiguous()
     del upper
     # Only now: while H is factored there are three more matrices of its size, which sets the peak memory of a run.
@@ -129,7 +134,7 @@ def prepare(
         order=tuple(order.tolist()),
         lower_KK=lower_KK,
         pivot_K=diagonal.square_(),
-        importance_K=importance,
+        importance_K=importance_K,
         notes={"damping": used, "retries": retries, "dead_inputs": int(dead.sum())},
     )
 
