@@ -11,6 +11,7 @@ from aerogel.kernels.problem import Kernel, Problem
 from aerogel.lazy import load
 
 GEMM: dict[str, str] = {
+    "cuda": "aerogel.kernels.gemm.cuda:Cuda",
     "torch-int8-dynamic": "aerogel.kernels.gemm.torch_ops:Int8Dynamic",
     "torch-int4-cpu": "aerogel.kernels.gemm.torch_ops:Int4Cpu",
     "torch-int8-cpu": "aerogel.kernels.gemm.torch_ops:Int8Cpu",

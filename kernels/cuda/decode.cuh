@@ -1,0 +1,157 @@
+// From codes to the left factor of the matrix instruction, without a shuffle and without a conversion instruction.
+//
+// A 16-bit float whose exponent says 2^m, with m mantissa bits, counts in ones: put an integer into the mantissa's low bits
+// and the float is 2^m + integer. So a field of a code is masked into place over the bits of a power of two (one
+// and_or for two weights), and one packed addition takes the power away again. Where a field does not lie at bit 0 but at
+// bit p, the power 2^(m-p) makes bit p count as one; where it is the upper limb of a code, with weight 2^w, the power
+// 2^(m-p+w) makes it count as that. bfloat16 has 7 mantissa bits: a 4-bit field fits at bit 0 only, 2-bit fields at 0, 2
+// and 4, single bits at 0..6, and what lies higher is shifted down first, once for all fields that come along. float16
+// has 10 bits. All sums below are exact: whole numbers of at most 8 significant bits (see the proof in tests).
+//
+// Decoders give CENTRED integers u - 2^(b-1). Zero points enter in the epilogue of a group, through the sum of x:
+//   sum_k (u - z) x = sum_k (u - c) x - (z - c) sum_k x,     c = 2^(b-1)
+// which is exact for integer zero points, keeps float ones in float32, and costs one more matrix product (with a factor of
+// ones) for all row tiles together.
+//
+// Defines used: BITS, FP16, TABLE (0 none, 1 one table, 2 one per row, 3 picked per group), ZERO, SCALE, GROUP.
+
+#pragma once
+#include "machine.cuh"
+
+// ---- Numbers known at compile time -----------------------------------------------------------------------------------
+constexpr int MANTISSA = FP16 ? 10 : 7;
+constexpr int EXPONENT_BIAS = FP16 ? 15 : 127;
+constexpr int MOST_EXPONENT = FP16 ? 15 : 127;
+constexpr int WORDS = 2 * BITS;  // 32-bit words of one tile in a lane
+constexpr int TILE_BYTES = 256 * BITS;
+constexpr int CENTRE = TABLE ? 0 : 1 << (BITS - 1);
+
+constexpr u32 both(u32 half) { return half * 0x00010001u; }
+constexpr u32 power_of_two(int e) { return (u32)(e + EXPONENT_BIAS) << MANTISSA; }
+constexpr int log2_floor(u32 v) { return v < 2 ? 0 : 1 + log2_floor(v >> 1); }
+// The bits of -v for a whole number v that the type holds exactly.
+constexpr u32 minus(u32 v) {
+  return 0x8000u | power_of_two(log2_floor(v)) | (((v << 16) >> log2_floor(v)) & 0xFFFFu) >> (16 - MANTISSA);
+}
+constexpr u32 ONES = both(power_of_two(0));
+
+// Widths of a code's limbs, the lowest first.
+constexpr int limb_count() { return BITS == 8 || BITS == 3 || BITS == 5 || BITS == 6 ? 2 : BITS == 7 ? 3 : 1; }
+constexpr int limb_width(int l) {
+  return l == 0 ? (BITS >= 4 ? 4 : BITS >= 2 ? 2 : 1) : l == 1 ? (BITS == 8 ? 4 : BITS >= 6 ? 2 : 1) : 1;
+}
+constexpr int limb_weight(int l) { return l == 0 ? 0 : limb_weight(l - 1) + limb_width(l - 1); }
+constexpr int limb_word(int l) { return l == 0 ? 0 : limb_word(l - 1) + 2 * limb_width(l - 1); }
+
+// ---- Where a field lies ----------------------------------------------------------------------------------------------
+// Fields of one limb follow each other in a half word. `least` keeps a heavy limb's power inside float16's range.
+template <int WIDTH, int WEIGHT> struct Field {
+  static constexpr int least = MANTISSA + WEIGHT > MOST_EXPONENT ? MANTISSA + WEIGHT - MOST_EXPONENT : 0;
+  static constexpr int reach = (MANTISSA - WIDTH - least) / WIDTH + 1;  // fields that one shift serves
+  static constexpr int bit(int j) { return least + j % reach * WIDTH; }
+  static constexpr int shift(int j) { return j / reach * reach * WIDTH - least; }
+  static constexpr u32 power(int j) { return 1u << (MANTISSA - bit(j) + WEIGHT); }
+  // 2^(m-p+w) + 2^w * field, in both halves.
+  static INLINE u32 raised(u32 word, int j) {
+    const u32 moved = shift(j) >= 0 ? word >> shift(j) : word << -shift(j);
+    return and_or(moved, both(((1u << WIDTH) - 1) << bit(j)), both(power_of_two(MANTISSA - bit(j) + WEIGHT)));
+  }
+};
+
+// Number of the field, in its half word, of register i at step s.
+constexpr int field_number(int width, int s, int i) { return 4 * (s % (4 / width)) + i; }
+
+template <int L> INLINE u32 raised_limb(const u32* words, int s, int i) {
+  constexpr int width = limb_width(L);
+  return Field<width, limb_weight(L)>::raised(words[limb_word(L) + s * width / 4], field_number(width, s, i));
+}
+template <int L> constexpr u32 power_of_limb(int s, int i) {
+  return Field<limb_width(L), limb_weight(L)>::power(field_number(limb_width(L), s, i));
+}
+
+// ---- Decoders --------------------------------------------------------------------------------------------------------
+// The A fragment of step s (0..7) of a tile: centred integers. `s` must be known after unrolling.
+INLINE void decode_integers(const u32* words, int s, u32* a) {
+  UNROLL for (int i = 0; i < 4; i++) {
+    if constexpr (limb_count() == 1) {
+      a[i] = add_pairs(raised_limb<0>(words, s, i), both(minus(power_of_limb<0>(s, i) + CENTRE)));
+    } else if constexpr (limb_count() == 2) {
+      const u32 high = add_pairs(raised_limb<1>(words, s, i),
+                                 both(minus(power_of_limb<1>(s, i) + power_of_limb<0>(s, i) + CENTRE)));
+      a[i] = add_pairs(raised_limb<0>(words, s, i), high);
+    } else {
+      const u32 high = add_pairs(raised_limb<limb_count() - 1>(words, s, i),
+                                 both(minus(power_of_limb<limb_count() - 1>(s, i) + power_of_limb<1>(s, i) +
+                                            power_of_limb<0>(s, i) + CENTRE)));
+      a[i] = add_pairs(raised_limb<0>(words, s, i), add_pairs(raised_limb<1>(words, s, i), high));
+    }
+  }
+}
+
+// The A fragment of step s through a table of 16-bit numbers in shared memory: `upper` for row g, `lower` for row g + 8.
+INLINE void decode_table(const u32* words, int s, u32 upper, u32 lower, u32* a) {
+  UNROLL for (int i = 0; i < 4; i++) {
+    u32 pair[2];
+    UNROLL for (int e = 0; e < 2; e++) {
+      const int bit = 4 * i + 16 * e;  // of the low nibble; an entry is two bytes
+      u32 offset = (bit ? words[s] >> (bit - 1) : words[s] << 1) & 0x1E;
+      if constexpr (BITS == 8) offset |= (bit > 4 ? words[8 + s] >> (bit - 5) : words[8 + s] << (5 - bit)) & 0x1E0;
+      pair[e] = load_shared_u16((i & 1 ? lower : upper) + offset);
+    }
+    a[i] = pair[0] | pair[1] << 16;
+  }
+}
+
+// Tables into shared memory: all of them, or with one table per row those of ROWS rows. `table_of` is where a row's begins.
+template <int ROWS>
+INLINE void fetch_tables(const u16* table, int tables, u16* room, int first_tile, int thread, int threads) {
+  if constexpr (TABLE) {
+    const int entries = (TABLE == 2 ? ROWS : tables) << BITS;
+    const int most = tables << BITS, start = TABLE == 2 ? (first_tile * 16) << BITS : 0;
+    for (int i = thread; i < entries; i += threads) room[i] = start + i < most ? table[start + i] : (u16)0;
+  }
+}
+INLINE u32 table_of(u32 room, int tile, int row) { return TABLE == 2 ? room + ((tile * 16 + row) * (2 << BITS)) : room; }
+
+// ---- A lane's words of a tile ----------------------------------------------------------------------------------------
+// 4-bit limbs in two pieces of 16 bytes a lane, 2-bit limbs in one, 1-bit limbs in one of 8 bytes.
+template <typename LoadWide, typename LoadNarrow>
+INLINE void load_words(const u8* tile, int lane, u32* words, LoadWide wide, LoadNarrow narrow) {
+  constexpr int wides = WORDS / 4;
+  UNROLL for (int piece = 0; piece < wides; piece++) {
+    const uint4 v = wide((const uint4*)(tile + 512 * piece) + lane);
+    words[4 * piece] = v.x, words[4 * piece + 1] = v.y, words[4 * piece + 2] = v.z, words[4 * piece + 3] = v.w;
+  }
+  if constexpr (WORDS % 4 != 0) {
+    const uint2 v = narrow((const uint2*)(tile + 512 * wides) + lane);
+    words[4 * wides] = v.x, words[4 * wides + 1] = v.y;
+  }
+}
+INLINE void load_words_from_global(const u8* tile, int lane, u32* words) {
+  load_words(tile, lane, words, [](const uint4* p) { return load_once(p); }, [](const uint2* p) { return load_once(p); });
+}
+INLINE void load_words_from_shared(const u8* tile, int lane, u32* words) {
+  load_words(tile, lane, words, [](const uint4* p) { return *p; }, [](const uint2* p) { return *p; });
+}
+
+// ---- Scales and zero points ------------------------------------------------------------------------------------------
+// Of a run of groups of one row tile: [group][16 rows] scales, then zero points, then table numbers.
+constexpr int SCALE_BYTES = SCALE == 2 ? 4 : 2;                        // SCALE: 0 bfloat16, 1 float16, 2 float32
+constexpr int ZERO_BYTES = ZERO == 0 ? 0 : ZERO == 1 ? 1 : SCALE_BYTES;  // ZERO: 0 none, 1 uint8, 2 as the scales
+constexpr int PICK_BYTES = TABLE == 3 ? 1 : 0;
+constexpr int RUN = GROUP == 0 ? 128 : GROUP % 128 == 0 ? 128 : GROUP % 64 == 0 ? 64 : GROUP % 32 == 0 ? 32 : 16;
+constexpr int RUNS = 128 / RUN;  // of columns with one scale in a tile
+
+INLINE float read_scale(const u8* p, int i) {
+  if constexpr (SCALE == 2) return ((const float*)p)[i];
+  return SCALE == 1 ? from_fp16(((const u16*)p)[i]) : from_bf16(((const u16*)p)[i]);
+}
+INLINE float read_zero(const u8* p, int i) {
+  if constexpr (ZERO == 1) return (float)p[i];
+  return read_scale(p, i);
+}
+// The group of the first column of a run; one group when scales are per channel.
+INLINE int group_of(int tile, int run) {
+  if constexpr (GROUP == 0) return 0;
+  return (tile * 128 + run * RUN) / (GROUP ? GROUP : 1);
+}

@@ -1,0 +1,168 @@
+// The machine's own words: what the kernels say to an NVIDIA GPU that C++ has no expression for.
+//
+// No header of the toolkit is included, so that nothing but the compiler itself is needed. Each function is one PTX
+// instruction (or two) and carries its name. Compute capability 8.0 has mma, ldmatrix and cp.async; 9.0 adds barriers that
+// count bytes, the bulk copy engine, clusters of blocks that see each other's shared memory, and early launch.
+
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define INLINE __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#ifndef __CUDA_ARCH__
+#define __CUDA_ARCH__ 900
+#endif
+
+INLINE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+// ---- Matrix products -------------------------------------------------------------------------------------------------
+// D (16 x 8) += A (16 x 16) B (16 x 8). With g = lane / 4 and t = lane % 4 a lane holds
+//   A  registers 0..3   rows g, g+8, g, g+8   columns 2t, 2t+1 (registers 0, 1) and 2t+8, 2t+9 (registers 2, 3)
+//   B  registers 0, 1   column g              rows 2t, 2t+1 and 2t+8, 2t+9
+//   D  floats 0..3      rows g, g, g+8, g+8   columns 2t, 2t+1, 2t, 2t+1
+INLINE void matrix_multiply(float* d, const u32* a, u32 b0, u32 b1) {
+#if FP16
+#define AEROGEL_MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#else
+#define AEROGEL_MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#endif
+  asm(AEROGEL_MMA " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of 16-bit numbers; lane 8i + r gives the address of row r of matrix i.
+INLINE void load_matrices(u32* r, u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// ---- 16-bit numbers --------------------------------------------------------------------------------------------------
+// (v & mask) | bits in one instruction; written in C++ it becomes two.
+INLINE u32 and_or(u32 v, u32 mask, u32 bits) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(v), "r"(mask), "r"(bits));
+  return d;
+}
+
+// Both halves of a + b.
+INLINE u32 add_pairs(u32 a, u32 b) {
+  u32 d;
+#if FP16
+  asm("add.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#elif __CUDA_ARCH__ >= 900
+  asm("add.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#else
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3F803F80u), "r"(b));
+#endif
+  return d;
+}
+
+INLINE float from_bf16(u16 v) { return __uint_as_float((u32)v << 16); }
+INLINE float from_fp16(u16 v) {
+  float d;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(v));
+  return d;
+}
+INLINE float from_half(u16 v) { return FP16 ? from_fp16(v) : from_bf16(v); }
+INLINE u16 to_half(float v) {
+  u16 d;
+#if FP16
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(d) : "f"(v));
+#else
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(d) : "f"(v));
+#endif
+  return d;
+}
+
+// ---- Memory ----------------------------------------------------------------------------------------------------------
+// Loads of data that is read once: not kept in L1, and the L2 is told to fetch the neighbourhood.
+INLINE uint4 load_once(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+INLINE uint2 load_once(const uint2* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+INLINE u16 load_shared_u16(u32 address) {
+  u16 v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
+  return v;
+}
+
+// 16 bytes to shared memory without a register in between; bytes beyond `valid` become zero.
+INLINE void copy_async(u32 shared, const void* global, int valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");
+}
+INLINE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> INLINE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+INLINE void barrier_of(int name, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
+
+// ---- Compute capability 9.0 ------------------------------------------------------------------------------------------
+#if __CUDA_ARCH__ >= 900
+// A barrier in shared memory that completes when its arrivals and its bytes are all in.
+INLINE void mbarrier_init(u32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+INLINE void mbarrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+INLINE void mbarrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+INLINE void mbarrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+INLINE void mbarrier_wait(u32 barrier, u32 phase) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
+      ::"r"(barrier), "r"(phase) : "memory");
+}
+
+// The copy engine: `bytes` (a multiple of 16) to shared memory, counted by the barrier.
+INLINE void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// Blocks of a cluster: who am I, meet the others, read their shared memory.
+INLINE u32 cluster_rank() {
+  u32 r;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+INLINE void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+INLINE float load_from_block(u32 shared, u32 rank) {
+  float v;
+  asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
+               : "=f"(v)
+               : "r"(shared), "r"(rank)
+               : "memory");
+  return v;
+}
+#endif
+
+// Early launch: let the next kernel on the stream begin; wait until everything before this one has ended.
+INLINE void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+INLINE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

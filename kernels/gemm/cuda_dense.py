@@ -1,0 +1,112 @@
+"""Many tokens on CUDA by way of a dense weight: decode some rows into a buffer, multiply them with cuBLAS, repeat.
+
+The buffer is kept small enough to stay in the GPU's L2 cache between the two, so what is decoded is rarely written to
+memory; the matmul then runs at the speed of a dense one, plus reading the codes once. Runs everything.
+
+Shape legend: M tokens, N out features, K in features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.kernels.gemm.cuda import Runner
+from aerogel.kernels.gemm.cuda_few import decoder_defines, table_kind
+from aerogel.kernels.gemm.cuda_weight import TileWeight
+
+SOURCE = "dequantize.cu"
+WARPS = 8
+BUFFER_BYTES = 24 << 20
+"""Dense rows decoded at a time: half of an H100's L2."""
+
+
+class Arguments(ctypes.Structure):
+    """`Arguments` of dequantize.cu, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table", "pick", "dense")),
+        *((name, ctypes.c_int) for name in ("rows", "K", "first_tile", "k_tiles", "groups", "tables")),
+    ]
+
+
+class Dequantizer:
+    """Decodes rows of one weight. dtype: bfloat16 or float16, what the dense rows are rounded to."""
+
+    def __init__(self, weight: TileWeight, dtype: torch.dtype) -> None:
+        from aerogel.kernels.cuda.sources import function
+
+        device = weight.codes.device
+        self._function = function(SOURCE, "dequantize", decoder_defines(weight, dtype), device)
+        self._weight, self._device = weight, device.index
+        self._table = None if weight.table is None else weight.table.to(dtype)
+        tables = 0
+        if weight.table is not None:
+            tables = (16 if table_kind(weight) == 2 else weight.table.shape[0]) * (2 << weight.bits)
+        self._shared = WARPS * 16 * 272 + tables
+
+    def __call__(self, first: int, dense: Tensor) -> None:
+        """Rows first .. of W into `dense` [rows, K], contiguous; `first` is a multiple of 16."""
+        from aerogel.kernels.cuda.launch import Launch
+
+        weight, table = self._weight, self._table
+        rows = dense.shape[0]
+        arguments: Any = Arguments(
+            codes=weight.codes.data_ptr(),
+            scale=weight.scale.data_ptr(),
+            zero=None if weight.zero is None else weight.zero.data_ptr(),
+            table=None if table is None else table.data_ptr(),
+            pick=None if weight.pick is None else weight.pick.data_ptr(),
+            dense=dense.data_ptr(),
+            rows=rows,
+            K=weight.K,
+            first_tile=first // 16,
+            k_tiles=weight.codes.shape[1],
+            groups=weight.groups,
+            tables=0 if table is None else table.shape[0],
+        )
+        blocks = -(-rows // 16) * -(-weight.codes.shape[1] // WARPS)
+        launch = Launch(self._function, arguments, grid=(blocks,), block=WARPS * 32, shared_bytes=self._shared)
+        launch(torch._C._cuda_getCurrentRawStream(self._device))
+
+
+def dequantize(weight: TileWeight, dtype: torch.dtype) -> Tensor:
+    """The whole dense weight [N, K] in `dtype`, on the weight's device."""
+    dense_NK = torch.empty(weight.N, weight.K, dtype=dtype, device=weight.codes.device)
+    if dense_NK.numel():
+        with torch.cuda.device(weight.codes.device):
+            Dequantizer(weight, dtype)(0, dense_NK)
+    return dense_NK
+
+
+class Dense:
+    """Decode and multiply with cuBLAS, a part of the rows at a time."""
+
+    name: ClassVar[str] = "dense"
+
+    @staticmethod
+    def refuses(weight: TileWeight, M: int, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+        """Nothing."""
+        return None
+
+    @staticmethod
+    def plan(weight: TileWeight, M: int, dtype: torch.dtype) -> Runner:
+        """See `Implementation.plan`."""
+        decode = Dequantizer(weight, dtype)
+        step = max(16, BUFFER_BYTES // (2 * max(weight.K, 1)) // 16 * 16)
+
+        def run(x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
+            buffer = torch.empty(min(step, weight.N), weight.K, dtype=dtype, device=x_MK.device)
+            for first in range(0, weight.N, step):
+                rows = buffer[: min(step, weight.N - first)]
+                decode(first, rows)
+                part = y_MN[:, first : first + rows.shape[0]]
+                if bias_N is None:
+                    torch.mm(x_MK, rows.T, out=part) if part.is_contiguous() else part.copy_(x_MK @ rows.T)
+                else:
+                    part.copy_(torch.addmm(bias_N[first : first + rows.shape[0]].to(dtype), x_MK, rows.T))
+
+        return run

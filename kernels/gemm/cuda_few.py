@@ -1,0 +1,291 @@
+"""Up to 16 tokens at a time on CUDA: which of the kernels of `few_tokens.cu`, in which configuration, with what arguments.
+
+The source explains the kernels. Here stands what surrounds a launch: the configuration (from the tuned table of the device,
+else by rule), the macros that specialise the source, how much shared memory that takes, and the block of arguments.
+
+More than 16 tokens run as slices of 16; each slice reads the weight again, so this serves few slices only.
+
+Shape legend: M tokens, N out features, K in features; tiles of 16 rows x 128 columns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.kernels.gemm.cuda import Runner
+from aerogel.kernels.gemm.cuda_weight import TileWeight
+
+SOURCE = "few_tokens.cu"
+TOKENS = 16
+MOST_TOKENS = 96
+"""Above this, decoding the whole weight and multiplying densely is faster than passing over it every 16 tokens."""
+SHARED_LIMIT = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10, 12: 99 << 10}
+"""Shared memory of a block in bytes, by the major compute capability; the least of the generation's devices."""
+SCALE_NUMBER = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+SCALE_BYTES = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
+
+
+class Arguments(ctypes.Structure):
+    """`Arguments` of few_tokens.cu, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table", "pick", "x", "bias", "y")),
+        *((name, ctypes.c_int) for name in ("M", "N", "x_stride", "x_columns", "row_tiles", "k_tiles", "groups", "tables")),
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """How a few-token kernel is cut.
+
+    ring: weights through a ring in shared memory (compute capability 9.0), else through registers.
+    row_tiles: tiles of 16 rows of one warp. row_warps, k_warps: warps of a block along rows and along K.
+    stages: of the ring. x_resident: all of x stays in shared memory. cluster: blocks that split K among them.
+    blocks: row blocks resident on a multiprocessor at once, which limits registers.
+    """
+
+    ring: bool
+    row_tiles: int
+    k_warps: int
+    row_warps: int = 1
+    stages: int = 3
+    x_resident: bool = False
+    cluster: int = 1
+    blocks: int = 1
+
+    @property
+    def block_tiles(self) -> int:
+        """Row tiles of a block."""
+        return self.row_tiles * self.row_warps
+
+    @property
+    def warps(self) -> int:
+        """Multiplying warps of a block."""
+        return self.row_warps * self.k_warps
+
+
+def ceil_divide(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def group_run(group_size: int, columns: int) -> int:
+    """Groups that `columns` aligned columns may touch, as `Side` in the source counts them."""
+    if group_size == 0 or group_size % columns == 0:
+        return 1
+    return columns // group_size + (0 if columns % group_size == 0 else 2)
+
+
+def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> dict[str, int]:
+    """The macros that specialise few_tokens.cu."""
+    return {
+        **decoder_defines(weight, dtype),
+        "TOKEN_TILES": 1 if M <= 8 else 2,
+        "RING": int(config.ring),
+        "ROW_TILES": config.row_tiles,
+        "ROW_WARPS": config.row_warps,
+        "K_WARPS": config.k_warps,
+        "STAGES": config.stages,
+        "X_RESIDENT": int(config.x_resident),
+        "CLUSTER": config.cluster,
+        "BLOCKS": config.blocks,
+    }
+
+
+def decoder_defines(weight: TileWeight, dtype: torch.dtype) -> dict[str, int]:
+    """The macros that decode.cuh wants to know about a weight."""
+    zero = 0 if weight.zero is None else 1 if weight.zero.dtype == torch.uint8 else 2
+    return {
+        "BITS": weight.bits,
+        "FP16": int(dtype == torch.float16),
+        "SCALE": SCALE_NUMBER[weight.scale.dtype],
+        "ZERO": zero,
+        "TABLE": table_kind(weight),
+        "GROUP": weight.group_size,
+    }
+
+
+def table_kind(weight: TileWeight) -> int:
+    """0 no table, 1 one for all, 2 one per row, 3 picked per group."""
+    if weight.table is None:
+        return 0
+    return 3 if weight.pick is not None else 1 if weight.table.shape[0] == 1 else 2
+
+
+def side_bytes(weight: TileWeight, columns: int) -> int:
+    """Bytes beside the codes for one row tile of `columns` columns."""
+    zero = 0 if weight.zero is None else weight.zero.element_size()
+    each = SCALE_BYTES[weight.scale.dtype] + zero + (weight.pick is not None)
+    return group_run(weight.group_size, columns) * 16 * each
+
+
+def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
+    """Dynamic shared memory of a launch, laid out as the source does."""
+    rows = config.block_tiles * 16
+    k_tiles = weight.codes.shape[1]
+    partials = config.k_warps * M * (rows + 4) * 4 + (M * rows * 4 if config.cluster > 1 else 0)
+    tables = 0
+    if weight.table is not None:
+        tables = (rows if table_kind(weight) == 2 else weight.table.shape[0]) * (2 << weight.bits)
+    if not config.ring:
+        slots = config.warps * 2 * (M * 272 + config.row_tiles * side_bytes(weight, 128))
+        return (tables + 15) // 16 * 16 + max(slots, partials)
+    tables = (tables + 127) // 128 * 128
+    stage = config.block_tiles * (config.k_warps * 256 * weight.bits + side_bytes(weight, config.k_warps * 128))
+    stage += 0 if config.x_resident else M * (config.k_warps * 256 + 16)
+    ring = config.stages * ((stage + 127) // 128 * 128)
+    stages_each = ceil_divide(ceil_divide(k_tiles, config.k_warps), config.cluster)
+    ring += M * (stages_each * config.k_warps * 256 + 16) if config.x_resident else 0
+    single = grid // config.cluster >= ceil_divide(weight.codes.shape[0], config.block_tiles)
+    return 256 + tables + (max(ring, partials) if single else ring + partials)
+
+
+def grid_of(weight: TileWeight, config: Config, multiprocessors: int) -> int:
+    """Blocks of a launch: one per row block, or as many as run at once where blocks are persistent."""
+    row_blocks = ceil_divide(weight.codes.shape[0], config.block_tiles)
+    if config.cluster > 1 or not config.ring:
+        return row_blocks * config.cluster
+    return min(row_blocks, multiprocessors * config.blocks)
+
+
+def fits(weight: TileWeight, config: Config, M: int, capability: tuple[int, int], multiprocessors: int) -> bool:
+    """Whether a device can launch the configuration."""
+    if config.ring and capability < (9, 0):
+        return False
+    if (config.warps + config.ring) * 32 > 1024 or config.cluster > 8 or (not config.ring and config.row_warps > 1):
+        return False
+    grid = grid_of(weight, config, multiprocessors)
+    return shared_bytes(weight, config, M, grid) <= SHARED_LIMIT.get(capability[0], 99 << 10)
+
+
+def default_config(weight: TileWeight, M: int, capability: tuple[int, int], multiprocessors: int) -> Config:
+    """A sound configuration for any weight: fill the multiprocessors once, split K where rows alone do not."""
+    R, C = weight.codes.shape[:2]
+    share = max(1, ceil_divide(R, multiprocessors))
+    if capability >= (9, 0) and weight.codes.nbytes >= 4 << 20:
+        for tiles in range(min(share, 7), 0, -1):
+            for warps, stages in ((8, 4), (8, 3), (4, 4), (4, 3), (4, 2), (2, 2)):
+                config = Config(ring=True, row_tiles=tiles, k_warps=warps, stages=stages)
+                if fits(weight, config, M, capability, multiprocessors):
+                    return config
+    for tiles in (2, 1) if share > 1 else (1,):
+        for warps in (16, 8, 4, 2, 1):
+            config = Config(ring=False, row_tiles=tiles, k_warps=warps)
+            if warps <= max(C, 1) and fits(weight, config, M, capability, multiprocessors):
+                return config
+    return Config(ring=False, row_tiles=1, k_warps=1)
+
+
+class Few:
+    """1 to 16 tokens in one pass over the weight, up to 96 in several."""
+
+    name: ClassVar[str] = "few"
+
+    @staticmethod
+    def refuses(weight: TileWeight, M: int, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+        """Too many tokens, or tables that do not fit into shared memory."""
+        if M > MOST_TOKENS:
+            return f"passes over the weight once per {TOKENS} tokens, {M} are better served by a dense product"
+        table = weight.table
+        if (
+            table is not None
+            and table_kind(weight) != 1
+            and table.shape[1] * 32 * (16 if weight.pick is None else 8) > 64 << 10
+        ):
+            return "holds its tables in shared memory, and these are too many"
+        return None
+
+    @staticmethod
+    def plan(weight: TileWeight, M: int, dtype: torch.dtype) -> Runner:
+        """See `Implementation.plan`."""
+        from aerogel.kernels.gemm.cuda_table import config_for
+
+        if M > TOKENS:
+            return _slices(weight, M, dtype)
+        return Plan(weight, config_for(weight, M), M, dtype)
+
+
+def _slices(weight: TileWeight, M: int, dtype: torch.dtype) -> Runner:
+    parts = [(start, min(start + TOKENS, M)) for start in range(0, M, TOKENS)]
+    plans = {stop - start: Few.plan(weight, stop - start, dtype) for start, stop in parts}
+
+    def run(x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
+        for start, stop in parts:
+            plans[stop - start](x_MK[start:stop], bias_N, y_MN[start:stop])
+
+    return run
+
+
+class Plan:
+    """One weight, one number of tokens, one configuration: compiled, sized and ready to be called as a `Runner`.
+
+    The first call does not begin early: whatever wrote the weight may be the kernel just before it on the stream.
+    """
+
+    def __init__(self, weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> None:
+        from aerogel.kernels.cuda.launch import Launch
+        from aerogel.kernels.cuda.sources import function
+
+        device = weight.codes.device
+        facts = torch.cuda.get_device_properties(device)
+        self.config = config
+        kernel = "few_ring" if config.ring else "few_registers"
+        self.function = function(SOURCE, kernel, defines(weight, config, M, dtype), device)
+        self._table = None if weight.table is None else weight.table.to(dtype)  # kept alive with the plan
+        grid = grid_of(weight, config, facts.multi_processor_count)
+        R, C = weight.codes.shape[:2]
+        self._columns = C * 128 if config.ring else -(-weight.K // 8) * 8
+        self._pad = self._columns - weight.K
+        self._device, self._dtype, self._lock = device.index, dtype, threading.Lock()
+        self._arguments: Any = Arguments(
+            codes=weight.codes.data_ptr(),
+            scale=weight.scale.data_ptr(),
+            zero=None if weight.zero is None else weight.zero.data_ptr(),
+            table=None if self._table is None else self._table.data_ptr(),
+            pick=None if weight.pick is None else weight.pick.data_ptr(),
+            M=M,
+            N=weight.N,
+            x_stride=self._columns,
+            x_columns=self._columns,
+            row_tiles=R,
+            k_tiles=C,
+            groups=weight.groups,
+            tables=0 if weight.table is None else weight.table.shape[0],
+        )
+        options: Any = {
+            "grid": (grid,),
+            "block": (config.warps + config.ring) * 32,
+            "shared_bytes": shared_bytes(weight, config, M, grid),
+            "cluster": config.cluster,
+        }
+        self._first: Launch | None = Launch(self.function, self._arguments, **options)
+        self._launch = Launch(self.function, self._arguments, early=(facts.major, facts.minor) >= (9, 0), **options)
+
+    def __call__(self, x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
+        """Queues the kernel; `x_MK` is padded or copied where the loads need it."""
+        if self._pad or x_MK.data_ptr() % 16 or not x_MK.is_contiguous():
+            x_MK = torch.nn.functional.pad(x_MK, (0, self._pad)).contiguous()
+            x_MK = x_MK.clone() if x_MK.data_ptr() % 16 else x_MK
+        if bias_N is not None and bias_N.dtype != self._dtype:
+            bias_N = bias_N.to(self._dtype)
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        with self._lock:
+            arguments = self._arguments
+            arguments.x = x_MK.data_ptr()
+            arguments.bias = None if bias_N is None else bias_N.data_ptr()
+            arguments.y = y_MN.data_ptr()
+            launch, self._first = self._first or self._launch, None
+            launch(stream)
+
+
+def as_data(config: Config) -> dict[str, Any]:
+    """A configuration as it stands in a table: what differs from the defaults."""
+    plain = asdict(Config(ring=config.ring, row_tiles=config.row_tiles, k_warps=config.k_warps))
+    kept = ("ring", "row_tiles", "k_warps")
+    return {name: value for name, value in asdict(config).items() if name in kept or value != plain[name]}

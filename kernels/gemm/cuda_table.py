@@ -1,0 +1,79 @@
+"""Which configuration serves which weight: a table per device, as data.
+
+Entries are keyed by what decides the time: bits, kind of decoder, group size, N, K and the number of tokens. Tables are
+looked for in two places: beside this module (`cuda_NAME.json`, measured by us) and in the cache folder (measured on this
+machine by `tune`, with the device's name and the versions it was measured with; it wins). A weight that no table knows
+gets `default_config`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aerogel.kernels.cuda.nvrtc import cache_folder, keep
+from aerogel.kernels.gemm.cuda_few import Config, default_config, fits
+from aerogel.kernels.gemm.cuda_weight import TileWeight
+
+SHIPPED = Path(__file__).parent
+TOKEN_CLASSES = (1, 2, 4, 8, 16)
+"""Numbers of tokens that are measured; others use the next larger one."""
+
+
+def key_of(weight: TileWeight, M: int) -> str:
+    """`4/g128/4096x14336/m4`: width, decoder and group class, shape, token class."""
+    kind = "t" if weight.table is not None else "z" if weight.zero is not None else ""
+    tokens = next(size for size in TOKEN_CLASSES if size >= M)
+    return f"{weight.bits}{kind}/g{weight.group_size}/{weight.N}x{weight.K}/m{tokens}"
+
+
+def device_slug(name: str) -> str:
+    """A device's name as part of a file name: `NVIDIA H100 80GB HBM3` is `nvidia-h100-80gb-hbm3`."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def family_slug(name: str) -> str:
+    """The first two words of the slug, `nvidia-h100`: tables are shipped by family, memory size aside."""
+    return "-".join(device_slug(name).split("-")[:2])
+
+
+def tuned_path(name: str) -> Path:
+    """Where `tune` keeps what it found on the device `name`."""
+    return cache_folder() / "tuned" / f"cuda_{device_slug(name)}.json"
+
+
+@functools.cache
+def table(name: str) -> Mapping[str, Mapping[str, Any]]:
+    """All entries known for the device `name`: the shipped ones of its family, then the machine's own."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for path in (SHIPPED / f"cuda_{family_slug(name)}.json", tuned_path(name)):
+        if path.is_file():
+            found.update(json.loads(path.read_text("utf-8"))["entries"])
+    return found
+
+
+def save(name: str, entries: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Adds entries to the machine's own table for the device `name`, with the versions they were measured with."""
+    path = tuned_path(name)
+    held = json.loads(path.read_text("utf-8"))["entries"] if path.is_file() else {}
+    content = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "entries": {**held, **entries}}
+    keep(path, json.dumps(content, indent=1, sort_keys=True).encode())
+    table.cache_clear()
+    return path
+
+
+def config_for(weight: TileWeight, M: int) -> Config:
+    """The configuration that runs M <= 16 tokens on the weight's device: from a table, else by rule."""
+    facts = torch.cuda.get_device_properties(weight.codes.device)
+    capability = (facts.major, facts.minor)
+    entry = table(facts.name).get(key_of(weight, M))
+    if entry is not None:
+        config = Config(**entry["config"])
+        if fits(weight, config, M, capability, facts.multi_processor_count):
+            return config
+    return default_config(weight, M, capability, facts.multi_processor_count)

@@ -1,0 +1,174 @@
+"""The search for a configuration: every cut of a weight that fills the device, compiled, checked, timed.
+
+Whole sets of configurations are compiled at once on the CPU's cores, then each is compared with a dense product in float32
+and timed as a model would use it (`cuda.timing`). One that is wrong raises: a table must never hold a broken kernel.
+Cost: a second of compilation per configuration and core, and some 30 ms of the device for each.
+
+Shape legend: M tokens, N out features, K in features, R row tiles, C k tiles, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import RunFailed
+from aerogel.kernels.cuda import sources
+from aerogel.kernels.cuda.timing import copies, graph_microseconds
+from aerogel.kernels.gemm import cuda_table
+from aerogel.kernels.gemm.cuda_dense import dequantize
+from aerogel.kernels.gemm.cuda_few import SOURCE, Config, Plan, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
+from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.pack.tiles import tile_counts
+
+TOLERANCE = 1e-2
+"""Relative Frobenius error against the product in float32; the outputs' own rounding to 16 bits is up to 2e-3."""
+HALF_SHARED = 112 << 10
+"""With this much shared memory the next kernel's blocks can move in beside the present one's."""
+
+
+def random_weight(
+    N: int, K: int, bits: int, group_size: int, device: torch.device | str, *, seed: int = 0, zero: str = "none"
+) -> TileWeight:
+    """A weight of random codes with bfloat16 scales of about the size of a trained model's.
+
+    zero: "none", "integer" or "float".
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    R, C = tile_counts(N, K)
+    G = 1 if group_size == 0 else ceil_divide(K, group_size)
+    codes = torch.randint(0, 256, (R, C, 256 * bits), dtype=torch.uint8, device=device, generator=generator)
+    scale = (0.5 + torch.rand(R, G, 16, device=device, generator=generator)) * 0.04 / (1 << bits)
+    held: Tensor | None = None
+    if zero != "none":
+        held = torch.randint(0, 1 << bits, (R, G, 16), device=device, generator=generator).to(torch.uint8)
+        held = held if zero == "integer" else (held.float() + 0.25).bfloat16()
+    return TileWeight(codes=codes, scale=scale.bfloat16(), zero=held, table=None, pick=None, group_size=group_size, N=N, K=K)
+
+
+def weight_copies(weight: TileWeight) -> list[TileWeight]:
+    """The weight and enough copies of it that no cache holds them all."""
+
+    def copy(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.clone()
+
+    return [weight] + [
+        TileWeight(
+            codes=weight.codes.clone(),
+            scale=weight.scale.clone(),
+            zero=copy(weight.zero),
+            table=copy(weight.table),
+            pick=copy(weight.pick),
+            group_size=weight.group_size,
+            N=weight.N,
+            K=weight.K,
+        )
+        for _ in range(copies(weight.nbytes) - 1)
+    ]
+
+
+def candidates(weight: TileWeight, M: int, capability: tuple[int, int], multiprocessors: int) -> list[Config]:
+    """Configurations worth a measurement: they fit, keep enough warps busy, and fill the device's last wave.
+
+    Of the depths of a ring two are kept: the deepest that leaves room for the next kernel's blocks, and the deepest of all.
+    """
+    found = [config for config in _cuts(weight) if fits(weight, config, M, capability, multiprocessors)]
+    best = max((_fill(weight, config, multiprocessors) for config in found), default=0.0)
+    full = [config for config in found if _fill(weight, config, multiprocessors) >= 0.93 * best]
+    deepest: dict[tuple[Config, bool], Config] = {}
+    for config in full:
+        grid = grid_of(weight, config, multiprocessors)
+        small = shared_bytes(weight, config, M, grid) <= HALF_SHARED
+        for kept in {small, False}:
+            deepest[replace(config, stages=0), kept] = config
+    return list(dict.fromkeys(deepest.values()))
+
+
+def _fill(weight: TileWeight, config: Config, multiprocessors: int) -> float:
+    """Share of the multiprocessors' time that has a block to run, from counting waves alone."""
+    R = weight.codes.shape[0]
+    blocks = ceil_divide(R, config.block_tiles) * config.cluster
+    seats = multiprocessors if config.ring else multiprocessors * max(1, 16 // config.warps)
+    useful = R / config.block_tiles * config.cluster
+    return useful / (min(seats, multiprocessors) * max(1.0, ceil_divide(blocks, multiprocessors)))
+
+
+def _cuts(weight: TileWeight) -> Iterator[Config]:
+    C = weight.codes.shape[1]
+    for row_tiles in (1, 2, 3, 4):
+        for k_warps in (4, 8, 16):
+            if k_warps <= C:
+                yield Config(ring=False, row_tiles=row_tiles, k_warps=k_warps)
+    for row_tiles in range(1, 8):
+        for row_warps, k_warps in ((1, 4), (1, 8), (1, 15), (2, 4), (2, 6), (4, 2), (4, 3), (7, 1), (7, 2), (1, 7)):
+            for cluster in (1, 2, 4):
+                if k_warps * cluster > C or row_tiles * row_warps > 32:
+                    continue
+                for resident in (False, True):
+                    for stages in (2, 3, 4, 6):
+                        yield Config(
+                            ring=True,
+                            row_tiles=row_tiles,
+                            row_warps=row_warps,
+                            k_warps=k_warps,
+                            cluster=cluster,
+                            x_resident=resident,
+                            stages=stages,
+                        )
+
+
+def measure(
+    weights: Sequence[TileWeight], configs: Sequence[Config], M: int, dtype: torch.dtype = torch.bfloat16
+) -> list[tuple[Config, float]]:
+    """Configurations and their microseconds with M <= 16 tokens, fastest first; those that spill registers are left out.
+
+    Args:
+        weights: one weight and its copies.
+
+    Raises:
+        RunFailed: a configuration whose result is wrong.
+    """
+    weight = weights[0]
+    sources.compile_ahead(
+        [(SOURCE, defines(weight, config, M, dtype)) for config in configs],
+        torch.cuda.get_device_capability(weight.codes.device),
+        workers=16,
+    )
+    x_MK = torch.randn(M, weight.K, device=weight.codes.device).to(dtype)
+    wanted = x_MK.float() @ dequantize(weight, dtype).float().T
+    found = []
+    for config in configs:
+        plans = [Plan(held, config, M, dtype) for held in weights]
+        if plans[0].function.attribute("local_bytes"):
+            continue
+        y_MN = torch.full((M, weight.N), torch.nan, dtype=dtype, device=weight.codes.device)
+        plans[0](x_MK, None, y_MN)
+        error = ((y_MN.float() - wanted).norm() / wanted.norm()).item()
+        if not error < TOLERANCE:
+            raise RunFailed(f"{config} is wrong for {cuda_table.key_of(weight, M)}: relative error {error:.1e}")
+        found.append((config, graph_microseconds([_bound(plan, x_MK, y_MN) for plan in plans])))
+    return sorted(found, key=lambda pair: pair[1])
+
+
+def _bound(plan: Plan, x_MK: Tensor, y_MN: Tensor) -> Callable[[], None]:
+    return lambda: plan(x_MK, None, y_MN)
+
+
+def tune(weight: TileWeight, tokens: Sequence[int] = cuda_table.TOKEN_CLASSES) -> dict[str, dict[str, Any]]:
+    """Table entries for a weight's shape and decoder: measures every candidate and returns the best per token class.
+
+    The result is what `cuda_table.save` keeps. The weight's values do not matter, only its shape and types.
+    """
+    facts = torch.cuda.get_device_properties(weight.codes.device)
+    weights = weight_copies(weight)
+    entries: dict[str, dict[str, Any]] = {}
+    for M in tokens:
+        configs = candidates(weight, M, (facts.major, facts.minor), facts.multi_processor_count)
+        ranked = measure(weights, configs, M)
+        config, microseconds = ranked[0]
+        entries[cuda_table.key_of(weight, M)] = {"config": as_data(config), "us": round(microseconds, 2)}
+    return entries
