@@ -13,9 +13,19 @@ from aerogel.cli.output import session
 Row = tuple[str, str]
 What = Annotated[str, typer.Argument(metavar="WHAT", help="recipes, methods, formats, kernels, tasks or architectures.")]
 
+ForProblem = Annotated[
+    str | None,
+    typer.Option(
+        "--problem",
+        metavar="KEY=VALUE,...",
+        help="With kernels: who would run this matmul, and why the others refuse: `N=4096,K=4096,bits=4,device=cuda`.",
+    ),
+]
+
 
 def command(
     what: What = "recipes",
+    problem: ForProblem = None,
     json: options.Json = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -27,11 +37,13 @@ def command(
 
         if what not in LISTS:
             raise BadInput(f"there is no list '{what}'{nearest(what, LISTS)}")
-        rows = LISTS[what]()
+        if problem is not None and what != "kernels":
+            raise BadInput(f"--problem asks for kernels; write: aerogel list kernels --problem {problem}")
+        rows = LISTS[what]() if problem is None else _who_runs(problem)
         if not quiet:
             from aerogel.cli.show import plain_table
 
-            output.show(plain_table(what, ("name", "what it is"), rows))
+            output.show(plain_table(what, ("name", "what it is" if problem is None else "this problem"), rows))
         output.result({what: dict(rows)})
 
 
@@ -65,6 +77,18 @@ def _kernels() -> list[Row]:
     from aerogel.lazy import load
 
     return [(name, _first_sentence(load(reference))) for name, reference in GEMM.items()]
+
+
+def _who_runs(problem: str) -> list[Row]:
+    """Every kernel with its answer to one problem: runs it, would run it, or why it refuses."""
+    from aerogel.cli.problem import parse
+    from aerogel.kernels.dispatch import explain
+
+    answers = explain(parse(problem))
+    chosen = next(name for name, refusal in answers if refusal is None)
+    return [
+        (name, ("runs it" if name == chosen else "could run it") if refusal is None else refusal) for name, refusal in answers
+    ]
 
 
 def _tasks() -> list[Row]:
