@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from aerogel.cli.progress import _Lines, describe
+
+
+def test_the_plan_is_what_happens(aerogel, tiny: Path) -> None:
+    """Every tensor that is written, byte for byte as predicted."""
+    recipe = ("-r", "w4-fast", "--set", "quantize.group_size=16")
+    plan = json.loads(aerogel("plan", tiny, *recipe, "--json", "-").stdout)
+    done = aerogel("compress", tiny, *recipe, "-o", "out", "--json", "report.json", "--quiet", "--threads", 1)
+    assert done.code == 0, done.stderr
+    report = json.loads(Path("report.json").read_text())
+    assert plan["size"]["bytes"] == report["size"]["bytes"]
+    planned = {row["name"]: (row["fate"], row["bytes"]) for row in plan["tensors"]}
+    found = {row["name"]: (row["fate"], row["bytes"]) for row in report["tensors"]}
+    assert planned == found
+
+
+@pytest.mark.parametrize("name", ["w8", "w4", "w4-fast", "w4-awq", "w4-hqq", "w3", "w2", "w4-sparse24", "prune-50", "demo"])
+def test_every_shipped_recipe_plans(aerogel, tiny: Path, name: str) -> None:
+    found = aerogel("plan", tiny, "-r", name, "--json", "-")
+    assert found.code == 0, found.stderr
+    plan = json.loads(found.stdout)
+    fates = {row["fate"] for row in plan["tensors"]}
+    assert fates == ({"kept", "pruned"} if name == "prune-50" else {"kept", "compressed"})
+    assert all(row["why"] for row in plan["tensors"])
+    assert plan["memory"]["peak_bytes"] > 0
+    assert math.isfinite(plan["time"]["seconds"])
+
+
+def test_a_plan_per_tensor(aerogel, tiny: Path) -> None:
+    short, long = aerogel("plan", tiny, "-r", "w8"), aerogel("plan", tiny, "-r", "w8", "--all")
+    assert "model.layers.*.mlp.down_proj.weight" in short.stdout
+    assert "model.layers.1.mlp.down_proj.weight" in long.stdout
+
+
+def test_what_is_kept_says_why(aerogel, tiny: Path) -> None:
+    changes = ("--set", "quantize.ignore=[lm_head,'re:.*down_proj']")
+    rows = json.loads(aerogel("plan", tiny, "-r", "w8", *changes, "--json", "-").stdout)["tensors"]
+    why = {row["name"]: row["why"] for row in rows}
+    assert why["model.layers.0.mlp.down_proj.weight"] == "stages.0.quantize.ignore: 're:.*down_proj'"
+    assert why["model.norm.weight"].startswith("norm")
+
+
+def test_inspect_dense_and_compressed(aerogel, tiny: Path) -> None:
+    dense = json.loads(aerogel("inspect", tiny, "--json", "-").stdout)
+    assert dense["quantization"] is None
+    assert dense["bits_per_weight"] is None
+    assert aerogel("compress", tiny, "-r", "w4-fast", "-o", "out", "--quiet", "--threads", 1).code == 0
+    found = json.loads(aerogel("inspect", "out", "--json", "-").stdout)
+    assert found["parameters"] == dense["parameters"]
+    assert found["quantization"]["method"] == "compressed-tensors"
+    assert found["quantization"]["layers"] == 14
+    assert found["quantization"]["schemes"][0]["bits"] == 4
+    assert 4 < found["bits_per_weight"] < 8
+    assert found["report"]["recipe"]["about"]
+    shown = aerogel("inspect", "out")
+    assert "groups of 64" in shown.stdout
+    assert "symmetric" in shown.stdout
+
+
+def test_generate(aerogel, tiny: Path) -> None:
+    plain = aerogel("generate", tiny, "w1 w2", "-n", 4, "--raw")
+    assert plain.code == 0, plain.stderr
+    assert len(plain.stdout.split()) <= 4
+    again = aerogel("generate", tiny, "w1 w2", "-n", 4, "--raw")
+    assert again.stdout == plain.stdout
+    sampled = json.loads(aerogel("generate", tiny, "w1", "-n", 4, "--temperature", 2, "--seed", 7, "--json", "-").stdout)
+    repeated = json.loads(aerogel("generate", tiny, "w1", "-n", 4, "--temperature", 2, "--seed", 7, "--json", "-").stdout)
+    assert sampled["text"] == repeated["text"]
+
+
+def test_eval_and_bench_use_the_recipe_of_the_checkpoint(aerogel, recipe: Path, tiny: Path) -> None:
+    assert aerogel("compress", tiny, "-r", recipe, "-o", "out", "--quiet", "--threads", 1).code == 0
+    found = aerogel("eval", "out", "--against", tiny, "--json", "eval.json", "--threads", 1)
+    assert found.code == 0, found.stderr
+    evaluation = json.loads(Path("eval.json").read_text())["evaluation"]
+    assert evaluation["perplexity"]["windows"] == 2
+    assert evaluation["divergence"]["kl"] >= 0
+    timed = aerogel("bench", "out", "--against", tiny, "--json", "bench.json", "--threads", 1)
+    assert timed.code == 0, timed.stderr
+    report = json.loads(Path("bench.json").read_text())
+    assert report["bench"]["prompt"] == 4
+    assert report["evaluation"]["divergence"]["kl"] == evaluation["divergence"]["kl"]
+    timed = aerogel("bench", "out", "--against", tiny, "--speed-only", "--json", "-", "--threads", 1)
+    assert "evaluation" not in json.loads(timed.stdout)
+
+
+def test_export(aerogel, tiny: Path) -> None:
+    assert aerogel("compress", tiny, "-r", "w8", "-o", "out", "--quiet", "--threads", 1).code == 0
+    found = aerogel("export", "out", "-o", "dense")
+    assert found.code == 0, found.stderr
+    assert json.loads(aerogel("inspect", "dense", "--json", "-").stdout)["quantization"] is None
+
+
+def test_the_output_is_named_after_model_and_recipe(aerogel, tiny: Path) -> None:
+    found = aerogel("compress", tiny, "-r", "w8", "--threads", 1)
+    assert found.code == 0, found.stderr
+    assert Path("tiny-w8/model.safetensors").is_file()
+    assert "aerogel eval tiny-w8 --against" in found.stdout
+
+
+@pytest.mark.parametrize("what", ["recipes", "methods", "formats", "kernels", "tasks", "architectures"])
+def test_lists(aerogel, what: str) -> None:
+    found = aerogel("list", what)
+    assert found.code == 0, found.stderr
+    expected = {"recipes": "w4", "methods": "gptq", "formats": "pack-quantized", "kernels": "reference", "tasks": "piqa"}
+    assert expected.get(what, "llama") in found.stdout
+
+
+def test_kernels_say_who_runs_a_problem_and_why_the_others_refuse(aerogel) -> None:
+    found = aerogel("list", "kernels", "--problem", "N=64,K=128,bits=4,group_size=64,device=cpu,dtype=float32", "--json", "-")
+    assert found.code == 0, found.stderr
+    answers = json.loads(found.stdout)["kernels"]
+    assert list(answers.values()).count("runs it") == 1
+    assert "needs activations: int8" in answers["torch-int8-dynamic"]
+    assert answers["reference"] in ("runs it", "could run it")
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        ("K=64", "lacks N"),
+        ("N=64,K=x", "K must be a whole number from 1, found 'x'"),
+        ("N=64,K=64,bit=4", "did you mean 'bits'"),
+        ("N=64,K=64,dtype=int4", "bfloat16, float16, float32"),
+        ("N=64,K=64,bits", "has no value"),
+    ],
+)
+def test_a_problem_that_cannot_be_read(aerogel, asked: str, answer: str) -> None:
+    found = aerogel("list", "kernels", "--problem", asked)
+    assert found.code == 2
+    assert answer in found.stderr
+
+
+def test_progress_in_a_log_is_a_line_per_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = _Lines()
+    for done in range(101):
+        watch("blocks", done, 100, {"tokens_per_second": 1234.5, "memory_bytes": 2**30})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert "1,234 tok/s" in lines[5] or "1,235 tok/s" in lines[5]
+    assert "memory 1.00 GiB" in lines[5]
+    assert lines[-1].startswith("blocks: 100/100")
+
+
+def test_facts_in_words() -> None:
+    assert describe({"loss": 0.00123, "name": "block 3", "retries": 2, "nothing": None}) == "loss 0.00123  block 3  retries 2"
