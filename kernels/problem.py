@@ -10,8 +10,9 @@ Shape legend: M tokens, N out features, K in features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -56,6 +57,14 @@ class Problem:
 Layout = Mapping[str, Tensor]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """What `Kernel.tune` found: a line per number of tokens (text for people), and the file that keeps it."""
+
+    found: Mapping[int, str]
+    kept: Path
+
+
 class Kernel(ABC):
     """One way to run a `Problem`. Never instantiated: all methods are static, all state is in the layout's tensors."""
 
@@ -81,6 +90,12 @@ class Kernel(ABC):
     def unpack(layout: Layout, problem: Problem) -> Codes:
         """The inverse of `pack`, exactly."""
         return problem.stored.to_codes(layout, problem.grid)
+
+    @staticmethod
+    def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:
+        """Measures on this machine which configuration is fastest for the problem at each number of tokens, and keeps it
+        where `run` looks. None where there is nothing to choose, the default."""
+        return None
 
     @staticmethod
     @abstractmethod

@@ -139,6 +139,35 @@ def test_a_problem_that_cannot_be_read(aerogel, asked: str, answer: str) -> None
     assert answer in found.stderr
 
 
+def test_tune_asks_the_kernel_that_runs_each_layer(aerogel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from aerogel.kernels.gemm.torch_ops import Chunked
+    from aerogel.kernels.problem import Tuned
+
+    asked = []
+
+    def tune(problem, tokens):
+        asked.append((problem.N, problem.K, tuple(tokens)))
+        return Tuned(found={count: f"{count} us" for count in tokens}, kept=tmp_path / "table.json")
+
+    monkeypatch.setattr(Chunked, "tune", staticmethod(tune))
+    monkeypatch.setattr("aerogel.kernels.dispatch.choose", lambda problem: ("torch-chunked", Chunked))
+    found = aerogel("tune", "--problem", "N=64,K=128", "--tokens", "16,1", "--json", "-")
+    assert found.code == 0, found.stderr
+    assert asked == [(64, 128, (1, 16))]
+    (row,) = json.loads(found.stdout)["tuned"]
+    assert row["found"] == {"1": "1 us", "16": "16 us"}
+    assert row["kept"].endswith("table.json")
+
+
+def test_tune_takes_the_layers_of_a_compressed_model(aerogel, recipe: Path, tiny: Path) -> None:
+    assert aerogel("tune", tiny).code == 2
+    assert aerogel("compress", tiny, "-r", recipe, "-o", "out").code == 0
+    found = aerogel("tune", "out", "--json", "-", "--device", "cpu")
+    assert found.code == 0, found.stderr
+    rows = json.loads(found.stdout)["tuned"]
+    assert len(rows) == len({row["layer"] for row in rows}) >= 2
+
+
 def test_progress_in_a_log_is_a_line_per_tenth(capsys: pytest.CaptureFixture[str]) -> None:
     watch = _Lines()
     for done in range(101):

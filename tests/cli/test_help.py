@@ -6,7 +6,7 @@ import sys
 import pytest
 
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "numpy", "yaml")
-COMMANDS = ("compress", "run", "eval", "bench", "plan", "inspect", "export", "generate", "list")
+COMMANDS = ("compress", "run", "eval", "bench", "plan", "inspect", "export", "generate", "list", "tune")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["compress", "--help"], ["compres"]])
