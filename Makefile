@@ -7,6 +7,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+# Tools whose checkpoints `make peer-test` makes and reads: any of these three.
+PEERS ?= llmcompressor auto-round gptqmodel
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -20,7 +22,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow-test gpu-test check bench install clean
+.PHONY: help demo test slow-test gpu-test peer-test check bench install clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -43,6 +45,9 @@ slow-test: .venv/.tools ## tests that take more than a minute each
 
 gpu-test: .venv/.tools ## tests that need a CUDA device
 	$(OFFLINE) $(BIN)/python -m pytest -q -m gpu
+
+peer-test: .venv/.tools $(PEERS:%=.venv-peers/%/.made) ## other tools make checkpoints, each in its own environment; we read them
+	$(OFFLINE) OMP_NUM_THREADS=1 AEROGEL_PEERS=.venv-peers/made $(BIN)/python -m pytest -q -m peers
 
 check: .venv/.tools ## lint, format, types
 	$(BIN)/ruff check --no-cache .
@@ -70,6 +75,24 @@ install: .venv/.tools ## make .venv with everything, without running anything
 	$(PIP) install -q -c constraints.txt -e ".[test]"
 	@touch $@
 
+# Versions are pinned: what a peer writes is a fact about a version. transformers is one that all of its files load in.
+PINS_llmcompressor := llmcompressor==0.14.0 compressed-tensors==0.19.0 transformers==5.17.0
+PINS_auto-round := auto-round==0.16.0 compressed-tensors==0.19.0 transformers==5.17.0
+PINS_gptqmodel := gptqmodel==7.6.0 transformers==5.23.0
+
+# gptqmodel comes as source only and takes torch from where it is built; without CUDA there is nothing to compile.
+.venv-peers/%/.installed: Makefile
+	$(PYTHON) -m venv .venv-peers/$*
+	.venv-peers/$*/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 setuptools wheel ninja
+	BUILD_CUDA_EXT=0 .venv-peers/$*/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation $(PINS_$*)
+	@touch $@
+
+.PRECIOUS: .venv-peers/%/.installed
+.venv-peers/%/.made: .venv-peers/%/.installed $(wildcard tests/peers/mak*.py)
+	$(OFFLINE) OMP_NUM_THREADS=1 .venv-peers/$*/bin/python tests/peers/make_$(subst -,_,$*).py .venv-peers/made \
+	  > .venv-peers/$*/making.log 2>&1 || { tail -n 40 .venv-peers/$*/making.log; exit 1; }
+	@touch $@
+
 clean: ## remove .venv, demo/ and everything else that was made here
-	rm -rf .venv demo build dist src/*.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers demo build dist src/*.egg-info .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -32,6 +32,7 @@ STOCK: dict[str, tuple[str, str]] = {
     "compressed-tensors": ("CompressedTensorsConfig", "CompressedTensorsHfQuantizer"),
     "gptq": ("GPTQConfig", "GptqHfQuantizer"),
     "awq": ("AwqConfig", "AwqQuantizer"),
+    "auto-round": ("AutoRoundConfig", "AutoRoundQuantizer"),
 }
 """transformers' own config and quantizer classes, by `quant_method`: names in `transformers.quantizers.auto`."""
 METHODS = (*STOCK, "aerogel")
@@ -153,13 +154,16 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Checks that every packed weight arrived, then lets each layer choose its kernel."""
+        from aerogel.kernels.decode.merge import merge, merging_wanted
         from aerogel.kernels.linear import Linear
 
         absent = self.decoder.absent() if self.decoder else []
         if absent:
             raise RunFailed(f"{absent[0]} was not loaded ({len(absent)} packed weights); load without key_mapping, state_dict")
+        if merging_wanted():
+            merge(model)
         for module in model.modules():
-            if isinstance(module, Linear) and module.device.type != "meta":
+            if isinstance(module, Linear) and module.device.type != "meta" and module.kernel_name is None:
                 module.prepare()
         return model
 

@@ -14,5 +14,6 @@ SOURCES: dict[str, str] = {
     "aerogel": "aerogel.pack.compressed_tensors:CompressedTensors",
     "gptq": "aerogel.pack.gptq:Gptq",
     "awq": "aerogel.pack.awq:Awq",
+    "auto-round": "aerogel.pack.auto_round:auto_round",
 }
-"""`quant_method` of a config.json to the reader of its checkpoints, an `aerogel.pack.source.Source`."""
+"""`quant_method` of a config.json to what makes the reader of its checkpoints, an `aerogel.pack.source.Source`."""
