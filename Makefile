@@ -22,7 +22,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow-test gpu-test peer-test check bench install clean
+.PHONY: help demo test slow-test gpu-test peer-test native native-sanitize native-aarch64 check bench install clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -48,6 +48,23 @@ gpu-test: .venv/.tools ## tests that need a CUDA device
 
 peer-test: .venv/.tools $(PEERS:%=.venv-peers/%/.made) ## other tools make checkpoints, each in its own environment; we read them
 	$(OFFLINE) OMP_NUM_THREADS=1 AEROGEL_PEERS=.venv-peers/made $(BIN)/python -m pytest -q -m peers
+
+native: ## compile the CPU kernels beside their sources, for a checkout that is not installed
+	$(PYTHON) kernels/native/build.py
+
+native-sanitize: .venv/.tools ## the tests of the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer
+	$(PYTHON) kernels/native/build.py build/sanitize/libaerogel_native.so --sanitize
+	$(OFFLINE) OMP_NUM_THREADS=1 AEROGEL_NATIVE_LIBRARY=$(CURDIR)/build/sanitize/libaerogel_native.so \
+	  ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest -q tests/kernels/test_cpu.py -k "not fork"
+
+# Needs g++-aarch64-linux-gnu and qemu-user.
+native-aarch64: ## the CPU kernels for AArch64, cross compiled and checked under an emulator
+	CXX=aarch64-linux-gnu-g++ $(PYTHON) kernels/native/build.py build/aarch64/libaerogel_native.so --machine aarch64
+	aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -o build/aarch64/selftest tests/kernels/native_selftest.cpp \
+	  -Lbuild/aarch64 -laerogel_native -Wl,-rpath,'$$ORIGIN' -lpthread
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/selftest
 
 check: .venv/.tools ## lint, format, types
 	$(BIN)/ruff check --no-cache .
@@ -95,4 +112,5 @@ PINS_gptqmodel := gptqmodel==7.6.0 transformers==5.23.0
 
 clean: ## remove .venv, demo/ and everything else that was made here
 	rm -rf .venv .venv-peers demo build dist src/*.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -f kernels/native/*.so
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -13,6 +13,8 @@ from aerogel.lazy import load
 GEMM: dict[str, str] = {
     "cuda": "aerogel.kernels.gemm.cuda:Cuda",
     "torch-int8-dynamic": "aerogel.kernels.gemm.torch_ops:Int8Dynamic",
+    "cpu-int8": "aerogel.kernels.gemm.cpu:NativeInt8",
+    "cpu": "aerogel.kernels.gemm.cpu:Native",
     "torch-int4-cpu": "aerogel.kernels.gemm.torch_ops:Int4Cpu",
     "torch-int8-cpu": "aerogel.kernels.gemm.torch_ops:Int8Cpu",
     "torch-chunked": "aerogel.kernels.gemm.torch_ops:Chunked",

@@ -32,6 +32,7 @@ class Problem:
     N, K: the weight's shape. M: tokens, or None for "any number", which is what a layer must be ready for.
     dtype: of the activations and the result. device: "cpu", "cuda", ...
     activations: how the input is rounded at run time.
+    fast: whether a kernel may round the input to int8 although the checkpoint does not say so.
     """
 
     format: str
@@ -42,6 +43,7 @@ class Problem:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     activations: Activations = "none"
+    fast: bool = False
 
     @property
     def integer(self) -> IntGrid | None:

@@ -1,0 +1,130 @@
+"""One 4-bit linear on the CPU beside torch's dense bfloat16 and int4 operators, and the bandwidth that bounds it.
+
+    python benchmarks/cpu_gemm.py                                       all shapes, M = 1, 16, 512
+    python benchmarks/cpu_gemm.py --bits 2 3 4 8 --shapes 4096x4096     other widths
+
+Microseconds are medians; within a round every contender runs once, so drift hits all alike, and ratios are medians of the
+rounds' ratios. Each contender rotates over copies of its weight that together exceed the last-level cache. `share` is the
+weight's bytes over the time, divided by the read bandwidth that the same threads measured in this run over 512 MiB.
+
+# make bench: --seconds 1 --shapes 4096x4096
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aerogel.eval.machine import machine
+from aerogel.kernels.dispatch import kernel
+from aerogel.kernels.native import library
+from aerogel.kernels.problem import Problem
+from aerogel.quantize.grids import Codes, IntGrid
+
+RESULTS = Path(__file__).parent / "results"
+COPY_BYTES = 96 << 20
+"""Three times the last-level cache of the machine this was written on."""
+
+
+def codes_of(N: int, K: int, bits: int, group: int) -> Codes:
+    random = torch.Generator().manual_seed(0)
+    low = -(1 << (bits - 1))
+    values = torch.randint(low, -low, (N, K), dtype=torch.int8, generator=random)
+    grid = IntGrid(bits=bits, group_size=group, scale_dtype=torch.bfloat16)
+    return Codes(values_NK=values, scale_NG=torch.rand(N, K // group, generator=random).bfloat16(), zero_NG=None, grid=grid)
+
+
+def copies(layout: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    size = sum(tensor.nbytes for tensor in layout.values())
+    return [{name: tensor.clone() for name, tensor in layout.items()} for _ in range(min(16, -(-COPY_BYTES // size)))]
+
+
+def contenders(N: int, K: int, bits: int, group: int, x: torch.Tensor) -> dict[str, tuple[Callable[[int], Any], int]]:
+    """Name to (run number i, bytes of the weight)."""
+    codes = codes_of(N, K, bits, group)
+    found: dict[str, tuple[Callable[[int], Any], int]] = {}
+
+    def add(name: str, run: Callable[[dict[str, torch.Tensor]], Any], layout: dict[str, torch.Tensor]) -> None:
+        held = copies(layout)
+        found[name] = (lambda i: run(held[i % len(held)]), sum(tensor.nbytes for tensor in layout.values()))
+
+    for name in ("cpu", "cpu-int8", "torch-int4-cpu"):
+        problem = Problem(format="pack-quantized", grid=codes.grid, N=N, K=K, dtype=x.dtype, fast=name == "cpu-int8")
+        ours = kernel(name)
+        if ours.refuses(problem) is None:
+            layout = ours.pack(codes, problem)
+            add(name, lambda held, ours=ours, problem=problem: ours.run(x, held, problem), layout)  # type: ignore[misc]
+    add("dense-bf16", lambda held: x @ held["weight"].T, {"weight": codes.decode(torch.bfloat16)})
+    return found
+
+
+def measure(N: int, K: int, M: int, bits: int, group: int, seconds: float) -> dict[str, Any]:
+    """Microseconds of each contender, and ratios dense / contender."""
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16()
+    running = contenders(N, K, bits, group, x)
+    times: dict[str, list[float]] = {name: [] for name in running}
+    end = time.perf_counter() + seconds
+    for number in range(-1, 1000):
+        if number >= 3 and time.perf_counter() > end:
+            break
+        for name, (run, _) in running.items():
+            start = time.perf_counter()
+            run(number + 1)
+            if number >= 0:
+                times[name].append(time.perf_counter() - start)
+    row: dict[str, Any] = {"N": N, "K": K, "M": M, "bits": bits, "group": group, "rounds": len(times["cpu"])}
+    for name, taken in times.items():
+        ratio = statistics.median(dense / each for dense, each in zip(times["dense-bf16"], taken, strict=True))
+        middle = statistics.median(taken)
+        row[name] = {"us": middle * 1e6, "over_dense": ratio, "GB_per_s": running[name][1] / middle / 1e9}
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "14336x4096", "4096x14336"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 512])
+    parser.add_argument("--bits", nargs="+", type=int, default=[4])
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu_gemm.json")
+    given = parser.parse_args()
+    threads = torch.get_num_threads()
+    memory = torch.ones(512 << 20, dtype=torch.uint8)
+    bandwidth = {str(count): library.read_bandwidth(memory, count) / 1e9 for count in sorted({1, threads})}
+    del memory
+    rows = []
+    for shape in given.shapes:
+        N, K = map(int, shape.split("x"))
+        for bits in given.bits:
+            for M in given.tokens:
+                row = measure(N, K, M, bits, given.group, given.seconds)
+                if M == 1:
+                    row["share_of_bandwidth"] = row["cpu"]["GB_per_s"] / max(bandwidth.values())
+                rows.append(row)
+                sys.stdout.write(json.dumps(row) + "\n")
+    report = {
+        "command": " ".join(["benchmarks/cpu_gemm.py", *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "threads": threads,
+        "path": {numerics: library.best(numerics) for numerics in library.NUMERICS},
+        "read_bandwidth_GB_per_s": bandwidth,
+        "rows": rows,
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The matmul with a packed weight on a CPU: codes are decoded in registers by compiled code, at the speed of memory.
+
+`Native`      y = sum over groups of s * (q - z) . x, products exact and sums in float32. Scales are applied to sums, so the
+              weight is never rounded: against float64 the error is that of float32, whatever the activations' type.
+`NativeInt8`  the same with activations rounded to int8, one scale per token and at most 128 columns, as llama.cpp does.
+              It changes numbers (about 0.5 % of the output's norm), so it runs only where `Problem.fast` allows it.
+
+One token costs the bytes of the weight over the bandwidth of memory; up to 16 rows share one decoding; beyond that, panels
+of the weight are decoded into the first-level cache and meet blocks of 12 rows. Threads are torch's number of threads, in a
+pool of our own; the result has the same bits for any number of them. Layout: `aerogel.pack.native`. Sources: kernels/native.
+
+Shape legend: M tokens, N out features, K in features, G groups along K.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import BadInput
+from aerogel.kernels.native import library
+from aerogel.kernels.problem import Kernel, Layout, Problem
+from aerogel.pack import native
+from aerogel.quantize.grids import Codes
+
+GROUP_STEP = 16
+
+
+def refusal(problem: Problem, fast: bool) -> str | None:
+    """Why neither kind of arithmetic can run the problem; `fast` only where activations may be rounded."""
+    grid = problem.integer
+    if problem.device != "cpu":
+        return f"runs on the CPU only, not on {problem.device}"
+    if grid is None:
+        return "runs integer weights only, this grid holds floats"
+    if problem.activations != "none":
+        return f"is weight-only, activations are {problem.activations}"
+    if fast and not problem.fast:
+        return "rounds activations to int8, which this model was not allowed to (write fast_activations=True)"
+    if problem.dtype not in library.TYPES:
+        return f"activations must be float32, float16 or bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
+    if grid.group_size is not None and grid.group_size % GROUP_STEP and grid.group_size < problem.K:
+        return f"group_size must be a multiple of {GROUP_STEP}, or null, found {grid.group_size}"
+    return library.missing()
+
+
+class Native(Kernel):
+    """Compiled CPU kernels with exact activations, 2 to 8 bits, any shape."""
+
+    about: ClassVar[str] = "compiled for the CPU's widest instructions: exact products, float32 sums, 2 to 8 bits"
+    numerics: ClassVar[str] = "exact"
+
+    @classmethod
+    def refuses(cls, problem: Problem) -> str | None:
+        """Anything but integer weights on a CPU; everything where the library was not compiled."""
+        return refusal(problem, fast=False)
+
+    @staticmethod
+    def runs_stored(problem: Problem) -> bool:
+        """Its own layout."""
+        return False
+
+    @staticmethod
+    def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
+        """codes uint8 [strips, tiles, 64 * bits]; scale and zero [strips, G, 16]; see `aerogel.pack.native`."""
+        layout = {
+            "codes": native.pack_codes(codes.values_NK, codes.grid.bits),
+            "scale": native.pack_factors(codes.scale_NG),
+        }
+        if codes.zero_NG is not None:
+            layout["zero"] = native.pack_factors(codes.zero_NG)
+        return layout
+
+    @staticmethod
+    def unpack(layout: Layout, problem: Problem) -> Codes:
+        """The same codes, scales and zero points."""
+        zero = layout.get("zero")
+        return Codes(
+            values_NK=native.unpack_codes(layout["codes"], problem.grid.bits, problem.N, problem.K),
+            scale_NG=native.unpack_factors(layout["scale"], problem.N),
+            zero_NG=None if zero is None else native.unpack_factors(zero, problem.N),
+            grid=problem.grid,
+        )
+
+    @classmethod
+    def run(cls, x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
+        """One call of the library; as an operator of torch while a graph is being compiled."""
+        function = torch.ops.aerogel.native_linear if torch.compiler.is_compiling() else linear
+        numerics = library.NUMERICS[cls.numerics]
+        y_MN: Tensor = function(
+            x_MK,
+            layout["codes"],
+            layout["scale"],
+            layout.get("zero"),
+            bias_N,
+            problem.N,
+            problem.grid.group_size or 0,
+            numerics,
+        )
+        return y_MN
+
+
+class NativeInt8(Native):
+    """Compiled CPU kernels with activations rounded to int8 per token and group of columns; only where that is allowed."""
+
+    about: ClassVar[str] = "the same with activations rounded to int8 per token and at most 128 columns, as llama.cpp does"
+    numerics: ClassVar[str] = "int8"
+
+    @classmethod
+    def refuses(cls, problem: Problem) -> str | None:
+        """As `Native`, and wherever activations must stay what they are."""
+        return refusal(problem, fast=True)
+
+
+def linear(
+    x_MK: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias_N: Tensor | None,
+    N: int,
+    group: int,
+    numerics: int,
+    path: int = -1,
+    threads: int | None = None,
+) -> Tensor:
+    """x @ W.T (+ bias), [M, N] in x's dtype.
+
+    Args:
+        x_MK: float32, float16 or bfloat16 [M, K], contiguous.
+        codes, scale, zero: the layout of `aerogel.pack.native`.
+        bias_N: [N] of any of the three types, or None.
+        N, group: out features; columns that share a scale, 0 for all.
+        numerics: a value of `library.NUMERICS`.
+        path: an index of `library.PATHS`, -1 for the best this machine has.
+        threads: torch's number of threads unless given.
+
+    Raises:
+        BadInput: tensors whose sizes, types or alignment do not agree. Nothing has been read then.
+    """
+    M, K = x_MK.shape
+    y_MN = torch.empty(M, N, dtype=x_MK.dtype)
+    for tensor in (x_MK, codes, scale):
+        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise BadInput("a CPU matmul wants contiguous tensors in main memory; call .contiguous() and .cpu() on them")
+    kinds = library.TYPES
+    if x_MK.dtype not in kinds or scale.dtype not in kinds or codes.dtype != torch.uint8:
+        raise BadInput(f"a CPU matmul wants uint8 codes and float tensors, found {codes.dtype}, {scale.dtype}, {x_MK.dtype}")
+    weight = library.Weight(
+        codes.data_ptr(),
+        scale.data_ptr(),
+        None if zero is None else zero.data_ptr(),
+        codes.nbytes,
+        scale.nbytes,
+        0 if zero is None else zero.nbytes,
+        N,
+        K,
+        group,
+        codes.shape[-1] // 64,
+        kinds[scale.dtype],
+    )
+    if bias_N is not None and (bias_N.dtype not in kinds or not bias_N.is_contiguous()):
+        bias_N = bias_N.float().contiguous()
+    call = library.Call(
+        x_MK.data_ptr(),
+        None if bias_N is None else bias_N.data_ptr(),
+        y_MN.data_ptr(),
+        x_MK.nbytes,
+        y_MN.nbytes,
+        0 if bias_N is None else bias_N.nbytes,
+        M,
+        kinds[x_MK.dtype],
+        0 if bias_N is None else kinds[bias_N.dtype],
+        numerics,
+        path,
+        threads or torch.get_num_threads(),
+    )
+    status = library.library().aerogel_native_gemm(ctypes.byref(weight), ctypes.byref(call))
+    if status:
+        library.check(status, f"a packed weight [{N}, {K}]")
+    return y_MN
+
+
+def _operator(
+    x_MK: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias_N: Tensor | None, N: int, group: int, numerics: int
+) -> Tensor:
+    return linear(x_MK, codes, scale, zero, bias_N, N, group, numerics)
+
+
+def _fake(
+    x_MK: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias_N: Tensor | None, N: int, group: int, numerics: int
+) -> Tensor:
+    return x_MK.new_empty(x_MK.shape[0], N)
+
+
+_library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "native_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, SymInt N, int group, int numerics)"
+    " -> Tensor"
+)
+_library.impl("native_linear", _operator, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("aerogel::native_linear", _fake, lib=_library)

@@ -1,0 +1,110 @@
+// See api.h.
+#include "api.h"
+
+#include <chrono>
+#include <cstring>
+
+#include "paths.h"
+#include "pool.h"
+
+using namespace aerogel;
+
+namespace {
+
+bool known_type(int32_t type) { return type == kFloat32 || type == kFloat16 || type == kBfloat16; }
+int64_t type_size(int32_t type) { return type == kFloat32 ? 4 : 2; }
+bool misaligned(const void* at, int64_t to) { return reinterpret_cast<uintptr_t>(at) % static_cast<uintptr_t>(to) != 0; }
+
+// What a path is asked for when the caller leaves it open: found once, for each kind of arithmetic.
+int32_t default_path(int32_t numerics) {
+    static const int32_t best[2] = {best_path(kExact), best_path(kInt8)};
+    return best[numerics == kInt8];
+}
+
+Status check_weight(const Weight& w) {
+    if (w.bits < 1 || w.bits > 8) return kBadWidth;
+    constexpr int64_t kMost = int64_t{1} << 31;
+    if (w.rows < 1 || w.columns < 1 || w.rows > kMost || w.columns > kMost) return kBadShape;
+    if (w.group < 0 || (w.group % 16 != 0 && w.group < w.columns)) return kBadGroup;
+    if (!known_type(w.scale_type)) return kBadType;
+    const int64_t strips = ceil_div(w.rows, kStrip), groups = w.group ? ceil_div(w.columns, w.group) : 1;
+    const int64_t factors = strips * groups * kStrip;
+    if (w.codes_bytes != strips * ceil_div(w.columns, kTile) * kVector * w.bits) return kTruncatedCodes;
+    if (w.scale_bytes != factors * type_size(w.scale_type)) return kTruncatedScale;
+    if (w.zero && w.zero_bytes != factors) return kTruncatedZero;
+    if (!w.codes || !w.scale || misaligned(w.codes, kVector) || misaligned(w.scale, type_size(w.scale_type))) return kMisaligned;
+    return kDone;
+}
+
+Status check_call(const Weight& w, const Call& c) {
+    if (c.tokens < 0 || c.tokens > (int64_t{1} << 31)) return kBadShape;
+    if (!known_type(c.x_type) || (c.bias && !known_type(c.bias_type))) return kBadType;
+    const int64_t size = type_size(c.x_type);
+    if (c.x_bytes != c.tokens * w.columns * size || c.y_bytes != c.tokens * w.rows * size) return kTruncatedActivations;
+    if (c.bias && c.bias_bytes != w.rows * type_size(c.bias_type)) return kTruncatedActivations;
+    if (misaligned(c.x, size) || misaligned(c.y, size)) return kMisaligned;
+    if (c.bias && misaligned(c.bias, type_size(c.bias_type))) return kMisaligned;
+    return kDone;
+}
+
+uint32_t paths_that(bool (*holds)(const PathEntry&)) {
+    uint32_t found = 0;
+    for (int32_t path = 0; path < kPaths; ++path) found |= holds(path_entry(path)) ? 1u << path : 0u;
+    return found;
+}
+
+volatile uint64_t kept_sum;
+
+}  // namespace
+
+int32_t aerogel_native_version() { return 1; }
+
+uint32_t aerogel_native_built() {
+    return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });
+}
+
+uint32_t aerogel_native_able() {
+    return paths_that([](const PathEntry& entry) { return entry.exact != nullptr && entry.able; });
+}
+
+int32_t aerogel_native_best(int32_t numerics) { return default_path(numerics); }
+
+int32_t aerogel_native_check(const Weight* weight) { return check_weight(*weight); }
+
+int32_t aerogel_native_gemm(const Weight* weight, const Call* call) {
+    Status status = check_weight(*weight);
+    if (status == kDone) status = check_call(*weight, *call);
+    if (status != kDone) return status;
+    if (call->tokens == 0) return kDone;
+    const int32_t path = call->path < 0 ? default_path(call->numerics) : call->path;
+    if (path >= kPaths) return kNoSuchPath;
+    const PathEntry& entry = path_entry(path);
+    const Run run = call->numerics == kInt8 ? entry.int8 : entry.exact;
+    if (!run || !entry.able) return kNoSuchPath;
+    Call bounded = *call;
+    bounded.threads = call->threads < 1 ? 1 : call->threads > kMostThreads ? kMostThreads : call->threads;
+    return run(*weight, bounded);
+}
+
+double aerogel_native_read(const void* memory, int64_t bytes, int32_t threads) {
+    double best = 0.0;
+    for (int pass = 0; pass < 3; ++pass) {
+        const auto start = std::chrono::steady_clock::now();
+        const int64_t part = bytes / threads / 256 * 256;
+        parallel(threads, threads, [&](int64_t piece, int) {
+            const char* from = static_cast<const char*>(memory) + piece * part;
+            uint64_t sums[32] = {};
+            for (int64_t at = 0; at < part; at += 256) {
+                uint64_t words[32];
+                memcpy(words, from + at, 256);
+                for (int i = 0; i < 32; ++i) sums[i] |= words[i];
+            }
+            for (int i = 1; i < 32; ++i) sums[0] |= sums[i];
+            kept_sum = sums[0];
+        });
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        const double rate = static_cast<double>(part * threads) / seconds.count();
+        best = rate > best ? rate : best;
+    }
+    return best;
+}

@@ -1,0 +1,27 @@
+// The C boundary: what Python calls. Every pointer comes with its size and is checked before anything is read.
+#pragma once
+#include "layout.h"
+
+#define PUBLIC __attribute__((visibility("default")))
+
+extern "C" {
+
+// Raised whenever a struct, a code or the layout changes, so that an old library is not called with new arguments.
+PUBLIC int32_t aerogel_native_version();
+
+// Bit p is set when path p was compiled in (`built`) and when this machine can run it (`able`). Paths: see paths.cpp.
+PUBLIC uint32_t aerogel_native_built();
+PUBLIC uint32_t aerogel_native_able();
+
+// The path that `path = -1` stands for, with these numerics.
+PUBLIC int32_t aerogel_native_best(int32_t numerics);
+
+// y = x W^T + bias. Returns a Status.
+PUBLIC int32_t aerogel_native_gemm(const aerogel::Weight* weight, const aerogel::Call* call);
+
+// One weight's view of the same, for callers that keep structs: returns a Status without reading the weight.
+PUBLIC int32_t aerogel_native_check(const aerogel::Weight* weight);
+
+// Bytes per second of plain reading with so many threads: the larger of a few passes over `bytes` bytes at `memory`.
+PUBLIC double aerogel_native_read(const void* memory, int64_t bytes, int32_t threads);
+}

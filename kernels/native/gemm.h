@@ -1,0 +1,191 @@
+// One call from activations to results: lay the activations out, choose the loop by the number of rows, hand out strips.
+//
+// Every output is summed by one thread in an order that depends on nothing but shapes, so the number of threads changes no
+// bit. Rows of a block: the smallest compiled size that holds them all, else panels (see kernel.h).
+#pragma once
+#include "kernel.h"
+#include "pool.h"
+#include "scratch.h"
+
+namespace aerogel {
+namespace UNIT {
+
+// How many rows and strips one loop takes, by the number of vector registers. Only widths that people use, on machines with
+// wide registers, have the loop for few rows; the others decode panels at every number of rows.
+#if defined(__AVX512F__)
+constexpr int kMostRows = 16, kPanelRows = 12, kPanelStrips = 2, kThinStrips = 4;
+#elif defined(__AVX2__)
+constexpr int kMostRows = 4, kPanelRows = 6, kPanelStrips = 1, kThinStrips = 2;
+#elif defined(__aarch64__)
+constexpr int kMostRows = 4, kPanelRows = 4, kPanelStrips = 1, kThinStrips = 1;
+#else
+constexpr int kMostRows = 0, kPanelRows = 2, kPanelStrips = 1, kThinStrips = 1;
+#endif
+// Float32 products take twice the instructions and a panel's decoding is soon paid for.
+template <class P>
+constexpr int most_rows() {
+    return P::kOperands == 4 && kMostRows > 4 ? 4 : kMostRows;
+}
+constexpr bool tuned(int bits) { return kMostRows > 0 && (bits == 2 || bits == 3 || bits == 4 || bits == 8); }
+constexpr int strips_for(int rows) {
+    return kNative == 16 ? (rows <= 2 ? 4 : rows <= 8 ? 2 : 1) : kNative == 8 && rows == 1 ? 2 : 1;
+}
+constexpr int64_t kBlockTiles = 8;      // of a decoded panel: 256 columns, which stay in the first-level cache
+constexpr int64_t kPassRows = 528;      // whose totals stay in the second-level cache
+constexpr int64_t kSmall = 48 * 1024;   // bytes of codes below which waking a second thread costs more than it saves
+
+// Totals [row][stride] of one strip and block of rows: terms are summed, bias added, rounded and stored.
+inline void finish(const Plan& plan, int64_t strip, int64_t block, const float* total, int64_t stride) {
+    const Weight& weight = *plan.weight;
+    const Call& call = *plan.call;
+    const int64_t row0 = strip * kStrip, left = weight.rows - row0, first = block * plan.tokens_per_block;
+    const int count = static_cast<int>(left < kStrip ? left : kStrip);
+    float bias[kStrip] = {};
+    if (call.bias) {
+        for (int lane = 0; lane < count; ++lane) bias[lane] = read_float(call.bias, row0 + lane, call.bias_type);
+    }
+    for (int64_t token = 0; token < plan.tokens_per_block && first + token < call.tokens; ++token) {
+        F16 sum = load<F16>(total + token * plan.terms * stride);
+        for (int64_t term = 1; term < plan.terms; ++term) sum = sum + load<F16>(total + (token * plan.terms + term) * stride);
+        float out[kStrip];
+        store(out, sum + load<F16>(bias));
+        store_floats(call.y, (first + token) * weight.rows + row0, call.x_type, out, count);
+    }
+}
+
+template <class P, int BITS, int M>
+void few(const Plan& plan) {
+    constexpr int R = strips_for(M);
+    const int64_t units = ceil_div(plan.strips, R);
+    const int threads = plan.strips * plan.strip_bytes < kSmall ? 1 : plan.call->threads;
+    // A few pieces for each thread even out what else the machine does.
+    const int64_t grain = threads == 1 ? units : units / (threads * 6) > 1 ? units / (threads * 6) : 1;
+    parallel(ceil_div(units, grain), threads, [&](int64_t piece, int) {
+        const int64_t stop = (piece + 1) * grain < units ? (piece + 1) * grain : units;
+        for (int64_t unit = piece * grain; unit < stop; ++unit) {
+            alignas(64) float total[R][M * kStrip];
+            float* to[R];
+            for (int r = 0; r < R; ++r) to[r] = total[r];
+            for (int64_t block = 0; block < plan.blocks; ++block) {
+                strips<P, BITS, R, M>(plan, unit * R, block, to);
+                for (int r = 0; r < R && unit * R + r < plan.strips; ++r) finish(plan, unit * R + r, block, total[r], kStrip);
+            }
+        }
+    });
+}
+
+// Blocks first .. first + count - 1 against strips start .. stop - 1; `memory` holds a panel and the totals.
+template <class P, int BITS, int R, int M>
+void panels(const Plan& plan, int64_t start, int64_t stop, int64_t first, int64_t count, uint8_t* operands, float* totals) {
+    constexpr float kBias = static_cast<float>(P::template bias<BITS>());
+    const int64_t whole = plan.segment_tiles ? plan.segment_tiles : 1, step = kBlockTiles / whole * whole;
+    const int64_t block_size = R * M * kStrip, strip_size = count * block_size;
+    memset(totals, 0, sizeof(float) * static_cast<size_t>(ceil_div(stop - start, R) * strip_size));
+    for (int64_t tile = 0; tile < plan.tiles; tile += step) {
+        const int64_t tiles = plan.tiles - tile < step ? plan.tiles - tile : step;
+        for (int64_t strip = start; strip < stop; strip += R) {
+            decode<P, BITS, R>(plan, strip, tile, tiles, operands);
+            float* to = totals + (strip - start) / R * strip_size;
+            for (int64_t block = 0; block < count; ++block, to += block_size) {
+                if (plan.segment_tiles) {
+                    panel<P, P::template wide<BITS>(), R, M, false>(plan, operands, strip, tile, tiles, first + block, kBias, to);
+                } else {
+                    panel<P, P::template wide<BITS>(), R, M, true>(plan, operands, strip, tile, tiles, first + block, kBias, to);
+                }
+            }
+        }
+    }
+    for (int64_t strip = start; strip < stop; ++strip) {
+        const float* from = totals + (strip - start) / R * strip_size + (strip - start) % R * kStrip;
+        for (int64_t block = 0; block < count; ++block) finish(plan, strip, first + block, from + block * block_size, R * kStrip);
+    }
+}
+
+template <class P, int BITS, int R, int M>
+Status many(const Plan& plan) {
+    constexpr int64_t kPanelBytes = kBlockTiles * 8 * P::kOperands * R * kVector;
+    const int threads = plan.call->threads;
+    // Strips of a piece: at least two pieces for each thread, and enough strips that activations are read seldom.
+    int64_t size = ceil_div(plan.strips, 2 * threads);
+    size = ceil_div(size < 8 ? size : 8, R) * R;
+    const int64_t most = kPassRows / M, passes = ceil_div(plan.blocks, most), per_pass = ceil_div(plan.blocks, passes);
+    const size_t total_bytes = static_cast<size_t>(size * per_pass * M * kStrip) * sizeof(float);
+    const size_t worker_bytes = (kPanelBytes + total_bytes + 4095) / 4096 * 4096;
+    uint8_t* memory = static_cast<uint8_t*>(scratch(kWorkerScratch, worker_bytes * static_cast<size_t>(threads)));
+    if (!memory) return kOutOfMemory;
+    const int64_t pieces = ceil_div(plan.strips, size);
+    parallel(pieces * passes, threads, [&](int64_t piece, int worker) {
+        uint8_t* mine = memory + worker_bytes * static_cast<size_t>(worker);
+        const int64_t start = piece % pieces * size, first = piece / pieces * per_pass;
+        const int64_t stop = start + size < plan.strips ? start + size : plan.strips;
+        const int64_t count = plan.blocks - first < per_pass ? plan.blocks - first : per_pass;
+        panels<P, BITS, R, M>(plan, start, stop, first, count, mine, reinterpret_cast<float*>(mine + kPanelBytes));
+    });
+    return kDone;
+}
+
+template <class P, int BITS>
+Status multiply(const Plan& plan) {
+    if (!plan.few) {
+        if (plan.block_rows == 1) return many<P, BITS, kThinStrips, 1>(plan);
+        return many<P, BITS, kPanelStrips, kPanelRows>(plan);
+    }
+    if constexpr (tuned(BITS)) {  // more rows than a policy has loops for never come here
+        if (plan.block_rows == 1) few<P, BITS, 1>(plan);
+        if (plan.block_rows == 2) few<P, BITS, 2>(plan);
+        if (plan.block_rows == 4) few<P, BITS, 4>(plan);
+        if constexpr (most_rows<P>() == 16) {
+            if (plan.block_rows == 8) few<P, BITS, 8>(plan);
+            if (plan.block_rows == 16) few<P, BITS, 16>(plan);
+        }
+    }
+    return kDone;
+}
+
+// Rows of a block, and how many blocks, for all tokens of the call.
+template <class P>
+void choose_blocks(Plan& plan) {
+    const int64_t rows = plan.call->tokens * plan.terms;
+    plan.few = rows <= most_rows<P>() && tuned(plan.weight->bits) && plan.segment_tiles > 0;
+    plan.block_rows = rows == 1 ? 1 : kPanelRows;
+    if (plan.few) {
+        for (plan.block_rows = 1; plan.block_rows < rows;) plan.block_rows *= 2;
+    }
+    // A block holds whole tokens.
+    plan.tokens_per_block = plan.block_rows / plan.terms;
+    plan.blocks = ceil_div(plan.call->tokens, plan.tokens_per_block);
+}
+
+template <class P>
+Status run(const Weight& weight, const Call& call) {
+    Plan plan = make_plan<P>(weight, call);
+    choose_blocks<P>(plan);
+    const size_t x_bytes = static_cast<size_t>(plan.blocks * plan.tiles * plan.block_rows * plan.row_bytes);
+    const size_t factor_bytes = (static_cast<size_t>(plan.blocks * plan.segments * plan.block_rows) * sizeof(float) + 63) / 64 * 64;
+    uint8_t* memory = static_cast<uint8_t*>(scratch(kCallScratch, x_bytes + 2 * factor_bytes));
+    if (!memory) return kOutOfMemory;
+    plan.x = memory, plan.x_sum = reinterpret_cast<float*>(memory + x_bytes);
+    plan.x_scale = reinterpret_cast<float*>(memory + x_bytes + factor_bytes);
+    const bool padded = plan.tokens_per_block * plan.terms != plan.block_rows || call.tokens % plan.tokens_per_block != 0;
+    if (padded) memset(memory, 0, x_bytes + 2 * factor_bytes);
+    const int threads = call.tokens * weight.columns < (1 << 16) ? 1 : call.threads;
+    const int64_t grain = threads == 1 ? call.tokens : ceil_div(call.tokens, 4 * threads);
+    parallel(ceil_div(call.tokens, grain), threads, [&](int64_t piece, int) {
+        const int64_t stop = (piece + 1) * grain < call.tokens ? (piece + 1) * grain : call.tokens;
+        for (int64_t token = piece * grain; token < stop; ++token) place_token<P>(plan, token);
+    });
+    switch (weight.bits) {
+        case 1: return multiply<P, 1>(plan);
+        case 2: return multiply<P, 2>(plan);
+        case 3: return multiply<P, 3>(plan);
+        case 4: return multiply<P, 4>(plan);
+        case 5: return multiply<P, 5>(plan);
+        case 6: return multiply<P, 6>(plan);
+        case 7: return multiply<P, 7>(plan);
+        case 8: return multiply<P, 8>(plan);
+        default: return kBadWidth;
+    }
+}
+
+}  // namespace UNIT
+}  // namespace aerogel

@@ -1,0 +1,153 @@
+// The inner loops. Both sum a segment in registers, then apply its scale in float32.
+//
+// `strips`: few rows of activations. Codes are decoded in registers and meet every row; R strips are taken together, so that
+//           enough sums are under way to hide the latency of the dot product.
+// `panel`:  many rows. Codes were decoded once into operands [tile][step][operand][strip], and R x M sums stay in registers.
+//
+// Instructions for 128 weights of 4 bits and one row on AVX-512: 1 load, 7 shifts and permutations, 4 dot products.
+#pragma once
+#include "plan.h"
+
+namespace aerogel {
+namespace UNIT {
+
+// Scale and offset of a strip in a group, and how a finished segment joins the total.
+struct Factors {
+    F16 scale, offset;
+};
+
+INLINE Factors factors_of(const Plan& plan, int64_t strip, int64_t group, float bias) {
+    const Weight& weight = *plan.weight;
+    const int64_t at = (strip * plan.groups + group) * kStrip;
+    Factors f;
+    f.scale = load_floats(weight.scale, at, weight.scale_type);
+    f.offset = spread<F16>(bias);
+    if (weight.zero) f.offset = f.offset + load_bytes(static_cast<const int8_t*>(weight.zero) + at);
+    return f;
+}
+
+template <class P>
+INLINE F16 joined(const typename P::Accumulator& sum, const F16& total, const Factors& f, bool offset, float x_sum, float x_scale) {
+    F16 value = P::value(sum);
+    if (offset) value = value - f.offset * spread<F16>(x_sum);
+    if constexpr (P::kOperands == 1) return multiply_add(value, f.scale * spread<F16>(x_scale), total);
+    return multiply_add(value, f.scale, total);
+}
+
+// A tile of R strips against M rows. CHAINS sums take turns.
+template <class P, int BITS, int R, int M, int CHAINS>
+INLINE void accumulate(const uint8_t* const (&codes)[R], int64_t at, const uint8_t* x, typename P::Accumulator (&sum)[R][M][CHAINS]) {
+    constexpr int kRow = 8 * P::kOperands * 4;
+    unroll<8>([&](auto step) ALWAYS {
+        constexpr int kStep = step;
+        unroll<R>([&](auto r) ALWAYS {
+            typename P::Operand w[P::kOperands];
+            P::template weights<BITS, kStep>(codes[r] + at, w);
+            unroll<P::kOperands>([&](auto o) ALWAYS {
+                constexpr int kNumber = kStep * P::kOperands + o, kChain = kNumber % CHAINS;
+                unroll<M>([&](auto m) ALWAYS {
+                    sum[r][m][kChain] = P::template dot<P::template wide<BITS>()>(sum[r][m][kChain], w[o], x + m * kRow + kNumber * 4);
+                });
+            });
+        });
+    });
+}
+
+// Totals [row][16] of strips first .. first + R - 1 for one block of M rows. Strips beyond the last repeat it.
+template <class P, int BITS, int R, int M>
+void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R]) {
+    constexpr int kChains = R * M >= 8 ? 1 : 2;
+    constexpr float kBias = static_cast<float>(P::template bias<BITS>());
+    const bool offset = kBias != 0.0f || plan.weight->zero != nullptr;
+    int64_t strip[R];
+    const uint8_t* codes[R];
+    for (int r = 0; r < R; ++r) {
+        strip[r] = first + r < plan.strips ? first + r : plan.strips - 1;
+        codes[r] = static_cast<const uint8_t*>(plan.weight->codes) + strip[r] * plan.strip_bytes;
+    }
+    F16 total[R][M];
+    unroll<R>([&](auto r) ALWAYS { unroll<M>([&](auto m) ALWAYS { total[r][m] = zero_f(); }); });
+    for (int64_t segment = 0; segment < plan.segments; ++segment) {
+        const int64_t tile = segment * plan.segment_tiles, end = tile + plan.segment_tiles;
+        const int64_t stop = end < plan.tiles ? end : plan.tiles;
+        typename P::Accumulator sum[R][M][kChains];
+        unroll<R>([&](auto r) ALWAYS {
+            unroll<M>([&](auto m) ALWAYS { unroll<kChains>([&](auto c) ALWAYS { sum[r][m][c] = P::none(); }); });
+        });
+        for (int64_t t = tile; t < stop; ++t) {
+            accumulate<P, BITS, R, M, kChains>(codes, t * tile_bytes<BITS>(), plan.x_at(block, t), sum);
+        }
+        const int64_t group = plan.group_of(segment), factor = plan.factor(block, segment);
+        unroll<R>([&](auto r) ALWAYS {
+            const Factors f = factors_of(plan, strip[r], group, kBias);
+            unroll<M>([&](auto m) ALWAYS {
+                typename P::Accumulator all = sum[r][m][0];
+                if constexpr (kChains == 2) all = all + sum[r][m][1];
+                const float scale = P::kOperands == 1 ? plan.x_scale[factor + m] : 1.0f;
+                total[r][m] = joined<P>(all, total[r][m], f, offset, plan.x_sum[factor + m], scale);
+            });
+        });
+    }
+    unroll<R>([&](auto r) ALWAYS { unroll<M>([&](auto m) ALWAYS { store(to[r] + 16 * m, total[r][m]); }); });
+}
+
+// Operands of tiles first .. first + count - 1 of R strips: [tile][step][operand][strip].
+template <class P, int BITS, int R>
+void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count, uint8_t* to) {
+    for (int64_t tile = first; tile < first + count; ++tile) {
+        unroll<R>([&](auto r) ALWAYS {
+            const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
+            const uint8_t* codes = static_cast<const uint8_t*>(plan.weight->codes) + strip * plan.strip_bytes + tile * tile_bytes<BITS>();
+            unroll<8>([&](auto step) ALWAYS {
+                typename P::Operand w[P::kOperands];
+                P::template weights<BITS, step>(codes, w);
+                unroll<P::kOperands>([&](auto o) ALWAYS { store(to + ((step * P::kOperands + o) * R + r) * kVector, w[o]); });
+            });
+        });
+        to += 8 * P::kOperands * R * kVector;
+    }
+}
+
+// Adds the tiles first .. first + count - 1 of a decoded panel to totals [row][R][16] of one block of M rows.
+template <class P, bool WIDE, int R, int M, bool HALF>
+void panel(const Plan& plan, const uint8_t* operands, int64_t first_strip, int64_t first, int64_t count, int64_t block, float bias, float* total) {
+    constexpr int kRow = 8 * P::kOperands * 4, kSteps = HALF ? 4 : 8;
+    const bool offset = bias != 0.0f || plan.weight->zero != nullptr;
+    const int64_t step = HALF ? 1 : plan.segment_tiles;
+    int64_t segment = HALF ? 2 * first : first / step;
+    for (int64_t tile = first; tile < first + count; tile += step) {
+        const int64_t stop = tile + step < first + count ? tile + step : first + count;
+        unroll<HALF ? 2 : 1>([&](auto half) ALWAYS {
+            typename P::Accumulator sum[R][M];
+            unroll<R>([&](auto r) ALWAYS { unroll<M>([&](auto m) ALWAYS { sum[r][m] = P::none(); }); });
+            for (int64_t t = tile; t < stop; ++t) {
+                const uint8_t* from = operands + (t - first) * 8 * P::kOperands * R * kVector;
+                const uint8_t* x = plan.x_at(block, t);
+                unroll<kSteps * P::kOperands>([&](auto index) ALWAYS {
+                    constexpr int kNumber = (HALF ? 4 * half * P::kOperands : 0) + index;
+                    typename P::Operand w[R];
+                    unroll<R>([&](auto r) ALWAYS { w[r] = load<typename P::Operand>(from + (kNumber * R + r) * kVector); });
+                    unroll<M>([&](auto m) ALWAYS {
+                        unroll<R>([&](auto r) ALWAYS {
+                            sum[r][m] = P::template dot<WIDE>(sum[r][m], w[r], x + m * kRow + kNumber * 4);
+                        });
+                    });
+                });
+            }
+            const int64_t group = plan.group_of(segment), factor = plan.factor(block, segment);
+            unroll<R>([&](auto r) ALWAYS {
+                const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
+                const Factors f = factors_of(plan, strip, group, bias);
+                unroll<M>([&](auto m) ALWAYS {
+                    float* at = total + (m * R + r) * 16;
+                    const float scale = P::kOperands == 1 ? plan.x_scale[factor + m] : 1.0f;
+                    store(at, joined<P>(sum[r][m], load<F16>(at), f, offset, plan.x_sum[factor + m], scale));
+                });
+            });
+            ++segment;
+        });
+    }
+}
+
+}  // namespace UNIT
+}  // namespace aerogel

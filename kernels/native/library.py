@@ -1,0 +1,122 @@
+"""The compiled CPU kernels, called through ctypes: loading, structs, and what each path and status means.
+
+The library is found beside this file, or where AEROGEL_NATIVE_LIBRARY says. It has no state that a caller must free, and
+ctypes releases the interpreter's lock while it runs. The structs mirror kernels/native/layout.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+from aerogel.errors import BadInput, RunFailed
+from aerogel.kernels.native.build import FOLDER, LIBRARY
+
+VERSION = 1
+"""Of the C interface: structs, codes and layout."""
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+NUMERICS = {"exact": 0, "int8": 1}
+PATHS = ("portable", "avx2", "avxvnni", "avx512", "avx512bf16", "amx", "neon")
+"""Instruction-set paths by their number."""
+
+STATUS = {
+    1: "bits must lie between 1 and 8",
+    2: "a shape is empty or too large",
+    3: "the group size must be a multiple of 16, or cover all columns",
+    4: "a number type is none of float32, float16, bfloat16",
+    5: "the codes have another size than shape and bits imply",
+    6: "the scales have another size than shape and group imply",
+    7: "the zero points have another size than shape and group imply",
+    8: "codes must begin at a multiple of 64 bytes and other tensors at a multiple of their element",
+    9: "this machine or this build has no such instruction-set path",
+    10: "activations, result or bias have another size than the shapes imply",
+}
+OUT_OF_MEMORY = 11
+
+
+class Weight(ctypes.Structure):
+    """A packed weight: pointers, their sizes, and the shape."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero")),
+        *((name, ctypes.c_int64) for name in ("codes_bytes", "scale_bytes", "zero_bytes", "rows", "columns", "group")),
+        ("bits", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+    ]
+
+
+class Call(ctypes.Structure):
+    """One matmul: activations, result, bias and how to compute."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("x_bytes", "y_bytes", "bias_bytes", "tokens")),
+        *((name, ctypes.c_int32) for name in ("x_type", "bias_type", "numerics", "path", "threads")),
+    ]
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    place = Path(os.environ.get("AEROGEL_NATIVE_LIBRARY", FOLDER / LIBRARY))
+    if not place.is_file():
+        return (
+            "was not compiled when aerogel was installed (no C++ compiler then); install one and reinstall aerogel, or run"
+            " `python kernels/native/build.py` in a checkout"
+        )
+    try:
+        library = ctypes.CDLL(str(place))
+        version = library.aerogel_native_version()
+    except (OSError, AttributeError) as error:
+        return f"cannot be loaded ({error}); reinstall aerogel"
+    if version != VERSION:
+        return f"was compiled from other sources (version {version}, wanted {VERSION}); reinstall aerogel"
+    library.aerogel_native_gemm.argtypes = [ctypes.POINTER(Weight), ctypes.POINTER(Call)]
+    library.aerogel_native_check.argtypes = [ctypes.POINTER(Weight)]
+    library.aerogel_native_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
+    library.aerogel_native_read.restype = ctypes.c_double
+    library.aerogel_native_built.restype = library.aerogel_native_able.restype = ctypes.c_uint32
+    return library
+
+
+def missing() -> str | None:
+    """Why the compiled kernels cannot be used here, or None."""
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises `BadInput` with the reason when there is none."""
+    found = _load()
+    if isinstance(found, str):
+        raise BadInput(f"the compiled CPU library {found}")
+    return found
+
+
+def paths(able: bool = True) -> list[str]:
+    """Names of the paths that were built, only those this machine can run unless `able` is False."""
+    bits = library().aerogel_native_able() if able else library().aerogel_native_built()
+    return [name for number, name in enumerate(PATHS) if bits >> number & 1]
+
+
+def best(numerics: str = "exact") -> str:
+    """The path that runs unless one is asked for."""
+    return PATHS[library().aerogel_native_best(NUMERICS[numerics])]
+
+
+def check(status: int, what: str) -> None:
+    """Raises for any status but 0: `RunFailed` without memory, else `BadInput`; the text names `what`."""
+    if status == OUT_OF_MEMORY:
+        raise RunFailed(f"{what}: out of memory for the activations; run fewer tokens at a time")
+    if status:
+        raise BadInput(f"{what} cannot be run: {STATUS.get(status, f'status {status}')}; the tensors do not belong together")
+
+
+def read_bandwidth(memory: torch.Tensor, threads: int) -> float:
+    """Bytes per second at which `threads` threads read `memory` (uint8, contiguous), the best of three passes."""
+    return float(library().aerogel_native_read(memory.data_ptr(), memory.nbytes, threads))

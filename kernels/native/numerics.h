@@ -1,0 +1,204 @@
+// The two kinds of arithmetic, as operands and a dot product.
+//
+// A step of four columns gives kOperands vectors of weights; each meets 32 bits of an activation row, broadcast:
+//
+//     Exact, bfloat16 dot product   2 operands   two columns each; activations are split into 1 (bfloat16), 2 (float16)
+//                                                or 3 (float32) bfloat16 terms whose sum is the value exactly
+//     Exact, float32                4 operands   one column each
+//     Int8                          1 operand    four columns of bytes
+//
+// Codes are small integers, which bfloat16 holds exactly, so every product is exact and only float32 sums round: scales are
+// applied to sums. `bias<BITS>` is what was added to the signed code q and has to be taken out again, times the sum of the
+// activations; it joins the zero point, so it costs nothing.
+#pragma once
+#include "codes.h"
+
+namespace aerogel {
+namespace UNIT {
+
+INLINE uint32_t word_of(const uint8_t* x) {
+    uint32_t word;
+    memcpy(&word, x, 4);
+    return word;
+}
+
+#if defined(__AVX512BF16__)
+
+struct Exact {
+    using Accumulator = F16;
+    using Operand = U16;
+    static constexpr int kOperands = 2, kLongestSegment = 256;
+    static constexpr bool kTerms = true;
+    // A table of 32 entries: the index is five bits, and codes of fewer bits repeat in it.
+    template <int BITS>
+    static constexpr bool kTable = BITS <= 5;
+    template <int BITS>
+    static constexpr int bias() {
+        return kTable<BITS> ? 0 : 1 << (BITS - 1);
+    }
+
+    template <int BITS>
+    static INLINE __m512i table() {
+        alignas(64) uint16_t entries[32];
+        for (int i = 0; i < 32; ++i) {
+            const float q = static_cast<float>((i & ((1 << BITS) - 1)) - (1 << (BITS - 1)));
+            entries[i] = static_cast<uint16_t>(float_to_bits(q) >> 16);
+        }
+        return _mm512_load_si512(entries);
+    }
+
+    // Byte BYTE of each lane as a float whose upper half is the bfloat16.
+    template <int BYTE>
+    static INLINE __m512i as_float(const U16& u) {
+        const U16 code = field<8 * BYTE>(u, 0xffu);
+        return _mm512_castps_si512(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(code.part[0])));
+    }
+
+    template <int BITS, int STEP>
+    static INLINE void weights(const uint8_t* tile, Operand (&out)[kOperands]) {
+        if constexpr (BITS == 4 || BITS == 2) {
+            // One limb: its neighbours are bits that the repeated table ignores, so nothing is masked.
+            constexpr int kPer = 8 / BITS, kShift = BITS * (STEP % kPer);
+            const __m512i v = reinterpret_cast<__m512i>(load<U16>(tile + kVector * (STEP / kPer)).part[0]);
+            const __m512i entries = table<BITS>();
+            out[0].part[0] = reinterpret_cast<NativeU>(_mm512_permutexvar_epi16(_mm512_srli_epi32(v, kShift), entries));
+            out[1].part[0] = reinterpret_cast<NativeU>(_mm512_permutexvar_epi16(_mm512_srli_epi32(v, kShift + 8), entries));
+        } else if constexpr (kTable<BITS>) {
+            const __m512i u = reinterpret_cast<__m512i>(quad<BITS, STEP>(tile).part[0]);
+            const __m512i entries = table<BITS>();
+            out[0].part[0] = reinterpret_cast<NativeU>(_mm512_permutexvar_epi16(u, entries));
+            out[1].part[0] = reinterpret_cast<NativeU>(_mm512_permutexvar_epi16(_mm512_srli_epi32(u, 8), entries));
+        } else {
+            const U16 u = quad<BITS, STEP>(tile);
+            out[0].part[0] = reinterpret_cast<NativeU>(_mm512_or_si512(_mm512_srli_epi32(as_float<0>(u), 16), as_float<2>(u)));
+            out[1].part[0] = reinterpret_cast<NativeU>(_mm512_or_si512(_mm512_srli_epi32(as_float<1>(u), 16), as_float<3>(u)));
+        }
+    }
+
+    template <bool WIDE>
+    static INLINE Accumulator dot(const Accumulator& sum, const Operand& w, const uint8_t* x) {
+        const __m512i pair = _mm512_set1_epi32(static_cast<int>(word_of(x)));
+        Accumulator v;
+        v.part[0] = reinterpret_cast<NativeF>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum.part[0]),
+                                                               reinterpret_cast<__m512bh>(w.part[0]),
+                                                               reinterpret_cast<__m512bh>(pair)));
+        return v;
+    }
+    template <int BITS>
+    static constexpr bool wide() {
+        return false;
+    }
+    static INLINE Accumulator none() { return zero_f(); }
+    static INLINE F16 value(const Accumulator& sum) { return sum; }
+};
+
+#else
+
+struct Exact {
+    using Accumulator = F16;
+    using Operand = F16;
+    static constexpr int kOperands = 4, kLongestSegment = 256;
+    static constexpr bool kTerms = false;
+    template <int BITS>
+    static constexpr int bias() {
+        return 1 << (BITS - 1);
+    }
+    template <int BITS, int STEP>
+    static INLINE void weights(const uint8_t* tile, Operand (&out)[kOperands]) {
+        const U16 u = quad<BITS, STEP>(tile);
+        unroll<4>([&](auto j) ALWAYS {
+            const U16 code = field<8 * j>(u, 0xffu);
+            unroll<kParts>([&](auto p) ALWAYS {
+                out[j].part[p] = __builtin_convertvector(reinterpret_cast<NativeI>(code.part[p]), NativeF);
+            });
+        });
+    }
+    template <bool WIDE>
+    static INLINE Accumulator dot(const Accumulator& sum, const Operand& w, const uint8_t* x) {
+        return multiply_add(w, spread<F16>(bits_to_float(word_of(x))), sum);
+    }
+    template <int BITS>
+    static constexpr bool wide() {
+        return false;
+    }
+    static INLINE Accumulator none() { return zero_f(); }
+    static INLINE F16 value(const Accumulator& sum) { return sum; }
+};
+
+#endif
+
+struct Int8 {
+    using Accumulator = I16;
+    using Operand = U16;
+    static constexpr int kOperands = 1, kLongestSegment = 128;
+    static constexpr bool kTerms = false;
+    template <int BITS>
+    static constexpr int bias() {
+#if defined(__ARM_FEATURE_DOTPROD)
+        return BITS == 8 ? 0 : 1 << (BITS - 1);  // its dot product is signed: 8-bit codes are moved before it
+#else
+        return 1 << (BITS - 1);
+#endif
+    }
+    template <int BITS, int STEP>
+    static INLINE void weights(const uint8_t* tile, Operand (&out)[kOperands]) {
+        out[0] = quad<BITS, STEP>(tile);
+#if defined(__ARM_FEATURE_DOTPROD)
+        if constexpr (BITS == 8) unroll<kParts>([&](auto p) ALWAYS { out[0].part[p] ^= 0x80808080u; });
+#endif
+    }
+    template <bool WIDE>
+    static INLINE Accumulator dot(const Accumulator& sum, const Operand& w, const uint8_t* x) {
+        Accumulator v;
+        unroll<kParts>([&](auto p) ALWAYS { v.part[p] = dot_part<WIDE>(sum.part[p], w.part[p], word_of(x)); });
+        return v;
+    }
+    // Whether a code may exceed 127, where that takes other instructions.
+    template <int BITS>
+    static constexpr bool wide() {
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512VNNI__)
+        return BITS == 8;
+#else
+        return false;
+#endif
+    }
+    static INLINE Accumulator none() { return zero_i(); }
+    static INLINE F16 value(const Accumulator& sum) { return to_float(sum); }
+
+private:
+    // sum + the products of four bytes, unsigned weights and signed activations. WIDE: weights may exceed 127.
+    template <bool WIDE>
+    static INLINE NativeI dot_part(NativeI sum, NativeU w, uint32_t x) {
+#if defined(__AVX512VNNI__)
+        return reinterpret_cast<NativeI>(_mm512_dpbusd_epi32(
+            reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(w), _mm512_set1_epi32(static_cast<int>(x))));
+#elif defined(__AVXVNNI__)
+        return reinterpret_cast<NativeI>(_mm256_dpbusd_avx_epi32(
+            reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(w), _mm256_set1_epi32(static_cast<int>(x))));
+#elif defined(__AVX2__)
+        const __m256i bytes = _mm256_set1_epi32(static_cast<int>(x)), ones = _mm256_set1_epi16(1);
+        const __m256i codes = reinterpret_cast<__m256i>(w);
+        __m256i total = reinterpret_cast<__m256i>(sum);
+        if constexpr (WIDE) {  // 2 * 255 * 127 does not fit in 16 bits: the top bit goes separately
+            const __m256i top = _mm256_and_si256(codes, _mm256_set1_epi8(-128)), low = _mm256_andnot_si256(top, codes);
+            total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(top, bytes), ones));
+            total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(low, bytes), ones));
+        } else {
+            total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, bytes), ones));
+        }
+        return reinterpret_cast<NativeI>(total);
+#elif defined(__ARM_FEATURE_DOTPROD)
+        return reinterpret_cast<NativeI>(vdotq_s32(reinterpret_cast<int32x4_t>(sum), reinterpret_cast<int8x16_t>(w),
+                                                   vreinterpretq_s8_u32(vdupq_n_u32(x))));
+#else
+        for (int j = 0; j < 4; ++j) {
+            const int32_t value = static_cast<int8_t>(x >> (8 * j));
+            sum += reinterpret_cast<NativeI>((w >> (8 * j)) & 0xffu) * value;
+        }
+        return sum;
+#endif
+    }
+};
+
+}  // namespace UNIT
+}  // namespace aerogel

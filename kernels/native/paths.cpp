@@ -1,0 +1,70 @@
+// Which paths there are, and which of them this machine has. A path also needs the operating system to save its registers,
+// which the compiler's feature tests include.
+#include "paths.h"
+
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
+namespace aerogel {
+
+#define DECLARE(NAME)                                  \
+    Status exact_##NAME(const Weight&, const Call&);   \
+    Status int8_##NAME(const Weight&, const Call&);
+DECLARE(portable)
+DECLARE(avx2)
+DECLARE(avxvnni)
+DECLARE(avx512)
+DECLARE(avx512bf16)
+DECLARE(amx)
+DECLARE(neon)
+#undef DECLARE
+
+namespace {
+
+PathEntry table[kPaths];
+
+bool fill() {
+    table[kPortable] = {exact_portable, int8_portable, true};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vnni");
+    (void)avx512;
+#if defined(HAVE_AVX2)
+    table[kAvx2] = {exact_avx2, int8_avx2, avx2};
+#if defined(HAVE_AVXVNNI)
+    table[kAvxVnni] = {exact_avx2, int8_avxvnni, avx2 && __builtin_cpu_supports("avxvnni")};
+#endif
+#endif
+#if defined(HAVE_AVX512)
+    table[kAvx512] = {exact_avx512, int8_avx512, avx512};
+#if defined(HAVE_AVX512BF16)
+    table[kAvx512Bf16] = {exact_avx512bf16, int8_avx512, avx512 && __builtin_cpu_supports("avx512bf16")};
+#endif
+#endif
+#elif defined(__aarch64__) && defined(HAVE_NEON)
+    table[kNeon] = {exact_neon, int8_neon, (getauxval(AT_HWCAP) & (1ul << 20)) != 0};  // HWCAP_ASIMDDP
+#endif
+    return true;
+}
+
+}  // namespace
+
+const PathEntry& path_entry(int32_t path) {
+    static const bool filled = fill();
+    (void)filled;
+    return table[path];
+}
+
+int32_t best_path(Numerics numerics) {
+    for (int32_t path = kPaths - 1; path > kPortable; --path) {
+        const PathEntry& entry = path_entry(path);
+        if (entry.able && (numerics == kInt8 ? entry.int8 : entry.exact)) return path;
+    }
+    return kPortable;
+}
+
+}  // namespace aerogel

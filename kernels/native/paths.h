@@ -1,0 +1,20 @@
+// The instruction-set paths and what each runs. A path that was not compiled in has null functions.
+#pragma once
+#include "layout.h"
+
+namespace aerogel {
+
+enum Path : int32_t { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx512Bf16 = 4, kAmx = 5, kNeon = 6, kPaths = 7 };
+
+using Run = Status (*)(const Weight&, const Call&);
+
+struct PathEntry {
+    Run exact, int8;
+    bool able;  // this machine has the instructions
+};
+
+const PathEntry& path_entry(int32_t path);
+// The fastest path this machine can run, -1 is never returned: the portable one always can.
+int32_t best_path(Numerics numerics);
+
+}  // namespace aerogel

@@ -1,0 +1,203 @@
+// What one call works on, and the activations as the kernels read them.
+//
+// Columns are summed in segments that share one weight scale (and, with int8 activations, one activation scale):
+//
+//     y[m, n] = sum over segments s of  scale[n, group of s] * (dot(codes, x) - offset[n, group of s] * sum of x)
+//
+// A segment is the longest run of whole tiles that divides the group and is not longer than the arithmetic allows: sums
+// of a bounded length keep float32 accurate. Groups that are not made of whole tiles (16, 48, ...) have segments of half a
+// tile. Activations are copied into [block of rows][tile][row][32 columns], so that a kernel reads them front to back with
+// constant distances between rows. A row is one term of one token (see numerics.h); a block's missing rows are zeros.
+#pragma once
+#include "numerics.h"
+
+namespace aerogel {
+namespace UNIT {
+
+struct Plan {
+    const Weight* weight;
+    const Call* call;
+    int64_t strips, tiles, groups, segments, strip_bytes;
+    int64_t segment_tiles;       // whole tiles of a segment; 0: segments are half tiles
+    int64_t segments_per_group;  // with whole tiles
+    int64_t terms, tokens_per_block, blocks;
+    int block_rows;
+    bool few;        // the loop for few rows runs it
+    uint8_t* x;      // [block][tile][row][row_bytes]
+    float* x_sum;    // [block][segment][row]
+    float* x_scale;  // [block][segment][row], int8 only
+    int row_bytes;
+
+    int64_t group_of(int64_t segment) const {
+        if (segment_tiles) return segment / segments_per_group;
+        // The last half tile may lie wholly beyond the last column: its activations are zeros, any scale will do.
+        const int64_t group = weight->group ? segment * 16 / weight->group : 0;
+        return group < groups ? group : groups - 1;
+    }
+    const uint8_t* x_at(int64_t block, int64_t tile) const { return x + (block * tiles + tile) * block_rows * row_bytes; }
+    int64_t factor(int64_t block, int64_t segment) const { return (block * segments + segment) * block_rows; }
+};
+
+inline int64_t segment_tiles(int64_t group, int64_t columns, int64_t longest) {
+    if (group == 0 || group >= columns) return longest / kTile;
+    if (group % kTile) return 0;
+    int64_t tiles = longest / kTile;
+    while ((group / kTile) % tiles) --tiles;
+    return tiles;
+}
+
+template <class P>
+inline Plan make_plan(const Weight& weight, const Call& call) {
+    Plan plan{};
+    plan.weight = &weight, plan.call = &call;
+    plan.strips = ceil_div(weight.rows, kStrip), plan.tiles = ceil_div(weight.columns, kTile);
+    plan.strip_bytes = plan.tiles * kVector * weight.bits;
+    plan.groups = weight.group ? ceil_div(weight.columns, weight.group) : 1;
+    plan.segment_tiles = segment_tiles(weight.group, weight.columns, P::kLongestSegment);
+    plan.segments = plan.segment_tiles ? ceil_div(plan.tiles, plan.segment_tiles) : 2 * plan.tiles;
+    plan.segments_per_group = plan.groups == 1 ? plan.segments
+                              : plan.segment_tiles ? weight.group / kTile / plan.segment_tiles
+                                                   : 0;
+    plan.terms = !P::kTerms || call.x_type == kBfloat16 ? 1 : call.x_type == kFloat16 ? 2 : 3;
+    plan.row_bytes = 8 * P::kOperands * 4;
+    return plan;
+}
+
+// Sum of sixteen lanes, always in the same order.
+INLINE float lane_sum(const F16& v) {
+    float lanes[16];
+    store(lanes, v);
+    for (int width = 8; width > 0; width /= 2) {
+        for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    }
+    return lanes[0];
+}
+
+// 32 columns of a token from column `begin` on as floats, zeros after the last.
+INLINE void read_tile(const Plan& plan, int64_t token, int64_t begin, float* to) {
+    const int64_t columns = plan.weight->columns, left = columns - begin, at = token * columns + begin;
+    if (left >= kTile) {
+        store(to, load_floats(plan.call->x, at, plan.call->x_type));
+        store(to + 16, load_floats(plan.call->x, at + 16, plan.call->x_type));
+        return;
+    }
+    for (int64_t k = 0; k < kTile; ++k) to[k] = k < left ? read_float(plan.call->x, at + k, plan.call->x_type) : 0.0f;
+}
+
+#if defined(__AVX512BF16__)
+// The leading bfloat16 of 32 floats, in the order [4t, 4t+2, 4t+1, 4t+3] that the operands have; what is left stays.
+INLINE void split_term(float* values, uint8_t* to, bool last) {
+    alignas(64) static const uint16_t order[32] = {1,  5,  3,  7,  9,  13, 11, 15, 17, 21, 19, 23, 25, 29, 27, 31,
+                                                   33, 37, 35, 39, 41, 45, 43, 47, 49, 53, 51, 55, 57, 61, 59, 63};
+    __m512 value[2];
+    __m512i high[2];
+    for (int i = 0; i < 2; ++i) {
+        value[i] = _mm512_loadu_ps(values + 16 * i);
+        high[i] = _mm512_and_si512(_mm512_castps_si512(value[i]), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+        // A NaN must not lose the bits that make it one.
+        high[i] = _mm512_mask_or_epi32(high[i], _mm512_cmp_ps_mask(value[i], value[i], _CMP_UNORD_Q), high[i],
+                                       _mm512_set1_epi32(0x00400000));
+        if (!last) {
+            const __mmask16 finite = static_cast<__mmask16>(~_mm512_fpclass_ps_mask(value[i], 0x99));
+            _mm512_storeu_ps(values + 16 * i, _mm512_maskz_sub_ps(finite, value[i], _mm512_castsi512_ps(high[i])));
+        }
+    }
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(high[0], _mm512_load_si512(order), high[1]));
+}
+#endif
+
+// Places a run of tiles of one token, which is one segment, or one tile that is two, with its sums.
+inline void place_exact(const Plan& plan, int64_t token, int64_t first, int64_t count) {
+    const int64_t block = token / plan.tokens_per_block, row = token % plan.tokens_per_block * plan.terms;
+    F16 sums[3][2];
+    for (auto& sum : sums) sum[0] = sum[1] = zero_f();
+    for (int64_t tile = first; tile < first + count; ++tile) {
+        float values[kTile];
+        read_tile(plan, token, tile * kTile, values);
+        for (int64_t term = 0; term < plan.terms; ++term) {
+            uint8_t* to = const_cast<uint8_t*>(plan.x_at(block, tile)) + (row + term) * plan.row_bytes;
+            float part[kTile];
+            memcpy(part, values, sizeof part);
+#if defined(__AVX512BF16__)
+            split_term(values, to, term + 1 == plan.terms);
+            if (term + 1 < plan.terms) {
+                for (int k = 0; k < kTile; ++k) part[k] -= values[k];
+            }
+#else
+            memcpy(to, part, sizeof part);
+#endif
+            sums[term][0] = sums[term][0] + load<F16>(part);
+            sums[term][1] = sums[term][1] + load<F16>(part + 16);
+        }
+    }
+    const int64_t segment = plan.segment_tiles ? first / plan.segment_tiles : 2 * first;
+    for (int64_t term = 0; term < plan.terms; ++term) {
+        float* to = plan.x_sum + plan.factor(block, segment) + row + term;
+        if (plan.segment_tiles) {
+            *to = lane_sum(sums[term][0] + sums[term][1]);
+        } else {
+            to[0] = lane_sum(sums[term][0]);
+            to[plan.block_rows] = lane_sum(sums[term][1]);
+        }
+    }
+}
+
+// The same, rounded to s * [-127, 127] with s = max|x| / 127 over the run.
+inline void place_int8(const Plan& plan, int64_t token, int64_t first, int64_t count) {
+    const int64_t block = token / plan.tokens_per_block, row = token % plan.tokens_per_block;
+    float values[128];
+    float peaks[16] = {}, poison[16] = {};
+    for (int64_t i = 0; i < count; ++i) read_tile(plan, token, (first + i) * kTile, values + i * kTile);
+    for (int64_t k = 0; k < count * kTile; ++k) {
+        const float size = __builtin_fabsf(values[k]);
+        peaks[k % 16] = size > peaks[k % 16] ? size : peaks[k % 16];
+        poison[k % 16] += values[k] * 0.0f;  // stays 0, unless something is infinite or not a number
+    }
+    float peak = 0.0f;
+    for (float each : peaks) peak = each > peak ? each : peak;
+    // Anything smaller would make the inverse overflow; it rounds to 0 with scale 1.
+    const float unit = peak > 1e-30f ? peak / 127.0f : 1.0f, inverse = 1.0f / unit;
+    const float scale = unit + lane_sum(load<F16>(poison));
+    int32_t sums[2] = {0, 0};
+    for (int64_t i = 0; i < count; ++i) {
+        int8_t* to = reinterpret_cast<int8_t*>(const_cast<uint8_t*>(plan.x_at(block, first + i))) + row * plan.row_bytes;
+        for (int half = 0; half < 2; ++half) {
+            int32_t sum = 0;
+            for (int k = 16 * half; k < 16 * half + 16; ++k) {
+                // Adding 1.5 * 2^23 leaves the rounded integer in the low bits, ties to even.
+                const float scaled = values[i * kTile + k] * inverse + 12582912.0f;
+                const int32_t rounded = static_cast<int32_t>(float_to_bits(scaled)) - 0x4b400000;
+                to[k] = static_cast<int8_t>(rounded);
+                sum += static_cast<int8_t>(rounded);
+            }
+            sums[half] += sum;
+        }
+    }
+    const int64_t segment = plan.segment_tiles ? first / plan.segment_tiles : 2 * first;
+    float* sum_to = plan.x_sum + plan.factor(block, segment) + row;
+    float* scale_to = plan.x_scale + plan.factor(block, segment) + row;
+    scale_to[0] = scale;
+    if (plan.segment_tiles) {
+        sum_to[0] = static_cast<float>(sums[0] + sums[1]);
+    } else {
+        sum_to[0] = static_cast<float>(sums[0]);
+        sum_to[plan.block_rows] = static_cast<float>(sums[1]);
+        scale_to[plan.block_rows] = scale;
+    }
+}
+
+template <class P>
+inline void place_token(const Plan& plan, int64_t token) {
+    const int64_t step = plan.segment_tiles ? plan.segment_tiles : 1;
+    for (int64_t first = 0; first < plan.tiles; first += step) {
+        const int64_t count = plan.tiles - first < step ? plan.tiles - first : step;
+        if constexpr (P::kOperands == 1) {
+            place_int8(plan, token, first, count);
+        } else {
+            place_exact(plan, token, first, count);
+        }
+    }
+}
+
+}  // namespace UNIT
+}  // namespace aerogel

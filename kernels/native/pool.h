@@ -1,0 +1,24 @@
+// A pool of threads for loops whose pieces are independent.
+//
+// `parallel(pieces, threads, body)` runs body(piece, worker) once for every piece, on the calling thread and threads - 1
+// others. Which thread runs a piece is left to chance, so a piece must not depend on it: then any number of threads gives
+// the same bits. Workers wait actively for a short while, because the next matmul of a model follows within microseconds,
+// and sleep after that, so that they never compete for long with the threads of another library. A caller that finds the
+// pool in use (a second Python thread, or a worker itself) runs its loop alone. After a fork the child starts a new pool.
+#pragma once
+#include <cstdint>
+
+namespace aerogel {
+
+using Body = void (*)(void* context, int64_t piece, int worker);
+
+void parallel(int64_t pieces, int threads, Body body, void* context);
+
+template <class F>
+void parallel(int64_t pieces, int threads, F&& f) {
+    parallel(pieces, threads, [](void* context, int64_t piece, int worker) { (*static_cast<F*>(context))(piece, worker); }, &f);
+}
+
+constexpr int kMostThreads = 256;
+
+}  // namespace aerogel

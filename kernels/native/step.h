@@ -1,0 +1,188 @@
+// The small operations between the matmuls of a decode step: attention of one token, norm, gate.
+//
+// They round where the plain definitions round (aerogel/kernels/decode/ops.py): every product of a rotation, the sum of a
+// residual, an activation before its product. Sums are in float32. Attention keeps the scores of one key/value head's
+// queries in a row, subtracts their maximum, and adds up p * value; heads and sequences are independent and shared out.
+#pragma once
+#include "pool.h"
+#include "scratch.h"
+#include "step_structs.h"
+#include "vector.h"
+
+namespace aerogel {
+namespace UNIT {
+
+INLINE float rounded(float value, int32_t type) {
+    if (type == kFloat16) return half_to_float(float_to_half(value));
+    if (type == kBfloat16) return bits_to_float(static_cast<uint32_t>(float_to_bfloat(value)) << 16);
+    return value;
+}
+
+INLINE void write_float(void* to, int64_t index, int32_t type, float value) {
+    if (type == kFloat32) {
+        memcpy(static_cast<char*>(to) + 4 * index, &value, 4);
+        return;
+    }
+    const uint16_t raw = type == kFloat16 ? float_to_half(value) : float_to_bfloat(value);
+    memcpy(static_cast<char*>(to) + 2 * index, &raw, 2);
+}
+
+// `count` numbers to floats and back, sixteen at a time.
+inline void to_floats(const void* from, int64_t index, int32_t type, float* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) store(to + i, load_floats(from, index + i, type));
+    for (; i < count; ++i) to[i] = read_float(from, index + i, type);
+}
+inline void from_floats(void* to, int64_t index, int32_t type, const float* from, int64_t count) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) store_floats(to, index + i, type, from + i, 16);
+    for (; i < count; ++i) write_float(to, index + i, type, from[i]);
+}
+inline void round_all(float* values, int32_t type, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) values[i] = rounded(values[i], type);
+}
+
+// e^x for x <= 0 to about 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Below -87: 0.
+INLINE float exponential(float x) {
+    const float n = x * 1.44269504f + 12582912.0f, whole = n - 12582912.0f;
+    const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const float power = bits_to_float((float_to_bits(n) - 0x4b400000u + 127u) << 23);
+    return x < -87.0f ? 0.0f : p * power;
+}
+
+// Sum of squares or of products, in a fixed order.
+INLINE float inner(const float* a, const float* b, int64_t count) {
+    F16 sum = zero_f();
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) sum = multiply_add(load<F16>(a + i), load<F16>(b + i), sum);
+    float lanes[16];
+    store(lanes, sum);
+    float total = 0.0f;
+    for (int lane = 0; lane < 16; ++lane) total += lanes[lane];
+    for (; i < count; ++i) total += a[i] * b[i];
+    return total;
+}
+
+// x cos + [-x2, x1] sin, every product and the sum rounded.
+inline void rotate(float* x, const float* cosine, const float* sine, int64_t size, int32_t type) {
+    float turned[kMostHead];
+    const int64_t half = size / 2;
+    for (int64_t i = 0; i < half; ++i) turned[i] = -x[half + i], turned[half + i] = x[i];
+    for (int64_t i = 0; i < size; ++i) x[i] = rounded(rounded(x[i] * cosine[i], type) + rounded(turned[i] * sine[i], type), type);
+}
+
+// All queries of one key/value head of one sequence.
+inline void attend_head(const Attend& a, int64_t sequence, int64_t head, float* scores) {
+    const int64_t D = a.key_size, E = a.value_size, G = a.queries / a.heads, end = a.slot + 1;
+    const int64_t begin = a.window && end - a.window > a.start[sequence] ? end - a.window : a.start[sequence];
+    const int64_t cache = (sequence * a.heads + head) * a.slots, length = end - begin;
+    float cosine[kMostHead], sine[kMostHead], row[kMostHead], query[kMostShare][kMostHead];
+    const int64_t angle = a.angles_per_sequence ? sequence * D : 0;
+    to_floats(a.k, (sequence * a.heads + head) * D, a.type, row, D);
+    for (int64_t g = 0; g < G; ++g) to_floats(a.q, (sequence * a.queries + head * G + g) * D, a.type, query[g], D);
+    if (a.cosine) {
+        to_floats(a.cosine, angle, a.type, cosine, D);
+        to_floats(a.sine, angle, a.type, sine, D);
+        rotate(row, cosine, sine, D, a.type);
+        for (int64_t g = 0; g < G; ++g) rotate(query[g], cosine, sine, D, a.type);
+    }
+    from_floats(a.keys, (cache + a.slot) * D, a.type, row, D);
+    to_floats(a.v, (sequence * a.heads + head) * E, a.type, row, E);
+    from_floats(a.values, (cache + a.slot) * E, a.type, row, E);
+    for (int64_t s = 0; s < length; ++s) {
+        to_floats(a.keys, (cache + begin + s) * D, a.type, row, D);
+        for (int64_t g = 0; g < G; ++g) scores[g * length + s] = inner(query[g], row, D) * a.scale;
+    }
+    float total[kMostShare], out[kMostShare][kMostHead] = {};
+    for (int64_t g = 0; g < G; ++g) {
+        float* score = scores + g * length;
+        float peaks[16], sums[16] = {};
+        for (float& peak : peaks) peak = -3.4e38f;
+        for (int64_t s = 0; s < length; ++s) peaks[s % 16] = score[s] > peaks[s % 16] ? score[s] : peaks[s % 16];
+        for (int lane = 1; lane < 16; ++lane) peaks[0] = peaks[lane] > peaks[0] ? peaks[lane] : peaks[0];
+        for (int64_t s = 0; s < length; ++s) score[s] = exponential(score[s] - peaks[0]);
+        for (int64_t s = 0; s < length; ++s) sums[s % 16] += score[s];
+        total[g] = 0.0f;
+        for (float sum : sums) total[g] += sum;
+    }
+    for (int64_t s = 0; s < length; ++s) {
+        to_floats(a.values, (cache + begin + s) * E, a.type, row, E);
+        for (int64_t g = 0; g < G; ++g) {
+            const float weight = scores[g * length + s];
+            for (int64_t e = 0; e < E; ++e) out[g][e] += weight * row[e];
+        }
+    }
+    for (int64_t g = 0; g < G; ++g) {
+        for (int64_t e = 0; e < E; ++e) out[g][e] /= total[g];
+        from_floats(a.out, (sequence * a.queries + head * G + g) * E, a.type, out[g], E);
+    }
+}
+
+inline Status attend(const Attend& a) {
+    const int64_t G = a.queries / a.heads, length = a.slot + 1, pieces = a.batch * a.heads;
+    const int threads = length * a.key_size * a.heads * a.batch < (1 << 15) ? 1 : a.threads;
+    const size_t each = (static_cast<size_t>(G * length) * sizeof(float) + 63) / 64 * 64;
+    uint8_t* memory = static_cast<uint8_t*>(scratch(kStepScratch, each * static_cast<size_t>(threads)));
+    if (!memory) return kOutOfMemory;
+    parallel(pieces, threads, [&](int64_t piece, int worker) {
+        attend_head(a, piece / a.heads, piece % a.heads, reinterpret_cast<float*>(memory + each * static_cast<size_t>(worker)));
+    });
+    return kDone;
+}
+
+// y = norm(a + b) * weight over rows of N; `sum` receives a + b, where there is a b.
+inline Status norm(const Norm& n) {
+    float* values = static_cast<float*>(scratch(kStepScratch, sizeof(float) * 2 * static_cast<size_t>(n.size)));
+    if (!values) return kOutOfMemory;
+    float* other = values + n.size;
+    for (int64_t row = 0; row < n.rows; ++row) {
+        to_floats(n.a, row * n.size, n.type, values, n.size);
+        if (n.b) {
+            to_floats(n.b, row * n.size, n.type, other, n.size);
+            for (int64_t i = 0; i < n.size; ++i) values[i] += other[i];
+            from_floats(n.sum, row * n.size, n.type, values, n.size);
+            to_floats(n.sum, row * n.size, n.type, values, n.size);
+        }
+        const float scale = 1.0f / __builtin_sqrtf(inner(values, values, n.size) / static_cast<float>(n.size) + n.epsilon);
+        for (int64_t i = 0; i < n.size; ++i) values[i] *= scale;
+        if (n.round_first) {
+            from_floats(n.y, row * n.size, n.type, values, n.size);
+            to_floats(n.y, row * n.size, n.type, values, n.size);
+        }
+        to_floats(n.weight, 0, n.type, other, n.size);
+        for (int64_t i = 0; i < n.size; ++i) values[i] *= other[i];
+        from_floats(n.y, row * n.size, n.type, values, n.size);
+    }
+    return kDone;
+}
+
+// y = round(silu(g)) * u, over rows whose distances differ, since both are halves of one result.
+inline Status gate(const Gate& p) {
+    float g[16 * 64], u[16 * 64];
+    for (int64_t row = 0; row < p.rows; ++row) {
+        for (int64_t at = 0; at < p.size; at += 16 * 64) {
+            const int64_t count = p.size - at < 16 * 64 ? p.size - at : 16 * 64;
+            to_floats(p.g, row * p.g_stride + at, p.type, g, count);
+            to_floats(p.u, row * p.u_stride + at, p.type, u, count);
+            for (int64_t i = 0; i < count; ++i) {
+                const float e = exponential(-__builtin_fabsf(g[i]));  // of the size's negative: never overflows
+                g[i] = (g[i] >= 0.0f ? g[i] : g[i] * e) / (1.0f + e);
+            }
+            from_floats(p.y, row * p.size + at, p.type, g, count);
+            to_floats(p.y, row * p.size + at, p.type, g, count);
+            for (int64_t i = 0; i < count; ++i) g[i] *= u[i];
+            from_floats(p.y, row * p.size + at, p.type, g, count);
+        }
+    }
+    return kDone;
+}
+
+}  // namespace UNIT
+}  // namespace aerogel

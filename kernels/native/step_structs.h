@@ -1,0 +1,36 @@
+// Arguments of the small operations of a decode step (step.h). Tensors are contiguous unless a stride is given.
+#pragma once
+#include "layout.h"
+
+namespace aerogel {
+
+constexpr int64_t kMostHead = 512;   // size of a key or value
+constexpr int64_t kMostShare = 64;   // queries that share a key
+
+struct Attend {
+    const void *q, *k, *v;         // [batch, queries, key_size], [batch, heads, key_size], [batch, heads, value_size]
+    const void *cosine, *sine;     // [batch or 1, key_size] or null
+    void *keys, *values;           // [batch, heads, slots, size]; the new ones are written at `slot`
+    const int64_t* start;          // [batch]: the first slot of each sequence
+    void* out;                     // [batch, queries, value_size]
+    int64_t batch, queries, heads, slots, key_size, value_size, slot, window;
+    float scale;
+    int32_t type, angles_per_sequence, threads;
+};
+
+struct Norm {
+    const void *a, *b, *weight;  // [rows, size], the same or null, [size]
+    void *sum, *y;               // a + b where there is a b; the result
+    int64_t rows, size;
+    float epsilon;
+    int32_t type, round_first;
+};
+
+struct Gate {
+    const void *g, *u;  // rows of `size` numbers
+    void* y;            // [rows, size]
+    int64_t rows, size, g_stride, u_stride;
+    int32_t type;
+};
+
+}  // namespace aerogel

@@ -1,0 +1,10 @@
+// x86-64 with AVX2, FMA and F16C: Haswell, Zen 1 and later.
+#define UNIT avx2
+#include "gemm.h"
+
+namespace aerogel {
+
+Status exact_avx2(const Weight& weight, const Call& call) { return avx2::run<avx2::Exact>(weight, call); }
+Status int8_avx2(const Weight& weight, const Call& call) { return avx2::run<avx2::Int8>(weight, call); }
+
+}  // namespace aerogel

@@ -1,0 +1,9 @@
+// AVX-512 with the bfloat16 dot product: Cooper Lake, Sapphire Rapids, Zen 4 and later. Int8 is that of unit_avx512.
+#define UNIT avx512bf16
+#include "gemm.h"
+
+namespace aerogel {
+
+Status exact_avx512bf16(const Weight& weight, const Call& call) { return avx512bf16::run<avx512bf16::Exact>(weight, call); }
+
+}  // namespace aerogel

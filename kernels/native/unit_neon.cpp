@@ -1,0 +1,10 @@
+// AArch64 with the int8 dot product: Armv8.2 and later.
+#define UNIT neon
+#include "gemm.h"
+
+namespace aerogel {
+
+Status exact_neon(const Weight& weight, const Call& call) { return neon::run<neon::Exact>(weight, call); }
+Status int8_neon(const Weight& weight, const Call& call) { return neon::run<neon::Int8>(weight, call); }
+
+}  // namespace aerogel

@@ -1,0 +1,105 @@
+"""The CPU kernels' layout: codes in strips of 16 rows and tiles of 32 columns. Exactly invertible, any width, any shape.
+
+    codes  uint8 [strips, tiles, 64 * bits]      strips = ceil(N / 16), tiles = ceil(K / 32)
+    scale  [strips, G, 16]                       in the stored type; 0 in the rows beyond N
+    zero   int8 [strips, G, 16]                  signed, only when asymmetric
+
+Inside a tile the unsigned code u = q + 2^(b-1) is split into limbs of 4, 2 and 1 bits after the binary digits of b, low
+bits in the widest limb (8 bits: one limb of whole bytes); the limbs lie one after the other, the widest first. A limb of
+width w is a row of 64-byte vectors, each of 8 / w steps of four columns:
+
+    byte 4 * row + j, bits w * f .. w * f + w - 1   =   column 4 * (steps of earlier vectors + f) + j of that row
+
+Why: kernels/native/layout.h. This file is plain torch, so that a checkpoint in this layout can be written and read back on
+any machine. Columns beyond K hold code 0: their activations are zeros. Cost: b bits per padded weight.
+
+Shape legend: N out features, K in features, G groups along K, S strips, T tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STRIP, TILE = 16, 32
+ROWS_AT_ONCE = 1024
+"""Rows that are packed at a time, so that what is added at the peak stays small beside the weight."""
+
+
+def limbs(bits: int) -> list[int]:
+    """Widths of the limbs of a code, widest first: 3 -> [2, 1], 8 -> [8]."""
+    return [8] if bits == 8 else [width for width in (4, 2, 1) if bits & width]
+
+
+def shape_of(N: int, K: int, bits: int) -> tuple[int, int, int]:
+    """The shape of `codes` for a weight [N, K]."""
+    return -(-N // STRIP), -(-K // TILE), 64 * bits
+
+
+def pack_codes(values_NK: Tensor, bits: int) -> Tensor:
+    """Signed codes int8 [N, K] of `bits` bits -> uint8 [strips, tiles, 64 * bits]."""
+    N, K = values_NK.shape
+    packed = torch.empty(shape_of(N, K, bits), dtype=torch.uint8, device=values_NK.device)
+    for start in range(0, N, ROWS_AT_ONCE):
+        rows = values_NK[start : start + ROWS_AT_ONCE]
+        unsigned = torch.add(rows, 1 << (bits - 1), out=torch.empty(rows.shape, dtype=torch.int16, device=rows.device))
+        padded = torch.nn.functional.pad(unsigned.to(torch.uint8), (0, -K % TILE, 0, -len(rows) % STRIP))
+        # [S, 16, T, step, j] -> [S, T, step, 16, j]: the bytes of a vector are row and j.
+        steps = padded.reshape(-1, STRIP, packed.shape[1], 8, 4).permute(0, 2, 3, 1, 4)
+        packed[start // STRIP : start // STRIP + steps.shape[0]] = _tile_bytes(steps, bits)
+    return packed
+
+
+def unpack_codes(packed: Tensor, bits: int, N: int, K: int) -> Tensor:
+    """The inverse of `pack_codes`: int8 [N, K]."""
+    values_NK = torch.empty(N, K, dtype=torch.int8, device=packed.device)
+    for start in range(0, N, ROWS_AT_ONCE):
+        part = packed[start // STRIP : (start + ROWS_AT_ONCE) // STRIP]
+        steps = _tile_codes(part, bits)
+        rows = steps.permute(0, 3, 1, 2, 4).reshape(part.shape[0] * STRIP, -1)
+        signed = rows.to(torch.int16) - (1 << (bits - 1))
+        values_NK[start : start + ROWS_AT_ONCE] = signed.to(torch.int8)[: min(ROWS_AT_ONCE, N - start), :K]
+    return values_NK
+
+
+def pack_factors(factors_NG: Tensor) -> Tensor:
+    """Scales or zero points [N, G] -> [strips, G, 16], zeros in the rows beyond N."""
+    N, G = factors_NG.shape
+    # Padding bytes rather than numbers works for every type.
+    padded = torch.zeros(-(-N // STRIP) * STRIP, G, dtype=factors_NG.dtype, device=factors_NG.device)
+    padded[:N] = factors_NG
+    return padded.reshape(-1, STRIP, G).transpose(1, 2).contiguous()
+
+
+def unpack_factors(packed: Tensor, N: int) -> Tensor:
+    """The inverse of `pack_factors`: [N, G]."""
+    return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:N].contiguous()
+
+
+def _tile_bytes(steps: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [S, T, 8 steps, 16, 4] -> bytes [S, T, 64 * bits]."""
+    found, value = [], 0
+    for width in limbs(bits):
+        per = 8 // width
+        field = ((steps >> value) & ((1 << width) - 1)).reshape(*steps.shape[:2], width, per, STRIP, 4)
+        vectors = field[:, :, :, 0].clone()
+        for f in range(1, per):
+            vectors |= field[:, :, :, f] << (width * f)
+        found.append(vectors.reshape(*steps.shape[:2], -1))
+        value += width
+    return torch.cat(found, -1)
+
+
+def _tile_codes(packed: Tensor, bits: int) -> Tensor:
+    """Bytes [S, T, 64 * bits] -> codes uint8 [S, T, 8 steps, 16, 4]."""
+    S, T = packed.shape[:2]
+    steps = torch.zeros(S, T, 8, STRIP, 4, dtype=torch.uint8, device=packed.device)
+    begin, value = 0, 0
+    for width in limbs(bits):
+        per, size = 8 // width, 64 * width
+        vectors = packed[:, :, begin : begin + size].reshape(S, T, width, 1, STRIP, 4)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device).reshape(per, 1, 1)
+        fields = (vectors >> shifts) & ((1 << width) - 1)
+        steps |= fields.reshape(S, T, 8, STRIP, 4) << value
+        begin, value = begin + size, value + width
+    return steps

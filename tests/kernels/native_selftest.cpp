@@ -1,0 +1,95 @@
+// The CPU library of an architecture that cannot run Python here: every path, width and kind of arithmetic against doubles.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "../../kernels/native/api.h"
+
+using namespace aerogel;
+
+namespace {
+
+uint64_t state = 1;
+uint32_t random_bits() { return static_cast<uint32_t>((state = state * 6364136223846793005ull + 1442695040888963407ull) >> 33); }
+float uniform() { return static_cast<float>(random_bits() % 20001) / 10000.0f - 1.0f; }
+
+// The layout of layout.h, one code at a time.
+std::vector<uint8_t> packed(const std::vector<int>& u, int64_t N, int64_t K, int bits) {
+    const int64_t strips = ceil_div(N, kStrip), tiles = ceil_div(K, kTile);
+    std::vector<uint8_t> memory(static_cast<size_t>(strips * tiles * kVector * bits) + kVector);
+    uint8_t* codes = memory.data() + (kVector - reinterpret_cast<uintptr_t>(memory.data()) % kVector) % kVector;
+    for (int64_t n = 0; n < N; ++n) {
+        for (int64_t k = 0; k < K; ++k) {
+            uint8_t* tile = codes + ((n / kStrip) * tiles + k / kTile) * kVector * bits;
+            int value = 0;
+            for (int width : {8, 4, 2, 1}) {
+                if (bits == 8 ? width != 8 : (width == 8 || !(bits & width))) continue;
+                const int per = 8 / width, step = static_cast<int>(k % kTile / 4);
+                const int part = u[static_cast<size_t>(n * K + k)] >> value & ((1 << width) - 1);
+                tile[kVector * (step / per) + 4 * (n % kStrip) + k % 4] |= static_cast<uint8_t>(part << (width * (step % per)));
+                tile += kVector * width, value += width;
+            }
+        }
+    }
+    return memory;
+}
+
+double error_of(int path, int numerics, int bits, int64_t N, int64_t K, int64_t group, int64_t M) {
+    const int64_t strips = ceil_div(N, kStrip), G = group ? ceil_div(K, group) : 1;
+    std::vector<int> u(static_cast<size_t>(N * K));
+    for (int& each : u) each = static_cast<int>(random_bits() % (1u << bits));
+    std::vector<uint8_t> codes = packed(u, N, K, bits);
+    std::vector<float> scale(static_cast<size_t>(strips * G * kStrip)), x(static_cast<size_t>(M * K)), y(static_cast<size_t>(M * N), NAN);
+    std::vector<int8_t> zero(scale.size());
+    for (float& each : scale) each = uniform() + 1.5f;
+    for (float& each : x) each = uniform();
+    for (int8_t& each : zero) each = static_cast<int8_t>(static_cast<int>(random_bits() % (1u << bits)) - (1 << (bits - 1)));
+    uint8_t* at = codes.data() + (kVector - reinterpret_cast<uintptr_t>(codes.data()) % kVector) % kVector;
+    const Weight weight{at, scale.data(), zero.data(), strips * ceil_div(K, kTile) * kVector * bits,
+                        static_cast<int64_t>(scale.size() * 4), static_cast<int64_t>(zero.size()), N, K, group, bits, kFloat32};
+    Call call{x.data(), nullptr, y.data(), M * K * 4, M * N * 4, 0, M, kFloat32, 0, numerics, path, 1};
+    if (aerogel_native_gemm(&weight, &call) != kDone) return INFINITY;
+    std::vector<float> again(y.size());
+    call.y = again.data(), call.threads = 3;
+    if (aerogel_native_gemm(&weight, &call) != kDone || memcmp(again.data(), y.data(), y.size() * 4) != 0) return INFINITY;
+    double wrong = 0, all = 0;
+    for (int64_t m = 0; m < M; ++m) {
+        for (int64_t n = 0; n < N; ++n) {
+            double sum = 0;
+            for (int64_t k = 0; k < K; ++k) {
+                const int64_t factor = ((n / kStrip) * G + (group ? k / group : 0)) * kStrip + n % kStrip;
+                const int q = u[static_cast<size_t>(n * K + k)] - (1 << (bits - 1)) - zero[static_cast<size_t>(factor)];
+                sum += static_cast<double>(q) * scale[static_cast<size_t>(factor)] * x[static_cast<size_t>(m * K + k)];
+            }
+            const double found = y[static_cast<size_t>(m * N + n)];
+            wrong += (found - sum) * (found - sum), all += sum * sum;
+        }
+    }
+    return std::sqrt(wrong / all);
+}
+
+}  // namespace
+
+int main() {
+    int ran = 0, failed = 0;
+    for (int path = 0; path < 7; ++path) {
+        if (!(aerogel_native_able() >> path & 1)) continue;
+        for (int bits = 1; bits <= 8; ++bits) {
+            for (int numerics : {0, 1}) {
+                for (int64_t M : {1, 3, 9}) {
+                    const double limit = numerics == kExact ? 1e-5 : 3e-2;
+                    for (int64_t group : {0, 16, 32}) {
+                        const double error = error_of(path, numerics, bits, 37, 100, group, M);
+                        ++ran;
+                        if (error <= limit) continue;
+                        ++failed;
+                        std::printf("path %d numerics %d bits %d M %d group %d: %g\n", path, numerics, bits, static_cast<int>(M), static_cast<int>(group), error);
+                    }
+                }
+            }
+        }
+    }
+    std::printf("%d of %d passed, paths %x\n", ran - failed, ran, aerogel_native_able());
+    return failed != 0 || ran == 0;
+}
