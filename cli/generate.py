@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aerogel.cli import options
 from aerogel.cli.output import session
 
+if TYPE_CHECKING:
+    from aerogel.kernels.decode.loop import Decoder
+    from aerogel.kernels.decode.sample import Sampling
+
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer or to continue; - reads stdin.")]
 Tokens = Annotated[int, typer.Option("--new-tokens", "-n", metavar="N", min=1, help="Longest answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", metavar="T", min=0.0, help="0 takes the likeliest token.")]
+TopK = Annotated[int, typer.Option("--top-k", metavar="N", min=0, help="Draw among the N likeliest tokens; 0 for all.")]
+TopP = Annotated[float, typer.Option("--top-p", metavar="P", help="Draw among the likeliest tokens that together reach P.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End where this text comes up. Repeatable.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the sampling.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
+LoopName = Annotated[str, typer.Option("--loop", metavar="NAME", help="auto, fused, masked or plain: how steps are run.")]
+Merge = Annotated[bool, typer.Option("--merge/--no-merge", help="One linear for those that read the same input.")]
 
 
 def command(
@@ -23,8 +32,13 @@ def command(
     prompt: Prompt,
     new_tokens: Tokens = 128,
     temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    stop: Stop = None,
     seed: Seed = 0,
     raw: Raw = False,
+    loop: LoopName = "auto",
+    merge: Merge = True,
     device: options.Device = "auto",
     json: options.Json = None,
     quiet: options.Quiet = False,
@@ -33,9 +47,9 @@ def command(
 ) -> None:
     """Generate text, streamed. Uses the chat template of the tokenizer where there is one."""
     with session(json=json, quiet=quiet, debug=debug, threads=threads) as output:
-        import torch
-
         from aerogel.errors import BadInput
+        from aerogel.kernels.decode.loop import LOOPS, Decoder
+        from aerogel.kernels.decode.sample import Sampling
         from aerogel.model.loading import load
         from aerogel.model.pipeline import pick_device, tokenizer_of
         from aerogel.model.source import resolve
@@ -43,14 +57,17 @@ def command(
         text = sys.stdin.read() if prompt == "-" else prompt
         if not text.strip():
             raise BadInput("the prompt is empty; write some text, or - to read it from stdin")
+        if loop not in LOOPS:
+            raise BadInput(f"unknown loop '{loop}'; write one of {', '.join(LOOPS)}")
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         folder = resolve(model)
         tokenizer = tokenizer_of(folder)()
-        runner = load(folder, device=pick_device(device))
-        torch.manual_seed(seed)
+        decoder = Decoder(load(folder, device=pick_device(device), merge=merge), loop)  # type: ignore[arg-type]
         stream = not quiet and json != "-"
-        answer = generate(
-            runner, tokenizer, encode(tokenizer, text, raw), new_tokens, temperature, output.stdout if stream else None
-        )
+        ids_1T = encode(tokenizer, text, raw)
+        answer = generate(decoder, tokenizer, ids_1T, new_tokens, sampling, stop or [], output.stdout if stream else None)
+        if stream:
+            output.note(summary(answer))
         output.result({"model": model, "prompt": text, **answer})
 
 
@@ -62,44 +79,69 @@ def encode(tokenizer: Any, text: str, raw: bool) -> Any:
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
 
 
+def ends(model: Any) -> frozenset[int]:
+    """The tokens that end an answer, of the generation config, else of the config."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else found)
+    return frozenset()
+
+
 def generate(
-    model: Any,
+    decoder: Decoder,
     tokenizer: Any,
     ids_1T: Any,
     new_tokens: int,
-    temperature: float,
+    sampling: Sampling,
+    stop: list[str],
     stdout: Any,
 ) -> dict[str, Any]:
-    """Text, number of tokens, seconds and tokens per second; streamed to `stdout` where given."""
-    import torch
-    from transformers import TextStreamer
+    """Text, tokens, seconds, tokens per second and what ran; streamed to `stdout` where given."""
+    from aerogel.eval.decode import facts
+    from aerogel.kernels.decode.text import TextStream
 
-    class Streamer(TextStreamer):
-        """transformers' streamer prints on sys.stdout, which is redirected while a command runs."""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            """Writes a finished piece of text."""
-            stdout.write(text + ("\n" if stream_end else ""))
-            stdout.flush()
-
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stdout is not None else None
-    ids_1T = ids_1T.to(model.device)
+    words, pieces, tokens, first = TextStream(tokenizer, stop), [], 0, 0.0
     start = time.perf_counter()
-    with torch.inference_mode():
-        found = model.generate(
-            ids_1T,
-            attention_mask=torch.ones_like(ids_1T),
-            max_new_tokens=new_tokens,
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
-        )
+    for (token,) in decoder.stream([ids_1T[0]], new_tokens, sampling=sampling, stop=ends(decoder.model)):
+        if token is None:
+            break
+        tokens += 1
+        first = first or time.perf_counter() - start
+        pieces.append(words.push(token))
+        _write(stdout, pieces[-1])
+        if words.stopped:
+            break
+    pieces.append(words.finish())
     seconds = time.perf_counter() - start
-    new = found[0, ids_1T.shape[1] :]
+    _write(stdout, pieces[-1] + "\n")
+    ran = facts(decoder)
+    rest = seconds - first - ran.get("prepare_seconds", 0.0)
     return {
-        "text": tokenizer.decode(new, skip_special_tokens=True),
-        "tokens": len(new),
+        "text": "".join(pieces),
+        "tokens": tokens,
         "seconds": seconds,
-        "tokens_per_second": len(new) / seconds,
+        "first_token_seconds": first,
+        "tokens_per_second": tokens / seconds,
+        "decode_tokens_per_second": (tokens - 1) / rest if tokens > 1 and rest > 0 else None,
+        "ran": ran,
     }
+
+
+def _write(stdout: Any, text: str) -> None:
+    if stdout is not None and text:
+        stdout.write(text)
+        stdout.flush()
+
+
+def summary(answer: dict[str, Any]) -> str:
+    """One line about the speed and the loop, with what it took to prepare and why no faster loop ran."""
+    ran = answer["ran"]
+    parts = [f"{answer['tokens']} tokens in {answer['seconds']:.2f} s"]
+    if answer["decode_tokens_per_second"]:
+        parts.append(f"{answer['decode_tokens_per_second']:.1f} tokens/s behind the first")
+    parts.append(f"{ran['loop'] or 'no'} loop" + (" in a CUDA graph" if ran["graph"] else ""))
+    if "prepare_seconds" in ran:
+        parts.append(f"prepared in {ran['prepare_seconds']:.2f} s")
+    parts += [f"not {way}: {why}" for way, why in ran.get("not", {}).items()]
+    return "; ".join(parts)

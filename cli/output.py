@@ -35,6 +35,11 @@ class Output:
             for part in parts:
                 self.console().print(part, soft_wrap=isinstance(part, str))
 
+    def note(self, text: str) -> None:
+        """A line beside a result, on stderr: how it came about."""
+        if not self.quiet:
+            sys.stderr.write(text + "\n")
+
     def console(self) -> Console:
         """A rich console for results."""
         from rich.console import Console

@@ -17,6 +17,7 @@ from aerogel.eval.quality import evaluate_one, evaluate_pair
 from aerogel.eval.settings import BenchSettings, Numerics, QualitySettings
 from aerogel.eval.speed import time_models
 from aerogel.eval.tasks import Suite
+from aerogel.kernels.decode.merge import merge, merging
 from aerogel.model.progress import Progress, silent
 
 
@@ -36,15 +37,18 @@ def load_checkpoint(path: Path, /, *, device: str, dtype: torch.dtype | None) ->
 
 
 def _loaders(
-    path: Path, against: Path | None, device: str, numerics: Numerics, load: Load
+    path: Path, against: Path | None, device: str, numerics: Numerics, load: Load, merged: bool = False
 ) -> dict[str, Callable[[], PreTrainedModel]]:
-    """One loader for each model, dense first; the names are those of the report."""
+    """One loader for each model, dense first; the names are those of the report. `merged`: see `kernels.decode.merge`."""
     dtype = torch.float32 if numerics == "float32" else None
 
     def loader(place: Path) -> Callable[[], PreTrainedModel]:
         def ready() -> PreTrainedModel:
-            model = load(place, device=device, dtype=dtype)
+            with merging(merged):
+                model = load(place, device=device, dtype=dtype)
             model.train(mode=False)
+            if merged:
+                merge(model)
             return model
 
         return ready
@@ -178,5 +182,5 @@ def benchmark(
     Both models are in memory at once. Returns the report's `bench`: load time, time to first token, prefill and decode
     tokens per second with medians and spread for each batch size, speed-ups, bytes in memory and on disk.
     """
-    result = time_models(_loaders(path, against, device, settings.numerics, load), settings, progress)
+    result = time_models(_loaders(path, against, device, settings.numerics, load, settings.merge), settings, progress)
     return {**result, "disk": _disk(path, against)}

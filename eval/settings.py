@@ -50,7 +50,8 @@ class BenchSettings:
     """What to time: `repeats` interleaved repetitions after `warmup` for each batch size.
 
     prompt, new_tokens: tokens per sequence. loads: how often each model is loaded for the load time.
-    cache: transformers' growing (`dynamic`) or preallocated (`static`) key/value cache. seed: of the random prompt.
+    loop: the decode loop, `auto` or one of `kernels.decode.loop.LOOPS`. merge: one linear for those that read the same
+    input, in both models. seed: of the random prompt.
     """
 
     batch: tuple[int, ...] = (1,)
@@ -60,7 +61,8 @@ class BenchSettings:
     warmup: int = 1
     loads: int = 3
     seed: int = 0
-    cache: Literal["dynamic", "static"] = "dynamic"
+    loop: Literal["auto", "fused", "masked", "plain"] = "auto"
+    merge: bool = True
     numerics: Numerics = "stored"
 
     def __post_init__(self) -> None:
@@ -74,7 +76,7 @@ class BenchSettings:
             raise BadInput(f"bench.new_tokens must be at least 2, found {self.new_tokens}: decode speed needs a 2nd token")
         if self.warmup < 0:
             raise BadInput(f"bench.warmup must not be negative, found {self.warmup}")
-        if self.cache not in ("dynamic", "static"):
-            raise BadInput(f"bench.cache must be 'dynamic' or 'static', found {self.cache!r}")
+        if self.loop not in ("auto", "fused", "masked", "plain"):
+            raise BadInput(f"bench.loop must be 'auto', 'fused', 'masked' or 'plain', found {self.loop!r}")
         if self.numerics not in ("stored", "float32"):
             raise BadInput(f"bench.numerics must be 'stored' or 'float32', found {self.numerics!r}")

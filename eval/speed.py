@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,10 +20,11 @@ from transformers import PreTrainedModel
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.eval.body import vocabulary_of
-from aerogel.eval.decode import decode
+from aerogel.eval.decode import decode, facts, warm
 from aerogel.eval.memory import peak_bytes, peak_device_bytes, tensor_bytes
 from aerogel.eval.settings import BenchSettings
 from aerogel.eval.significance import Spread
+from aerogel.kernels.decode.loop import Decoder
 from aerogel.model.progress import Progress, silent
 
 Loader = Callable[[], PreTrainedModel]
@@ -74,10 +76,10 @@ def check_length(models: Mapping[str, PreTrainedModel], settings: BenchSettings)
             )
 
 
-def measure(model: PreTrainedModel, ids_BT: Tensor, settings: BenchSettings) -> dict[str, float]:
+def measure(decoder: Decoder, ids_BT: Tensor, settings: BenchSettings) -> dict[str, float]:
     """One repetition: the three QUANTITIES for one model."""
     batch, length = ids_BT.shape
-    result = decode(model, ids_BT, settings.new_tokens, settings.cache)
+    result = decode(decoder, ids_BT, settings.new_tokens)
     return {
         "first_token_seconds": result.first_seconds,
         "prefill_tokens_per_second": batch * length / result.first_seconds,
@@ -85,31 +87,43 @@ def measure(model: PreTrainedModel, ids_BT: Tensor, settings: BenchSettings) -> 
     }
 
 
-def time_batch(
-    models: Mapping[str, PreTrainedModel], batch: int, settings: BenchSettings, progress: Progress
-) -> dict[str, object]:
-    """All repetitions for one batch size: a row of the report."""
-    vocabulary = min(vocabulary_of(model) for model in models.values())
+@contextmanager
+def within_memory(name: str, batch: int) -> Iterator[None]:
+    """Raises RunFailed where the device's memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(
+            f"out of device memory timing the {name} model at batch {batch}: "
+            "write smaller numbers for bench.batch, bench.prompt or bench.new_tokens"
+        ) from error
+
+
+def time_batch(decoders: Mapping[str, Decoder], batch: int, settings: BenchSettings, progress: Progress) -> dict[str, object]:
+    """All repetitions for one batch size: a row of the report. What a loop prepares once is done before the clock runs."""
+    vocabulary = min(vocabulary_of(decoder.model) for decoder in decoders.values())
     ids_BT = prompt(vocabulary, batch, settings.prompt, settings.seed)
-    samples: dict[str, Samples] = {name: {quantity: [] for quantity in QUANTITIES} for name in models}
+    samples: dict[str, Samples] = {name: {quantity: [] for quantity in QUANTITIES} for name in decoders}
     total = settings.warmup + settings.repeats
+    for name, decoder in decoders.items():
+        progress(f"bench: batch {batch}, prepare", 0, 1, {"name": name})
+        with within_memory(name, batch):
+            warm(decoder, ids_BT, settings.new_tokens)
+    progress(f"bench: batch {batch}, prepare", 1, 1)
     for repetition in range(total):
-        for name in order(list(models), repetition):
+        for name in order(list(decoders), repetition):
             progress(f"bench: batch {batch}", repetition, total, {"name": name})
-            try:
-                measured = measure(models[name], ids_BT, settings)
-            except torch.OutOfMemoryError as error:
-                raise RunFailed(
-                    f"out of device memory timing the {name} model at batch {batch}: "
-                    "write smaller numbers for bench.batch, bench.prompt or bench.new_tokens"
-                ) from error
+            with within_memory(name, batch):
+                measured = measure(decoders[name], ids_BT, settings)
             if repetition >= settings.warmup:
                 for quantity, value in measured.items():
                     samples[name][quantity].append(value)
     progress(f"bench: batch {batch}", total, total)
     row: dict[str, object] = {"batch": batch}
     for name, values in samples.items():
-        row[name] = {quantity: Spread.of(values[quantity]).as_dict() for quantity in QUANTITIES}
+        row[name] = {quantity: Spread.of(values[quantity]).as_dict() for quantity in QUANTITIES} | {
+            "ran": facts(decoders[name])
+        }
     if "dense" in samples and "compressed" in samples:
         row["speedup"] = speedups(samples["dense"], samples["compressed"])
     return row
@@ -136,6 +150,7 @@ def time_models(loaders: Mapping[str, Loader], settings: BenchSettings, progress
     models, load_seconds = load_all(loaders, settings.loads, progress)
     check_length(models, settings)
     first = next(iter(models.values()))
+    decoders = {name: Decoder(model, settings.loop) for name, model in models.items()}
     return {
         "device": first.device.type,
         "threads": torch.get_num_threads(),
@@ -146,11 +161,12 @@ def time_models(loaders: Mapping[str, Loader], settings: BenchSettings, progress
         "repeats": settings.repeats,
         "warmup": settings.warmup,
         "interleaved": len(models) > 1,
-        "cache": settings.cache,
+        "loop": settings.loop,
+        "merge": settings.merge,
         "seed": settings.seed,
         "load_seconds": {name: Spread.of(values).as_dict() for name, values in load_seconds.items()},
         "memory": {name: {"bytes": tensor_bytes(model)} for name, model in models.items()},
-        "rows": [time_batch(models, batch, settings, progress) for batch in settings.batch],
+        "rows": [time_batch(decoders, batch, settings, progress) for batch in settings.batch],
         "peak_bytes": peak_bytes(),
         "peak_device_bytes": peak_device_bytes(),
     }

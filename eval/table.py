@@ -173,8 +173,21 @@ def bench_table(report: Report) -> Table | None:
     note = (
         f"median [min {NOTHING} max] of {bench['repeats']} interleaved repetitions; prompt {bench['prompt']}, new tokens "
         f"{bench['new_tokens']}; {bench['device']}, {bench['threads']} threads; speed-up is paired"
+        f"{ran(bench)}"
     )
     return Table("Speed", columns("measure", "dense", "compressed", "speed-up"), tuple(rows), note)
+
+
+def ran(bench: Mapping[str, Any]) -> str:
+    """Which decode loop and which kernels ran, as the end of a sentence; empty for reports that do not say."""
+    said: dict[str, None] = {}
+    for row in bench.get("rows") or []:
+        for name in ("dense", "compressed", "model"):
+            facts = (row.get(name) or {}).get("ran")
+            if facts:
+                loop = f"{facts['loop']} loop" + (" in a CUDA graph" if facts.get("graph") else "")
+                said[f"{name}: {', '.join([loop, *sorted(facts['kernels'])])}"] = None
+    return "".join(f"; {text}" for text in said)
 
 
 def size_table(report: Report) -> Table | None:

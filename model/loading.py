@@ -23,18 +23,22 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from aerogel.errors import BadInput
+from aerogel.kernels.decode.merge import merge as merge_linears
+from aerogel.kernels.decode.merge import merging
 from aerogel.model.quantizer import first_line, register
 
 __all__ = ["load", "register"]
 
 
-def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None, merge: bool = False) -> PreTrainedModel:
     """A compressed (or dense) checkpoint as a model ready to run.
 
     Args:
         path: a local folder or a hub id.
         device: where the weights go.
         dtype: of everything that is not packed, and of activations; the checkpoint's own unless given.
+        merge: make one linear of those that read the same input (q, k, v; gate, up), which decodes faster. The model
+            keeps its modules and its state dict, but takes no new weights.
 
     Returns:
         The model in eval mode, packed linears as `aerogel.kernels.linear.Linear`.
@@ -50,10 +54,13 @@ def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = N
     name = (config.architectures or [""])[0]
     family = getattr(transformers, name, AutoModelForCausalLM)
     placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
-    loaded: Any = family.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True, **placed)
+    with merging(merge):
+        loaded: Any = family.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True, **placed)
     model, report = loaded
     if report["missing_keys"]:
         absent = sorted(report["missing_keys"])
         raise BadInput(f"{path} lacks {absent[0]!r} ({len(absent)} weights missing); the checkpoint is not whole, get it again")
     found: PreTrainedModel = model
+    if merge:
+        merge_linears(found)  # dense ones; the packed ones were merged on their way into their layout
     return found

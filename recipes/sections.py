@@ -124,7 +124,12 @@ class Bench(Section):
     warmup: Annotated[int, Field(ge=0)] = Field(default=1, description="untimed repetitions before them")
     loads: Count = Field(default=3, description="how often each model is loaded for the load time")
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of the random prompt")
-    cache: Literal["dynamic", "static"] = Field(default="dynamic", description="the key/value cache: growing or preallocated")
+    loop: Literal["auto", "fused", "masked", "plain"] = Field(
+        default="auto", description="the decode loop; `auto` takes the fastest one that gives the model's own logits"
+    )
+    merge: bool = Field(
+        default=True, description="one linear for those that read the same input (q, k, v; gate, up), in both models"
+    )
     numerics: Numerics = Field(
         default="stored", description="`stored`: compute in the checkpoint's type; `float32`: compute in fp32"
     )

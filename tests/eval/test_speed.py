@@ -11,18 +11,21 @@ from torch import nn
 
 from aerogel.errors import BadInput
 from aerogel.eval import memory, speed
-from aerogel.eval.decode import decode
+from aerogel.eval.decode import decode, facts
 from aerogel.eval.machine import machine, versions
 from aerogel.eval.settings import BenchSettings, QualitySettings
 from aerogel.eval.significance import Spread
+from aerogel.kernels.decode.loop import LOOPS, Decoder
 
 Make = Callable[..., Any]
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_decoding_is_greedy_and_equals_the_whole_forward_pass(tiny_llama: Make, windows: Make, cache: Any) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+def test_decoding_is_greedy_and_equals_the_whole_forward_pass(tiny_llama: Make, windows: Make, loop: Any) -> None:
     model, ids = tiny_llama(), windows(2, 6)
-    result = decode(model, ids, 5, cache)
+    decoder = Decoder(model, loop)
+    result = decode(decoder, ids, 5)
+    assert facts(decoder)["loop"] == ("fused" if loop == "auto" else loop)
     expected = ids
     with torch.inference_mode():
         for _ in range(5):
@@ -32,14 +35,14 @@ def test_decoding_is_greedy_and_equals_the_whole_forward_pass(tiny_llama: Make, 
     assert result.rest_seconds > 0
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "gemma2", "mixtral", "mamba2"])
+@pytest.mark.parametrize("name", ["gpt2", "falcon", "gemma2", "mixtral", "mamba2"])
 def test_every_kind_of_cache_is_carried_along(name: str) -> None:
     model, ids = build(name), torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(0))
     expected = ids
     with torch.inference_mode():
         for _ in range(3):
             expected = torch.cat([expected, model(input_ids=expected).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(decode(model, ids, 3).tokens_BR, expected[:, 6:])
+    assert torch.equal(decode(Decoder(model), ids, 3).tokens_BR, expected[:, 6:])
 
 
 def test_dense_and_compressed_take_turns(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,8 +50,8 @@ def test_dense_and_compressed_take_turns(tiny_llama: Make, monkeypatch: pytest.M
     turns: list[str] = []
     clock = iter(range(1, 100))
 
-    def measured(model: Any, ids: torch.Tensor, settings: BenchSettings) -> dict[str, float]:
-        turns.append(next(name for name, candidate in models.items() if candidate is model))
+    def measured(decoder: Decoder, ids: torch.Tensor, settings: BenchSettings) -> dict[str, float]:
+        turns.append(next(name for name, candidate in models.items() if candidate is decoder.model))
         assert tuple(ids.shape) == (2, settings.prompt)
         return dict.fromkeys(speed.QUANTITIES, float(next(clock)))
 
@@ -72,6 +75,7 @@ def test_a_tiny_benchmark_end_to_end(tiny_llama: Make) -> None:
     assert [row["batch"] for row in found["rows"]] == [1, 3]
     for row in found["rows"]:
         for name in ("dense", "compressed"):
+            assert row[name]["ran"]["loop"] == "fused"
             for quantity in speed.QUANTITIES:
                 spread = row[name][quantity]
                 assert 0 < spread["min"] <= spread["median"] <= spread["max"]
@@ -107,7 +111,7 @@ def test_prompts_come_from_the_seed() -> None:
         {"new_tokens": 1},
         {"repeats": 0},
         {"warmup": -1},
-        {"cache": "none"},
+        {"loop": "none"},
         {"numerics": "half"},
     ],
 )

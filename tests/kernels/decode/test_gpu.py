@@ -1,0 +1,73 @@
+"""The decode loop on a CUDA device: every operation against the formula, whole models against transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.kernels.decode.cases import ATTENTION, attention, distance, textbook
+from tests.zoo import build
+
+from aerogel.kernels.decode import ops
+from aerogel.kernels.decode.loop import Decoder
+from aerogel.kernels.decode.merge import merge
+from aerogel.kernels.decode.sample import Sampling
+
+pytestmark = pytest.mark.gpu
+BUDGET = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_is_the_formula_and_repeats_bit_for_bit(case: Any, dtype: torch.dtype) -> None:
+    given = attention(case, dtype, "cuda")
+    expected = textbook(given)
+    found = torch.ops.aerogel.attend(*given.values())
+    assert distance(found, expected) < BUDGET[dtype]
+    for _ in range(20):
+        assert torch.equal(torch.ops.aerogel.attend(*given.values()), found)
+    b, n = 0, int(given["slot"])
+    assert torch.equal(given["values"][b, :, n], given["v"][b, :, 0])
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("N", [32, 100, 576, 4096, 5000])
+def test_norms_and_gates_equal_plain_torch(N: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(N)
+    x, y, w, pair = (torch.randn(s, device="cuda", dtype=dtype) for s in ((3, 1, N), (3, 1, N), (N,), (3, 1, 2 * N)))
+    wide = [tensor.double() for tensor in (x, y, w)]
+    for first in (True, False):
+        expected = ops.add_rms_norm(*wide, 1e-5, first)
+        for found, sure in zip(torch.ops.aerogel.add_rms_norm(x, y, w, 1e-5, first), expected, strict=True):
+            assert distance(found, sure) < BUDGET[dtype]
+        assert (
+            distance(torch.ops.aerogel.rms_norm(x, w, 1e-5, first), ops.rms_norm(wide[0], wide[2], 1e-5, first)) < BUDGET[dtype]
+        )
+    for act in ("silu", "gelu", "gelu_tanh"):
+        g, u = pair[..., :N], pair[..., N:]
+        assert distance(torch.ops.aerogel.gate(g, u, act), ops.gate(g.double(), u.double(), act)) < BUDGET[dtype]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma2", "gpt2", "opt", "mixtral", "gpt_oss", "mamba2"])
+def test_tokens_are_those_of_transformers(name: str) -> None:
+    model = build(name).cuda()
+    ids = torch.randint(3, 100, (3, 7), generator=torch.Generator().manual_seed(1))
+    model.generation_config.eos_token_id = None
+    expected = model.generate(
+        ids.cuda(), attention_mask=torch.ones_like(ids).cuda(), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    merge(model)
+    decoder = Decoder(model)
+    for _ in range(2):
+        assert list(decoder.stream(list(ids), 12)) == expected[:, 7:].T.tolist(), decoder.facts()
+    assert decoder.facts()["graph"] == (decoder.way != "plain")
+
+
+def test_draws_repeat_with_the_seed() -> None:
+    model = build("llama").cuda()
+    decoder, ids = Decoder(model), [torch.arange(3, 9)]
+    draw = lambda seed: list(decoder.stream(ids, 20, sampling=Sampling(temperature=1.0, top_k=50, top_p=0.9, seed=seed)))  # noqa: E731
+    first = draw(1)
+    assert draw(1) == first
+    assert draw(2) != first
