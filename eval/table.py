@@ -208,8 +208,9 @@ def size_table(report: Report) -> Table | None:
             value = found["model"].get("weights", found["model"].get("bytes"))
             rows.append((label, NOTHING, size(value), NOTHING))
     bits = total.get("bits_per_weight")
-    note = f"{number(bits)} bits per compressed weight, scales and zero points included" if bits else ""
-    return Table("Size", columns("what", "dense", "compressed", "smaller by"), tuple(rows), note) if rows else None
+    notes = [f"{number(bits)} bits per compressed weight, scales and zero points included"] if bits else []
+    notes += filter(None, [_unscaled(report)])
+    return Table("Size", columns("what", "dense", "compressed", "smaller by"), tuple(rows), "; ".join(notes)) if rows else None
 
 
 def _sizes(label: str, before: float, after: float) -> tuple[str, ...]:
@@ -247,6 +248,13 @@ def block_table(report: Report) -> Table | None:
         rows.append((block["name"], error, worst, size(big), size(small), seconds(block.get("seconds"))))
     heads = columns("block", "output error", "worst layer loss", "source", "compressed", "time")
     return Table("Blocks one by one", heads, tuple(rows), "output error: relative Frobenius error of the block's output")
+
+
+def _unscaled(report: Report) -> str:
+    """How many linears a scale stage could not treat, as a sentence; empty if it treated all."""
+    layers = [layer for block in report.get("blocks") or [] for layer in block.get("layers") or []]
+    left = sum("scale" in (layer.get("notes") or {}) for layer in layers)
+    return f"{left} of {len(layers)} linears were not scaled: nothing before them can take up the scales" if left else ""
 
 
 def tensor_table(report: Report) -> Table | None:

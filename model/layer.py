@@ -59,6 +59,7 @@ class Layer:
     stats: what calibration accumulated for its input, or None for methods that need no data.
     mask_NK: bool [N, K], True where the weight is kept; None when nothing was pruned. Zeros under the mask stay zero.
     codes: the quantized weight, whose `decode()` equals `weight_NK`; None when not quantized.
+    tokens: how many calibration tokens its input was seen with; 0 without data. Set when the statistics are let go.
     loss: relative output error tr(D H D^T) / tr(W H W^T) of this layer against the weight it came with, or None.
     notes: facts for the report, such as {"damping": 0.01, "retries": 0}. Plain JSON values only.
     """
@@ -68,6 +69,7 @@ class Layer:
     stats: Stats | None = None
     mask_NK: Tensor | None = None
     codes: Codes | None = None
+    tokens: int = 0
     loss: float | None = None
     notes: Mapping[str, object] = field(default_factory=dict)
 

@@ -40,6 +40,9 @@ MATCH = 1e-3
 INVARIANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Relative change of the block's output that folding may cause, by the type it runs in."""
 
+NO_SITE = "not scaled: no producer in the block can take up the scales of this input"
+"""The note of a linear that a scale stage targets in vain."""
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -242,6 +245,15 @@ def apply_scales(
             " for this model and report it"
         )
     return rows
+
+
+def unscaled(
+    layers: Mapping[str, Layer], stages: Mapping[str, list[StageSpec]], rows: Iterable[Mapping[str, Any]]
+) -> dict[str, Layer]:
+    """The layers of a block that a scale stage targets and no site (report rows `rows`) reaches, with a note that says so."""
+    reached = {name for row in rows for name in row["consumers"]}
+    targeted = [name for name in layers if any(spec.kind == "scale" for spec in stages[name])]
+    return {name: layers[name].with_(notes={"scale": NO_SITE}) for name in targeted if name not in reached}
 
 
 def _fold_site(

@@ -23,7 +23,7 @@ from aerogel.model.layer import Layer, Stats
 from aerogel.model.naming import Group, materialise
 from aerogel.model.reader import CheckpointReader
 from aerogel.model.runner import Activations, Runner
-from aerogel.model.sites import apply_scales
+from aerogel.model.sites import apply_scales, unscaled
 from aerogel.model.statistics import BlockStatistics
 from aerogel.model.structure import Matrix, Structure
 from aerogel.model.tape import Slot
@@ -170,6 +170,7 @@ class Walk:
             layers |= self._wave(wave, [m for m in matrices if m.parameter in wave], statistics, sources)
             self._put_back(wave, sources)
             statistics.final.update(wave)
+        layers |= unscaled(layers, self.job.stages, sites)
         # The first batch stands for the block's output error.
         first = statistics.output(0)
         error = _relative_error(first, statistics.first_output)
@@ -231,8 +232,9 @@ class Walk:
         return [self._as_stored(m, layer) for m, layer in zip(members, self._stages(members, layers), strict=True)]
 
     def _as_stored(self, matrix: Matrix, layer: Layer) -> Layer:
+        tokens = layer.stats.tokens if layer.stats is not None else 0
         if layer.codes is None:
-            return layer.with_(weight_NK=self.job.kept(layer.weight_NK).float(), stats=None)
+            return layer.with_(weight_NK=self.job.kept(layer.weight_NK).float(), stats=None, tokens=tokens)
         form = self._format(matrix)
         stored = form.decode(form.encode(layer.codes), layer.codes.grid)
         if not torch.equal(stored, layer.weight_NK):
@@ -240,7 +242,7 @@ class Walk:
                 f"{matrix.name}: what would be stored does not decode to what the solver returned; this is a mistake in"
                 " aerogel, report it with the recipe"
             )
-        return layer.with_(stats=None)
+        return layer.with_(stats=None, tokens=tokens)
 
     def _spec(self, matrix: Matrix) -> StageSpec | None:
         return next((s for s in self.job.stages[matrix.name] if s.kind == "quantize"), None)
@@ -302,6 +304,7 @@ class Walk:
             "bits_per_weight": 8 * size / weights,
             "zeros": zeros,
             "loss": layer.loss,
+            "tokens": layer.tokens,
             "bytes": size,
             "source_bytes": weights * dtype.itemsize,
             "notes": dict(layer.notes),

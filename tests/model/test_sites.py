@@ -11,6 +11,7 @@ from tests import zoo
 from tests.model.tiny import ids_file, recipe
 
 from aerogel.errors import BadInput
+from aerogel.eval.table import tables
 from aerogel.model.compress import compress
 from aerogel.model.reader import CheckpointReader
 from aerogel.model.runner import Activations, Runner
@@ -175,6 +176,31 @@ def test_a_block_without_sites_is_an_error(tmp_path: Path) -> None:
     stages = [{"scale": {"method": "awq", "targets": only}}, {"quantize": {**COARSE, "targets": only}}]
     with pytest.raises(BadInput, match=r"no producer .* can take up the scales"):
         compress(dense, recipe(ids_file(tmp_path), *stages), tmp_path / "out")
+
+
+def test_linears_that_no_site_reaches_say_so(tmp_path: Path) -> None:
+    """GELU lets no factor through, and the values are a part of a fused matrix: GPT-2's two c_proj cannot be scaled."""
+    dense = zoo.save("gpt2", tmp_path / "dense")
+    stages = [{"scale": {"method": "awq"}}, {"quantize": {**COARSE}}]
+    report = compress(dense, recipe(ids_file(tmp_path), *stages), tmp_path / "out")
+    notes = {row["name"]: row["notes"].get("scale") for block in report["blocks"] for row in block["layers"]}
+    left = {name for name, note in notes.items() if note}
+    assert left == {name for name in notes if name.endswith("c_proj")} != set()
+    assert all("can take up the scales" in str(notes[name]) for name in left)
+    (size,) = [table for table in tables(report) if table.title == "Size"]
+    assert f"{len(left)} of {len(notes)} linears were not scaled" in size.note
+
+
+def test_rows_of_layers_count_their_tokens(tmp_path: Path) -> None:
+    dense = zoo.save("llama", tmp_path / "dense")
+    source = ids_file(tmp_path)
+    seen = compress(
+        dense, recipe(source, {"scale": {"method": "awq"}}, {"quantize": {**COARSE, "weighted": True}}), tmp_path / "a"
+    )
+    blind = compress(dense, recipe(None, {"quantize": COARSE}), tmp_path / "b")
+    tokens = {row["tokens"] for block in seen["blocks"] for row in block["layers"]}
+    assert tokens == {seen["calibration"]["tokens"]}
+    assert {row["tokens"] for block in blind["blocks"] for row in block["layers"]} == {0}
 
 
 def test_the_head_takes_no_scale(tmp_path: Path) -> None:
