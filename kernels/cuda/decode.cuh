@@ -13,6 +13,11 @@
 // which is exact for integer zero points, keeps float ones in float32, and costs one more matrix product (with a factor of
 // ones) for all row tiles together.
 //
+// One and two bits are bound by instructions, not by bytes, and go a step further (FOLDED): the powers of two are left in the
+// factor, and what they add to the product, a fixed pattern of powers times x, is computed once per fragment of x for all row
+// tiles and added to each tile's sum. The price is cancellation in float32: powers of up to 2^7 against weights of a unit or
+// two, about 1e-5 relative. (Three bits as two such products, one per limb, were slower: the matrix unit is then the limit.)
+//
 // Defines used: BITS, FP16, TABLE (0 none, 1 one table, 2 one per row, 3 picked per group), ZERO, SCALE, GROUP.
 
 #pragma once
@@ -43,10 +48,15 @@ constexpr int limb_width(int l) {
 constexpr int limb_weight(int l) { return l == 0 ? 0 : limb_weight(l - 1) + limb_width(l - 1); }
 constexpr int limb_word(int l) { return l == 0 ? 0 : limb_word(l - 1) + 2 * limb_width(l - 1); }
 
+constexpr int RUN = GROUP == 0 ? 128 : GROUP % 128 == 0 ? 128 : GROUP % 64 == 0 ? 64 : GROUP % 32 == 0 ? 32 : 16;
+constexpr int RUNS = 128 / RUN;  // runs of columns with one scale in a tile
+constexpr bool FOLDED = !TABLE && BITS <= 2 && RUN >= 64;
+
 // ---- Where a field lies ----------------------------------------------------------------------------------------------
-// Fields of one limb follow each other in a half word. `least` keeps a heavy limb's power inside float16's range.
+// Fields of one limb follow each other in a half word. `least` keeps a heavy limb's power inside float16's range, and powers
+// that stay in the factor no larger than bfloat16's.
 template <int WIDTH, int WEIGHT> struct Field {
-  static constexpr int least = MANTISSA + WEIGHT > MOST_EXPONENT ? MANTISSA + WEIGHT - MOST_EXPONENT : 0;
+  static constexpr int least = FOLDED ? MANTISSA - 7 : MANTISSA + WEIGHT > MOST_EXPONENT ? MANTISSA + WEIGHT - MOST_EXPONENT : 0;
   static constexpr int reach = (MANTISSA - WIDTH - least) / WIDTH + 1;  // fields that one shift serves
   static constexpr int bit(int j) { return least + j % reach * WIDTH; }
   static constexpr int shift(int j) { return j / reach * reach * WIDTH - least; }
@@ -86,6 +96,14 @@ INLINE void decode_integers(const u32* words, int s, u32* a) {
       a[i] = add_pairs(raised_limb<0>(words, s, i), add_pairs(raised_limb<1>(words, s, i), high));
     }
   }
+}
+
+// The A fragment of step s with its powers of two still in it, and minus what these and the centre come to.
+INLINE void decode_folded(const u32* words, int s, u32* a) {
+  UNROLL for (int i = 0; i < 4; i++) a[i] = raised_limb<0>(words, s, i);
+}
+INLINE void folded_offsets(int s, u32* a) {
+  UNROLL for (int i = 0; i < 4; i++) a[i] = both(minus(power_of_limb<0>(s, i) + CENTRE));
 }
 
 // The A fragment of step s through a table of 16-bit numbers in shared memory: `upper` for row g, `lower` for row g + 8.
@@ -139,9 +157,6 @@ INLINE void load_words_from_shared(const u8* tile, int lane, u32* words) {
 constexpr int SCALE_BYTES = SCALE == 2 ? 4 : 2;                        // SCALE: 0 bfloat16, 1 float16, 2 float32
 constexpr int ZERO_BYTES = ZERO == 0 ? 0 : ZERO == 1 ? 1 : SCALE_BYTES;  // ZERO: 0 none, 1 uint8, 2 as the scales
 constexpr int PICK_BYTES = TABLE == 3 ? 1 : 0;
-constexpr int RUN = GROUP == 0 ? 128 : GROUP % 128 == 0 ? 128 : GROUP % 64 == 0 ? 64 : GROUP % 32 == 0 ? 32 : 16;
-constexpr int RUNS = 128 / RUN;  // of columns with one scale in a tile
-
 INLINE float read_scale(const u8* p, int i) {
   if constexpr (SCALE == 2) return ((const float*)p)[i];
   return SCALE == 1 ? from_fp16(((const u16*)p)[i]) : from_bf16(((const u16*)p)[i]);

@@ -20,19 +20,19 @@ typedef unsigned long long u64;
 INLINE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
 // ---- Matrix products -------------------------------------------------------------------------------------------------
-// D (16 x 8) += A (16 x 16) B (16 x 8). With g = lane / 4 and t = lane % 4 a lane holds
+// D (16 x 8) = A (16 x 16) B (16 x 8) + C. With g = lane / 4 and t = lane % 4 a lane holds
 //   A  registers 0..3   rows g, g+8, g, g+8   columns 2t, 2t+1 (registers 0, 1) and 2t+8, 2t+9 (registers 2, 3)
 //   B  registers 0, 1   column g              rows 2t, 2t+1 and 2t+8, 2t+9
-//   D  floats 0..3      rows g, g, g+8, g+8   columns 2t, 2t+1, 2t, 2t+1
-INLINE void matrix_multiply(float* d, const u32* a, u32 b0, u32 b1) {
+//   C, D  floats 0..3      rows g, g, g+8, g+8   columns 2t, 2t+1, 2t, 2t+1
+INLINE void matrix_multiply(float* d, const u32* a, u32 b0, u32 b1, const float* c) {
 #if FP16
 #define AEROGEL_MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #else
 #define AEROGEL_MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 #endif
-  asm(AEROGEL_MMA " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm(AEROGEL_MMA " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
 // Four 8 x 8 matrices of 16-bit numbers; lane 8i + r gives the address of row r of matrix i.
@@ -143,6 +143,7 @@ INLINE u32 cluster_rank() {
   return r;
 }
 INLINE void cluster_meet() {
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 INLINE float load_from_block(u32 shared, u32 rank) {

@@ -47,6 +47,7 @@ class Implementation(Protocol):
 
 
 IMPLEMENTATIONS: list[str] = [
+    "aerogel.kernels.gemm.cuda_wgmma:ManyTokens",
     "aerogel.kernels.gemm.cuda_few:Few",
     "aerogel.kernels.gemm.cuda_dense:Dense",
 ]
@@ -83,8 +84,8 @@ def tiles_linear(
     """
     M, K = x.shape
     y = x.new_empty(M, N)
-    if M == 0 or N == 0:
-        return y
+    if M == 0 or N == 0 or K == 0:
+        return y.zero_() if bias is None else y.copy_(bias.expand(M, N))
     key = (
         codes.data_ptr(),
         scale.data_ptr(),
@@ -178,7 +179,7 @@ class Cuda(Kernel):
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """One call of the operator."""
-        y_MN: Tensor = torch.ops.aerogel.tiles_linear(
+        y_MN: Tensor = torch.ops.aerogel.tiles_linear.default(
             x_MK,
             layout["tile_codes"],
             layout["tile_scale"],

@@ -1,4 +1,4 @@
-"""Up to 16 tokens at a time on CUDA: which of the kernels of `few_tokens.cu`, in which configuration, with what arguments.
+"""Up to 16 tokens at a time on CUDA: which of the kernels of `few_tokens.cuh`, in which configuration, with what arguments.
 
 The source explains the kernels. Here stands what surrounds a launch: the configuration (from the tuned table of the device,
 else by rule), the macros that specialise the source, how much shared memory that takes, and the block of arguments.
@@ -11,6 +11,7 @@ Shape legend: M tokens, N out features, K in features; tiles of 16 rows x 128 co
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -21,7 +22,6 @@ from torch import Tensor
 from aerogel.kernels.gemm.cuda import Runner
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
-SOURCE = "few_tokens.cu"
 TOKENS = 16
 MOST_TOKENS = 96
 """Above this, decoding the whole weight and multiplying densely is faster than passing over it every 16 tokens."""
@@ -32,11 +32,14 @@ SCALE_BYTES = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
 
 
 class Arguments(ctypes.Structure):
-    """`Arguments` of few_tokens.cu, field by field."""
+    """`Arguments` of few_tokens.cuh, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table", "pick", "x", "bias", "y")),
-        *((name, ctypes.c_int) for name in ("M", "N", "x_stride", "x_columns", "row_tiles", "k_tiles", "groups", "tables")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("M", "N", "x_stride", "x_columns", "row_tiles", "k_tiles", "groups", "tables", "stages")
+        ),
     ]
 
 
@@ -46,7 +49,7 @@ class Config:
 
     ring: weights through a ring in shared memory (compute capability 9.0), else through registers.
     row_tiles: tiles of 16 rows of one warp. row_warps, k_warps: warps of a block along rows and along K.
-    stages: of the ring. x_resident: all of x stays in shared memory. cluster: blocks that split K among them.
+    stages: of the ring. x_resident: all of x stays in shared memory (ring only). cluster: blocks that split K among them.
     blocks: row blocks resident on a multiprocessor at once, which limits registers.
     """
 
@@ -63,6 +66,11 @@ class Config:
     def block_tiles(self) -> int:
         """Row tiles of a block."""
         return self.row_tiles * self.row_warps
+
+    @property
+    def kernel(self) -> str:
+        """The kernel's name; its source is the file of that name."""
+        return "few_ring" if self.ring else "few_registers"
 
     @property
     def warps(self) -> int:
@@ -83,15 +91,13 @@ def group_run(group_size: int, columns: int) -> int:
 
 
 def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> dict[str, int]:
-    """The macros that specialise few_tokens.cu."""
+    """The macros that specialise the source."""
     return {
         **decoder_defines(weight, dtype),
         "TOKEN_TILES": 1 if M <= 8 else 2,
-        "RING": int(config.ring),
         "ROW_TILES": config.row_tiles,
         "ROW_WARPS": config.row_warps,
         "K_WARPS": config.k_warps,
-        "STAGES": config.stages,
         "X_RESIDENT": int(config.x_resident),
         "CLUSTER": config.cluster,
         "BLOCKS": config.blocks,
@@ -138,10 +144,9 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
         return (tables + 15) // 16 * 16 + max(slots, partials)
     tables = (tables + 127) // 128 * 128
     stage = config.block_tiles * (config.k_warps * 256 * weight.bits + side_bytes(weight, config.k_warps * 128))
-    stage += 0 if config.x_resident else M * (config.k_warps * 256 + 16)
     ring = config.stages * ((stage + 127) // 128 * 128)
     stages_each = ceil_divide(ceil_divide(k_tiles, config.k_warps), config.cluster)
-    ring += M * (stages_each * config.k_warps * 256 + 16) if config.x_resident else 0
+    ring += M * (stages_each * config.k_warps * 256 + 16) if config.x_resident else config.warps * 2 * M * 272
     single = grid // config.cluster >= ceil_divide(weight.codes.shape[0], config.block_tiles)
     return 256 + tables + (max(ring, partials) if single else ring + partials)
 
@@ -161,23 +166,30 @@ def fits(weight: TileWeight, config: Config, M: int, capability: tuple[int, int]
     if (config.warps + config.ring) * 32 > 1024 or config.cluster > 8 or (not config.ring and config.row_warps > 1):
         return False
     grid = grid_of(weight, config, multiprocessors)
-    return shared_bytes(weight, config, M, grid) <= SHARED_LIMIT.get(capability[0], 99 << 10)
+    resident = min(config.blocks, 2) if config.ring else 1
+    return shared_bytes(weight, config, M, grid) * resident <= SHARED_LIMIT.get(capability[0], 99 << 10)
 
 
 def default_config(weight: TileWeight, M: int, capability: tuple[int, int], multiprocessors: int) -> Config:
-    """A sound configuration for any weight: fill the multiprocessors once, split K where rows alone do not."""
+    """A sound configuration for a weight that no table knows, by what won on the measured shapes of an H100.
+
+    Where each multiprocessor has at most four row tiles, or there is no copy engine: through registers, all of them in one
+    block. Else through a ring: many row tiles of few k tiles for up to 8 tokens, the reverse for more, x resident if it fits.
+    """
     R, C = weight.codes.shape[:2]
-    share = max(1, ceil_divide(R, multiprocessors))
-    if capability >= (9, 0) and weight.codes.nbytes >= 4 << 20:
-        for tiles in range(min(share, 7), 0, -1):
-            for warps, stages in ((8, 4), (8, 3), (4, 4), (4, 3), (4, 2), (2, 2)):
-                config = Config(ring=True, row_tiles=tiles, k_warps=warps, stages=stages)
-                if fits(weight, config, M, capability, multiprocessors):
-                    return config
-    for tiles in (2, 1) if share > 1 else (1,):
-        for warps in (16, 8, 4, 2, 1):
-            config = Config(ring=False, row_tiles=tiles, k_warps=warps)
-            if warps <= max(C, 1) and fits(weight, config, M, capability, multiprocessors):
+    share = ceil_divide(R, multiprocessors)
+    rings = [(7, 4), (4, 8), (2, 8), (2, 4)] if M <= 8 else [(2, 8), (7, 6), (4, 8), (2, 4), (1, 4)]
+    if capability >= (9, 0) and share > 4:
+        for (row_tiles, k_warps), resident, stages in itertools.product(rings, (True, False), (6, 5, 4, 3, 2)):
+            config = Config(ring=True, row_tiles=row_tiles, k_warps=k_warps, stages=stages, x_resident=resident)
+            if k_warps <= C and fits(weight, config, M, capability, multiprocessors):
+                return config
+    # 16 warps leave 128 registers to a thread: too few for two token tiles beside many words, scales or zero points.
+    crowded = M > 8 and (weight.bits > 4 or (weight.zero is not None and 0 < weight.group_size < 128))
+    for row_tiles in range(max(1, min(share, 4, 16 // weight.bits)), 0, -1):
+        for k_warps in (8, 4, 2, 1) if crowded or (M > 8 and row_tiles > 2) else (16, 8, 4, 2, 1):
+            config = Config(ring=False, row_tiles=row_tiles, k_warps=k_warps)
+            if k_warps <= max(C, 1) and fits(weight, config, M, capability, multiprocessors):
                 return config
     return Config(ring=False, row_tiles=1, k_warps=1)
 
@@ -235,12 +247,11 @@ class Plan:
         device = weight.codes.device
         facts = torch.cuda.get_device_properties(device)
         self.config = config
-        kernel = "few_ring" if config.ring else "few_registers"
-        self.function = function(SOURCE, kernel, defines(weight, config, M, dtype), device)
+        self.function = function(f"{config.kernel}.cu", config.kernel, defines(weight, config, M, dtype), device)
         self._table = None if weight.table is None else weight.table.to(dtype)  # kept alive with the plan
         grid = grid_of(weight, config, facts.multi_processor_count)
         R, C = weight.codes.shape[:2]
-        self._columns = C * 128 if config.ring else -(-weight.K // 8) * 8
+        self._columns = C * 128 if config.ring and config.x_resident else -(-weight.K // 8) * 8
         self._pad = self._columns - weight.K
         self._device, self._dtype, self._lock = device.index, dtype, threading.Lock()
         self._arguments: Any = Arguments(
@@ -257,6 +268,7 @@ class Plan:
             k_tiles=C,
             groups=weight.groups,
             tables=0 if weight.table is None else weight.table.shape[0],
+            stages=config.stages,
         )
         options: Any = {
             "grid": (grid,),

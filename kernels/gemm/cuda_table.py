@@ -21,6 +21,8 @@ from aerogel.kernels.gemm.cuda_few import Config, default_config, fits
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
 SHIPPED = Path(__file__).parent
+SAME_FAMILY = {"nvidia-h200": "nvidia-h100", "nvidia-gh200": "nvidia-h100"}
+"""Devices with another's multiprocessors, which take its table until they are measured."""
 TOKEN_CLASSES = (1, 2, 4, 8, 16)
 """Numbers of tokens that are measured; others use the next larger one."""
 
@@ -39,7 +41,8 @@ def device_slug(name: str) -> str:
 
 def family_slug(name: str) -> str:
     """The first two words of the slug, `nvidia-h100`: tables are shipped by family, memory size aside."""
-    return "-".join(device_slug(name).split("-")[:2])
+    family = "-".join(device_slug(name).split("-")[:2])
+    return SAME_FAMILY.get(family, family)
 
 
 def tuned_path(name: str) -> Path:

@@ -9,6 +9,7 @@ Shape legend: M tokens, N out features, K in features, R row tiles, C k tiles, G
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from aerogel.kernels.cuda import sources
 from aerogel.kernels.cuda.timing import copies, graph_microseconds
 from aerogel.kernels.gemm import cuda_table
 from aerogel.kernels.gemm.cuda_dense import dequantize
-from aerogel.kernels.gemm.cuda_few import SOURCE, Config, Plan, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
+from aerogel.kernels.gemm.cuda_few import Config, Plan, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.pack.tiles import tile_counts
 
@@ -29,6 +30,10 @@ TOLERANCE = 1e-2
 """Relative Frobenius error against the product in float32; the outputs' own rounding to 16 bits is up to 2e-3."""
 HALF_SHARED = 112 << 10
 """With this much shared memory the next kernel's blocks can move in beside the present one's."""
+
+
+_WARPS = ((1, 4), (1, 5), (1, 6), (1, 7), (1, 8), (1, 12), (1, 15), (1, 16), (2, 4), (2, 7))
+"""Multiplying warps along rows and along K of a ring's block."""
 
 
 def random_weight(
@@ -82,7 +87,7 @@ def candidates(weight: TileWeight, M: int, capability: tuple[int, int], multipro
     deepest: dict[tuple[Config, bool], Config] = {}
     for config in full:
         grid = grid_of(weight, config, multiprocessors)
-        small = shared_bytes(weight, config, M, grid) <= HALF_SHARED
+        small = shared_bytes(weight, config, M, grid) * config.blocks <= HALF_SHARED
         for kept in {small, False}:
             deepest[replace(config, stages=0), kept] = config
     return list(dict.fromkeys(deepest.values()))
@@ -92,9 +97,8 @@ def _fill(weight: TileWeight, config: Config, multiprocessors: int) -> float:
     """Share of the multiprocessors' time that has a block to run, from counting waves alone."""
     R = weight.codes.shape[0]
     blocks = ceil_divide(R, config.block_tiles) * config.cluster
-    seats = multiprocessors if config.ring else multiprocessors * max(1, 16 // config.warps)
-    useful = R / config.block_tiles * config.cluster
-    return useful / (min(seats, multiprocessors) * max(1.0, ceil_divide(blocks, multiprocessors)))
+    seats = multiprocessors * (config.blocks if config.ring else 1)
+    return R / config.block_tiles * config.cluster / (seats * ceil_divide(blocks, seats))
 
 
 def _cuts(weight: TileWeight) -> Iterator[Config]:
@@ -103,13 +107,13 @@ def _cuts(weight: TileWeight) -> Iterator[Config]:
         for k_warps in (4, 8, 16):
             if k_warps <= C:
                 yield Config(ring=False, row_tiles=row_tiles, k_warps=k_warps)
-    for row_tiles in range(1, 8):
-        for row_warps, k_warps in ((1, 4), (1, 8), (1, 15), (2, 4), (2, 6), (4, 2), (4, 3), (7, 1), (7, 2), (1, 7)):
+    for row_tiles in range(1, 9):
+        for row_warps, k_warps in _WARPS:
             for cluster in (1, 2, 4):
-                if k_warps * cluster > C or row_tiles * row_warps > 32:
+                if k_warps * cluster > C:
                     continue
-                for resident in (False, True):
-                    for stages in (2, 3, 4, 6):
+                for resident, stages, blocks in itertools.product((False, True), (2, 3, 4, 5, 6, 8, 12), (1, 2)):
+                    if blocks == 1 or (cluster == 1 and row_warps * k_warps <= 8):
                         yield Config(
                             ring=True,
                             row_tiles=row_tiles,
@@ -118,6 +122,7 @@ def _cuts(weight: TileWeight) -> Iterator[Config]:
                             cluster=cluster,
                             x_resident=resident,
                             stages=stages,
+                            blocks=blocks,
                         )
 
 
@@ -134,7 +139,7 @@ def measure(
     """
     weight = weights[0]
     sources.compile_ahead(
-        [(SOURCE, defines(weight, config, M, dtype)) for config in configs],
+        [(f"{config.kernel}.cu", defines(weight, config, M, dtype)) for config in configs],
         torch.cuda.get_device_capability(weight.codes.device),
         workers=16,
     )

@@ -1,12 +1,13 @@
 """The CUDA kernels on a GPU: every width, zero point, group and type against float64, on ragged shapes, however launched.
 
 Outputs are poisoned with NaN; the same input twice gives the same bits; launches overlap in long replays of a graph and
-must still give what a single launch gives. Everything is compiled side by side before the first test.
+must still give what a single launch gives. Builds are made side by side.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from aerogel.kernels.dispatch import choose
 from aerogel.kernels.gemm import cuda
 from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
-from aerogel.kernels.gemm.cuda_few import SOURCE, Config, Few, Plan, defines, fits
+from aerogel.kernels.gemm.cuda_few import Config, Few, Plan, defines, fits
 from aerogel.kernels.gemm.cuda_tune import random_weight
 from aerogel.kernels.gemm.cuda_weight import TileWeight, tensors_of
 from aerogel.kernels.problem import Problem
@@ -40,6 +41,7 @@ KINDS: list[tuple[int, str, torch.dtype]] = [
     (0, "integer", torch.bfloat16),
     (16, "none", torch.float16),
     (256, "float", torch.bfloat16),
+    (64, "none", torch.float32),
 ]
 SHAPES = [(1, 16), (37, 200), (130, 1100)]
 TOKENS = (1, 2, 3, 7, 8, 9, 16)
@@ -95,8 +97,8 @@ def dense64(weight: TileWeight) -> torch.Tensor:
     return (codes.double() - zero) * scale
 
 
-def check(weight: TileWeight, config: Config, M: int, dtype: torch.dtype, bias: bool = False) -> torch.Tensor:
-    """Runs, compares with float64, runs again and compares bits."""
+def check(weight: TileWeight, dense: torch.Tensor, config: Config, M: int, dtype: torch.dtype, bias: bool = False) -> None:
+    """Runs, compares with `dense` in float64, runs again and compares bits."""
     x = torch.randn(M, weight.K, device="cuda", generator=torch.Generator("cuda").manual_seed(M)).to(dtype)
     b = torch.randn(weight.N, device="cuda").to(dtype) if bias else None
     plan = Plan(weight, config, M, dtype)
@@ -105,7 +107,7 @@ def check(weight: TileWeight, config: Config, M: int, dtype: torch.dtype, bias: 
         y = torch.full((M, weight.N), torch.nan, dtype=dtype, device="cuda")
         plan(x, b, y)
         found.append(y)
-    exact = x.double() @ dense64(weight).T
+    exact = x.double() @ dense.T
     wanted = exact if b is None else exact + b.double()
     error = ((found[0].double() - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
     worst = int((found[0].double() - wanted).abs().nan_to_num(torch.inf).argmax())
@@ -114,19 +116,20 @@ def check(weight: TileWeight, config: Config, M: int, dtype: torch.dtype, bias: 
     what = f"{weight.bits} bits g{weight.group_size} [{M}, {weight.N}, {weight.K}] {config}"
     assert error <= bound, f"{what}: {error:.2e}, worst at {divmod(worst, weight.N)}"
     assert torch.equal(found[0], found[1]), f"{what}: two runs differ"
-    return found[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
-    """All builds of the parametrised tests, side by side."""
+    """All builds of the parametrised tests, side by side; where the tests themselves run side by side, each makes its own."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
     from aerogel.kernels.cuda.sources import compile_ahead
 
     wanted = []
     for bits, (place, kind) in itertools.product(range(1, 9), enumerate(KINDS)):
         weight = weight_of(37, 200, bits, kind)
         dtype = (torch.bfloat16, torch.float16)[(bits + place) % 2]
-        wanted += [(SOURCE, defines(weight, config, M, dtype)) for config in configs() for M in (8, 16)]
+        wanted += [(f"{config.kernel}.cu", defines(weight, config, M, dtype)) for config in configs() for M in (8, 16)]
     compile_ahead(wanted, capability(), workers=16)
 
 
@@ -136,10 +139,11 @@ def test_every_width_against_float64(bits: int, kind: tuple[int, tuple[int, str,
     dtype = (torch.bfloat16, torch.float16)[(bits + kind[0]) % 2]
     for N, K in SHAPES:
         weight = weight_of(N, K, bits, kind[1])
-        assert (dequantize(weight, dtype).double() - dense64(weight)).norm() <= BOUND[dtype] * dense64(weight).norm()
+        dense = dense64(weight)
+        assert (dequantize(weight, dtype).double() - dense).norm() <= BOUND[dtype] * dense.norm()
         for place, config in enumerate(configs()):
             for M in TOKENS[place % 2 :: 2] if N > 1 else (1, 9):
-                check(weight, config, M, dtype, bias=M in (2, 9))
+                check(weight, dense, config, M, dtype, bias=M in (2, 9))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -153,10 +157,11 @@ def test_tables(bits: int, scope: str) -> None:
         pick = torch.randint(0, count, (R, G, 16), device="cuda", dtype=torch.uint8) if scope == "group" else None
         weight = TileWeight(codes=plain.codes, scale=plain.scale, zero=None, table=table, pick=pick, group_size=32, N=N, K=K)
         weight.check()
-        assert (dequantize(weight, dtype).double() - dense64(weight)).norm() <= BOUND[dtype] * dense64(weight).norm()
+        dense = dense64(weight)
+        assert (dequantize(weight, dtype).double() - dense).norm() <= BOUND[dtype] * dense.norm()
         for config in configs()[:2]:
             for M in (1, 9):
-                check(weight, config, M, dtype)
+                check(weight, dense, config, M, dtype)
 
 
 @pytest.mark.parametrize("bits", [1, 3, 4])
@@ -171,7 +176,7 @@ def test_configurations_that_tuning_considers(bits: int) -> None:
     ]:
         if fits(weight, config, 16, capability(), facts.multi_processor_count):
             for M in (1, 16):
-                check(weight, config, M, torch.bfloat16)
+                check(weight, dense64(weight), config, M, torch.bfloat16)
 
 
 def test_inf_and_nan_reach_their_token_and_no_other() -> None:

@@ -1,0 +1,229 @@
+"""How fast the packed matmuls are on a GPU: against a dense one, against reading the weight, against the best peers.
+
+    python benchmarks/gpu_gemm.py --out benchmarks/results/gpu_gemm.json            (all: about two minutes of an H100)
+    python benchmarks/gpu_gemm.py --tokens 1 16 --bits 4 2 --shapes 4096x4096 --implementation few
+
+Measured per shape (the linears of Llama-3-8B and 70B, N out x K in features), width and number of tokens M:
+
+    us        our operator: median over replays of a CUDA graph that goes round over >= 200 MB of copies of the weight
+    dense     torch's bfloat16 matmul in the same way, in the same run
+    floor     a kernel that only reads as many bytes as codes and scales have, in the same way, in the same run
+    peer      the best W4A16 kernel of nine measured on another H100 (figures below), times dense here / dense there
+
+Groups of 128, symmetric, bfloat16 scales and activations. Rows say which implementation ran. The summary holds the geometric
+mean and the least of peer / us, the shares of the floor, and the gain of fewer bits over our own four.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.kernels.cuda import nvrtc
+from aerogel.kernels.cuda.launch import Function, Launch
+from aerogel.kernels.cuda.timing import copies, graph_microseconds
+from aerogel.kernels.gemm import cuda
+from aerogel.kernels.gemm.cuda_tune import random_weight, weight_copies
+from aerogel.kernels.gemm.cuda_weight import TileWeight
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+SHAPES = ("4096x4096", "6144x4096", "28672x4096", "4096x14336", "57344x8192", "8192x28672")
+NARROW_SHAPES = ("28672x4096", "57344x8192", "8192x28672")
+"""Where fewer than four bits are compared with four."""
+
+# Microseconds on an H100 80GB, 2026-11-21: dense bfloat16 and the best of nine W4A16 kernels, by the tokens above.
+THERE: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "4096x4096": (
+        (16.6, 16.5, 16.4, 16.5, 16.8, 14.6, 14.9, 15.4, 17.8, 27.9, 48.1, 189),
+        (6.7, 6.9, 8.6, 9.0, 9.8, 11.0, 12.4, 15.8, 21.4, 29.2, 55.2, 190.0),
+    ),
+    "6144x4096": (
+        (20.6, 20.6, 20.6, 20.8, 21.1, 21.5, 20.4, 21.1, 23.6, 38.6, 77.2, 289),
+        (9.9, 10.2, 10.8, 10.8, 11.4, 12.4, 14.1, 18.6, 26.6, 42.1, 76.0, 303.5),
+    ),
+    "28672x4096": (
+        (81.8, 81.9, 82.2, 82.6, 83.0, 84.6, 86.6, 88.7, 102, 186, 355, 1259),
+        (26.0, 26.3, 26.6, 26.8, 28.0, 29.5, 40.1, 51.9, 90.5, 168.5, 327.3, 1283.9),
+    ),
+    "4096x14336": (
+        (44.7, 44.5, 44.5, 44.7, 45.3, 46.0, 47.3, 53.5, 59.1, 88.0, 173, 673),
+        (16.2, 16.3, 16.2, 16.7, 17.8, 21.2, 23.2, 30.0, 49.3, 88.9, 174.9, 638.8),
+    ),
+    "57344x8192": (
+        (328, 326, 327, 327, 329, 328, 336, 342, 379, 712, 1321, 5325),
+        (87.1, 87.5, 87.8, 88.5, 91.0, 106.0, 136.5, 184.1, 332.7, 648.4, 1218.6, 5260.8),
+    ),
+    "8192x28672": (
+        (165, 165, 165, 165, 164, 168, 172, 182, 186, 361, 701, 2615),
+        (45.2, 45.3, 45.4, 45.7, 46.9, 58.9, 69.3, 95.6, 170.1, 325.2, 632.8, 2520.5),
+    ),
+}
+
+READ = """
+struct Arguments { const uint4* from; unsigned* to; long long count; };
+extern "C" __global__ void __launch_bounds__(512) read_only(const __grid_constant__ Arguments p) {
+  unsigned sum = 0;
+  const long long step = (long long)gridDim.x * blockDim.x;
+  long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+  for (; i + 7 * step < p.count; i += 8 * step) {
+    uint4 v[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+      asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(v[j].x), "=r"(v[j].y), "=r"(v[j].z), "=r"(v[j].w) : "l"(p.from + i + j * step));
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+  }
+  for (; i < p.count; i += step) { const uint4 v = p.from[i]; sum ^= v.x ^ v.y ^ v.z ^ v.w; }
+  if (sum == 0x9E3779B9u) p.to[0] = sum;
+}
+"""
+
+
+def read_microseconds(nbytes: int) -> float:
+    """The floor: the best of a few grids of a kernel that reads `nbytes` and writes nothing."""
+    import ctypes
+
+    class Arguments(ctypes.Structure):
+        _fields_ = [("from_", ctypes.c_void_p), ("to", ctypes.c_void_p), ("count", ctypes.c_longlong)]
+
+    code = nvrtc.cubin("read_only.cu", {"read_only.cu": READ}, {}, torch.cuda.get_device_capability())
+    function = Function(code, "read_only")
+    count = nbytes // 16
+    buffers = [torch.randint(0, 255, (count * 16,), dtype=torch.uint8, device="cuda") for _ in range(copies(nbytes))]
+    found = []
+    for blocks in (132, 264, 528):
+        launches = [
+            Launch(function, Arguments(buffer.data_ptr(), buffer.data_ptr(), count), grid=(blocks,), block=512)
+            for buffer in buffers
+        ]
+        calls = [lambda launch=launch: launch(torch.cuda.current_stream().cuda_stream) for launch in launches]
+        found.append(graph_microseconds(calls))
+    return min(found)
+
+
+def dense_microseconds(N: int, K: int, tokens: tuple[int, ...]) -> dict[int, float]:
+    """torch's own matmul, by tokens."""
+    weights = [torch.randn(N, K, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * N * K))]
+    found = {}
+    for M in tokens:
+        x, y = torch.randn(M, K, device="cuda").bfloat16(), torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
+        found[M] = graph_microseconds([lambda w=w: torch.mm(x, w.T, out=y) for w in weights])  # noqa: B023
+    return found
+
+
+def runner_of(weight: TileWeight, M: int, implementation: str) -> tuple[str, Callable[[Tensor, Tensor | None, Tensor], None]]:
+    """The implementation that dispatch chooses, or the one asked for by name, planned."""
+    capability = torch.cuda.get_device_capability()
+    if implementation == "auto":
+        found = cuda.choose(weight, M, torch.bfloat16, capability)
+    else:
+        found = next(one for one in cuda.implementations() if one.name == implementation)
+        reason = found.refuses(weight, M, torch.bfloat16, capability)
+        if reason:
+            return "", lambda *_: None
+    return found.name, found.plan(weight, M, torch.bfloat16)
+
+
+def packed_rows(shape: str, bits: int, tokens: tuple[int, ...], implementation: str) -> list[dict[str, Any]]:
+    """Our time for each number of tokens, with the implementation and the relative error against a dense product."""
+    from aerogel.kernels.gemm.cuda_dense import dequantize
+
+    N, K = map(int, shape.split("x"))
+    weights = weight_copies(random_weight(N, K, bits, 128, "cuda"))
+    reference = dequantize(weights[0], torch.bfloat16)
+    rows = []
+    for M in tokens:
+        x = torch.randn(M, K, device="cuda").bfloat16()
+        y = torch.full((M, N), torch.nan, device="cuda", dtype=torch.bfloat16)
+        runners = [runner_of(weight, M, implementation) for weight in weights]
+        name, run = runners[0]
+        if not name:
+            continue
+        run(x, None, y)
+        wanted = (x @ reference.T).float()
+        error = ((y.float() - wanted).norm() / wanted.norm()).item()
+        us = graph_microseconds([lambda run=run: run(x, None, y) for _, run in runners])  # noqa: B023
+        config = getattr(run, "config", None)
+        rows.append(
+            {"shape": shape, "bits": bits, "M": M, "us": us, "by": name, "config": str(config or ""), "error": error,
+             "bytes": weights[0].nbytes}
+        )  # fmt: skip
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the rows come to: peers, floors, fewer bits."""
+    four = {(row["shape"], row["M"]): row for row in rows if row["bits"] == 4}
+    ratios = {f"{shape} M={M}": row["peer"] / row["us"] for (shape, M), row in four.items() if row.get("peer")}
+    found: dict[str, Any] = {}
+    if ratios:
+        found["peer_geometric_mean"] = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+        found["peer_least"] = min(ratios.items(), key=lambda item: item[1])
+    found["floor_share"] = {f"{s} M={M}": round(row["floor"] / row["us"], 3) for (s, M), row in four.items() if M <= 16}
+    found["over_four_bits"] = {
+        f"{row['bits']} bits {row['shape']} M={row['M']}": round(four[row["shape"], row["M"]]["us"] / row["us"], 3)
+        for row in rows
+        if row["bits"] != 4 and (row["shape"], row["M"]) in four
+    }
+    found["over_dense"] = {f"{s} M={M}": round(row["dense"] / row["us"], 3) for (s, M), row in four.items()}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2, 1])
+    parser.add_argument("--implementation", default="auto")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which no further shape is begun")
+    asked = parser.parse_args()
+    started, rows = time.perf_counter(), []
+    for shape in asked.shapes:
+        N, K = map(int, shape.split("x"))
+        dense = dense_microseconds(N, K, tuple(asked.tokens))
+        there = {M: pair for M, *pair in zip(TOKENS, *THERE.get(shape, ((), ())), strict=False)}
+        for bits in asked.bits:
+            if bits < 4 and shape not in NARROW_SHAPES:
+                continue
+            if time.perf_counter() - started > asked.limit:
+                print("time limit: ends before", shape, bits, flush=True)
+                break
+            tokens = tuple(M for M in asked.tokens if bits == 4 or M <= 16)
+            found = packed_rows(shape, bits, tokens, asked.implementation)
+            floor = read_microseconds(found[0]["bytes"]) if found else 0.0
+            for row in found:
+                M = row["M"]
+                row |= {"floor": floor, "dense": dense[M]}
+                if bits == 4 and M in there:
+                    row["peer"] = there[M][1] * dense[M] / there[M][0]
+                peer = f" peer/ours {row['peer'] / row['us']:.2f}" if "peer" in row else ""
+                print(f"{shape} W{bits} M={M:<5}{row['us']:8.2f} us {row['by']:6} floor {floor / row['us']:.0%}"
+                      f" dense/ours {dense[M] / row['us']:.2f}{peer} err {row['error']:.1e}", flush=True)  # fmt: skip
+            rows += found
+    facts = torch.cuda.get_device_properties(0)
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": {"gpu": facts.name, "multiprocessors": facts.multi_processor_count, "cpu": platform.processor()},
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "nvrtc": nvrtc.compiler().version},
+        "summary": summary(rows),
+        "rows": rows,
+    }
+    if asked.out:
+        asked.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(json.dumps({key: value for key, value in result["summary"].items() if key.startswith("peer")}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+// Few tokens, weights through registers: each warp loads the next tile's words while it multiplies the present one's. No
+// barrier stands in the loop, nothing but loads and matrix products; any compute capability from 8.0, any shape. Best where a
+// block has only a few tiles, so that nearly all of its weights are on their way before the previous kernel has ended.
+//
+// Shared memory: tables, then for each warp two slots of [tokens][272 bytes] and the sides of its tiles; the partial sums
+// later take the place of the slots. A slot is filled two tiles ahead, the words of codes one tile ahead.
+
+#include "few_tokens.cuh"
+
+INLINE void fetch_side(const Arguments& p, u32 slot, int first_tile, int tile) {
+  constexpr int group_bytes = 16 * (SCALE_BYTES + ZERO_BYTES + PICK_BYTES), pieces = group_bytes / 16;
+  constexpr int per_tile = Side<1>::groups * pieces;
+  if constexpr (GROUP == 0 && ZERO == 0 && TABLE != 3) return;
+  const int first = group_of(tile, 0);
+  for (int i = threadIdx.x & 31; i < ROW_TILES * per_tile; i += 32) {
+    const int r = i / per_tile, group = i % per_tile / pieces, piece = i % pieces;
+    const size_t place = (size_t)min(first_tile + r, p.row_tiles - 1) * p.groups + first + group;
+    const u32 to = slot + r * Side<1>::bytes;
+    if (first + group >= p.groups) continue;
+    if (piece < SCALE_BYTES)
+      copy_async(to + (group * SCALE_BYTES + piece) * 16, p.scale + (place * SCALE_BYTES + piece) * 16, 16);
+    else if (piece < SCALE_BYTES + ZERO_BYTES)
+      copy_async(to + Side<1>::zeros + (group * ZERO_BYTES + piece - SCALE_BYTES) * 16,
+                 p.zero + (place * ZERO_BYTES + piece - SCALE_BYTES) * 16, 16);
+    else
+      copy_async(to + Side<1>::picks + group * 16, p.pick + place * 16, 16);
+  }
+}
+
+struct Rows {  // where each row tile's codes begin, in this lane's eyes; rows beyond the last read the last
+  const u8* codes[ROW_TILES];
+};
+INLINE Rows rows_of(const Arguments& p, int first_tile) {
+  Rows rows;
+  UNROLL for (int r = 0; r < ROW_TILES; r++)
+    rows.codes[r] = p.codes + (size_t)min(first_tile + r, p.row_tiles - 1) * p.k_tiles * TILE_BYTES;
+  return rows;
+}
+INLINE void fetch_words(const Rows& rows, int tile, u32 (*words)[WORDS]) {
+  UNROLL for (int r = 0; r < ROW_TILES; r++)
+    load_words_from_global(rows.codes[r] + (u32)(tile * TILE_BYTES), threadIdx.x & 31, words[r]);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) few_registers(const __grid_constant__ Arguments p) {
+  const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, first_tile = blockIdx.x * ROW_TILES;
+  const int table_bytes = TABLE ? ((TABLE == 2 ? BLOCK_ROWS : p.tables) * (2 << BITS) + 15) & ~15 : 0;
+  const int slot_bytes = p.M * TOKEN_BYTES + ROW_TILES * Side<1>::bytes;
+  const u32 slots = shared_address(shared) + table_bytes + warp * 2 * slot_bytes, sides = p.M * TOKEN_BYTES;
+  const Rows rows = rows_of(p, first_tile);
+  allow_next_kernel();
+  int tile = warp;
+  u32 words[ROW_TILES][WORDS], next[ROW_TILES][WORDS];
+  if (tile < p.k_tiles) {
+    fetch_words(rows, tile, words);
+    fetch_side(p, slots + sides, first_tile, tile);
+    if (tile + WARPS < p.k_tiles) fetch_side(p, slots + slot_bytes + sides, first_tile, tile + WARPS);
+  }
+  fetch_tables<BLOCK_ROWS>(p.table, p.tables, (u16*)shared, first_tile, threadIdx.x, THREADS);
+  if constexpr (TABLE) __syncthreads();
+  wait_for_previous_kernel();
+  if (tile < p.k_tiles) fetch_tokens(p, slots, tile);
+  copies_commit();
+  if (tile + WARPS < p.k_tiles) fetch_tokens(p, slots + slot_bytes, tile + WARPS);
+  copies_commit();
+
+  float acc[ROW_TILES][TOKEN_TILES][4] = {};
+  for (int turn = 0; tile < p.k_tiles; tile += WARPS, turn ^= 1) {
+    const u32 slot = slots + turn * slot_bytes;
+    if (tile + WARPS < p.k_tiles) fetch_words(rows, tile + WARPS, next);
+    copies_wait<1>();
+    __syncwarp();
+    Tokens x;
+    load_tokens(slot, TOKEN_BYTES, p.M, x);
+    const u8* side = shared + (slot - shared_address(shared)) + sides;
+    UNROLL for (int r = 0; r < ROW_TILES; r++)
+      multiply_tile<1>(words[r], side + r * Side<1>::bytes, tile, group_of(tile, 0), p.groups, table_of(shared_address(shared), r, g),
+                       table_of(shared_address(shared), r, g + 8), x, acc[r]);
+    __syncwarp();
+    if (tile + 2 * WARPS < p.k_tiles) {
+      fetch_side(p, slot + sides, first_tile, tile + 2 * WARPS);
+      fetch_tokens(p, slot, tile + 2 * WARPS);
+    }
+    copies_commit();
+    UNROLL for (int r = 0; r < ROW_TILES; r++) UNROLL for (int w = 0; w < WORDS; w++) words[r][w] = next[r][w];
+  }
+  __syncthreads();
+  float* partials = (float*)(shared + table_bytes);
+  store_partials(partials, p, 0, warp, acc);
+  __syncthreads();
+  finish(partials, p, first_tile, threadIdx.x);
+}

@@ -1,0 +1,195 @@
+// Few tokens, weights through a ring: one warp lets the copy engine fill the stages of a ring in shared memory, the others
+// consume them (compute capability 9.0 and newer). The stages keep tens of KB in flight on every multiprocessor, and blocks
+// are persistent: the ring runs on across row blocks, so that memory never rests. Best where the weight is large.
+//
+// A stage holds K_WARPS k tiles of the block's row tiles: for each row tile its codes, one contiguous run and so one copy,
+// and its scales. The engine takes some 20 cycles per copy whatever its size, so runs should be long: many k tiles in a
+// stage, few row tiles. The tokens either stay in shared memory as a whole (X_RESIDENT), arriving with the stages of the
+// first row block, or each warp fetches the columns of its own tiles, two ahead, as in few_registers.cu.
+//
+// Shared memory: barriers in 256 bytes, tables, the ring, the tokens, partial sums (in place of the ring where the block has
+// one row block only).
+
+#include "few_tokens.cuh"
+
+constexpr int SIDE_BYTES = Side<K_WARPS>::bytes;
+constexpr int CODE_BYTES = K_WARPS * TILE_BYTES;
+constexpr int STAGE_BYTES = (BLOCK_TILES * (CODE_BYTES + SIDE_BYTES) + 127) & ~127;
+constexpr bool SIDES = GROUP != 0 || ZERO != 0 || TABLE == 3;
+
+// This block's part of the work: its k tiles (a cluster's blocks share K), its row blocks.
+struct Share {
+  int first_tile, end_tile, stages, row_blocks, row_step, row_start;
+};
+INLINE Share share_of(const Arguments& p) {
+  Share s;
+  const int all = (p.k_tiles + K_WARPS - 1) / K_WARPS, per = (all + CLUSTER - 1) / CLUSTER;
+#if CLUSTER > 1
+  const int rank = cluster_rank();
+#else
+  const int rank = 0;
+#endif
+  s.first_tile = min(rank * per * K_WARPS, p.k_tiles);
+  s.end_tile = min((rank + 1) * per * K_WARPS, p.k_tiles);
+  s.stages = (s.end_tile - s.first_tile + K_WARPS - 1) / K_WARPS;
+  s.row_step = gridDim.x / CLUSTER, s.row_start = blockIdx.x / CLUSTER;
+  const int all_blocks = (p.row_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
+  s.row_blocks = (all_blocks - s.row_start + s.row_step - 1) / s.row_step;
+  return s;
+}
+
+// Where things lie in shared memory.
+struct Room {
+  u32 full, empty;  // barriers: a stage is filled, a stage is read
+  u16* tables;
+  u8* ring;
+  u32 x, x_stride;  // x_stride: bytes from token to token where x is resident
+  float* partials;
+};
+INLINE Room room_of(const Arguments& p, bool single) {
+  Room r;
+  r.full = shared_address(shared), r.empty = r.full + 8 * p.stages;
+  r.tables = (u16*)(shared + 256);
+  r.ring = shared + 256 + (TABLE ? ((TABLE == 2 ? BLOCK_ROWS : p.tables) * (2 << BITS) + 127) & ~127 : 0);
+  r.x = shared_address(r.ring) + p.stages * STAGE_BYTES;
+  r.x_stride = (((p.k_tiles + K_WARPS - 1) / K_WARPS + CLUSTER - 1) / CLUSTER) * K_WARPS * 256 + 16;
+  const int x_bytes = X_RESIDENT ? p.M * r.x_stride : WARPS * 2 * p.M * TOKEN_BYTES;
+  r.partials = (float*)(single ? r.ring : r.ring + p.stages * STAGE_BYTES + x_bytes);
+  return r;
+}
+
+// ---- Producing -------------------------------------------------------------------------------------------------------
+// One stage's weights, by the whole warp: lane r asks for row tile r.
+INLINE void fetch_weights(const Arguments& p, u32 stage, u32 full, int row_block, int tile, int tiles, u32 token_bytes) {
+  const int lane = threadIdx.x & 31, rows = min(BLOCK_TILES, p.row_tiles - row_block * BLOCK_TILES);
+  const int first = group_of(tile, 0), groups = min(group_of(tile + tiles - 1, RUNS - 1), p.groups - 1) - first + 1;
+  const u32 side_bytes = SIDES ? groups * 16 * ((GROUP ? SCALE_BYTES : 0) + ZERO_BYTES + PICK_BYTES) : 0;
+  if (lane == 0) mbarrier_expect(full, rows * (tiles * TILE_BYTES + side_bytes) + token_bytes);
+  __syncwarp();
+  for (int r = lane; r < rows; r += 32) {
+    const size_t row_tile = (size_t)row_block * BLOCK_TILES + r, place = (row_tile * p.groups + first) * 16;
+    const u32 side = stage + BLOCK_TILES * CODE_BYTES + r * SIDE_BYTES;
+    bulk_copy(stage + r * CODE_BYTES, p.codes + (row_tile * p.k_tiles + tile) * TILE_BYTES, tiles * TILE_BYTES, full);
+    if constexpr (GROUP != 0) bulk_copy(side, p.scale + place * SCALE_BYTES, groups * 16 * SCALE_BYTES, full);
+    if constexpr (ZERO != 0) bulk_copy(side + Side<K_WARPS>::zeros, p.zero + place * ZERO_BYTES, groups * 16 * ZERO_BYTES, full);
+    if constexpr (TABLE == 3) bulk_copy(side + Side<K_WARPS>::picks, p.pick + place, groups * 16, full);
+  }
+}
+
+// A place in the ring: the stage that is next, and how often (modulo 2) the ring has come round to it.
+struct Slot {
+  int index = 0;
+  u32 round = 0;
+  INLINE void next(int stages) {
+    if (++index == stages) index = 0, round ^= 1;
+  }
+};
+
+// The tokens' columns for one stage of the first row block, to where they stay.
+INLINE void fetch_resident_tokens(const Arguments& p, const Share& share, const Room& room, int stage, u32 full) {
+  const int lane = threadIdx.x & 31, first = stage * K_WARPS;
+  const int columns = min(K_WARPS, share.end_tile - share.first_tile - first) * 128;
+  if (lane < p.M)
+    bulk_copy(room.x + lane * room.x_stride + first * 256, p.x + (size_t)lane * p.x_stride + (share.first_tile + first) * 128,
+              columns * 2, full);
+}
+
+INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
+  const int ahead = min(share.row_blocks * share.stages, p.stages);  // turns before any stage must be free again
+  const bool with_x = X_RESIDENT;
+  Slot slot;
+  int turn = 0;
+  for (int block = 0; block < share.row_blocks; block++)
+    for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {
+      const int tile = share.first_tile + stage * K_WARPS, tiles = min(K_WARPS, share.end_tile - tile);
+      if (turn >= p.stages) mbarrier_wait(room.empty + 8 * slot.index, slot.round ^ 1);
+      fetch_weights(p, shared_address(room.ring) + slot.index * STAGE_BYTES, room.full + 8 * slot.index,
+                    share.row_start + block * share.row_step, tile, tiles, with_x && block == 0 ? p.M * tiles * 256 : 0);
+      if (!with_x) continue;
+      if (turn == ahead - 1) {  // the ring is full of weights: now x is needed
+        wait_for_previous_kernel();
+        for (int t = 0; t <= turn && t < share.stages; t++) fetch_resident_tokens(p, share, room, t, room.full + 8 * t);
+      } else if (turn >= ahead && block == 0) {
+        fetch_resident_tokens(p, share, room, stage, room.full + 8 * slot.index);
+      }
+    }
+}
+
+// ---- Consuming -------------------------------------------------------------------------------------------------------
+// The tables of a row block, when every warp is done with the last one's.
+INLINE void renew_tables(const Arguments& p, const Room& room, int block, int first_tile) {
+  if constexpr (TABLE) {
+    if (block > 0 && TABLE != 2) return;
+    if (block > 0) barrier_of(1, THREADS);
+    fetch_tables<BLOCK_ROWS>(p.table, p.tables, room.tables, first_tile, threadIdx.x, THREADS);
+    barrier_of(1, THREADS);
+  }
+}
+
+INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, row_warp = warp / K_WARPS, slice = warp % K_WARPS;
+  const int total = share.row_blocks * share.stages;
+  const u32 own = room.x + warp * 2 * p.M * TOKEN_BYTES, tables = shared_address(room.tables);
+  int fetched = 0, next_tile = share.first_tile + slice;
+  auto fetch_own = [&] {  // this warp's columns of x for the next turn: round and round along K
+    if (fetched < total && next_tile < share.end_tile) fetch_tokens(p, own + (fetched & 1) * p.M * TOKEN_BYTES, next_tile);
+    copies_commit();
+    fetched++, next_tile += K_WARPS;
+    if (next_tile - slice >= share.end_tile) next_tile = share.first_tile + slice;
+  };
+  if (!X_RESIDENT) wait_for_previous_kernel(), fetch_own(), fetch_own();
+  Slot slot;
+  int turn = 0;
+  for (int block = 0; block < share.row_blocks; block++) {
+    float acc[ROW_TILES][TOKEN_TILES][4] = {};
+    const int first_row_tile = (share.row_start + block * share.row_step) * BLOCK_TILES;
+    renew_tables(p, room, block, first_row_tile);
+    for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {
+      const int tile = share.first_tile + stage * K_WARPS + slice;
+      const u8* place = room.ring + slot.index * STAGE_BYTES;
+      if (!X_RESIDENT) copies_wait<1>(), __syncwarp();
+      mbarrier_wait(room.full + 8 * slot.index, slot.round);
+      if (tile < share.end_tile) {
+        Tokens x;
+        load_tokens(X_RESIDENT ? room.x + (tile - share.first_tile) * 256 : own + (turn & 1) * p.M * TOKEN_BYTES,
+                    X_RESIDENT ? room.x_stride : TOKEN_BYTES, p.M, x);
+        UNROLL for (int r = 0; r < ROW_TILES; r++) {
+          const int row_tile = row_warp * ROW_TILES + r;
+          u32 words[WORDS];
+          load_words_from_shared(place + row_tile * CODE_BYTES + slice * TILE_BYTES, lane, words);
+          multiply_tile<K_WARPS>(words, place + BLOCK_TILES * CODE_BYTES + row_tile * SIDE_BYTES, tile, group_of(tile - slice, 0),
+                                 p.groups, table_of(tables, row_tile, g), table_of(tables, row_tile, g + 8), x, acc[r]);
+        }
+      }
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(room.empty + 8 * slot.index);
+      if (!X_RESIDENT) fetch_own();
+    }
+    barrier_of(1, THREADS);  // all have read the ring, and used the last partial sums
+    store_partials(room.partials, p, row_warp, slice, acc);
+    barrier_of(1, THREADS);
+    if (X_RESIDENT && block == 0) wait_for_previous_kernel();
+    finish(room.partials, p, first_row_tile, threadIdx.x);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS) few_ring(const __grid_constant__ Arguments p) {
+  const Share share = share_of(p);
+  const bool single = share.row_step >= (p.row_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
+  const Room room = room_of(p, single);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < p.stages; i++) mbarrier_init(room.full + 8 * i, 1), mbarrier_init(room.empty + 8 * i, WARPS);
+    mbarrier_init_done();
+  }
+  __syncthreads();
+  allow_next_kernel();
+  if (threadIdx.x < THREADS) {
+    consume(p, share, room);
+  } else {
+    produce(p, share, room);
+#if CLUSTER > 1
+    __syncwarp();
+    cluster_meet(), cluster_meet();  // every thread of a cluster must come to its meetings
+#endif
+  }
+}

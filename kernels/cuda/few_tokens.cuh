@@ -1,0 +1,182 @@
+// y_MN = x_MK W_NK^T for up to 16 tokens, W packed: the idea that two kernels share.
+//
+// With few tokens the time is that of reading W once, if nothing stands in the way of the reading. So W is the LEFT factor
+// of the matrix instruction, y^T = W x^T: a lane's bytes become its A fragment in registers (decode.cuh) and are used there;
+// the tokens are the instruction's 8 columns, absent ones computed and thrown away. 1 to 8 tokens cost the same, 9 to 16 a
+// second product per fragment (TOKEN_TILES). Codes are multiplied as exact integers; a group's sum in float32 is then
+// scaled and added up, so that no product is rounded with its scale.
+//
+//   warp (row w, slice k)     ROW_TILES tiles of 16 rows that share each fragment of x; of the k tiles every K_WARPS-th one
+//   block                     ROW_WARPS x K_WARPS warps; the slices are summed once, through shared memory, in a fixed order
+//   cluster                   CLUSTER blocks that split K further and sum through each other's shared memory: each block
+//                             then needs only its part of x, which matters when the tokens weigh as much as the weights
+//
+// This file is what the two kernels share: few_registers.cu (weights through registers) and few_ring.cu (weights through a
+// ring in shared memory). Both ask for weights BEFORE they wait for the previous kernel (early launch), since no kernel of a
+// model writes those.
+//
+// Shape legend: M tokens, N out features, K in features; tiles of 16 rows x 128 columns; s step of 16 columns, 0..7.
+
+#pragma once
+#include "decode.cuh"
+
+constexpr int BLOCK_TILES = ROW_WARPS * ROW_TILES;
+constexpr int BLOCK_ROWS = BLOCK_TILES * 16;
+constexpr int WARPS = ROW_WARPS * K_WARPS;
+constexpr int THREADS = WARPS * 32;
+constexpr int PARTIAL_STRIDE = BLOCK_ROWS + 4;  // of one token: four tokens of a warp's store then fall into four banks
+
+struct Arguments {
+  const u8* codes;   // [row tile][k tile][256 * BITS]
+  const u8* scale;   // [row tile][group][16]
+  const u8* zero;    // the same, or null
+  const u16* table;  // [tables][2^BITS] in the activations' type, or null
+  const u8* pick;    // [row tile][group][16], or null
+  const u16* x;      // [M][x_stride], 16-byte aligned, x_stride a multiple of 8; zero in the columns from K to x_columns
+  const u16* bias;   // [N] in the activations' type, or null
+  u16* y;            // [M][N]
+  int M, N, x_stride, x_columns, row_tiles, k_tiles, groups, tables, stages;
+};
+
+// ---- What lies beside the codes --------------------------------------------------------------------------------------
+// The scales, zero points and table numbers of one row tile for a run of TILES k tiles, in shared memory.
+template <int TILES> struct Side {
+  static constexpr int columns = TILES * 128;
+  static constexpr int groups = GROUP == 0                            ? 1
+                                : columns % (GROUP ? GROUP : 1) == 0 ? columns / (GROUP ? GROUP : 1)
+                                : GROUP % columns == 0               ? 1
+                                                                     : columns / (GROUP ? GROUP : 1) + 2;
+  static constexpr int zeros = groups * 16 * SCALE_BYTES, picks = zeros + groups * 16 * ZERO_BYTES;
+  static constexpr int bytes = picks + groups * 16 * PICK_BYTES;
+};
+
+// ---- The tokens' columns of one tile --------------------------------------------------------------------------------
+struct Tokens {
+  u32 fragments[TOKEN_TILES][16];    // B fragments of the 8 steps
+  float sums[TOKEN_TILES][RUNS][2];  // of x over a run of columns, for zero points: W = 1 everywhere
+  float folded[TOKEN_TILES][RUNS][4];  // what folded decoders add to a tile's sum
+};
+
+// The tokens' columns of one tile to shared memory, by one warp; zero beyond x.
+constexpr int TOKEN_BYTES = 256 + 16;  // of one token; 16 more: the eight rows of a matrix then lie in different banks
+INLINE void fetch_tokens(const Arguments& p, u32 slot, int tile) {
+  const int lane = threadIdx.x & 31, first = lane >> 4, column = tile * 128 + (lane & 15) * 8;  // half a warp for each token
+  const int valid = min(max((p.x_columns - column) * 2, 0), 16);
+  const u16* from = p.x + (size_t)first * p.x_stride + (valid ? column : 0);
+  const u32 to = slot + first * TOKEN_BYTES + (lane & 15) * 16;
+  UNROLL for (int i = 0; i < TOKEN_TILES * 4; i++, from += 2 * p.x_stride)
+    if (first + 2 * i < p.M) copy_async(to + 2 * i * TOKEN_BYTES, from, valid);
+}
+
+// From rows of `stride` bytes in shared memory, natural order of columns. Absent tokens read token 0, whose products then
+// land in columns of y^T that nobody stores.
+INLINE void load_tokens(u32 address, int stride, int M, Tokens& x) {
+  const int lane = threadIdx.x & 31;
+  UNROLL for (int n = 0; n < TOKEN_TILES; n++) {
+    const int token = n * 8 + (lane & 7);
+    const u32 row = address + (token < M ? token : 0) * stride + (lane >> 3) * 16;
+    UNROLL for (int half = 0; half < 4; half++) load_matrices(x.fragments[n] + 4 * half, row + 64 * half);
+  }
+  UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int run = 0; run < RUNS; run++) {
+    float sum[4] = {}, folded[4] = {};
+    UNROLL for (int s = run * (RUN / 16); s < (run + 1) * (RUN / 16); s++) {
+      const u32 b0 = x.fragments[n][2 * s], b1 = x.fragments[n][2 * s + 1], ones[4] = {ONES, ONES, ONES, ONES};
+      if constexpr (ZERO) matrix_multiply(sum, ones, b0, b1, sum);
+      if constexpr (FOLDED) {
+        u32 offsets[4];
+        folded_offsets(s, offsets);
+        matrix_multiply(folded, offsets, b0, b1, folded);
+      }
+    }
+    x.sums[n][run][0] = sum[0], x.sums[n][run][1] = sum[1];
+    UNROLL for (int j = 0; j < 4; j++) x.folded[n][run][j] = folded[j];
+  }
+}
+
+// ---- One tile --------------------------------------------------------------------------------------------------------
+// acc += W x for one tile, all 8 steps. `first` is the group that `side` begins with, `groups` how many there are.
+template <int TILES>
+INLINE void multiply_tile(const u32* words, const u8* side, int tile, int first, int groups, u32 table_upper, u32 table_lower,
+                          const Tokens& x, float (*acc)[4]) {
+  const int g = (threadIdx.x & 31) >> 2;
+  UNROLL for (int run = 0; run < RUNS; run++) {
+    // Columns beyond K have no group; x is zero there, so any finite scale will do.
+    const int group = (GROUP % 128 ? min(group_of(tile, run), groups - 1) : group_of(tile, run)) - first;
+    u32 upper = table_upper, lower = table_lower;
+    if constexpr (TABLE == 3) {
+      const u8* number = side + Side<TILES>::picks + group * 16;
+      upper += number[g] * (2 << BITS), lower += number[g + 8] * (2 << BITS);
+    }
+    float part[TOKEN_TILES][4] = {};
+    UNROLL for (int step = 0; step < RUN / 16; step++) {
+      const int s = run * (RUN / 16) + step;
+      u32 a[4];
+      if constexpr (TABLE)
+        decode_table(words, s, upper, lower, a);
+      else if constexpr (FOLDED)
+        decode_folded(words, s, a);
+      else
+        decode_integers(words, s, a);
+      UNROLL for (int n = 0; n < TOKEN_TILES; n++)
+        matrix_multiply(part[n], a, x.fragments[n][2 * s], x.fragments[n][2 * s + 1], part[n]);
+    }
+    float zero[2] = {0, 0}, scale[2] = {1, 1};
+    if constexpr (ZERO) {
+      zero[0] = read_zero(side + Side<TILES>::zeros, group * 16 + g) - CENTRE;
+      zero[1] = read_zero(side + Side<TILES>::zeros, group * 16 + g + 8) - CENTRE;
+    }
+    if constexpr (GROUP != 0) scale[0] = read_scale(side, group * 16 + g), scale[1] = read_scale(side, group * 16 + g + 8);
+    UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) {
+      float sum = part[n][j];
+      if constexpr (FOLDED) sum += x.folded[n][run][j];
+      if constexpr (ZERO) sum -= zero[j >> 1] * x.sums[n][run][j & 1];
+      acc[n][j] += GROUP == 0 ? sum : scale[j >> 1] * sum;
+    }
+  }
+}
+
+// ---- The end of a row block ------------------------------------------------------------------------------------------
+// Each warp's sums to shared memory as [slice][token][row]; then every output is added up over the slices, in order.
+INLINE void store_partials(float* partials, const Arguments& p, int row_warp, int slice, float (*acc)[TOKEN_TILES][4]) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  UNROLL for (int r = 0; r < ROW_TILES; r++) UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) {
+    const int row = (row_warp * ROW_TILES + r) * 16 + g + 8 * (j >> 1), token = n * 8 + 2 * t + (j & 1);
+    if (token < p.M) partials[(slice * p.M + token) * PARTIAL_STRIDE + row] = acc[r][n][j];
+  }
+}
+
+INLINE void store_output(const Arguments& p, int first_tile, int row, int token, float sum) {
+  const int n = first_tile * 16 + row;
+  if (n >= p.N) return;
+  if constexpr (GROUP == 0) sum *= read_scale(p.scale, n);
+  if (p.bias) sum += from_half(p.bias[n]);
+  p.y[(size_t)token * p.N + n] = to_half(sum);
+}
+
+INLINE void finish(float* partials, const Arguments& p, int first_tile, int thread) {
+  const int count = p.M * BLOCK_ROWS;
+#if CLUSTER > 1
+  float* sums = partials + K_WARPS * p.M * PARTIAL_STRIDE;
+#endif
+  for (int i = thread; i < count; i += THREADS) {
+    const int token = i / BLOCK_ROWS, row = i % BLOCK_ROWS;
+    float sum = 0;
+    UNROLL for (int slice = 0; slice < K_WARPS; slice++) sum += partials[(slice * p.M + token) * PARTIAL_STRIDE + row];
+#if CLUSTER > 1
+    sums[i] = sum;
+#else
+    store_output(p, first_tile, row, token, sum);
+#endif
+  }
+#if CLUSTER > 1
+  cluster_meet();
+  for (int i = cluster_rank() * THREADS + thread; i < count; i += CLUSTER * THREADS) {
+    float sum = 0;
+    UNROLL for (int rank = 0; rank < CLUSTER; rank++) sum += load_from_block(shared_address(sums + i), rank);
+    store_output(p, first_tile, i % BLOCK_ROWS, i / BLOCK_ROWS, sum);
+  }
+  cluster_meet();  // nobody leaves while another still reads its sums
+#endif
+}
+
+extern __shared__ __align__(128) u8 shared[];

@@ -1,0 +1,321 @@
+"""The CUDA kernels without a GPU: their arithmetic is exact, their sources compile, their refusals and tables are sound."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from aerogel.errors import BadInput, RunFailed
+from aerogel.kernels.cuda import launch, nvrtc, sources
+from aerogel.kernels.gemm import cuda, cuda_few, cuda_table, cuda_tune
+from aerogel.kernels.gemm.cuda_few import Config, default_config, defines, fits, shared_bytes
+from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
+from aerogel.kernels.problem import Problem
+from aerogel.pack import tiles
+from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid, quantized
+
+ROOT = Path(__file__).parents[2]
+
+
+def weight(N: int, K: int, bits: int = 4, size: int = 128, zero: bool = False) -> TileWeight:
+    """Shapes only."""
+    R, C = tiles.tile_counts(N, K)
+    G = -(-K // size) if size else 1
+    scale = torch.empty(R, G, 16, dtype=torch.bfloat16, device="meta")
+    return TileWeight(
+        codes=torch.empty(R, C, 256 * bits, dtype=torch.uint8, device="meta"),
+        scale=scale,
+        zero=scale.to(torch.uint8) if zero else None,
+        table=None,
+        pick=None,
+        group_size=size,
+        N=N,
+        K=K,
+    )
+
+
+def has_nvrtc() -> str | None:
+    try:
+        nvrtc.compiler()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+needs_nvrtc = pytest.mark.skipif(has_nvrtc() is not None, reason=str(has_nvrtc()))
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+def field_bit(width: int, weight_bits: int, mantissa: int, most: int, folded: bool, number: int) -> int:
+    """The bit where decode.cuh puts a field, as `Field::bit` has it."""
+    least = mantissa - 7 if folded else max(0, mantissa + weight_bits - most)
+    reach = (mantissa - width - least) // width + 1
+    return least + number % reach * width
+
+
+@pytest.mark.parametrize(("dtype", "mantissa", "most"), [(torch.bfloat16, 7, 127), (torch.float16, 10, 15)], ids=str)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_decoding_is_exact_for_every_code_and_place(bits: int, dtype: torch.dtype, mantissa: int, most: int) -> None:
+    """The same sums as the decoders', each rounded to the type: every one must already be exact."""
+    widths = tiles.limbs(bits)
+    weights = [sum(widths[:place]) for place in range(len(widths))]
+    codes = torch.arange(1 << bits)
+    centre = 1 << (bits - 1)
+
+    def exact(value: torch.Tensor) -> torch.Tensor:
+        rounded = value.to(dtype).double()
+        assert torch.equal(rounded, value.double()), (bits, dtype, value)
+        return rounded
+
+    for s in range(8):
+        for i in range(4):
+            raised, powers = [], []
+            for width, shift in zip(widths, weights, strict=True):
+                number = 4 * (s % (4 // width)) + i
+                bit = field_bit(width, shift, mantissa, most, bits <= 2, number)
+                assert bit + width <= mantissa
+                power = 1 << (mantissa - bit + shift)
+                powers.append(power)
+                raised.append(exact((power + (((codes >> shift) & ((1 << width) - 1)) << shift)).double()))
+            total = exact(raised[-1] + exact(torch.tensor(-float(sum(powers) + centre))))
+            for part in reversed(raised[:-1]):
+                total = exact(part + total)
+            assert torch.equal(total, (codes - centre).double())
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+@needs_nvrtc
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)], ids=str)
+def test_sources_compile_for_every_generation(capability: tuple[int, int]) -> None:
+    variants = [
+        (weight(64, 512), torch.bfloat16, 1),
+        (weight(64, 512, 7, 48, zero=True), torch.float16, 16),
+        (weight(64, 512, 1, 0, zero=True), torch.bfloat16, 16),
+    ]
+    for held, dtype, M in variants:
+        configs = [Config(ring=False, row_tiles=2, k_warps=4)]
+        if capability >= (9, 0):
+            configs += [
+                Config(ring=True, row_tiles=2, k_warps=4, cluster=2),
+                Config(ring=True, row_tiles=1, k_warps=2, x_resident=True),
+            ]
+        for config in configs:
+            name = f"{config.kernel}.cu"
+            code = nvrtc.compiler().compile(name, sources.sources_of(name), defines(held, config, M, dtype), capability)
+            assert code[:4] == b"\x7fELF" and config.kernel.encode() in code
+    macros = cuda_few.decoder_defines(weight(64, 512, 5, 32), torch.float16)
+    assert nvrtc.compiler().compile("dequantize.cu", sources.sources_of("dequantize.cu"), macros, capability)[:4] == b"\x7fELF"
+
+
+@needs_nvrtc
+def test_the_cache_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AEROGEL_CACHE", str(tmp_path / "cache"))
+    text = {
+        "one.cu": '#include "two.cuh"\nextern "C" __global__ void one(int* p) { *p = TWO; }',
+        "two.cuh": "#define TWO (X + 1)",
+    }
+    heard: list[nvrtc.Compiled] = []
+    with nvrtc.listening(heard.append):
+        first = nvrtc.cubin("one.cu", text, {"X": 1}, (9, 0))
+        assert nvrtc.cubin("one.cu", text, {"X": 1}, (9, 0)) == first
+        nvrtc.cubin("one.cu", text, {"X": 2}, (9, 0))
+        nvrtc.cubin("one.cu", {**text, "two.cuh": "#define TWO 7"}, {"X": 1}, (9, 0))
+    nvrtc.cubin("one.cu", text, {"X": 1}, (8, 0))
+    assert [event.cached for event in heard] == [False, True, False, False]
+    assert len(list((tmp_path / "cache" / "cubin").glob("one-sm_*.cubin"))) == 4
+    with pytest.raises(RunFailed, match=r"(?s)one\.cu does not compile.*identifier \"X\" is undefined"):
+        nvrtc.cubin("one.cu", text, {}, (9, 0))
+    with pytest.raises(RunFailed, match=r"compute capability 3\.0"):
+        nvrtc.cubin("one.cu", text, {"X": 1}, (3, 0))
+
+
+@needs_nvrtc
+def test_a_cache_that_cannot_be_written_warns_and_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AEROGEL_CACHE", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="AEROGEL_CACHE"):
+        assert nvrtc.cubin("a.cu", {"a.cu": 'extern "C" __global__ void a() {}'}, {}, (9, 0))[:4] == b"\x7fELF"
+
+
+@needs_nvrtc
+def test_no_toolkit_is_needed(tmp_path: Path) -> None:
+    """With every trace of a toolkit hidden, the compiler of torch's wheels is found and finds its own builtins."""
+    if not Path(nvrtc.candidates()[0]).is_absolute():
+        pytest.skip("NVRTC comes from the system here, not from a wheel")
+    hidden = {"CUDA_HOME", "CUDA_PATH", "LD_LIBRARY_PATH"}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"PATH": "/nowhere", "AEROGEL_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = (
+        "from aerogel.kernels.cuda import nvrtc\n"
+        "text = {'a.cu': 'extern \"C\" __global__ void a(float* p) { p[threadIdx.x] = __expf(p[0]); }'}\n"
+        "print(nvrtc.cubin('a.cu', text, {}, (9, 0))[:4], nvrtc.compiler().path)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    assert "ELF" in result.stdout and "nvidia" in result.stdout
+
+
+def test_without_a_compiler_the_reason_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "candidates", lambda: ["/nowhere/libnvrtc.so"])
+    with pytest.raises(ImportError, match="nvidia-cuda-nvrtc"):
+        nvrtc.Compiler()
+
+
+def test_argument_blocks_are_those_of_the_sources() -> None:
+    from aerogel.kernels.gemm import cuda_dense
+
+    for module, name in ((cuda_few, "few_tokens.cuh"), (cuda_dense, "dequantize.cu")):
+        body = re.search(r"struct Arguments \{(.*?)\};", sources.texts()[name], re.DOTALL)
+        assert body is not None
+        text = re.sub(r"//.*", "", body[1])
+        fields = re.findall(r"\*?\s*(\w+)\s*[,;]", text)
+        assert fields == [entry[0] for entry in module.Arguments._fields_]
+
+
+def test_sources_include_nothing_of_the_toolkit() -> None:
+    for name, text in sources.texts().items():
+        for included in re.findall(r"#include\s+(\S+)", text):
+            assert included.strip('"') in sources.texts(), f"{name} includes {included}"
+        assert text.startswith("//") and len(text.splitlines()) <= 400, name
+
+
+def test_launching_without_a_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(launch.ctypes, "CDLL", refuse)
+    with pytest.raises(ImportError, match="NVIDIA's driver"):
+        launch.driver.__wrapped__()
+
+
+# ---- problems --------------------------------------------------------------------------------------------------------
+def test_refusals_name_the_reason() -> None:
+    grid = IntGrid(bits=4, group_size=64)
+
+    def reason(**changes: object) -> str:
+        facts: dict[str, object] = {
+            "format": "pack-quantized",
+            "grid": grid,
+            "N": 8,
+            "K": 64,
+            "dtype": torch.bfloat16,
+            "device": "cuda",
+        }
+        return cuda.Cuda.refuses(Problem(**{**facts, **changes})) or ""  # type: ignore[arg-type]
+
+    assert "cpu" in reason(device="cpu")
+    assert "float32" in reason(dtype=torch.float32)
+    assert "int8" in reason(activations="int8")
+    assert "multiple of 16" in reason(grid=IntGrid(bits=4, group_size=40))
+    if not torch.cuda.is_available():
+        assert "NVIDIA GPU" in reason()
+
+
+GRIDS = [
+    IntGrid(bits=3, group_size=32, symmetric=False),
+    IntGrid(bits=8),
+    Fp8Grid(strategy="channel"),
+    Fp8Grid(strategy="block"),
+    Fp8Grid(strategy="tensor"),
+]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_layout_inverts(grid: IntGrid | Fp8Grid) -> None:
+    dense = torch.randn(150, 200, generator=torch.Generator().manual_seed(0))
+    codes = quantized(grid, dense, grid.fit(dense))
+    layout = tensors_of(codes)
+    back: Codes = codes_of(layout, grid, 150, 200)
+    assert torch.equal(back.values_NK.view(torch.uint8), codes.values_NK.view(torch.uint8))
+    assert torch.equal(back.scale_NG, codes.scale_NG)
+    assert codes.zero_NG is None or torch.equal(back.zero_NG, codes.zero_NG)  # type: ignore[arg-type]
+    TileWeight(
+        codes=layout["tile_codes"], scale=layout["tile_scale"], zero=layout.get("tile_zero"), table=layout.get("tile_table"),
+        pick=None, group_size=grid.group_size or 0, N=150, K=200,
+    ).check()  # fmt: skip
+
+
+def test_a_weight_that_contradicts_itself_is_refused() -> None:
+    with pytest.raises(BadInput, match="has group_size of the wrong"):
+        TileWeight(
+            codes=torch.zeros(1, 1, 1024, dtype=torch.uint8), scale=torch.ones(1, 3, 16), zero=None, table=None, pick=None,
+            group_size=40, N=16, K=100,
+        ).check()  # fmt: skip
+
+
+def test_the_fake_implementation_gives_the_shape() -> None:
+    held = weight(40, 256)
+    for M in (0, 5):
+        x = torch.empty(M, 256, dtype=torch.float16, device="meta")
+        y = cuda._fake(x, held.codes, held.scale, None, None, None, None, 128, 40)
+        assert y.shape == (M, 40) and y.dtype == torch.float16
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(3, 256, dtype=torch.bfloat16, device="cuda")
+        codes = torch.empty(3, 2, 1024, dtype=torch.uint8, device="cuda")
+        scale = torch.empty(3, 2, 16, dtype=torch.bfloat16, device="cuda")
+        y = torch.ops.aerogel.tiles_linear(x, codes, scale, None, None, None, None, 128, 40)
+        assert y.shape == (3, 40) and y.device.type == "cuda"
+
+
+# ---- configurations --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize("M", [1, 8, 16])
+def test_every_weight_has_a_default_that_fits(capability: tuple[int, int], M: int) -> None:
+    for N, K in [(1, 16), (17, 100), (4096, 4096), (128256, 4096), (4096, 28672), (200, 65536)]:
+        for bits, size, zero in [(1, 128, False), (4, 16, True), (8, 0, True), (5, 48, True)]:
+            held = weight(N, K, bits, size, zero)
+            config = default_config(held, M, capability, 132)
+            assert fits(held, config, M, capability, 132), (N, K, bits, size, config)
+            assert not config.ring or capability >= (9, 0)
+
+
+def test_the_shipped_table_holds_configurations_that_fit() -> None:
+    for path in (ROOT / "kernels" / "gemm").glob("cuda_nvidia-*.json"):
+        entries = json.loads(path.read_text("utf-8"))["entries"]
+        assert len(entries) >= 60
+        for key, entry in entries.items():
+            found = re.fullmatch(r"(\d)([tz]?)/g(\d+)/(\d+)x(\d+)/m(\d+)", key)
+            assert found is not None, key
+            bits, _, size, N, K, M = (int(part) if part.isdigit() else part for part in found.groups())
+            held = weight(N, K, bits, size)
+            assert cuda_table.key_of(held, M) == key
+            assert fits(held, Config(**entry["config"]), M, (9, 0), 132), key
+
+
+def test_tables_are_found_by_family_and_own_measurements_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AEROGEL_CACHE", str(tmp_path))
+    cuda_table.table.cache_clear()
+    name, key = "NVIDIA H100 80GB HBM3", "4/g128/4096x4096/m1"
+    assert cuda_table.family_slug(name) == cuda_table.family_slug("NVIDIA H200") == "nvidia-h100"
+    shipped = cuda_table.table(name)[key]
+    own = {"config": {"ring": False, "row_tiles": 1, "k_warps": 3}, "us": 1.0}
+    path = cuda_table.save(name, {key: own})
+    cuda_table.save(name, {"another": own})
+    assert cuda_table.table(name)[key] == own != shipped and "another" in cuda_table.table(name)
+    held = json.loads(path.read_text("utf-8"))
+    assert held["device"] == name and held["torch"] == torch.__version__
+    assert cuda_table.table("NVIDIA A100-SXM4-80GB") == {}
+    cuda_table.table.cache_clear()
+
+
+def test_candidates_fit_and_fill_the_device() -> None:
+    held = weight(4096, 4096)
+    for M in (1, 16):
+        found = cuda_tune.candidates(held, M, (9, 0), 132)
+        assert len(found) == len(set(found)) > 20
+        assert any(config.ring for config in found) and any(not config.ring for config in found)
+        assert all(fits(held, config, M, (9, 0), 132) for config in found)
+    assert not any(config.ring for config in cuda_tune.candidates(held, 1, (8, 0), 108))
+    ring = Config(ring=True, row_tiles=2, k_warps=8, stages=4)
+    assert shared_bytes(held, ring, 1, 128) == 256 + 4 * 16896 + 8 * 2 * 272
