@@ -57,7 +57,7 @@ volatile uint64_t kept_sum;
 
 }  // namespace
 
-int32_t aerogel_native_version() { return 1; }
+int32_t aerogel_native_version() { return 3; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });
@@ -85,6 +85,49 @@ int32_t aerogel_native_gemm(const Weight* weight, const Call* call) {
     bounded.threads = call->threads < 1 ? 1 : call->threads > kMostThreads ? kMostThreads : call->threads;
     return run(*weight, bounded);
 }
+
+int32_t aerogel_native_attend(const Attend* a) {
+    const bool sizes = a->key_size > 0 && a->key_size <= kMostHead && a->value_size > 0 && a->value_size <= kMostHead;
+    const bool heads = a->heads > 0 && a->queries % a->heads == 0 && a->queries / a->heads <= kMostShare;
+    if (!sizes || !heads || a->batch < 1 || *a->slot_at < 0 || *a->slot_at >= a->slots || a->window < 0) return kBadShape;
+    for (int64_t b = 0; b < a->batch; ++b) {
+        if (a->start[b] < 0 || a->start[b] > *a->slot_at) return kBadShape;
+    }
+    if (!known_type(a->type) || (a->cosine == nullptr) != (a->sine == nullptr)) return kBadType;
+    return path_entry(default_path(kExact)).step.attend(*a);
+}
+
+int32_t aerogel_native_norm(const Norm* n) {
+    if (n->rows < 0 || n->size < 1 || (n->b == nullptr) != (n->sum == nullptr)) return kBadShape;
+    if (!known_type(n->type)) return kBadType;
+    return path_entry(default_path(kExact)).step.norm(*n);
+}
+
+int32_t aerogel_native_gate(const Gate* g) {
+    if (g->rows < 0 || g->size < 1 || g->g_stride < g->size || g->u_stride < g->size) return kBadShape;
+    if (!known_type(g->type)) return kBadType;
+    return path_entry(default_path(kExact)).step.gate(*g);
+}
+
+int32_t aerogel_native_program(const Operation* operations, int64_t count, int64_t* done) {
+    for (*done = 0; *done < count; ++*done) {
+        const Operation& each = operations[*done];
+        int32_t status = kBadShape;
+        switch (each.kind) {
+            case kGemm:
+                status = aerogel_native_gemm(static_cast<const Weight*>(each.arguments), static_cast<const Call*>(each.more));
+                break;
+            case kAttend: status = aerogel_native_attend(static_cast<const Attend*>(each.arguments)); break;
+            case kNorm: status = aerogel_native_norm(static_cast<const Norm*>(each.arguments)); break;
+            case kGate: status = aerogel_native_gate(static_cast<const Gate*>(each.arguments)); break;
+            default: break;
+        }
+        if (status != kDone) return status;
+    }
+    return kDone;
+}
+
+void aerogel_native_use_team(void* team) { use_team(reinterpret_cast<Team>(team)); }
 
 double aerogel_native_read(const void* memory, int64_t bytes, int32_t threads) {
     double best = 0.0;

@@ -1,6 +1,7 @@
 // The C boundary: what Python calls. Every pointer comes with its size and is checked before anything is read.
 #pragma once
 #include "layout.h"
+#include "step_structs.h"
 
 #define PUBLIC __attribute__((visibility("default")))
 
@@ -21,6 +22,18 @@ PUBLIC int32_t aerogel_native_gemm(const aerogel::Weight* weight, const aerogel:
 
 // One weight's view of the same, for callers that keep structs: returns a Status without reading the weight.
 PUBLIC int32_t aerogel_native_check(const aerogel::Weight* weight);
+
+// Small operations of a decode step on the best path of this machine; arguments: step_structs.h. Return a Status.
+PUBLIC int32_t aerogel_native_attend(const aerogel::Attend* arguments);
+PUBLIC int32_t aerogel_native_norm(const aerogel::Norm* arguments);
+PUBLIC int32_t aerogel_native_gate(const aerogel::Gate* arguments);
+
+// Runs operations one after the other: a whole decode step without returning to Python. Returns the first Status that is
+// not 0, and the number of operations done in `done`.
+PUBLIC int32_t aerogel_native_program(const aerogel::Operation* operations, int64_t count, int64_t* done);
+
+// See pool.h: `team` is the address of GOMP_parallel, or null.
+PUBLIC void aerogel_native_use_team(void* team);
 
 // Bytes per second of plain reading with so many threads: the larger of a few passes over `bytes` bytes at `memory`.
 PUBLIC double aerogel_native_read(const void* memory, int64_t bytes, int32_t threads);

@@ -53,6 +53,9 @@ INLINE void accumulate(const uint8_t* const (&codes)[R], int64_t at, const uint8
     });
 }
 
+// How far ahead of use codes are asked for, where their bytes and not the arithmetic are the bound.
+constexpr int64_t kAhead = 1536;
+
 // Totals [row][16] of strips first .. first + R - 1 for one block of M rows. Strips beyond the last repeat it.
 template <class P, int BITS, int R, int M>
 void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R]) {
@@ -67,7 +70,9 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R
     }
     F16 total[R][M];
     unroll<R>([&](auto r) ALWAYS { unroll<M>([&](auto m) ALWAYS { total[r][m] = zero_f(); }); });
-    for (int64_t segment = 0; segment < plan.segments; ++segment) {
+    // Counted rather than divided: a division costs as much as a tile.
+    for (int64_t segment = 0, group = 0, left = plan.segments_per_group; segment < plan.segments; ++segment, --left) {
+        if (left == 0) ++group, left = plan.segments_per_group;
         const int64_t tile = segment * plan.segment_tiles, end = tile + plan.segment_tiles;
         const int64_t stop = end < plan.tiles ? end : plan.tiles;
         typename P::Accumulator sum[R][M][kChains];
@@ -75,9 +80,16 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R
             unroll<M>([&](auto m) ALWAYS { unroll<kChains>([&](auto c) ALWAYS { sum[r][m][c] = P::none(); }); });
         });
         for (int64_t t = tile; t < stop; ++t) {
+            if constexpr (M <= 2) {
+                unroll<R>([&](auto r) ALWAYS {
+                    unroll<BITS>([&](auto line) ALWAYS {
+                        __builtin_prefetch(codes[r] + t * tile_bytes<BITS>() + line * kVector + kAhead);
+                    });
+                });
+            }
             accumulate<P, BITS, R, M, kChains>(codes, t * tile_bytes<BITS>(), plan.x_at(block, t), sum);
         }
-        const int64_t group = plan.group_of(segment), factor = plan.factor(block, segment);
+        const int64_t factor = plan.factor(block, segment);
         unroll<R>([&](auto r) ALWAYS {
             const Factors f = factors_of(plan, strip[r], group, kBias);
             unroll<M>([&](auto m) ALWAYS {

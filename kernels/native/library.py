@@ -16,7 +16,7 @@ import torch
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.native.build import FOLDER, LIBRARY
 
-VERSION = 1
+VERSION = 3
 """Of the C interface: structs, codes and layout."""
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -80,8 +80,25 @@ def _load() -> ctypes.CDLL | str:
     library.aerogel_native_check.argtypes = [ctypes.POINTER(Weight)]
     library.aerogel_native_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     library.aerogel_native_read.restype = ctypes.c_double
+    library.aerogel_native_program.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    library.aerogel_native_use_team.argtypes = [ctypes.c_void_p]
+    _borrow_threads(library)
     library.aerogel_native_built.restype = library.aerogel_native_able.restype = ctypes.c_uint32
     return library
+
+
+def _borrow_threads(library: ctypes.CDLL) -> None:
+    """Lets loops run on the threads of torch's OpenMP, where torch brings one; else the library keeps its own pool.
+
+    Two pools on the same cores each wait actively for work, and take the cores from each other while they do.
+    """
+    for place in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        try:
+            openmp = ctypes.CDLL(str(place), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+            library.aerogel_native_use_team(ctypes.cast(openmp.GOMP_parallel, ctypes.c_void_p))
+        except (OSError, AttributeError):
+            continue
+        return
 
 
 def missing() -> str | None:

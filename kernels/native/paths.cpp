@@ -10,7 +10,8 @@ namespace aerogel {
 
 #define DECLARE(NAME)                                  \
     Status exact_##NAME(const Weight&, const Call&);   \
-    Status int8_##NAME(const Weight&, const Call&);
+    Status int8_##NAME(const Weight&, const Call&);    \
+    extern const Step step_##NAME;
 DECLARE(portable)
 DECLARE(avx2)
 DECLARE(avxvnni)
@@ -25,7 +26,7 @@ namespace {
 PathEntry table[kPaths];
 
 bool fill() {
-    table[kPortable] = {exact_portable, int8_portable, true};
+    table[kPortable] = {exact_portable, int8_portable, true, step_portable};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -34,19 +35,20 @@ bool fill() {
                         __builtin_cpu_supports("avx512vnni");
     (void)avx512;
 #if defined(HAVE_AVX2)
-    table[kAvx2] = {exact_avx2, int8_avx2, avx2};
+    table[kAvx2] = {exact_avx2, int8_avx2, avx2, step_avx2};
 #if defined(HAVE_AVXVNNI)
-    table[kAvxVnni] = {exact_avx2, int8_avxvnni, avx2 && __builtin_cpu_supports("avxvnni")};
+    table[kAvxVnni] = {exact_avx2, int8_avxvnni, avx2 && __builtin_cpu_supports("avxvnni"), step_avx2};
 #endif
 #endif
 #if defined(HAVE_AVX512)
-    table[kAvx512] = {exact_avx512, int8_avx512, avx512};
+    table[kAvx512] = {exact_avx512, int8_avx512, avx512, step_avx512};
 #if defined(HAVE_AVX512BF16)
-    table[kAvx512Bf16] = {exact_avx512bf16, int8_avx512, avx512 && __builtin_cpu_supports("avx512bf16")};
+    table[kAvx512Bf16] = {exact_avx512bf16, int8_avx512, avx512 && __builtin_cpu_supports("avx512bf16"), step_avx512};
 #endif
 #endif
 #elif defined(__aarch64__) && defined(HAVE_NEON)
-    table[kNeon] = {exact_neon, int8_neon, (getauxval(AT_HWCAP) & (1ul << 20)) != 0};  // HWCAP_ASIMDDP
+    const bool dot = (getauxval(AT_HWCAP) & (1ul << 20)) != 0;  // HWCAP_ASIMDDP
+    table[kNeon] = {exact_neon, int8_neon, dot, step_neon};
 #endif
     return true;
 }

@@ -1,6 +1,7 @@
 // The instruction-set paths and what each runs. A path that was not compiled in has null functions.
 #pragma once
 #include "layout.h"
+#include "step_structs.h"
 
 namespace aerogel {
 
@@ -8,9 +9,16 @@ enum Path : int32_t { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx5
 
 using Run = Status (*)(const Weight&, const Call&);
 
+struct Step {
+    Status (*attend)(const Attend&);
+    Status (*norm)(const Norm&);
+    Status (*gate)(const Gate&);
+};
+
 struct PathEntry {
     Run exact, int8;
     bool able;  // this machine has the instructions
+    Step step;
 };
 
 const PathEntry& path_entry(int32_t path);

@@ -108,19 +108,51 @@ private:
 Pool* pool = nullptr;
 std::once_flag once;
 
+std::atomic<Team> borrowed{nullptr};
+
 Pool* shared() {
     std::call_once(once, [] {
         pool = new Pool;
-        pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+        pthread_atfork(nullptr, nullptr, [] {
+            pool = new Pool;
+            borrowed.store(nullptr);
+        });
     });
     return pool;
 }
 
+// One loop on borrowed threads: whoever comes takes pieces, and every piece is done when the team is.
+struct Shared {
+    Body body;
+    void* context;
+    int64_t pieces;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> workers{0};
+
+    static void work(void* self) {
+        Shared& loop = *static_cast<Shared*>(self);
+        const int worker = loop.workers.fetch_add(1, std::memory_order_relaxed);
+        for (int64_t piece; (piece = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.pieces;) {
+            loop.body(loop.context, piece, worker);
+        }
+    }
+};
+
 }  // namespace
+
+void use_team(Team team) {
+    shared();
+    borrowed.store(team);
+}
 
 void parallel(int64_t pieces, int threads, Body body, void* context) {
     if (threads > kMostThreads) threads = kMostThreads;
     if (threads > pieces) threads = static_cast<int>(pieces);
+    if (const Team team = threads > 1 ? borrowed.load() : nullptr) {
+        Shared loop{body, context, pieces};
+        team(Shared::work, &loop, static_cast<unsigned>(threads), 0);
+        return;
+    }
     Pool* found = threads > 1 ? shared() : nullptr;
     std::unique_lock<std::mutex> turn;
     if (found) turn = std::unique_lock<std::mutex>(found->in_use, std::try_to_lock);

@@ -1,7 +1,7 @@
 // A pool of threads for loops whose pieces are independent.
 //
 // `parallel(pieces, threads, body)` runs body(piece, worker) once for every piece, on the calling thread and threads - 1
-// others. Which thread runs a piece is left to chance, so a piece must not depend on it: then any number of threads gives
+// others, torch's where we are told of them. Which thread runs a piece is left to chance, so a piece must not depend on it: then any number of threads gives
 // the same bits. Workers wait actively for a short while, because the next matmul of a model follows within microseconds,
 // and sleep after that, so that they never compete for long with the threads of another library. A caller that finds the
 // pool in use (a second Python thread, or a worker itself) runs its loop alone. After a fork the child starts a new pool.
@@ -20,5 +20,10 @@ void parallel(int64_t pieces, int threads, F&& f) {
 }
 
 constexpr int kMostThreads = 256;
+
+// GOMP_parallel of the OpenMP library that torch runs on. With it, loops run on torch's own threads, so that two pools never
+// wait actively for each other's cores; null goes back to ours. A child of fork goes back by itself.
+using Team = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+void use_team(Team team);
 
 }  // namespace aerogel

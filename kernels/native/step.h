@@ -62,10 +62,7 @@ INLINE float inner(const float* a, const float* b, int64_t count) {
     F16 sum = zero_f();
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) sum = multiply_add(load<F16>(a + i), load<F16>(b + i), sum);
-    float lanes[16];
-    store(lanes, sum);
-    float total = 0.0f;
-    for (int lane = 0; lane < 16; ++lane) total += lanes[lane];
+    float total = total_of(sum);
     for (; i < count; ++i) total += a[i] * b[i];
     return total;
 }
@@ -80,7 +77,7 @@ inline void rotate(float* x, const float* cosine, const float* sine, int64_t siz
 
 // All queries of one key/value head of one sequence.
 inline void attend_head(const Attend& a, int64_t sequence, int64_t head, float* scores) {
-    const int64_t D = a.key_size, E = a.value_size, G = a.queries / a.heads, end = a.slot + 1;
+    const int64_t D = a.key_size, E = a.value_size, G = a.queries / a.heads, slot = *a.slot_at, end = slot + 1;
     const int64_t begin = a.window && end - a.window > a.start[sequence] ? end - a.window : a.start[sequence];
     const int64_t cache = (sequence * a.heads + head) * a.slots, length = end - begin;
     float cosine[kMostHead], sine[kMostHead], row[kMostHead], query[kMostShare][kMostHead];
@@ -93,9 +90,9 @@ inline void attend_head(const Attend& a, int64_t sequence, int64_t head, float* 
         rotate(row, cosine, sine, D, a.type);
         for (int64_t g = 0; g < G; ++g) rotate(query[g], cosine, sine, D, a.type);
     }
-    from_floats(a.keys, (cache + a.slot) * D, a.type, row, D);
+    from_floats(a.keys, (cache + slot) * D, a.type, row, D);
     to_floats(a.v, (sequence * a.heads + head) * E, a.type, row, E);
-    from_floats(a.values, (cache + a.slot) * E, a.type, row, E);
+    from_floats(a.values, (cache + slot) * E, a.type, row, E);
     for (int64_t s = 0; s < length; ++s) {
         to_floats(a.keys, (cache + begin + s) * D, a.type, row, D);
         for (int64_t g = 0; g < G; ++g) scores[g * length + s] = inner(query[g], row, D) * a.scale;
@@ -115,8 +112,10 @@ inline void attend_head(const Attend& a, int64_t sequence, int64_t head, float* 
     for (int64_t s = 0; s < length; ++s) {
         to_floats(a.values, (cache + begin + s) * E, a.type, row, E);
         for (int64_t g = 0; g < G; ++g) {
-            const float weight = scores[g * length + s];
-            for (int64_t e = 0; e < E; ++e) out[g][e] += weight * row[e];
+            const F16 weight = spread<F16>(scores[g * length + s]);
+            int64_t e = 0;
+            for (; e + 16 <= E; e += 16) store(out[g] + e, multiply_add(weight, load<F16>(row + e), load<F16>(out[g] + e)));
+            for (; e < E; ++e) out[g][e] += scores[g * length + s] * row[e];
         }
     }
     for (int64_t g = 0; g < G; ++g) {
@@ -126,7 +125,7 @@ inline void attend_head(const Attend& a, int64_t sequence, int64_t head, float* 
 }
 
 inline Status attend(const Attend& a) {
-    const int64_t G = a.queries / a.heads, length = a.slot + 1, pieces = a.batch * a.heads;
+    const int64_t G = a.queries / a.heads, length = *a.slot_at + 1, pieces = a.batch * a.heads;
     const int threads = length * a.key_size * a.heads * a.batch < (1 << 15) ? 1 : a.threads;
     const size_t each = (static_cast<size_t>(G * length) * sizeof(float) + 63) / 64 * 64;
     uint8_t* memory = static_cast<uint8_t*>(scratch(kStepScratch, each * static_cast<size_t>(threads)));

@@ -12,8 +12,9 @@ struct Attend {
     const void *cosine, *sine;     // [batch or 1, key_size] or null
     void *keys, *values;           // [batch, heads, slots, size]; the new ones are written at `slot`
     const int64_t* start;          // [batch]: the first slot of each sequence
+    const int64_t* slot_at;        // where the new key and value go; read when the operation runs
     void* out;                     // [batch, queries, value_size]
-    int64_t batch, queries, heads, slots, key_size, value_size, slot, window;
+    int64_t batch, queries, heads, slots, key_size, value_size, window;
     float scale;
     int32_t type, angles_per_sequence, threads;
 };
@@ -31,6 +32,15 @@ struct Gate {
     void* y;            // [rows, size]
     int64_t rows, size, g_stride, u_stride;
     int32_t type;
+};
+
+// One operation of a program: a matmul (Weight and Call) or one of the above.
+enum Kind : int32_t { kGemm = 0, kAttend = 1, kNorm = 2, kGate = 3 };
+
+struct Operation {
+    int32_t kind, reserved;
+    const void* arguments;
+    const void* more;  // the Call of a matmul
 };
 
 }  // namespace aerogel

@@ -1,10 +1,14 @@
 // AVX-512 with the int8 dot product: Cascade Lake, Zen 4 and later.
 #define UNIT avx512
 #include "gemm.h"
+#include "paths.h"
+#include "step.h"
 
 namespace aerogel {
 
 Status exact_avx512(const Weight& weight, const Call& call) { return avx512::run<avx512::Exact>(weight, call); }
 Status int8_avx512(const Weight& weight, const Call& call) { return avx512::run<avx512::Int8>(weight, call); }
+extern const Step step_avx512;
+const Step step_avx512 = {avx512::attend, avx512::norm, avx512::gate};
 
 }  // namespace aerogel

@@ -1,10 +1,14 @@
 // Portable C++: what every machine runs. The compiler vectorises four lanes at a time where it can.
 #define UNIT portable
 #include "gemm.h"
+#include "paths.h"
+#include "step.h"
 
 namespace aerogel {
 
 Status exact_portable(const Weight& weight, const Call& call) { return portable::run<portable::Exact>(weight, call); }
 Status int8_portable(const Weight& weight, const Call& call) { return portable::run<portable::Int8>(weight, call); }
+extern const Step step_portable;
+const Step step_portable = {portable::attend, portable::norm, portable::gate};
 
 }  // namespace aerogel

@@ -209,6 +209,20 @@ INLINE F16 load_bytes(const int8_t* from) {
     return v;
 }
 
+// Sum of sixteen lanes, halves first.
+INLINE float total_of(const F16& v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v.part[0]));
+#else
+    float lanes[16];
+    store(lanes, v);
+    for (int width = 8; width > 0; width /= 2) {
+        for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    }
+    return lanes[0];
+#endif
+}
+
 // The first `count` of sixteen floats, rounded to `type`.
 INLINE void store_floats(void* to, int64_t index, int32_t type, const float* from, int count) {
     if (type == kFloat32) {

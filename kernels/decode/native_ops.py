@@ -1,0 +1,142 @@
+"""The small operations of a decode step as compiled CPU code; the definitions are in `ops`.
+
+Plain torch takes four to twelve operators for each of them, five microseconds apiece; here each is one call that reads
+and writes a few kilobytes. What the compiled code does not do (softcap, sinks, gelu, mixed types, unusual strides) runs
+as defined: the numbers are the same to rounding, only slower.
+
+Shape legend: B sequences, H query heads, J key/value heads, L slots, D and E sizes of keys and values, N features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from aerogel.kernels.decode import ops
+from aerogel.kernels.native import library
+from aerogel.kernels.native.library import TYPES
+
+_LARGEST_HEAD, _LARGEST_SHARE = 512, 64
+
+
+class _Attend(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cosine", "sine", "keys", "values", "start", "slot_at", "out")),
+        *((name, ctypes.c_int64) for name in ("batch", "queries", "heads", "slots", "key_size", "value_size", "window")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("type", "angles_per_sequence", "threads")),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "b", "weight", "sum", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "size")),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("type", "round_first")),
+    ]
+
+
+class _Gate(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("g", "u", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "size", "g_stride", "u_stride")),
+        ("type", ctypes.c_int32),
+    ]
+
+
+def _alike(*tensors: Tensor | None) -> bool:
+    """Whether all are contiguous and of one type that the compiled code knows."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    kind = given[0].dtype
+    return kind in TYPES and all(tensor.dtype == kind and tensor.is_contiguous() for tensor in given)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    slot: Tensor,
+    start: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """`ops.attend`: [B, 1, H, E]; writes the new key and value into their slots."""
+    B, H, _, D = q.shape
+    J, E = k.shape[1], v.shape[3]
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    cos, sin = (None, None) if cos is None or sin is None else (cos.contiguous(), sin.contiguous())
+    simple = not softcap and sinks is None and max(D, E) <= _LARGEST_HEAD and H // J <= _LARGEST_SHARE
+    if not simple or not _alike(q, k, v, cos, sin, keys, values):
+        return ops.attend(q, k, v, cos, sin, keys, values, slot, start, scale, window, softcap, sinks)
+    out = torch.empty(B, 1, H, E, dtype=q.dtype)
+    arguments = _Attend(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        None if cos is None else cos.data_ptr(),
+        None if sin is None else sin.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        start.data_ptr(),
+        slot.data_ptr(),
+        out.data_ptr(),
+        *(B, H, J, keys.shape[2], D, E, window),
+        scale,
+        *(TYPES[q.dtype], int(cos is not None and cos.shape[0] > 1), torch.get_num_threads()),
+    )
+    library.check(library.library().aerogel_native_attend(ctypes.byref(arguments)), "attention of one token")
+    return out
+
+
+def _norm(a: Tensor, b: Tensor | None, weight: Tensor, eps: float, round_first: bool) -> tuple[Tensor, Tensor]:
+    total = a if b is None else torch.empty_like(a)
+    y = torch.empty_like(a)
+    size = weight.shape[0]
+    arguments = _Norm(
+        a.data_ptr(),
+        None if b is None else b.data_ptr(),
+        weight.data_ptr(),
+        None if b is None else total.data_ptr(),
+        y.data_ptr(),
+        *(a.numel() // size, size),
+        eps,
+        *(TYPES[a.dtype], int(round_first)),
+    )
+    library.check(library.library().aerogel_native_norm(ctypes.byref(arguments)), "a norm")
+    return total, y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor:
+    """`ops.rms_norm`: [..., N]."""
+    if not _alike(x, weight):
+        return ops.rms_norm(x, weight, eps, round_first)
+    return _norm(x, None, weight, eps, round_first)[1]
+
+
+def add_rms_norm(a: Tensor, b: Tensor, weight: Tensor, eps: float, round_first: bool) -> tuple[Tensor, Tensor]:
+    """`ops.add_rms_norm`: (a + b, its norm)."""
+    if a.shape != b.shape or not _alike(a, b, weight):
+        return ops.add_rms_norm(a, b, weight, eps, round_first)
+    return _norm(a, b, weight, eps, round_first)
+
+
+def gate(g: Tensor, u: Tensor, act: str) -> Tensor:
+    """`ops.gate`: act(g) * u; both may be halves of one matmul's result."""
+    size = g.shape[-1]
+    rows = g.numel() // size if size else 0
+    one = rows == 1 or (g.is_contiguous() and u.is_contiguous())
+    if act != "silu" or not one or g.dtype != u.dtype or g.dtype not in TYPES or {g.stride(-1), u.stride(-1)} != {1}:
+        return ops.gate(g, u, act)
+    y = torch.empty(g.shape, dtype=g.dtype)
+    arguments = _Gate(g.data_ptr(), u.data_ptr(), y.data_ptr(), rows, size, size, size, TYPES[g.dtype])
+    library.check(library.library().aerogel_native_gate(ctypes.byref(arguments)), "a gate")
+    return y

@@ -1,0 +1,75 @@
+"""The compiled small operations of a decode step against their definitions: types, shared heads, windows, ragged sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aerogel.errors import BadInput
+from aerogel.kernels.decode import native_ops, ops
+from aerogel.kernels.native import library
+
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+CLOSE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("H", "J", "D", "E"), [(1, 1, 2, 2), (9, 3, 64, 64), (4, 4, 40, 24), (8, 2, 128, 128)])
+def test_attention_of_one_token(dtype: torch.dtype, H: int, J: int, D: int, E: int) -> None:
+    random = torch.Generator().manual_seed(H * D)
+    for batch, slots, slot, window in ((1, 8, 0, 0), (1, 300, 257, 0), (2, 64, 40, 16), (3, 64, 63, 0)):
+        make = lambda *shape: torch.randn(*shape, generator=random).to(dtype)  # noqa: E731, B023
+        q, k, v = make(batch, H, 1, D), make(batch, J, 1, D), make(batch, J, 1, E)
+        angles = torch.rand(batch, 1, D, generator=random) * 6
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        keys, values = make(batch, J, slots, D), make(batch, J, slots, E)
+        start = torch.tensor([0, 3, 7][:batch]).clamp(max=slot)
+        for turned in ((cos, sin), (None, None)):
+            held = [(keys.clone(), values.clone()) for _ in range(2)]
+            rest = (torch.tensor([slot]), start, D**-0.5, window, 0.0, None)
+            found = native_ops.attend(q, k, v, *turned, *held[0], *rest)
+            wanted = ops.attend(q, k, v, *turned, *held[1], *rest)
+            assert found.shape == wanted.shape and found.dtype == dtype
+            assert relative(found, wanted) < CLOSE[dtype], (batch, slot, window)
+            assert relative(held[0][0], held[1][0]) < CLOSE[dtype] and torch.equal(held[0][1], held[1][1])
+            # Nothing but the new slot was written.
+            assert torch.equal(held[0][0][:, :, :slot], keys[:, :, :slot])
+            assert torch.equal(held[0][0][:, :, slot + 1 :], keys[:, :, slot + 1 :])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("round_first", [False, True])
+def test_norms(dtype: torch.dtype, round_first: bool) -> None:
+    for shape in ((1, 1, 576), (3, 37), (2, 1, 5)):
+        a, b, weight = (torch.randn(*size).to(dtype) for size in (shape, shape, shape[-1:]))
+        wanted = ops.add_rms_norm(a, b, weight, 1e-5, round_first)
+        found = native_ops.add_rms_norm(a, b, weight, 1e-5, round_first)
+        assert torch.equal(found[0], wanted[0]) and relative(found[1], wanted[1]) < CLOSE[dtype]
+        alone = native_ops.rms_norm(a, weight, 1e-5, round_first)
+        assert relative(alone, ops.rms_norm(a, weight, 1e-5, round_first)) < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_gates(dtype: torch.dtype) -> None:
+    for lead, size in (((1, 1), 1536), ((2, 3), 70), ((1,), 2100)):
+        both = (torch.randn(*lead, 2 * size) * 4).to(dtype)
+        g, u = both[..., :size], both[..., size:]
+        for act in ("silu", "gelu"):
+            found = native_ops.gate(g, u, act)
+            assert found.shape == g.shape and relative(found, ops.gate(g, u, act)) < CLOSE[dtype]
+    extreme = torch.tensor([[-200.0, -88.0, 0.0, 88.0, 200.0]]).to(dtype)
+    torch.testing.assert_close(native_ops.gate(extreme, torch.ones_like(extreme), "silu"), torch.nn.functional.silu(extreme))
+
+
+def test_slots_out_of_range_are_refused() -> None:
+    q = torch.randn(1, 2, 1, 16)
+    keys, values = torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16)
+    for slot, start in ((8, 0), (3, 4)):
+        with pytest.raises(BadInput, match="shape"):
+            native_ops.attend(q, q, q, None, None, keys, values, torch.tensor([slot]), torch.tensor([start]), 1.0, 0, 0.0, None)
