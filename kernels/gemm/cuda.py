@@ -104,7 +104,11 @@ def tiles_linear(
     if runner is None:
         held = TileWeight(codes=codes, scale=scale, zero=zero, table=table, pick=pick, group_size=group_size, N=N, K=K)
         runner = _plan(held, x, key)
-    runner(x, bias, y)
+    if x.get_device() == torch._C._cuda_getDevice():
+        runner(x, bias, y)
+    else:
+        with torch.cuda.device(x.device):
+            runner(x, bias, y)
     return y
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.gemm.cuda import Runner
-from aerogel.kernels.gemm.cuda_few import decoder_defines, table_kind
+from aerogel.kernels.gemm.cuda_few import decoder_defines, table_bytes
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
 SOURCE = "dequantize.cu"
@@ -43,10 +43,7 @@ class Dequantizer:
         self._function = function(SOURCE, "dequantize", decoder_defines(weight, dtype), device)
         self._weight, self._device = weight, device.index
         self._table = None if weight.table is None else weight.table.to(dtype)
-        tables = 0
-        if weight.table is not None:
-            tables = (16 if table_kind(weight) == 2 else weight.table.shape[0]) * (2 << weight.bits)
-        self._shared = WARPS * 16 * 272 + tables
+        self._shared = WARPS * 16 * 272 + table_bytes(weight, 1)
 
     def __call__(self, first: int, dense: Tensor) -> None:
         """Rows first .. of W into `dense` [rows, K], contiguous; `first` is a multiple of 16."""

@@ -25,6 +25,7 @@ from aerogel.kernels.gemm.cuda_weight import TileWeight
 TOKENS = 16
 MOST_TOKENS = 96
 """Above this, decoding the whole weight and multiplying densely is faster than passing over it every 16 tokens."""
+MOST_TABLE_BYTES = 48 << 10
 SHARED_LIMIT = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10, 12: 99 << 10}
 """Shared memory of a block in bytes, by the major compute capability; the least of the generation's devices."""
 SCALE_NUMBER = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -124,6 +125,14 @@ def table_kind(weight: TileWeight) -> int:
     return 3 if weight.pick is not None else 1 if weight.table.shape[0] == 1 else 2
 
 
+def table_bytes(weight: TileWeight, row_tiles: int) -> int:
+    """Bytes of the tables that a block of so many row tiles keeps in shared memory."""
+    kind = table_kind(weight)
+    if weight.table is None or kind == 0:
+        return 0
+    return (row_tiles * 16 if kind == 2 else weight.table.shape[0]) * (2 << weight.bits)
+
+
 def side_bytes(weight: TileWeight, columns: int) -> int:
     """Bytes beside the codes for one row tile of `columns` columns."""
     zero = 0 if weight.zero is None else weight.zero.element_size()
@@ -136,9 +145,7 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     rows = config.block_tiles * 16
     k_tiles = weight.codes.shape[1]
     partials = config.k_warps * M * (rows + 4) * 4 + (M * rows * 4 if config.cluster > 1 else 0)
-    tables = 0
-    if weight.table is not None:
-        tables = (rows if table_kind(weight) == 2 else weight.table.shape[0]) * (2 << weight.bits)
+    tables = table_bytes(weight, config.block_tiles)
     if not config.ring:
         slots = config.warps * 2 * (M * 272 + config.row_tiles * side_bytes(weight, 128))
         return (tables + 15) // 16 * 16 + max(slots, partials)
@@ -204,13 +211,8 @@ class Few:
         """Too many tokens, or tables that do not fit into shared memory."""
         if M > MOST_TOKENS:
             return f"passes over the weight once per {TOKENS} tokens, {M} are better served by a dense product"
-        table = weight.table
-        if (
-            table is not None
-            and table_kind(weight) != 1
-            and table.shape[1] * 32 * (16 if weight.pick is None else 8) > 64 << 10
-        ):
-            return "holds its tables in shared memory, and these are too many"
+        if table_bytes(weight, 1) > MOST_TABLE_BYTES:
+            return f"holds its tables in shared memory, and these are {table_bytes(weight, 1)} bytes"
         return None
 
     @staticmethod
