@@ -34,38 +34,39 @@ class Arguments(ctypes.Structure):
 
 
 class Dequantizer:
-    """Decodes rows of one weight. dtype: bfloat16 or float16, what the dense rows are rounded to."""
+    """Decodes rows of one weight. dtype: bfloat16 or float16, what the dense rows are rounded to.
+
+    It knows the weight by its addresses and keeps none of its memory alive but the table's, whose converted copy it uses.
+    """
 
     def __init__(self, weight: TileWeight, dtype: torch.dtype) -> None:
         from aerogel.kernels.cuda.sources import function
 
         device = weight.codes.device
         self._function = function(SOURCE, "dequantize", decoder_defines(weight, dtype), device)
-        self._weight, self._device = weight, device.index
-        self._table = None if weight.table is None else weight.table.to(dtype)
+        self._device, self._k_tiles = device.index, weight.codes.shape[1]
+        self._original = weight.table
+        self._table = table = None if weight.table is None else weight.table.to(dtype)
         self._shared = WARPS * 16 * 272 + table_bytes(weight, 1)
+        self._facts: dict[str, Any] = {
+            "codes": weight.codes.data_ptr(),
+            "scale": weight.scale.data_ptr(),
+            "zero": None if weight.zero is None else weight.zero.data_ptr(),
+            "table": None if table is None else table.data_ptr(),
+            "pick": None if weight.pick is None else weight.pick.data_ptr(),
+            "K": weight.K,
+            "k_tiles": self._k_tiles,
+            "groups": weight.groups,
+            "tables": 0 if table is None else table.shape[0],
+        }
 
     def __call__(self, first: int, dense: Tensor) -> None:
         """Rows first .. of W into `dense` [rows, K], contiguous; `first` is a multiple of 16."""
         from aerogel.kernels.cuda.launch import Launch
 
-        weight, table = self._weight, self._table
         rows = dense.shape[0]
-        arguments: Any = Arguments(
-            codes=weight.codes.data_ptr(),
-            scale=weight.scale.data_ptr(),
-            zero=None if weight.zero is None else weight.zero.data_ptr(),
-            table=None if table is None else table.data_ptr(),
-            pick=None if weight.pick is None else weight.pick.data_ptr(),
-            dense=dense.data_ptr(),
-            rows=rows,
-            K=weight.K,
-            first_tile=first // 16,
-            k_tiles=weight.codes.shape[1],
-            groups=weight.groups,
-            tables=0 if table is None else table.shape[0],
-        )
-        blocks = -(-rows // 16) * -(-weight.codes.shape[1] // WARPS)
+        arguments = Arguments(dense=dense.data_ptr(), rows=rows, first_tile=first // 16, **self._facts)
+        blocks = -(-rows // 16) * -(-self._k_tiles // WARPS)
         launch = Launch(self._function, arguments, grid=(blocks,), block=WARPS * 32, shared_bytes=self._shared)
         launch(torch._C._cuda_getCurrentRawStream(self._device))
 
@@ -93,12 +94,13 @@ class Dense:
     def plan(weight: TileWeight, M: int, dtype: torch.dtype) -> Runner:
         """See `Implementation.plan`."""
         decode = Dequantizer(weight, dtype)
-        step = max(16, BUFFER_BYTES // (2 * max(weight.K, 1)) // 16 * 16)
+        N, K = weight.N, weight.K
+        step = max(16, BUFFER_BYTES // (2 * max(K, 1)) // 16 * 16)
 
         def run(x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
-            buffer = torch.empty(min(step, weight.N), weight.K, dtype=dtype, device=x_MK.device)
-            for first in range(0, weight.N, step):
-                rows = buffer[: min(step, weight.N - first)]
+            buffer = torch.empty(min(step, N), K, dtype=dtype, device=x_MK.device)
+            for first in range(0, N, step):
+                rows = buffer[: min(step, N - first)]
                 decode(first, rows)
                 part = y_MN[:, first : first + rows.shape[0]]
                 if bias_N is None:

@@ -239,7 +239,8 @@ def _slices(weight: TileWeight, M: int, dtype: torch.dtype) -> Runner:
 class Plan:
     """One weight, one number of tokens, one configuration: compiled, sized and ready to be called as a `Runner`.
 
-    The first call does not begin early: whatever wrote the weight may be the kernel just before it on the stream.
+    It knows the weight by its addresses and keeps none of its memory alive but the table's. The first call does not begin
+    early: whatever wrote the weight may be the kernel just before it on the stream.
     """
 
     def __init__(self, weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> None:
@@ -250,7 +251,8 @@ class Plan:
         facts = torch.cuda.get_device_properties(device)
         self.config = config
         self.function = function(f"{config.kernel}.cu", config.kernel, defines(weight, config, M, dtype), device)
-        self._table = None if weight.table is None else weight.table.to(dtype)  # kept alive with the plan
+        # The converted table lives as long as the plan; so does the original, or its address could come to mean another one.
+        self._original, self._table = weight.table, None if weight.table is None else weight.table.to(dtype)
         grid = grid_of(weight, config, facts.multi_processor_count)
         R, C = weight.codes.shape[:2]
         self._columns = C * 128 if config.ring and config.x_resident else -(-weight.K // 8) * 8

@@ -7,14 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.cuda import launch, nvrtc, sources
-from aerogel.kernels.gemm import cuda, cuda_few, cuda_table, cuda_tune
+from aerogel.kernels.gemm import cuda, cuda_dense, cuda_few, cuda_table, cuda_tune
 from aerogel.kernels.gemm.cuda_few import Config, default_config, defines, fits, shared_bytes
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
 from aerogel.kernels.problem import Problem
@@ -171,8 +173,6 @@ def test_without_a_compiler_the_reason_says_what_to_install(monkeypatch: pytest.
 
 
 def test_argument_blocks_are_those_of_the_sources() -> None:
-    from aerogel.kernels.gemm import cuda_dense
-
     for module, name in ((cuda_few, "few_tokens.cuh"), (cuda_dense, "dequantize.cu")):
         body = re.search(r"struct Arguments \{(.*?)\};", sources.texts()[name], re.DOTALL)
         assert body is not None
@@ -266,6 +266,81 @@ def test_the_fake_implementation_gives_the_shape() -> None:
         scale = torch.empty(3, 2, 16, dtype=torch.bfloat16, device="cuda")
         y = torch.ops.aerogel.tiles_linear(x, codes, scale, None, None, None, None, 128, 40)
         assert y.shape == (3, 40) and y.device.type == "cuda"
+
+
+class Recorded:
+    """Stands in for `launch.Launch`: keeps what it is given, and the arguments at each call."""
+
+    made: list[Recorded] = []
+
+    def __init__(self, function: object, arguments: object, **options: object) -> None:
+        self.function, self.arguments, self.options = function, arguments, options
+        self.calls: list[dict[str, object]] = []
+        Recorded.made.append(self)
+
+    def __call__(self, stream: int) -> None:
+        self.calls.append({name: getattr(self.arguments, name) for name, _ in self.arguments._fields_} | {"stream": stream})  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
+    """A machine with an H100 that launches nothing."""
+    facts = SimpleNamespace(multi_processor_count=132, major=9, minor=0, name="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    monkeypatch.setattr(sources, "function", lambda *what: what)
+    monkeypatch.setattr(launch, "Launch", Recorded)
+    Recorded.made = []
+    return Recorded.made
+
+
+def real_weight(N: int, K: int) -> TileWeight:
+    return cuda_tune.random_weight(N, K, 4, 32, "cpu", zero="integer")
+
+
+def test_plans_hand_over_addresses_and_begin_early_only_after_the_first_call(recorded: list[Recorded]) -> None:
+    held = real_weight(40, 100)
+    run = cuda_few.Few.plan(held, 3, torch.bfloat16)
+    x, y, bias = torch.randn(3, 100).bfloat16(), torch.empty(3, 40, dtype=torch.bfloat16), torch.randn(40)
+    run(x, bias, y)
+    run(x, None, y)
+    first, later = recorded
+    assert "early" not in first.options and later.options["early"] is True
+    assert len(first.calls) == len(later.calls) == 1
+    call = later.calls[0]
+    wanted = {"codes": held.codes.data_ptr(), "scale": held.scale.data_ptr(), "y": y.data_ptr(), "bias": None, "stream": 7}
+    assert {name: call[name] for name in wanted} == wanted
+    assert held.zero is not None and call["zero"] == held.zero.data_ptr() and call["table"] is None
+    assert (call["M"], call["N"], call["groups"], call["row_tiles"], call["k_tiles"]) == (3, 40, 4, 3, 1)
+    # 100 columns of 16 bits are no multiple of 16 bytes: x is copied into rows of 104.
+    assert call["x_stride"] == call["x_columns"] == 104 and call["x"] != x.data_ptr()
+    assert first.calls[0]["bias"] not in (None, bias.data_ptr())
+
+
+def test_aligned_tokens_are_not_copied_and_many_run_in_slices(recorded: list[Recorded]) -> None:
+    held = real_weight(40, 128)
+    x, y = torch.randn(40, 128).bfloat16(), torch.empty(40, 40, dtype=torch.bfloat16)
+    cuda_few.Few.plan(held, 40, torch.bfloat16)(x, None, y)
+    calls = [call for one in recorded for call in one.calls]
+    assert sorted((call["M"], call["x"]) for call in calls) == [  # type: ignore[type-var]
+        (8, x[32:].data_ptr()), (16, x.data_ptr()), (16, x[16:].data_ptr()),
+    ]  # fmt: skip
+    assert {call["y"] for call in calls} == {y.data_ptr(), y[16:].data_ptr(), y[32:].data_ptr()}
+
+
+def test_the_dense_path_decodes_row_by_row_and_keeps_no_weight_alive(
+    recorded: list[Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_dense, "BUFFER_BYTES", 2 * 256 * 32)
+    held = real_weight(70, 256)
+    codes = weakref.ref(held.codes)
+    run = cuda_dense.Dense.plan(held, 5, torch.bfloat16)
+    y = torch.empty(5, 70, dtype=torch.bfloat16)
+    run(torch.zeros(5, 256, dtype=torch.bfloat16), None, y)
+    assert [(one.calls[0]["first_tile"], one.calls[0]["rows"]) for one in recorded] == [(0, 32), (2, 32), (4, 6)]
+    assert [one.options["grid"] for one in recorded] == [(2,), (2,), (1,)]
+    del held
+    assert codes() is None and run is not None
 
 
 # ---- configurations --------------------------------------------------------------------------------------------------
