@@ -1,0 +1,191 @@
+// From packed codes to the A fragment of one k16 step: four registers of two 16-bit weights, w = (u - z) * s.
+//
+// A lane owns rows g = lane/4 and g+8 of its 16-row tile and, of every 16 columns, 2t, 2t+1, 2t+8, 2t+9 (t = lane%4).
+// Register i holds row g + 8*(i%2), columns 2t + 8*(i/2) and the next one in its low and high half. The layout puts the
+// eight codes so that register i's two codes lie 16 bits apart: one shift and one `(word & mask) | magic` bring both
+// to the low mantissa bits of a number whose unit in the last place is 1 (128 in bfloat16, 1024 in float16). Then
+//     u + magic  --subtract magic + z-->  u - z, exact   --multiply by s-->  one rounding, as a dense 16-bit weight has.
+// Four instructions for two weights. A width that is no power of two is stored as limbs of 4, 2 and 1 bits: each more
+// limb costs a shift and an and-or. 8 bits overflow bfloat16's mantissa: their two limbs are joined by an exact
+// multiply-add. Floating zero points go through float32: (u - z) * s is then rounded once, whatever z is. Codes that stand
+// for the entries of a table of 16 or 256 numbers are looked up in shared memory, one 16-bit load each.
+//
+// Set from outside: BITS 1..8; GROUP columns that share a scale (0: all of them); ACTIVATION, SCALE, ZERO, TABLE below.
+
+#pragma once
+#include "hopper.cuh"
+
+enum Number { BF16 = 0, FP16 = 1, FP32 = 2 };
+enum Zero { SYMMETRIC = 0, INTEGER = 1, FLOATING = 2 };
+enum Table { UNIFORM = 0, ONE_TABLE = 1, TABLE_PER_ROW = 2, TABLE_PER_GROUP = 3 };
+
+constexpr int FOURS = BITS == 8 ? 2 : BITS >= 4 ? 1 : 0;  // limbs of four bits
+constexpr int TWOS = (BITS >> 1) & 1 & (BITS != 8);
+constexpr int ONES = BITS & 1;
+constexpr int TILE_BYTES = 256 * BITS;  // 16 rows x 128 columns
+constexpr u32 MAGIC = ACTIVATION == BF16 ? 0x4300 : 0x6400;
+constexpr bool WIDE = ACTIVATION == BF16 && BITS == 8;
+
+constexpr u32 both(u32 half) { return half * 0x10001u; }
+
+FN u32 and_or(u32 v, u32 mask, u32 bits) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(v), "r"(mask), "r"(bits));
+    return d;
+}
+FN u32 pair_sub(u32 a, u32 b) {
+    u32 d;
+    if constexpr (ACTIVATION == BF16) asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    else asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+FN u32 pair_mul(u32 a, u32 b) {
+    u32 d;
+    if constexpr (ACTIVATION == BF16) asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    else asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+FN u32 pair_fma(u32 a, u32 b, u32 c) {
+    u32 d;
+    if constexpr (ACTIVATION == BF16) asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    else asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+// Two float32 rounded to the activations' type.
+FN u32 pair_of(float low, float high) {
+    u32 d;
+    if constexpr (ACTIVATION == BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+FN float float_of_half(u16 v) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+    return f;
+}
+FN float low_of(u32 pair) { return ACTIVATION == BF16 ? __uint_as_float(pair << 16) : float_of_half((u16)pair); }
+FN float high_of(u32 pair) {
+    return ACTIVATION == BF16 ? __uint_as_float(pair & 0xFFFF0000u) : float_of_half((u16)(pair >> 16));
+}
+
+// ---- scales and zero points ----------------------------------------------------------------------------------------------
+
+constexpr int SCALE_SIZE = SCALE == FP32 ? 4 : 2;
+constexpr int SCALE_BYTES = 16 * SCALE_SIZE;  // the scales of 16 rows for one group
+// Beside them lie zero points, or the numbers of the tables.
+constexpr int ZERO_BYTES = TABLE == TABLE_PER_GROUP ? 16 : ZERO == SYMMETRIC ? 0 : ZERO == INTEGER ? 16 : SCALE_BYTES;
+constexpr int ENTRY_BYTES = 2;
+constexpr int TABLE_SIZE = ENTRY_BYTES << BITS;
+
+// Entry `index` of numbers stored in the scales' type.
+FN float stored_number(const u8* numbers, int index) {
+    if constexpr (SCALE == FP32) return ((const float*)numbers)[index];
+    const u16 raw = ((const u16*)numbers)[index];
+    return SCALE == BF16 ? __uint_as_float((u32)raw << 16) : float_of_half(raw);
+}
+
+// What one group does to the lane's two rows: as pairs for 16-bit arithmetic, as float32 where zeros are floating.
+struct GroupOf2Rows {
+    u32 scale[2], zero[2];
+    float scale_f[2], offset_f[2];
+    u32 table[2];  // places in shared memory; the caller sets those that no group changes
+};
+constexpr u32 CENTRE = 1u << (BITS - 1);
+
+FN u32 zero_pair(u32 z) { return WIDE ? pair_of((float)z, (float)z) : both(MAGIC + z); }
+
+// `scales` and `zeros` point at the 16 rows' numbers of one group; `tables` is the first table's place.
+FN void read_group(GroupOf2Rows& group, const u8* scales, const u8* zeros, u32 tables, int row, bool scaled) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int r = row + 8 * h;
+        if (TABLE == TABLE_PER_GROUP) group.table[h] = tables + zeros[r] * TABLE_SIZE;
+        if (ZERO == INTEGER) group.zero[h] = zero_pair(zeros[r]);
+        if (ZERO == SYMMETRIC) group.zero[h] = zero_pair(CENTRE);
+        if (ZERO != FLOATING && scaled) {
+            if constexpr (SCALE == ACTIVATION) group.scale[h] = both(((const u16*)scales)[r]);
+            else group.scale[h] = pair_of(stored_number(scales, r), stored_number(scales, r));
+        }
+        if (ZERO == FLOATING) {
+            group.scale_f[h] = scaled ? stored_number(scales, r) : 1.0f;
+            group.offset_f[h] = -stored_number(zeros, r) * group.scale_f[h];
+        }
+    }
+}
+
+// ---- codes ---------------------------------------------------------------------------------------------------------------
+
+// A lane's codes of half a tile, 64 columns, four k16 steps.
+struct Codes {
+    u32 four[FOURS ? FOURS : 1][4], two[2], one;
+};
+
+FN void read_codes(Codes& codes, const u8* tile, int half, int lane) {
+#pragma unroll
+    for (int limb = 0; limb < FOURS; limb++) {
+        const uint4 v = *(const uint4*)(tile + 1024 * limb + 512 * half + 16 * lane);
+        codes.four[limb][0] = v.x, codes.four[limb][1] = v.y, codes.four[limb][2] = v.z, codes.four[limb][3] = v.w;
+    }
+    if (TWOS) {
+        const uint2 v = *(const uint2*)(tile + 1024 * FOURS + 16 * lane + 8 * half);
+        codes.two[0] = v.x, codes.two[1] = v.y;
+    }
+    if (ONES) codes.one = *(const u32*)(tile + 1024 * FOURS + 512 * TWOS + 8 * lane + 4 * half);
+}
+
+// The `width`-bit fields at bit `from` of both halves of `word`, brought to bit `to` and put into `bits`.
+FN u32 field(u32 word, int from, int to, int width, u32 bits) {
+    const u32 moved = from >= to ? word >> (from - to) : word << (to - from);
+    return and_or(moved, both(((1u << width) - 1) << to), bits);
+}
+
+// magic + u for the two codes of register i at step s of the half tile (u's low limb only where WIDE).
+FN u32 magic_codes(const Codes& codes, int s, int i) {
+    u32 v = both(MAGIC);
+    if (FOURS) v = field(codes.four[0][s], 4 * i, 0, 4, v);
+    if (FOURS == 2 && !WIDE) v = field(codes.four[FOURS - 1][s], 4 * i, 4, 4, v);
+    if (TWOS) v = field(codes.two[s / 2], 8 * (s % 2) + 2 * i, 4 * FOURS, 2, v);
+    if (ONES) v = field(codes.one, 4 * s + i, 4 * FOURS + 2 * TWOS, 1, v);
+    return v;
+}
+
+// u - z for both codes, exact: |u - z| <= 255 needs eight bits, which both 16-bit types have.
+FN u32 integers(const Codes& codes, int s, int i, u32 zero) {
+    const u32 low = pair_sub(magic_codes(codes, s, i), zero);
+    if constexpr (!WIDE) return low;
+    // low = 128 + l - z; the upper limb h adds 16 * (h - 8), which takes the 128 away again.
+    const u32 high = pair_sub(field(codes.four[FOURS - 1][s], 4 * i, 0, 4, both(MAGIC)), both(0x4308));
+    return pair_fma(high, both(0x4180), low);
+}
+
+// The two table entries of register i at step s.
+FN u32 looked_up(const Codes& codes, int s, int i, u32 table) {
+    u32 entry[2];
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        const int bit = 4 * i + 16 * e;
+        const u32 low = codes.four[0][s], high = codes.four[FOURS ? FOURS - 1 : 0][s];
+        u32 offset = (bit ? low >> (bit - 1) : low << 1) & 0x1E;
+        if (FOURS == 2) offset |= (bit > 4 ? high >> (bit - 5) : high << (5 - bit)) & 0x1E0;
+        entry[e] = *(const u16*)(memory + table + offset);
+    }
+    return entry[0] | entry[1] << 16;
+}
+
+// The A fragment of step s; `scaled` false leaves the multiplication by s to whoever stores the result.
+FN void decode(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group, bool scaled) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if constexpr (TABLE != UNIFORM) {
+            const u32 pair = looked_up(codes, s, i, group.table[i % 2]);
+            a[i] = scaled ? pair_mul(pair, group.scale[i % 2]) : pair;
+        } else if constexpr (ZERO == FLOATING) {
+            const u32 u = integers(codes, s, i, zero_pair(0));
+            const float scale = group.scale_f[i % 2], offset = group.offset_f[i % 2];
+            a[i] = pair_of(fmaf(low_of(u), scale, offset), fmaf(high_of(u), scale, offset));
+        } else {
+            const u32 whole = integers(codes, s, i, group.zero[i % 2]);
+            a[i] = scaled ? pair_mul(whole, group.scale[i % 2]) : whole;
+        }
+    }
+}

@@ -1,0 +1,358 @@
+// y_MN = x_MK w_NK^T (+ bias) for many tokens: packed weights, warpgroup MMA, Hopper.
+//
+// Computed as y^T = w x^T, so that the weights are the A operand: they go from packed codes to the registers that the
+// tensor cores read, and never back to memory. A block computes WARPGROUPS * BLOCKS * 64 out features times TOKENS tokens:
+//
+//   one warp of the last warpgroup   streams codes, scales, zeros -> weight ring, a stage = W_TILES * 128 columns
+//   another one                      streams activations          -> x ring, a stage = 64 columns (128 where BATCH is 8), swizzled
+//   the other warpgroups             decode BATCH k16 steps into registers while the tensor cores still work on the BATCH
+//                                    before, then start BATCH * BLOCKS wgmma m64nTOKENSk16, and so on
+//
+// Two clusterings of neighbouring blocks. SHARE blocks with different rows take the same activations: each fetches a part
+// of every x stage and multicasts it to all, which divides the traffic from the second-level cache. SPLIT blocks take
+// different columns of the same rows; at the end each sends the others their parts of the partial sums through distributed
+// shared memory and adds what it received in the order of ranks: the same bits every time, no atomics, no second kernel.
+//
+// Count for 64 rows x 16 columns: TOKENS / 2 cycles of the tensor cores against about 16 instructions on each of the four
+// schedulers, so that decoding hides behind 64 tokens and more; below, it hides behind the memory.
+// Weights are constants: their ring fills before the previous kernel has ended. Only the activations wait for it.
+//
+// Shape legend: M tokens, N out features, K in features. Layout of codes and scales: see pack/tiles.py.
+
+#include "hopper.cuh"
+
+#include "fragment.cuh"
+#include "mma.cuh"
+#include "wgmma_work.cuh"
+
+// ---- producers, one thread each ------------------------------------------------------------------------------------------
+
+FN void stream_weights(const Arguments& p, const Barriers& barriers, const Work& work) {
+    const u64 policy = work.token_blocks == 1 ? policy_evict_first() : policy_evict_normal();
+    int row_tile, token;
+    Ring<W_STAGES> ring;
+    for (int index = work.cluster; index < work.count(); index += work.clusters) {
+        work.tile(index, row_tile, token);
+        for (int k = work.k_first; k < work.k_last; k += W_TILES, ring.advance()) {
+            const u32 full = barriers.w_full(ring.slot), stage = shared_address(memory + AT_W) + ring.slot * W_STAGE;
+            barrier_wait(barriers.w_empty(ring.slot), ring.phase ^ 1);
+            barrier_expect(full, CODES_STAGE + SCALES_STAGE + ZEROS_STAGE);
+            copy_box_once(stage, &p.codes, k * (TILE_BYTES / 8), row_tile, full, policy);
+            if (GROUPED) copy_box_once(stage + CODES_STAGE, &p.scales, k * 128 / SPAN * 16, row_tile, full, policy);
+            if (ZEROS_STAGE > 0)
+                copy_box_once(stage + CODES_STAGE + SCALES_STAGE, &p.zeros, k * 128 / SPAN * 16, row_tile, full, policy);
+        }
+    }
+}
+
+FN void stream_activations(const Arguments& p, const Barriers& barriers, const Work& work) {
+    int row_tile, token;
+    wait_for_previous_kernel();
+    Ring<X_STAGES> ring;
+    for (int index = work.cluster; index < work.count(); index += work.clusters) {
+        work.tile(index, row_tile, token);
+        for (int k = 8 * work.k_first; k < 8 * work.k_last; k += X_STEPS, ring.advance()) {
+            const u32 full = barriers.x_full(ring.slot), stage = shared_address(memory) + ring.slot * X_STAGE;
+            barrier_wait(barriers.x_empty(ring.slot), ring.phase ^ 1);
+            barrier_expect(full, X_STAGE);
+#pragma unroll
+            for (int box = 0; box < X_STEPS / 4; box++) {
+                const u32 to = stage + box * X_BOX + work.share * (X_BOX / SHARE);
+                const int column = 16 * k + 64 * box, row = token + work.share * (TOKENS / SHARE);
+                if constexpr (SHARE == 1) copy_box(to, &p.x, column, row, full);
+                else copy_box_multicast(to, &p.x, column, row, full, (u16)(((1 << SHARE) - 1) << (work.split * SHARE)));
+            }
+        }
+    }
+}
+
+// ---- consumers -----------------------------------------------------------------------------------------------------------
+
+struct Consumer {
+    const Arguments& p;
+    const Barriers& barriers;
+    const Work& work;
+    int warp, lane;  // warp 0 .. WARPS-1
+    int tile_row, token;
+    int lead;  // x stages until the next warpgroup may start
+    Ring<X_STAGES> x;
+    Ring<W_STAGES> w;
+
+    // The warp's row tile in matrix block `block`, counted from the first of the block's.
+    FN int row_tile(int block) const { return (warp / 4 * BLOCKS + block) * 4 + warp % 4; }
+
+    FN void release_x(u32 slot) const {
+        if constexpr (SHARE == 1) {
+            if (lane == 0) barrier_arrive(barriers.x_empty(slot));
+        } else if (lane < SHARE) barrier_arrive_at(barriers.x_empty(slot), work.split * SHARE + lane);
+    }
+
+    // What does not change along the columns: tables of rows; per channel, zero points too (the scale waits for the end).
+    FN void read_rows(GroupOf2Rows (&group)[BLOCKS]) const {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            const int tile = min(tile_row + row_tile(b), p.row_tiles - 1), row = lane / 4;
+            if (!GROUPED) read_group(group[b], p.scale, p.zero + (size_t)tile * ZERO_BYTES, AT_TABLES, row, false);
+            if (TABLE == ONE_TABLE) group[b].table[0] = group[b].table[1] = AT_TABLES;
+            if (TABLE == TABLE_PER_ROW) {
+                const int first = AT_TABLES + row_tile(b) * 16 * TABLE_SIZE;
+                const uint4* from = (const uint4*)(p.table + (size_t)tile * 16 * (TABLE_SIZE / 2));
+                for (int i = lane; i < TABLE_SIZE; i += 32) ((uint4*)(memory + first))[i] = from[i];
+                group[b].table[0] = first + row * TABLE_SIZE, group[b].table[1] = group[b].table[0] + 8 * TABLE_SIZE;
+            }
+        }
+        __syncwarp();
+    }
+
+    // The fragment of k16 step `step` of tile `k` for every block of 64 rows; the stage begins with tile `k0`.
+    FN void decode_step(u32 (&a)[BLOCKS][BATCH][4], Codes (&codes)[BLOCKS], GroupOf2Rows (&group)[BLOCKS], int k0, int k,
+                        int step) const {
+        const u8* stage = memory + AT_W + w.slot * W_STAGE;
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            const int tile = row_tile(b);
+            if (step % 4 == 0) read_codes(codes[b], stage + (tile * W_TILES + k - k0) * TILE_BYTES, step / 4, lane);
+            if (GROUPED && (step == 0 || (SPAN % 128 != 0 && (128 % SPAN != 0 || 16 * step % SPAN == 0)))) {
+                const int at = tile * WINDOW + (k * 128 + 16 * step) / SPAN - k0 * 128 / SPAN;
+                read_group(group[b], stage + CODES_STAGE + at * SCALE_BYTES,
+                           stage + CODES_STAGE + SCALES_STAGE + at * ZERO_BYTES, AT_TABLES, lane / 4, true);
+            }
+            decode(a[b][step % BATCH], codes[b], step % 4, group[b], GROUPED);
+        }
+    }
+    // Operands in registers must be final before the fence that hands them to the tensor cores: steps s .. s + count.
+    FN void settle(u32 (&a)[BLOCKS][BATCH][4], int s, int count) const {
+#pragma unroll
+        for (int i = 0; i < 4 * BLOCKS * count; i++)
+            asm volatile("" : "+r"(a[i / (4 * count)][s + i / 4 % count][i % 4])::"memory");
+    }
+
+    FN void wait_weights() const { barrier_wait(barriers.w_full(w.slot), w.phase); }
+    FN void release_weights() const {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(barriers.w_empty(w.slot));
+    }
+    FN u64 wait_x() const {
+        barrier_wait(barriers.x_full(x.slot), x.phase);
+        return mma_descriptor(shared_address(memory) + x.slot * X_STAGE);
+    }
+    // The x stage `before` (none: X_STAGES) has been read; what was started since reads the present one.
+    FN void next_x(u32& before) {
+        if (before != X_STAGES) release_x(before);
+        before = x.slot, x.advance();
+        if (LEAD > 0 && --lead == 0 && warp / 4 + 1 < WARPGROUPS) meet_arrive(warp / 4 + 1, 256);
+    }
+    // The products of k16 step `step` of tile `k`, for `tokens` of the x stage in use.
+    FN void start(float (&acc)[BLOCKS][TOKENS / 2], u32 (&a)[BLOCKS][BATCH][4], u64 tokens, int k, int step) const {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+            mma(acc[b], a[b][step % BATCH], tokens + step % X_STEPS / 4 * (X_BOX >> 4) + 2 * (step % 4), step > 0 || k > work.k_first);
+    }
+
+    // acc[b] = the block's part of w x^T over the work's tiles. Two sets of BATCH fragments take turns: while the tensor
+    // cores work on one, the other is decoded. Each hand-over makes the four warps of a group wait for each other, so the
+    // more products it holds the better.
+    FN void multiply(float (&acc)[BLOCKS][TOKENS / 2]) {
+        u32 a[2][BLOCKS][BATCH][4];
+        Codes codes[BLOCKS];
+        GroupOf2Rows group[BLOCKS];
+        if (!GROUPED || TABLE != UNIFORM) read_rows(group);
+        u32 before = X_STAGES;
+        for (int k0 = work.k_first; k0 < work.k_last; k0 += W_TILES, w.advance()) {
+            wait_weights();
+            for (int k = k0; k < min(k0 + W_TILES, work.k_last); k++) {
+                u64 tokens = 0;
+#pragma unroll
+                for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+                    for (int s = 0; s < BATCH; s++) decode_step(a[part % 2], codes, group, k0, k, part * BATCH + s);
+                    settle(a[part % 2], 0, BATCH);
+                    const bool new_stage = part * BATCH % X_STEPS == 0;
+                    if (new_stage) tokens = wait_x();
+                    mma_fence();
+#pragma unroll
+                    for (int s = 0; s < BATCH; s++) start(acc, a[part % 2], tokens, k, part * BATCH + s);
+                    mma_commit();
+                    mma_wait<1>();  // of the set before, whose registers come next
+                    if (new_stage) next_x(before);
+                }
+            }
+            release_weights();
+        }
+        mma_wait<0>();
+        release_x(before);
+    }
+
+    // The same, decoding ahead. Where products are long (INTERLEAVED) a step is decoded beside each of them; where a set holds
+    // a whole tile, two tiles make a turn.
+    FN void multiply_ahead(float (&acc)[BLOCKS][TOKENS / 2]) {
+        u32 a[2][BLOCKS][BATCH][4];
+        Codes codes[BLOCKS];
+        GroupOf2Rows group[BLOCKS];
+        if (!GROUPED || TABLE != UNIFORM) read_rows(group);
+        int k0 = work.k_first;  // the first tile of the weight stage in use
+        u32 before = X_STAGES;
+        u64 tokens = 0;
+        wait_weights();
+#pragma unroll
+        for (int s = 0; s < BATCH; s++) decode_step(a[0], codes, group, k0, k0, s), settle(a[0], s, 1);
+        for (int pair = work.k_first; pair < work.k_last; pair += TILES_A_TURN)
+#pragma unroll
+            for (int turn = 0; turn < TILES_A_TURN * PARTS; turn++) {
+                const int k = pair + turn / PARTS, part = turn % PARTS;
+                if (turn >= PARTS && k >= work.k_last) break;
+                const bool new_stage = part * BATCH % X_STEPS == 0;
+                if (new_stage) tokens = wait_x();
+                int next = k;  // the tile of the next set; after the last one any will do
+#pragma unroll
+                for (int s = 0; s < BATCH; s++) {
+                    const int step = part * BATCH + s;
+                    if (INTERLEAVED || s == 0) mma_fence();
+                    start(acc, a[turn % 2], tokens, k, step);
+                    if (INTERLEAVED || s == BATCH - 1) mma_commit();
+                    if (s == (INTERLEAVED ? 0 : BATCH - 1) && part == PARTS - 1 && k + 1 < work.k_last) {
+                        next = k + 1;
+                        if (next - k0 == W_TILES) release_weights(), w.advance(), wait_weights(), k0 = next;
+                    }
+                    if (INTERLEAVED) {
+                        mma_wait<BATCH - 1>();  // step s of the set before is done with its registers
+                        decode_step(a[1 - turn % 2], codes, group, k0, next, (step + BATCH) % 8), settle(a[1 - turn % 2], s, 1);
+                    }
+                }
+                if (!INTERLEAVED) mma_wait<1>();
+                if (new_stage) next_x(before);
+                if (!INTERLEAVED)
+#pragma unroll
+                    for (int s = 0; s < BATCH; s++)
+                        decode_step(a[1 - turn % 2], codes, group, k0, next, ((part + 1) * BATCH + s) % 8), settle(a[1 - turn % 2], s, 1);
+            }
+        mma_wait<0>();
+        release_x(before);
+        release_weights(), w.advance();
+    }
+
+    // Scale (where it is per channel) and bias of the lane's two rows.
+    FN void row_numbers(int block, float (&factor)[2], float (&bias)[2]) const {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int row = (tile_row + row_tile(block)) * 16 + lane / 4 + 8 * h;
+            factor[h] = GROUPED || row >= p.N ? 1.0f : stored_number(p.scale, row);
+            bias[h] = p.bias && row < p.N ? low_of(p.bias[row]) : 0.0f;
+        }
+    }
+
+    // 16 tokens' sums (two fragments of 8 tokens) to place `slot` of the warp's staging area, token by token.
+    FN void stage(const float* v, int slot, const float (&factor)[2], const float (&bias)[2]) const {
+        u32 pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            pairs[i] = pair_of(fmaf(v[2 * i], factor[i % 2], bias[i % 2]), fmaf(v[2 * i + 1], factor[i % 2], bias[i % 2]));
+        const int t = 16 * slot + 8 * (lane / 16) + lane % 8, h = lane / 8 % 2;
+        store_transposed(shared_address(memory + AT_OUT) + warp * OUT_WARP + t * 32 + 16 * (h ^ (t / 4 % 2)), pairs);
+    }
+
+    // The first `tokens` tokens of the staging area to y, from token `first` on: 16 rows are 32 bytes of each.
+    FN void flush(int block, int first, int tokens) const {
+        const u8* staged = memory + AT_OUT + warp * OUT_WARP;
+        const int row = (tile_row + row_tile(block)) * 16 + 8 * (lane % 2);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < OUT_TOKENS / 16; i++) {
+            const int t = i * 16 + lane / 2;
+            const uint4 v = *(const uint4*)(staged + t * 32 + 16 * ((lane % 2) ^ (t / 4 % 2)));
+            if (t >= tokens || first + t >= p.M) continue;
+            u16* to = p.y + (size_t)(first + t) * p.y_stride + row;
+            if (p.N % 8 == 0 && p.y_stride % 8 == 0) {
+                if (row < p.N) *(uint4*)to = v;
+            } else {
+                const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    if (row + e < p.N) to[e] = (u16)(words[e / 2] >> (16 * (e % 2)));
+            }
+        }
+        __syncwarp();
+    }
+
+    FN void store(const float (&acc)[BLOCKS][TOKENS / 2]) const {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            float factor[2], bias[2];
+            row_numbers(b, factor, bias);
+#pragma unroll
+            for (int t = 0; t < TOKENS; t += 16) {
+                const int slot = t % OUT_TOKENS / 16;
+                stage(&acc[b][t / 2], slot, factor, bias);
+                if (slot == OUT_TOKENS / 16 - 1 || t + 16 == TOKENS) flush(b, token + t - 16 * slot, 16 * slot + 16);
+            }
+        }
+    }
+
+    // Piece i of the sums belongs to the block of rank i % SPLIT: send them all to their owners, add up one's own.
+    FN void store_split(const float (&acc)[BLOCKS][TOKENS / 2]) const {
+        const u32 mine = shared_address(memory) + (warp * 32 + lane) * 16;  // of a half piece: 16 bytes for each thread
+        __syncwarp();
+        if (lane < SPLIT) barrier_arrive_at(barriers.rings_idle(), lane * SHARE + work.share);
+        barrier_wait(barriers.rings_idle(), 0);
+#pragma unroll
+        for (int owner = 0; owner < SPLIT; owner++) {
+            const u32 rank = owner * SHARE + work.share, there = address_in(mine, rank), full = address_in(barriers.sums_full(), rank);
+#pragma unroll
+            for (int i = owner; i < PIECES; i += SPLIT) {
+                const u32 place = there + (i / SPLIT * SPLIT + work.split) * CONSUMERS * 32;
+                send(place, full, &acc[0][0] + 8 * i), send(place + CONSUMERS * 16, full, &acc[0][0] + 8 * i + 4);
+            }
+        }
+        barrier_wait(barriers.sums_full(), 0);
+        for (int i = work.split; i < PIECES; i += SPLIT) {
+            float sum[8] = {};
+#pragma unroll
+            for (int from = 0; from < 2 * SPLIT; from++) {
+                const float4 v = *(const float4*)(memory + (warp * 32 + lane) * 16 + (2 * (i / SPLIT * SPLIT) + from) * CONSUMERS * 16);
+                float* s = sum + 4 * (from % 2);
+                s[0] += v.x, s[1] += v.y, s[2] += v.z, s[3] += v.w;
+            }
+            const int block = i / (TOKENS / 16), t = i % (TOKENS / 16) * 16;
+            float factor[2], bias[2];
+            row_numbers(block, factor, bias);
+            stage(sum, 0, factor, bias);
+            flush(block, token + t, 16);
+        }
+    }
+};
+
+FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, int warp, int lane) {
+    Consumer self{p, barriers, work, warp, lane, 0, 0, LEAD, {}, {}};
+    if (LEAD > 0 && warp >= 4) meet_wait(warp / 4, 256);  // so that one warpgroup stores while another multiplies
+    for (int index = work.cluster; index < work.count(); index += work.clusters) {
+        float acc[BLOCKS][TOKENS / 2];
+        work.tile(index, self.tile_row, self.token);
+        if constexpr (INTERLEAVED || PARTS == 1) self.multiply_ahead(acc);
+        else self.multiply(acc);
+        if constexpr (SPLIT > 1) self.store_split(acc);
+        else self.store(acc);
+    }
+}
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CONSUMERS + 128, MIN_BLOCKS)
+    packed_matmul(const __grid_constant__ Arguments p) {
+    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const Work work(p);
+    const Barriers barriers{shared_address(memory + AT_BARRIERS)};
+    if (threadIdx.x == 0) barriers.init(work.split);
+    if constexpr (TABLE == ONE_TABLE || TABLE == TABLE_PER_GROUP)
+        for (int i = threadIdx.x; i < TABLES * TABLE_SIZE / 2; i += CONSUMERS + 128) ((u16*)(memory + AT_TABLES))[i] = p.table[i];
+    __syncthreads();
+    if (CLUSTER > 1) cluster_meet();
+    let_next_kernel_start();
+    if (warp >= WARPS) {
+        if constexpr (PRODUCER_REGISTERS > 0) registers_give<PRODUCER_REGISTERS>();
+        if (warp == WARPS && lane == 0) stream_weights(p, barriers, work);
+        if (warp == WARPS + 1 && lane == 0) stream_activations(p, barriers, work);
+        __syncwarp();
+    } else {
+        if constexpr (PRODUCER_REGISTERS > 0) registers_take<CONSUMER_REGISTERS>();
+        consume(p, barriers, work, warp, lane);
+    }
+    if (CLUSTER > 1) cluster_meet();  // a neighbour may still arrive at this block's barriers or read its shared memory
+}

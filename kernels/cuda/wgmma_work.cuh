@@ -1,0 +1,105 @@
+// What the blocks of `wgmma.cu` agree on: the cut of a block, the places in shared memory, the barriers, and who computes what.
+//
+// Set from outside: TOKENS, WARPGROUPS, BLOCKS, BATCH: a block's tile. SHARE, SPLIT: its cluster. X_STAGES, W_STAGES, W_TILES:
+// its rings. LEAD: x stages between the starts of two warpgroups. SHARED_BYTES: what the host computed from all this.
+//
+// Shape legend: M tokens, N out features, K in features; tiles of 16 rows x 128 columns.
+
+#pragma once
+#include "fragment.cuh"
+
+#define CLUSTER (SHARE * SPLIT)
+
+constexpr int CONSUMERS = 128 * WARPGROUPS;
+constexpr int WARPS = 4 * WARPGROUPS;
+constexpr int ROW_TILES = WARPS * BLOCKS;  // 16 rows each
+constexpr int PARTS = 8 / BATCH;           // of a 128-column tile
+constexpr int TILES_A_TURN = PARTS == 1 ? 2 : 1;  // so that the two sets of fragments can take turns
+constexpr bool INTERLEAVED = TOKENS > 128 && BATCH <= 4;
+constexpr bool GROUPED = GROUP > 0;
+constexpr int SPAN = GROUP > 0 ? GROUP : 128;
+constexpr int COLUMNS = 128 * W_TILES;  // of a weight stage; it may touch WINDOW groups
+constexpr int WINDOW = 128 % SPAN == 0 ? COLUMNS / SPAN : SPAN % 128 == 0 && W_TILES == 1 ? 1 : (COLUMNS - 1) / SPAN + 2;
+
+constexpr int up_to(int value, int step) { return (value + step - 1) / step * step; }
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int X_STEPS = BATCH > 4 ? BATCH : 4;  // k16 steps of an x stage
+constexpr int X_BOX = TOKENS * 128;             // 64 columns: 128 bytes of each token
+constexpr int X_STAGE = X_STEPS / 4 * X_BOX;
+constexpr int CODES_STAGE = ROW_TILES * W_TILES * TILE_BYTES;
+constexpr int SCALES_STAGE = GROUPED ? ROW_TILES * WINDOW * SCALE_BYTES : 0;
+constexpr int ZEROS_STAGE = GROUPED ? ROW_TILES * WINDOW * ZERO_BYTES : 0;
+constexpr int W_STAGE = CODES_STAGE + SCALES_STAGE + up_to(ZEROS_STAGE, 128);
+
+constexpr int PIECES = BLOCKS * TOKENS / 16;  // of a warp's sums: 16 rows x 16 tokens
+constexpr int SUMS = SPLIT > 1 ? up_to(PIECES, SPLIT) * CONSUMERS * 32 : 0;
+constexpr int OUT_TOKENS = TOKENS < 64 ? TOKENS : 64;  // staged at a time for the store
+constexpr int OUT_WARP = OUT_TOKENS * 32;
+
+// Shared memory: the rings (x first: the swizzle counts from 1024-byte boundaries), whose place the sums take at the end.
+constexpr int AT_W = X_STAGES * X_STAGE;
+constexpr int AT_OUT = larger(AT_W + W_STAGES * W_STAGE, SUMS);
+constexpr int AT_TABLES = AT_OUT + WARPS * OUT_WARP;
+constexpr int AT_BARRIERS = AT_TABLES + (TABLE == UNIFORM ? 0 : TABLE == TABLE_PER_ROW ? ROW_TILES * 16 : TABLES) * TABLE_SIZE;
+
+static_assert(SHARED_BYTES == AT_BARRIERS + 8 * (2 * X_STAGES + 2 * W_STAGES + 2), "the host counts shared memory otherwise");
+
+struct alignas(64) Arguments {
+    TensorMap x;       // [M, K] in boxes of TOKENS / SHARE x 64, swizzled
+    TensorMap codes;   // [row tiles, k tiles * TILE_BYTES] in boxes of ROW_TILES x W_TILES * TILE_BYTES
+    TensorMap scales;  // [row tiles, groups * 16] in boxes of ROW_TILES x WINDOW * 16
+    TensorMap zeros;   // likewise; or the numbers of the groups' tables
+    const u8 *scale, *zero;
+    const u16* table;  // [TABLES, 2^BITS] in the activations' type; TABLES = rows, padded to tiles, where each has its own
+    const u16* bias;
+    u16* y;
+    int M, N, y_stride, row_tiles, k_tiles, token_span;  // N: rows of this launch
+};
+
+// A position in a ring of STAGES slots. A fresh ring's slots count as emptied once already.
+template <int STAGES> struct Ring {
+    u32 slot = 0, phase = 0;
+    FN void advance() {
+        if (++slot == STAGES) slot = 0, phase ^= 1;
+    }
+};
+
+struct Barriers {
+    u32 base;
+    FN u32 x_full(u32 slot) const { return base + 8 * slot; }
+    FN u32 x_empty(u32 slot) const { return base + 8 * (X_STAGES + slot); }
+    FN u32 w_full(u32 slot) const { return base + 8 * (2 * X_STAGES + slot); }
+    FN u32 w_empty(u32 slot) const { return base + 8 * (2 * X_STAGES + W_STAGES + slot); }
+    FN u32 rings_idle() const { return base + 8 * (2 * X_STAGES + 2 * W_STAGES); }
+    FN u32 sums_full() const { return rings_idle() + 8; }
+    FN void init(u32 split) const {
+        for (int i = 0; i < X_STAGES; i++) barrier_init(x_full(i), 1), barrier_init(x_empty(i), WARPS * SHARE);
+        for (int i = 0; i < W_STAGES; i++) barrier_init(w_full(i), 1), barrier_init(w_empty(i), WARPS);
+        barrier_init(rings_idle(), WARPS * SPLIT), barrier_init(sums_full(), 1);
+        barrier_init_done();
+        if (SPLIT > 1) barrier_expect(sums_full(), (PIECES - split + SPLIT - 1) / SPLIT * SPLIT * CONSUMERS * 32);
+    }
+};
+
+// Who this block is, and which tiles its cluster computes: in an order that keeps `token_span` blocks of tokens and a strip
+// of weights in cache. With SPLIT > 1 the grid holds a cluster for every tile.
+struct Work {
+    u32 cluster, clusters, share, split;
+    int row_blocks, token_blocks, span, k_first, k_last;
+
+    FN Work(const Arguments& p) {
+        const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+        cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER, share = rank % SHARE, split = rank / SHARE;
+        row_blocks = (p.row_tiles + ROW_TILES * SHARE - 1) / (ROW_TILES * SHARE);
+        token_blocks = (p.M + TOKENS - 1) / TOKENS;
+        span = p.token_span;
+        k_first = (int)(p.k_tiles * split / SPLIT), k_last = (int)(p.k_tiles * (split + 1) / SPLIT);
+    }
+    FN int count() const { return row_blocks * token_blocks; }
+    FN void tile(int index, int& row_tile, int& token) const {
+        const int strip = index / (span * row_blocks), first = strip * span;
+        const int width = min(span, token_blocks - first), rest = index - first * row_blocks;
+        row_tile = (rest / width * SHARE + (int)share) * ROW_TILES;
+        token = (first + rest % width) * TOKENS;
+    }
+};

@@ -1,0 +1,268 @@
+"""More than 16 tokens at a time on Hopper: `wgmma.cu` in a configuration that suits the shape, with its tensor maps.
+
+    y_MN = x_MK @ W_NK.T + bias_N          weights decoded into the registers of the warpgroup matrix instruction
+
+The source explains the kernel. Here stands the choice of a configuration (from the measured table of the device, else by a
+cost model), the macros that specialise the source, and the shared memory it takes; `cuda_wgmma_plan` launches.
+
+Error, relative Frobenius norm: the weight (u - z) * s is rounded once to the activations' type, as a dense weight is, and so
+is s where it is stored wider; the output is rounded too. Together at most 3e-3 in bfloat16 and 4e-4 in float16.
+
+Shape legend: M tokens, N out features, K in features, R row tiles of 16, C k tiles of 128, G groups along K.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from aerogel.errors import RunFailed
+from aerogel.kernels.cuda.tensor_map import LARGEST_BOX
+from aerogel.kernels.gemm.cuda import Runner
+from aerogel.kernels.gemm.cuda_few import SCALE_NUMBER, table_kind
+from aerogel.kernels.gemm.cuda_weight import TileWeight
+
+SOURCE = "wgmma.cu"
+FEW_TOKENS = 16
+WIDE_BYTES = 192 << 20
+"""Up to FEW_TOKENS the few-token kernels are faster, except for codes of WIDE_BYTES and more."""
+SHARED_LIMIT = 227 << 10
+REGISTERS = {(2, 1): (40, 232), (3, 1): (40, 152), (4, 1): (32, 112), (2, 2): (40, 96)}
+"""Registers of a producing and of a consuming thread, by warpgroups and blocks on a multiprocessor; others do not trade."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """How the kernel is cut.
+
+    tokens: of a block, a multiple of 16 up to 256. warpgroups: that multiply. blocks: of 64 rows for each of them.
+    share: blocks of a cluster that share activations. split: blocks of a cluster that split K.
+    x_stages: of 64 columns, of 128 where batch is 8. w_stages: of w_tiles * 128 columns.
+    batch: k16 steps decoded at a time (2, 4 or 8). lead: x stages by which warpgroups start one after the other.
+    resident: blocks that fit on a multiprocessor at once. span: blocks of tokens that share a strip of weights in cache.
+    """
+
+    tokens: int
+    warpgroups: int = 2
+    blocks: int = 1
+    share: int = 1
+    split: int = 1
+    x_stages: int = 4
+    w_stages: int = 3
+    w_tiles: int = 1
+    batch: int = 4
+    lead: int = 0
+    resident: int = 1
+    span: int = 8
+
+    @property
+    def row_tiles(self) -> int:
+        """Row tiles of a block."""
+        return 4 * self.warpgroups * self.blocks
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return self.share * self.split
+
+
+def ceil_divide(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def window(group_size: int, w_tiles: int) -> int:
+    """Groups that a weight stage may touch, as the source counts them."""
+    columns = 128 * w_tiles
+    if group_size == 0 or (group_size % 128 == 0 and w_tiles == 1):
+        return 1
+    return columns // group_size if 128 % group_size == 0 else (columns - 1) // group_size + 2
+
+
+def side_bytes(weight: TileWeight) -> tuple[int, int]:
+    """Bytes of 16 rows' scales, and of their zero points or table numbers, for one group."""
+    held = weight.zero if weight.zero is not None else weight.pick
+    return 16 * weight.scale.element_size(), 0 if held is None else 16 * held.element_size()
+
+
+def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str, int]:
+    """The macros that specialise wgmma.cu."""
+    producer, consumer = REGISTERS.get((config.warpgroups, config.resident), (0, 0))
+    zero = 0 if weight.zero is None else 1 if weight.zero.dtype == torch.uint8 else 2
+    return {
+        "BITS": weight.bits,
+        "GROUP": weight.group_size,
+        "ACTIVATION": SCALE_NUMBER[dtype],
+        "SCALE": SCALE_NUMBER[weight.scale.dtype],
+        "ZERO": zero,
+        "TABLE": table_kind(weight),
+        "TABLES": weight.table.shape[0] if weight.table is not None and table_kind(weight) != 2 else 1,
+        "TOKENS": config.tokens,
+        "ACCUMULATORS": config.tokens // 2,
+        "WARPGROUPS": config.warpgroups,
+        "BLOCKS": config.blocks,
+        "SHARE": config.share,
+        "SPLIT": config.split,
+        "X_STAGES": config.x_stages,
+        "W_STAGES": config.w_stages,
+        "W_TILES": config.w_tiles,
+        "BATCH": config.batch,
+        "LEAD": config.lead,
+        "MIN_BLOCKS": config.resident,
+        "PRODUCER_REGISTERS": producer,
+        "CONSUMER_REGISTERS": consumer,
+        "SHARED_BYTES": shared_bytes(weight, config),
+    }
+
+
+def shared_bytes(weight: TileWeight, config: Config) -> int:
+    """Dynamic shared memory of a launch, laid out as the source does."""
+    scale, zero = side_bytes(weight)
+    touched = config.row_tiles * window(weight.group_size, config.w_tiles) if weight.group_size else 0
+    stage = config.row_tiles * config.w_tiles * 256 * weight.bits + touched * scale + ceil_divide(touched * zero, 128) * 128
+    x_stage = config.tokens * (256 if config.batch == 8 else 128)
+    rings = config.x_stages * x_stage + config.w_stages * stage
+    threads, pieces = 128 * config.warpgroups, config.blocks * config.tokens // 16
+    sums = ceil_divide(pieces, config.split) * config.split * threads * 32 if config.split > 1 else 0
+    tables = 0
+    if weight.table is not None:
+        tables = config.row_tiles * 16 if table_kind(weight) == 2 else weight.table.shape[0]
+    out = 4 * config.warpgroups * min(config.tokens, 64) * 32
+    return max(rings, sums) + out + tables * (2 << weight.bits) + 8 * (2 * config.x_stages + 2 * config.w_stages + 2)
+
+
+def fits(weight: TileWeight, config: Config) -> bool:
+    """Whether the configuration can run the weight at all."""
+    boxes = config.w_tiles * 32 * weight.bits <= LARGEST_BOX and window(weight.group_size, config.w_tiles) * 16 <= LARGEST_BOX
+    cut = config.tokens % (16 * min(config.share, 2)) == 0 and config.cluster <= 8
+    depth = config.lead < config.x_stages and config.lead <= 2 * config.w_stages * config.w_tiles
+    return (
+        boxes
+        and cut
+        and depth
+        and config.split <= weight.codes.shape[1]
+        and shared_bytes(weight, config) * config.resident <= SHARED_LIMIT
+    )
+
+
+def deepest(weight: TileWeight, config: Config) -> Config | None:
+    """The configuration with as many stages as fit: equally deep rings, at most 12 tiles of columns. None when none fit."""
+    tiles_a_stage = 1.0 if config.batch == 8 else 0.5
+    best: tuple[float, Config] | None = None
+    for w_stages in range(2, 13):
+        for x_stages in range(2 if config.batch == 8 else 3, 25):
+            tried = replace(config, x_stages=x_stages, w_stages=w_stages)
+            if not fits(weight, tried):
+                continue
+            x_depth, w_depth = x_stages * tiles_a_stage, w_stages * config.w_tiles
+            score = min(x_depth, w_depth, 12) - 0.1 * abs(x_depth - w_depth) - 0.001 * (x_stages + w_stages)
+            if best is None or score > best[0]:
+                best = (score, tried)
+    return None if best is None else best[1]
+
+
+def candidates(weight: TileWeight, M: int) -> list[Config]:
+    """Cuts worth a measurement or an estimate, each with the deepest rings that fit."""
+    found: list[Config] = []
+    for tokens, warpgroups, blocks, resident in CUTS:
+        if tokens >= 2 * M and tokens > 16:
+            continue
+        for split in range(1, 9):
+            for w_tiles in (2, 1):
+                batch = 2 if blocks * resident > 2 or warpgroups > 2 else 4
+                lead = 3 if tokens == LARGEST_BOX and split == 1 else 0
+                plain = Config(tokens=tokens, warpgroups=warpgroups, blocks=blocks, split=split, w_tiles=w_tiles)
+                config = deepest(weight, replace(plain, batch=batch, lead=lead, resident=resident))
+                if config is not None:
+                    found.append(config)
+                    break
+    return found
+
+
+CUTS = (
+    *((tokens, 2, 1, 1) for tokens in (16, 32, 48, 64, 96, 128, 192, 256)),
+    *((tokens, 2, 2, 1) for tokens in (16, 32, 48, 64, 96, 128)),
+    *((tokens, 3, 1, 1) for tokens in (16, 32, 48, 64, 96, 128)),
+    *((tokens, 2, 1, 2) for tokens in (16, 32, 48, 64)),
+)
+"""(tokens, warpgroups, blocks, resident) that compile without spills."""
+
+
+def microseconds(weight: TileWeight, config: Config, M: int, multiprocessors: int) -> float:
+    """Estimate of a launch's time, from counting: what `choose_config` minimises where nothing was measured.
+
+    A tile takes the longest of its tensor, decode and load time, plus what its start and end cost; clusters of more than two
+    blocks do not fill the device. The constants are an H100's; 15 % off is usual.
+    """
+    R, C = weight.codes.shape[:2]
+    rows = config.row_tiles * 16
+    tiles = ceil_divide(R, config.row_tiles * config.share) * ceil_divide(M, config.tokens)
+    seats = multiprocessors * CLUSTERS[config.cluster] // CLUSTERS[1]
+    crowd = min(config.resident, ceil_divide(tiles, seats))
+    rounds = ceil_divide(tiles, seats * config.resident)
+    tensor = 1.08 * rows / 64 * config.tokens / 2
+    decode = 29 + rows / 128 * (42 + 24 * limbs(weight))
+    loads = (config.tokens * 32 / config.share + rows * 2 * weight.bits) / 38
+    step = crowd * max(math.cbrt(tensor**3 + decode**3), loads)
+    edge = 2500 + rows * config.tokens / 16 + (2500 + rows * config.tokens / 8 if config.split > 1 else 0)
+    busy = min(1.0, tiles * config.cluster / multiprocessors)
+    memory = weight.nbytes / (2.9e6 * min(1.0, 0.35 + 0.75 * busy))
+    return 2.5 + max((rounds * (8 * ceil_divide(C, config.split) * step + edge)) / 1.7e3, memory + edge / 1.7e3)
+
+
+def limbs(weight: TileWeight) -> float:
+    """How much work a code is to decode, 1 for 4 bits: limbs, or a look-up in a table."""
+    return 2.0 if weight.table is not None else max(1, weight.bits.bit_count()) if weight.bits != 8 else 2.5
+
+
+CLUSTERS = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
+"""Clusters by size that an H100 runs at once: they live inside groups of 14 to 18 multiprocessors."""
+
+
+def choose_config(weight: TileWeight, M: int, multiprocessors: int) -> Config | None:
+    """The cut with the least estimated time; None when none can run the weight."""
+    found = candidates(weight, M)
+    return min(found, key=lambda config: microseconds(weight, config, M, multiprocessors), default=None)
+
+
+class ManyTokens:
+    """More tokens than the few-token kernels are good for, on compute capability 9.0."""
+
+    name: ClassVar[str] = "many"
+
+    @staticmethod
+    def refuses(weight: TileWeight, M: int, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+        """Other devices than Hopper's, few tokens, and tables that leave no room in shared memory."""
+        if capability[0] != 9:
+            return (
+                "multiplies with the warpgroup instruction of compute capability 9.0,"
+                f" which {capability[0]}.{capability[1]} does not have"
+            )
+        if fewest_tokens(weight) > M:
+            return f"takes {fewest_tokens(weight)} tokens and more of this weight, found {M}"
+        if not candidates(weight, M):
+            return "finds no cut of this weight that fits into shared memory (its tables are too large)"
+        return None
+
+    @staticmethod
+    def plan(weight: TileWeight, M: int, dtype: torch.dtype) -> Runner:
+        """See `Implementation.plan`."""
+        from aerogel.kernels.gemm.cuda_wgmma_plan import Parts, Plan
+        from aerogel.kernels.gemm.cuda_wgmma_table import cuts_for
+
+        facts = torch.cuda.get_device_properties(weight.codes.device)
+        cuts = cuts_for(weight, M, facts.name)
+        if not cuts:
+            config = choose_config(weight, M, facts.multi_processor_count)
+            if config is None:
+                raise RunFailed("no cut of the weight fits the multiprocessor; such a weight must be refused, not planned")
+            cuts = [(weight.N, config)]
+        return Plan(weight, cuts[0][1], M, dtype) if len(cuts) == 1 else Parts(weight, cuts, M, dtype)
+
+
+def fewest_tokens(weight: TileWeight) -> int:
+    """From how many tokens on a weight is served here: wide layers read x too often in the few-token kernels."""
+    return 9 if weight.codes.nbytes >= WIDE_BYTES else FEW_TOKENS + 1

@@ -1,0 +1,184 @@
+"""Launching `wgmma.cu`: the block of arguments, the tensor maps, and layers that are cut into two launches.
+
+The copy engine reads through tensor maps, 128-byte descriptions that the driver encodes: those of a weight once per plan,
+that of x again whenever its address is new.
+
+Shape legend: M tokens, N out features, K in features, R row tiles of 16, C k tiles of 128.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.kernels.cuda.launch import Launch
+from aerogel.kernels.cuda.sources import function
+from aerogel.kernels.cuda.tensor_map import Matrix
+from aerogel.kernels.gemm.cuda_few import table_kind
+from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.kernels.gemm.cuda_wgmma import SOURCE, Config, ceil_divide, defines, shared_bytes, window
+
+KERNEL = "packed_matmul"
+MOST_MAPS = 64
+"""Addresses of x whose tensor maps a plan remembers."""
+
+
+class Arguments(ctypes.Structure):
+    """`Arguments` of wgmma.cu, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint64 * 16) for name in ("x_map", "codes_map", "scales_map", "zeros_map")),
+        *((name, ctypes.c_void_p) for name in ("scale", "zero", "table", "bias", "y")),
+        *((name, ctypes.c_int) for name in ("M", "N", "y_stride", "row_tiles", "k_tiles", "token_span")),
+    ]
+
+
+def maps_of(weight: TileWeight, config: Config) -> dict[str, bytes]:
+    """The tensor maps of codes, scales and zero points (or table numbers); the last two only where they are per group."""
+    R, C, tile = weight.codes.shape
+    maps = {
+        "codes_map": Matrix(
+            address=weight.codes.data_ptr(),
+            element="uint64",
+            rows=R,
+            columns=C * tile // 8,
+            row_bytes=C * tile,
+            box_rows=config.row_tiles,
+            box_columns=config.w_tiles * tile // 8,
+            promotion=256,
+        ).encode()
+    }
+    beside = weight.zero if weight.zero is not None else weight.pick
+    for name, tensor in (("scales_map", weight.scale), ("zeros_map", beside)):
+        if tensor is not None and weight.group_size:
+            maps[name] = Matrix(
+                address=tensor.data_ptr(),
+                element=f"uint{8 * tensor.element_size()}",
+                rows=R,
+                columns=tensor.shape[1] * 16,
+                row_bytes=tensor.shape[1] * 16 * tensor.element_size(),
+                box_rows=config.row_tiles,
+                box_columns=window(weight.group_size, config.w_tiles) * 16,
+            ).encode()
+    return maps
+
+
+class Plan:
+    """One weight, one number of tokens, one configuration: compiled, described and ready to be called as a `Runner`.
+
+    The first call does not begin early: whatever wrote the weight may be the kernel just before it on the stream.
+    y_stride: elements from one token of y to the next, where y is wider than this weight.
+    """
+
+    def __init__(self, weight: TileWeight, config: Config, M: int, dtype: torch.dtype, y_stride: int | None = None) -> None:
+        device = weight.codes.device
+        self.config = config
+        self.function = function(SOURCE, KERNEL, defines(weight, config, dtype), device)
+        self._weight, self._dtype, self._device, self._lock = weight, dtype, device.index, threading.Lock()
+        self._table = None if weight.table is None else weight.table.to(dtype).contiguous()  # kept alive with the plan
+        self._maps: dict[int, bytes] = {}
+        R, C = weight.codes.shape[:2]
+        beside = weight.zero if weight.zero is not None else weight.pick
+        self._arguments: Any = Arguments(
+            scale=weight.scale.data_ptr(),
+            zero=None if beside is None else beside.data_ptr(),
+            table=None if self._table is None else self._table.data_ptr(),
+            M=M,
+            N=weight.N,
+            y_stride=y_stride or weight.N,
+            row_tiles=R,
+            k_tiles=C,
+            token_span=config.span,
+        )
+        for name, encoded in maps_of(weight, config).items():
+            self._place(name, encoded)
+        tiles = ceil_divide(R, config.row_tiles * config.share) * ceil_divide(M, config.tokens)
+        seats = torch.cuda.get_device_properties(device).multi_processor_count // config.cluster * config.resident
+        options: Any = {
+            "grid": ((tiles if config.split > 1 else min(tiles, seats)) * config.cluster,),
+            "block": 128 * (config.warpgroups + 1),
+            "shared_bytes": shared_bytes(weight, config),
+        }
+        self._first: Launch | None = Launch(self.function, self._arguments, **options)
+        self._launch = Launch(self.function, self._arguments, early=True, **options)
+
+    def __call__(self, x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
+        """Queues the kernel; `x_MK` is padded or copied where the copy engine needs it."""
+        if x_MK.shape[1] % 8 or x_MK.data_ptr() % 16 or not x_MK.is_contiguous():
+            x_MK = torch.nn.functional.pad(x_MK, (0, -x_MK.shape[1] % 8)).contiguous()
+            x_MK = x_MK.clone() if x_MK.data_ptr() % 16 else x_MK
+        if bias_N is not None and bias_N.dtype != self._dtype:
+            bias_N = bias_N.to(self._dtype)
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        with self._lock:
+            arguments = self._arguments
+            self._place("x_map", self._map_of(x_MK))
+            arguments.bias = None if bias_N is None else bias_N.data_ptr()
+            arguments.y = y_MN.data_ptr()
+            launch, self._first = self._first or self._launch, None
+            launch(stream)
+
+    def _map_of(self, x_MK: Tensor) -> bytes:
+        address = x_MK.data_ptr()
+        found = self._maps.get(address)
+        if found is None:
+            if len(self._maps) >= MOST_MAPS:
+                self._maps.clear()
+            M, columns = x_MK.shape
+            found = Matrix(
+                address=address,
+                element=str(self._dtype).removeprefix("torch."),
+                rows=M,
+                columns=columns,
+                row_bytes=2 * columns,
+                box_rows=self.config.tokens // self.config.share,
+                box_columns=64,
+                swizzle=128,
+            ).encode()
+            self._maps[address] = found
+        return found
+
+    def _place(self, name: str, encoded: bytes) -> None:
+        ctypes.memmove(ctypes.addressof(self._arguments) + getattr(Arguments, name).offset, encoded, len(encoded))
+
+
+class Parts:
+    """A weight cut into runs of rows, each with its own plan.
+
+    One configuration fills whole rounds of the device, and what is left would keep a few multiprocessors busy for a round
+    more; with smaller tiles it does so for a shorter time.
+    """
+
+    def __init__(self, weight: TileWeight, cuts: Sequence[tuple[int, Config]], M: int, dtype: torch.dtype) -> None:
+        ends = list(itertools.accumulate(rows for rows, _ in cuts))
+        self._parts = [
+            (end - rows, Plan(rows_of(weight, end - rows, end), config, M, dtype, y_stride=weight.N))
+            for end, (rows, config) in zip(ends, cuts, strict=True)
+        ]
+
+    def __call__(self, x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
+        """Queues the kernels."""
+        for start, plan in self._parts:
+            plan(x_MK, None if bias_N is None else bias_N[start:], y_MN[:, start:])
+
+
+def rows_of(weight: TileWeight, start: int, stop: int) -> TileWeight:
+    """Rows start .. stop of a weight as views; `start` is a multiple of 16."""
+    first, last = start // 16, ceil_divide(stop, 16)
+    table = weight.table
+    return TileWeight(
+        codes=weight.codes[first:last],
+        scale=weight.scale[first:last],
+        zero=None if weight.zero is None else weight.zero[first:last],
+        table=table[16 * first : 16 * last] if table is not None and table_kind(weight) == 2 else table,
+        pick=None if weight.pick is None else weight.pick[first:last],
+        group_size=weight.group_size,
+        N=stop - start,
+        K=weight.K,
+    )

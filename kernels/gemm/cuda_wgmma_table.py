@@ -1,0 +1,58 @@
+"""Measured configurations of the many-token kernel, by device family, weight and number of tokens.
+
+`wgmma_NAME.json` beside this module holds what was measured on NAME: for each weight the fastest configuration at some
+numbers of tokens, with its time. Other numbers of tokens use the next larger one. A weight that no table knows, or a number
+of tokens beyond it, is served by the cost model of `cuda_wgmma`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aerogel.kernels.gemm.cuda_table import family_slug
+from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.kernels.gemm.cuda_wgmma import Config, deepest, fits
+
+FOLDER = Path(__file__).parent
+TOKEN_CLASSES = (16, 32, 64, 128, 256, 512, 1024, 4096)
+
+
+def shape_key(weight: TileWeight) -> str:
+    """`4/g128/4096x14336`: width, group and shape. How zero points and tables are decoded changes times little."""
+    return f"{weight.bits}/g{weight.group_size}/{weight.N}x{weight.K}"
+
+
+@functools.cache
+def table(name: str) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+    """Shape key to number of tokens to entry (`config`, `us`) for the device `name`; empty when nothing was measured."""
+    path = FOLDER / f"wgmma_{family_slug(name)}.json"
+    found: Mapping[str, Mapping[str, Mapping[str, Any]]] = (
+        json.loads(path.read_text("utf-8"))["entries"] if path.is_file() else {}
+    )
+    return found
+
+
+def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
+    """Runs of rows and their measured configurations for M tokens on the device `name`; empty when nothing was measured.
+
+    An entry with `rows` and `rest` serves that many rows with `config` and the others with `rest`.
+    """
+    tokens = next((size for size in TOKEN_CLASSES if size >= M), TOKEN_CLASSES[-1])
+    entry = table(name).get(shape_key(weight), {}).get(str(tokens))
+    if entry is None:
+        return []
+    rows = entry.get("rows", weight.N)
+    cuts = [(rows, _fitting(weight, entry["config"]))]
+    if rows < weight.N:
+        cuts.append((weight.N - rows, _fitting(weight, entry["rest"])))
+    return [(rows, config) for rows, config in cuts if config is not None] if all(config for _, config in cuts) else []
+
+
+def _fitting(weight: TileWeight, data: Mapping[str, Any]) -> Config | None:
+    """The configuration, with shallower rings where the weight has more beside its codes than the one that was measured."""
+    config = Config(**data)
+    return config if fits(weight, config) else deepest(weight, config)
