@@ -94,7 +94,7 @@ def test_decoding_is_exact_for_every_code_and_place(bits: int, dtype: torch.dtyp
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
 @needs_nvrtc
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)], ids=str)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
 def test_sources_compile_for_every_generation(capability: tuple[int, int]) -> None:
     variants = [
         (weight(64, 512), torch.bfloat16, 1),
