@@ -183,7 +183,7 @@ def candidates(weight: TileWeight, M: int) -> list[Config]:
 
 
 CUTS = (
-    *((tokens, 2, 1, 1) for tokens in (16, 32, 48, 64, 96, 128, 192, 256)),
+    *((tokens, 2, 1, 1) for tokens in (16, 32, 48, 64, 96, 128, 256)),
     *((tokens, 2, 2, 1) for tokens in (16, 32, 48, 64, 96, 128)),
     *((tokens, 3, 1, 1) for tokens in (16, 32, 48, 64, 96, 128)),
     *((tokens, 2, 1, 2) for tokens in (16, 32, 48, 64)),
