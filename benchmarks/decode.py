@@ -32,6 +32,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aerogel.kernels.decode import session as sessions
+from aerogel.kernels.decode import triton_ops
 from aerogel.kernels.decode.loop import Decoder
 from aerogel.kernels.decode.merge import merge
 from aerogel.kernels.decode.trace import Program
@@ -245,7 +246,7 @@ def measure_kind(kind: str, config: LlamaConfig, args: argparse.Namespace, profi
     if kind == "dense":
         if "unmerged" in args.variants:
             rows.append({"model": kind} | our_row(model, "dense ours unmerged", args.batch[0], args, profiles))
-        for batch in args.batch:
+        for batch in args.peer_batch:
             rows += peer_rows(model, kind, batch, args)
         merge(model)
     for batch in args.batch:
@@ -299,9 +300,15 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=0)
     parser.add_argument("--head-bits", type=int, default=8)
     parser.add_argument("--peers", nargs="*", default=["eager", "static"])
+    parser.add_argument("--peer-batch", type=int, nargs="*", default=[1, 16])
     parser.add_argument("--variants", nargs="*", default=[])
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--plans", type=Path, help="a result of decode_attention.py whose best plans to use")
     args = parser.parse_args()
+    if args.plans:
+        for chosen in json.loads(args.plans.read_text("utf-8"))["rows"]:
+            # Plans are by slots; where batches disagree the smallest batch, which comes first, decides.
+            triton_ops.OVERRIDE.setdefault(chosen["slots"], tuple(map(int, chosen["best"].split(","))))
     found = measure(args)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")

@@ -88,6 +88,20 @@ def ends(model: Any) -> frozenset[int]:
     return frozenset()
 
 
+NEUTRAL: dict[str, Any] = {
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_new_tokens": 0, "min_p": 0.0, "typical_p": 1.0,
+    "suppress_tokens": None, "begin_suppress_tokens": None, "bad_words_ids": None, "forced_eos_token_id": None,
+}  # fmt: skip
+"""What a generation config may ask for beside the options above, and the value that asks for nothing."""
+
+
+def ignored(model: Any) -> list[str]:
+    """Settings of the model's generation config that this command does not follow."""
+    config = getattr(model, "generation_config", None)
+    found = {name: getattr(config, name, None) for name in NEUTRAL}
+    return [f"{name}={value}" for name, value in found.items() if value is not None and value != NEUTRAL[name]]
+
+
 def generate(
     decoder: Decoder,
     tokenizer: Any,
@@ -125,6 +139,7 @@ def generate(
         "tokens_per_second": tokens / seconds,
         "decode_tokens_per_second": (tokens - 1) / rest if tokens > 1 and rest > 0 else None,
         "ran": ran,
+        "ignored": ignored(decoder.model),
     }
 
 
@@ -144,4 +159,5 @@ def summary(answer: dict[str, Any]) -> str:
     if "prepare_seconds" in ran:
         parts.append(f"prepared in {ran['prepare_seconds']:.2f} s")
     parts += [f"not {way}: {why}" for way, why in ran.get("not", {}).items()]
+    parts += [f"the model's generation config asks for {setting}, which was not done" for setting in answer["ignored"]]
     return "; ".join(parts)

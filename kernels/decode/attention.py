@@ -45,6 +45,10 @@ def decode_attention(
     strange = [name for name, found in options.items() if name not in _PLAIN and isinstance(found, Tensor)]
     if layer is None or attention_mask is not None or strange or key.shape[-2] != 1 or query.shape[1] % key.shape[1]:
         raise NotOurs(f"its attention wants {', '.join(strange) or 'a mask of its own'}")
+    # Kernels write where they are told: a cache that holds something else than keys (latent ones, say) must not get there.
+    for new, held in ((key, layer.keys), (value, layer.values)):
+        if [*new.shape[:2], new.shape[3], new.dtype] != [*held.shape[:2], held.shape[3], held.dtype]:
+            raise NotOurs(f"it attends to {list(new.shape)} and keeps {list(held.shape)} in its cache")
     scale = options.get("scaling")
     sizes = (query.shape[-1] ** -0.5 if scale is None else float(scale), layer.window or 0, float(options.get("softcap") or 0))
     state = cache.state

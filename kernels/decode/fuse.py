@@ -28,13 +28,12 @@ _GATES: dict[Any, str] = {aten.silu.default: "silu", aten.gelu.default: "gelu"}
 
 def fuse(graph: fx.GraphModule) -> dict[str, int]:
     """Rewrites the trace in place; returns how often each operator was put in."""
-    found = {
+    return {
         "rms_norm": _each(graph, _norm),
         "add_rms_norm": _each(graph, _add_norm),
         "gate": _each(graph, _gate),
         "rotation": _each(graph, _rotation),
     }
-    return found
 
 
 def _each(graph: fx.GraphModule, rewrite: Callable[[fx.GraphModule, Any], bool]) -> int:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aerogel.kernels.native import library
 from aerogel.lazy import load
 
 SCHEMAS = {
@@ -151,10 +152,23 @@ def _on_cuda(name: str) -> Any:
     return run
 
 
+def on_cpu(name: str) -> Any:
+    """The compiled version where there is one, found when it is first called."""
+    chosen: list[Any] = []
+
+    def run(*args: Any) -> Any:
+        if not chosen:
+            compiled = library.missing() is None
+            chosen.append(load(f"aerogel.kernels.decode.native_ops:{name}") if compiled else globals()[name])
+        return chosen[0](*args)
+
+    return run
+
+
 def _register() -> None:
     for name, schema in SCHEMAS.items():
         torch.library.define(f"aerogel::{name}", schema)
-        torch.library.impl(f"aerogel::{name}", "CPU", globals()[name])
+        torch.library.impl(f"aerogel::{name}", "CPU", on_cpu(name))
         torch.library.impl(f"aerogel::{name}", "CUDA", _on_cuda(name))
         torch.library.register_fake(f"aerogel::{name}", FAKES[name])
 

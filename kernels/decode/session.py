@@ -28,17 +28,21 @@ from transformers import PreTrainedModel
 from aerogel.kernels.decode import ops
 from aerogel.kernels.decode.attention import attending
 from aerogel.kernels.decode.fuse import fuse
-from aerogel.kernels.decode.merge import Merged
+from aerogel.kernels.decode.lower import lower, straight
+from aerogel.kernels.decode.merge import Part
 from aerogel.kernels.decode.sample import Sampling, pick
 from aerogel.kernels.decode.slots import Mode, SlotCache, State
 from aerogel.kernels.decode.trace import CannotTrace, Program, clean, trace
 from aerogel.kernels.linear import Linear
+from aerogel.lazy import load
 
 Way = Literal["fused", "masked", "plain"]
 SAME = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 """Relative Frobenius distance of logits up to which two ways count as the same, by the type they are computed in."""
 OTHER = 0x9E3779B9
 """Steps draw from another stream than the first token, which was drawn from the seed itself."""
+NATIVE = "aerogel.kernels.decode.native_program:NativeProgram"
+"""The step as compiled CPU operations; loaded by name, since it needs the compiled library."""
 _MODES: dict[str, Mode] = {"fused": "attend", "masked": "mask"}
 
 
@@ -59,9 +63,10 @@ class Session:
         self.way: Way | None = None
         self.reasons: dict[str, str] = {}
         self.fused: dict[str, int] = {}
+        self.not_native: str | None = None
         self.operators = 0
         self.seconds = 0.0
-        self._program: Program | None = None
+        self._program: Any = None
         self._graphs: dict[Sampling, tuple[torch.cuda.CUDAGraph, torch.Generator]] = {}
         self._generator = torch.Generator(model.device)
 
@@ -110,7 +115,7 @@ class Session:
         if way == "fused" and lacking:
             return lacking
         try:
-            program: Program | None = None
+            program: Any = None
             for slot, (token_B1, wanted_BV) in enumerate(zip(probes, expected, strict=True), start=length):
                 with torch.inference_mode(False), torch.no_grad():
                     self.state.begin(token_B1.clone(), slot, start_B.clone())
@@ -126,17 +131,25 @@ class Session:
         self.operators = program.operators if program is not None else 0
         return None
 
-    def _trace(self, mode: Mode) -> Program:
+    def _trace(self, mode: Mode) -> Any:
         def step(token_B1: Tensor, position_B1: Tensor, slot_1: Tensor, start_B: Tensor, valid_BL: Tensor) -> Tensor:
             self.cache.state = State(token_B1, position_B1, slot_1, start_B, valid_BL)
             with attending(self.model, self.cache, mode):
                 return self._forward(token_B1, position_B1, valid_BL if mode == "mask" else None, self.cache)
 
         try:
-            graph = trace(step, *self._arguments(), whole=[m for m in self.model.modules() if type(m) in (Linear, Merged)])
+            linears = [module for module in self.model.modules() if isinstance(module, Linear) and not isinstance(module, Part)]
+            graph = trace(step, *self._arguments(), whole={module: straight(module) for module in linears})
         finally:
             self.cache.state = self.state
         self.fused = {} if ops.missing(self.model.device) else fuse(graph)
+        if self.model.device.type == "cpu":
+            clean(graph)
+            try:
+                return load(NATIVE)(graph)
+            except (CannotTrace, ImportError) as error:
+                self.not_native = str(error)
+            lower(graph)
         clean(graph)
         return Program(graph)
 

@@ -14,7 +14,7 @@ caller compares the program with the model on another token before trusting it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import getitem
 from types import SimpleNamespace
@@ -64,7 +64,7 @@ class Program:
 
 def _works(node: fx.Node) -> bool:
     target = node.target
-    if node.op != "call_function" or str(target) == "<built-in function getitem>":
+    if node.op != "call_function" or target is getitem:
         return False
     return not (isinstance(target, torch._ops.OpOverload) and _is_view(target))
 
@@ -115,9 +115,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc, unused-ignore]
                     self._remember(part, self.graph.call_function(getitem, (node, index)))
         return result
 
-    def whole(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        """A forward for `module` that is one operator of the trace: its kernel may be no operator of torch."""
-        run = type(module).forward.__get__(module)
+    def whole(self, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """A forward that is one operator of the trace: what it calls may be no operator of torch."""
 
         def forward(x: Tensor) -> Tensor:
             with _disable_current_modes():
@@ -128,17 +127,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc, unused-ignore]
         return forward
 
 
-def trace(step: Callable[..., Tensor], *arguments: Tensor, whole: Iterable[nn.Module] = ()) -> fx.GraphModule:
-    """The operators of `step(*arguments)`, weights as attributes. Runs it once. Modules of `whole` are one operator each.
+def trace(
+    step: Callable[..., Tensor], *arguments: Tensor, whole: Mapping[nn.Module, Callable[[Tensor], Tensor]] | None = None
+) -> fx.GraphModule:
+    """The operators of `step(*arguments)`, weights as attributes. Runs it once.
+
+    Modules of `whole` are one operator each, which is the function beside them.
 
     Raises:
         CannotTrace: the step depends on values, or fails under the tracer, with what showed it.
     """
     recorder = _Recorder(arguments)
-    modules: list[Any] = list(whole)
+    modules: Mapping[Any, Callable[[Tensor], Tensor]] = whole or {}
     try:
-        for module in modules:
-            module.forward = recorder.whole(module)
+        for module, run in modules.items():
+            module.forward = recorder.whole(run)
         with torch.no_grad(), recorder:
             result = step(*arguments)
     except (CannotTrace, torch.OutOfMemoryError):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,12 @@ def test_progress_in_a_log_is_a_line_per_tenth(capsys: pytest.CaptureFixture[str
 
 def test_facts_in_words() -> None:
     assert describe({"loss": 0.00123, "name": "block 3", "retries": 2, "nothing": None}) == "loss 0.00123  block 3  retries 2"
+
+
+def test_generate_says_which_wishes_of_the_model_it_does_not_follow(aerogel, tiny: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "polite"
+    shutil.copytree(tiny, copy)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "repetition_penalty": 1.3, "num_beams": 1}))
+    found = aerogel("generate", copy, "w1", "-n", 2, "--raw")
+    assert "asks for repetition_penalty=1.3, which was not done" in found.stderr
+    assert "num_beams" not in found.stderr

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tests.kernels.decode.cases import ATTENTION, attention, distance, textbook
 
+from aerogel.kernels.decode import ops
 from aerogel.kernels.decode.sample import Sampling, kept, likeliest, pick
 
 ROOT = Path(__file__).parents[3]
@@ -41,12 +42,12 @@ def test_norms_and_gates_round_as_the_models_do(dtype: torch.dtype) -> None:
     with torch.no_grad():
         for norm in (llama, gemma):
             norm.weight.normal_()
-        assert torch.equal(torch.ops.aerogel.rms_norm(x, llama.weight, 1e-5, True), llama(x))
-        total, normed = torch.ops.aerogel.add_rms_norm(x, y, 1.0 + gemma.weight.float(), 1e-5, False)
+        assert torch.equal(ops.rms_norm(x, llama.weight, 1e-5, True), llama(x))
+        total, normed = ops.add_rms_norm(x, y, 1.0 + gemma.weight.float(), 1e-5, False)
         assert torch.equal(total, x + y)
         assert torch.equal(normed, gemma(x + y))
     for act in ("silu", "gelu"):
-        assert torch.equal(torch.ops.aerogel.gate(x, y, act), getattr(torch.nn.functional, act)(x) * y)
+        assert torch.equal(ops.gate(x, y, act), getattr(torch.nn.functional, act)(x) * y)
 
 
 @pytest.mark.parametrize("name", ["attend", "add_rms_norm", "rms_norm", "gate"])
