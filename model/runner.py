@@ -21,6 +21,7 @@ from aerogel.errors import BadInput
 from aerogel.model.naming import materialise, release
 from aerogel.model.structure import Structure
 from aerogel.model.tape import Finished
+from aerogel.model.trim import trim
 
 
 class Activations:
@@ -94,6 +95,7 @@ class Runner:
     def release_block(self, index: int) -> None:
         """Frees the weights of block `index`."""
         release(self.model, self.structure.block_groups(index))
+        trim()
 
     def _outside(self, ids: Tensor, stubs: list[_Stub]) -> Any:
         """The model's own forward with every block replaced by a stub."""

@@ -25,6 +25,7 @@ from aerogel.model.capture import Accumulator
 from aerogel.model.layer import Stats
 from aerogel.model.runner import Activations, Runner
 from aerogel.model.tape import ATTENTION, Finished, Slot, Tape, Weights, trace
+from aerogel.model.trim import trim
 
 REMEMBERED_BYTES = 256 * 1024 * 1024
 SUMS_BYTES = 1024 * 1024 * 1024
@@ -155,7 +156,9 @@ class BlockStatistics:
 
             self._pass(self.block, self.hidden[batch], add, leaders, self.remembered[batch])
         self._count_experts(sums)
-        return {slot: total.stats(slot[0]) for slot, total in sums.items()}
+        found = {slot: total.stats(slot[0]) for slot, total in sums.items()}
+        trim()
+        return found
 
     def _pass(
         self,
