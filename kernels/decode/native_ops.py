@@ -47,7 +47,7 @@ class _Gate(ctypes.Structure):
     ]
 
 
-def _alike(*tensors: Tensor | None) -> bool:
+def alike(*tensors: Tensor | None) -> bool:
     """Whether all are contiguous and of one type that the compiled code knows."""
     given = [tensor for tensor in tensors if tensor is not None]
     kind = given[0].dtype
@@ -70,15 +70,39 @@ def attend(
     sinks: Tensor | None,
 ) -> Tensor:
     """`ops.attend`: [B, 1, H, E]; writes the new key and value into their slots."""
-    B, H, _, D = q.shape
-    J, E = k.shape[1], v.shape[3]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     cos, sin = (None, None) if cos is None or sin is None else (cos.contiguous(), sin.contiguous())
-    simple = not softcap and sinks is None and max(D, E) <= _LARGEST_HEAD and H // J <= _LARGEST_SHARE
-    if not simple or not _alike(q, k, v, cos, sin, keys, values):
+    out = torch.empty(q.shape[0], 1, q.shape[1], v.shape[3], dtype=q.dtype)
+    arguments = attend_arguments(out, q, k, v, cos, sin, keys, values, slot, start, scale, window, softcap, sinks)
+    if arguments is None:
         return ops.attend(q, k, v, cos, sin, keys, values, slot, start, scale, window, softcap, sinks)
-    out = torch.empty(B, 1, H, E, dtype=q.dtype)
-    arguments = _Attend(
+    library.check(library.library().aerogel_native_attend(ctypes.byref(arguments)), "attention of one token")
+    return out
+
+
+def attend_arguments(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    slot: Tensor,
+    start: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> ctypes.Structure | None:
+    """The struct of one attention, or None where the compiled code does not do it."""
+    B, H, _, D = q.shape
+    J, E = k.shape[1], v.shape[3]
+    simple = not softcap and sinks is None and max(D, E) <= _LARGEST_HEAD and H // J <= _LARGEST_SHARE
+    if not simple or not alike(q, k, v, cos, sin, keys, values):
+        return None
+    return _Attend(
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
@@ -93,50 +117,62 @@ def attend(
         scale,
         *(TYPES[q.dtype], int(cos is not None and cos.shape[0] > 1), torch.get_num_threads()),
     )
-    library.check(library.library().aerogel_native_attend(ctypes.byref(arguments)), "attention of one token")
-    return out
 
 
-def _norm(a: Tensor, b: Tensor | None, weight: Tensor, eps: float, round_first: bool) -> tuple[Tensor, Tensor]:
-    total = a if b is None else torch.empty_like(a)
-    y = torch.empty_like(a)
+def norm_arguments(
+    a: Tensor, b: Tensor | None, weight: Tensor, total: Tensor | None, y: Tensor, eps: float, round_first: bool
+) -> ctypes.Structure:
+    """The struct of one norm of tensors that are `alike`; `total` receives a + b where there is a b."""
     size = weight.shape[0]
-    arguments = _Norm(
+    return _Norm(
         a.data_ptr(),
         None if b is None else b.data_ptr(),
         weight.data_ptr(),
-        None if b is None else total.data_ptr(),
+        None if total is None else total.data_ptr(),
         y.data_ptr(),
         *(a.numel() // size, size),
         eps,
         *(TYPES[a.dtype], int(round_first)),
     )
+
+
+def _norm(a: Tensor, b: Tensor | None, weight: Tensor, eps: float, round_first: bool) -> tuple[Tensor, Tensor]:
+    total = None if b is None else torch.empty_like(a)
+    y = torch.empty_like(a)
+    arguments = norm_arguments(a, b, weight, total, y, eps, round_first)
     library.check(library.library().aerogel_native_norm(ctypes.byref(arguments)), "a norm")
-    return total, y
+    return a if total is None else total, y
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor:
     """`ops.rms_norm`: [..., N]."""
-    if not _alike(x, weight):
+    if not alike(x, weight):
         return ops.rms_norm(x, weight, eps, round_first)
     return _norm(x, None, weight, eps, round_first)[1]
 
 
 def add_rms_norm(a: Tensor, b: Tensor, weight: Tensor, eps: float, round_first: bool) -> tuple[Tensor, Tensor]:
     """`ops.add_rms_norm`: (a + b, its norm)."""
-    if a.shape != b.shape or not _alike(a, b, weight):
+    if a.shape != b.shape or not alike(a, b, weight):
         return ops.add_rms_norm(a, b, weight, eps, round_first)
     return _norm(a, b, weight, eps, round_first)
 
 
 def gate(g: Tensor, u: Tensor, act: str) -> Tensor:
     """`ops.gate`: act(g) * u; both may be halves of one matmul's result."""
+    y = torch.empty(g.shape, dtype=g.dtype)
+    arguments = gate_arguments(g, u, act, y)
+    if arguments is None:
+        return ops.gate(g, u, act)
+    library.check(library.library().aerogel_native_gate(ctypes.byref(arguments)), "a gate")
+    return y
+
+
+def gate_arguments(g: Tensor, u: Tensor, act: str, y: Tensor) -> ctypes.Structure | None:
+    """The struct of one gate, or None where the compiled code does not do it."""
     size = g.shape[-1]
     rows = g.numel() // size if size else 0
     one = rows == 1 or (g.is_contiguous() and u.is_contiguous())
     if act != "silu" or not one or g.dtype != u.dtype or g.dtype not in TYPES or {g.stride(-1), u.stride(-1)} != {1}:
-        return ops.gate(g, u, act)
-    y = torch.empty(g.shape, dtype=g.dtype)
-    arguments = _Gate(g.data_ptr(), u.data_ptr(), y.data_ptr(), rows, size, size, size, TYPES[g.dtype])
-    library.check(library.library().aerogel_native_gate(ctypes.byref(arguments)), "a gate")
-    return y
+        return None
+    return _Gate(g.data_ptr(), u.data_ptr(), y.data_ptr(), rows, size, size, size, TYPES[g.dtype])

@@ -143,12 +143,40 @@ def linear(
     """
     M, K = x_MK.shape
     y_MN = torch.empty(M, N, dtype=x_MK.dtype)
+    weight, call = structs(x_MK, codes, scale, zero, bias_N, y_MN, N, group, numerics, path, threads)
+    status = library.library().aerogel_native_gemm(ctypes.byref(weight), ctypes.byref(call))
+    if status:
+        library.check(status, f"a packed weight [{N}, {K}]")
+    return y_MN
+
+
+def structs(
+    x_MK: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias_N: Tensor | None,
+    y_MN: Tensor,
+    N: int,
+    group: int,
+    numerics: int,
+    path: int = -1,
+    threads: int | None = None,
+) -> tuple[library.Weight, library.Call]:
+    """What `linear` hands over, for callers that run the same matmul again and again: valid while the tensors live.
+
+    Raises:
+        BadInput: tensors that are not contiguous in main memory, or of other types than they must be.
+    """
+    M, K = x_MK.shape
     for tensor in (x_MK, codes, scale):
         if not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise BadInput("a CPU matmul wants contiguous tensors in main memory; call .contiguous() and .cpu() on them")
     kinds = library.TYPES
     if x_MK.dtype not in kinds or scale.dtype not in kinds or codes.dtype != torch.uint8:
         raise BadInput(f"a CPU matmul wants uint8 codes and float tensors, found {codes.dtype}, {scale.dtype}, {x_MK.dtype}")
+    if bias_N is not None and (bias_N.dtype not in kinds or not bias_N.is_contiguous()):
+        raise BadInput(f"a CPU matmul wants a contiguous bias in a float type, found {bias_N.dtype}; cast it")
     weight = library.Weight(
         codes.data_ptr(),
         scale.data_ptr(),
@@ -162,8 +190,6 @@ def linear(
         codes.shape[-1] // 64,
         kinds[scale.dtype],
     )
-    if bias_N is not None and (bias_N.dtype not in kinds or not bias_N.is_contiguous()):
-        bias_N = bias_N.float().contiguous()
     call = library.Call(
         x_MK.data_ptr(),
         None if bias_N is None else bias_N.data_ptr(),
@@ -178,10 +204,7 @@ def linear(
         path,
         threads or torch.get_num_threads(),
     )
-    status = library.library().aerogel_native_gemm(ctypes.byref(weight), ctypes.byref(call))
-    if status:
-        library.check(status, f"a packed weight [{N}, {K}]")
-    return y_MN
+    return weight, call
 
 
 def _operator(

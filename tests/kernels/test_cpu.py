@@ -259,7 +259,8 @@ def test_without_the_library_the_kernel_refuses_with_the_reason(tmp_path: Path) 
         "from aerogel.quantize.grids import IntGrid\n"
         "print(dict(explain(Problem(format='pack-quantized', grid=IntGrid(bits=4, group_size=32), N=48, K=96)))['cpu'])"
     )
-    environment = {**os.environ, "AEROGEL_NATIVE_LIBRARY": str(tmp_path / "none.so")}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "AEROGEL_NATIVE_LIBRARY": str(tmp_path / "none.so"), "PYTHONPATH": paths}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "was not compiled" in result.stdout
 

@@ -24,7 +24,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_attention_of_one_token(dtype: torch.dtype, H: int, J: int, D: int, E: int) -> None:
     random = torch.Generator().manual_seed(H * D)
     for batch, slots, slot, window in ((1, 8, 0, 0), (1, 300, 257, 0), (2, 64, 40, 16), (3, 64, 63, 0)):
-        make = lambda *shape: torch.randn(*shape, generator=random).to(dtype)  # noqa: E731, B023
+        make = lambda *shape: torch.randn(*shape, generator=random).to(dtype)  # noqa: E731
         q, k, v = make(batch, H, 1, D), make(batch, J, 1, D), make(batch, J, 1, E)
         angles = torch.rand(batch, 1, D, generator=random) * 6
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)

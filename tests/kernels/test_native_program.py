@@ -1,0 +1,77 @@
+"""A decode step as a list of native operations: the same logits as the plain function, token after token; what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx, nn
+
+from aerogel.kernels.decode import ops
+from aerogel.kernels.decode.native_program import NativeProgram
+from aerogel.kernels.decode.trace import CannotTrace, Seen
+from aerogel.kernels.linear import Linear
+from aerogel.kernels.native import library
+from aerogel.quantize.grids import IntGrid, quantized
+
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+
+
+def linear(N: int, K: int, dtype: torch.dtype) -> Linear:
+    grid = IntGrid(bits=4, group_size=32)
+    weight = torch.randn(N, K) / K**0.5
+    return Linear.from_codes(quantized(grid, weight, grid.fit(weight)), dtype=dtype)
+
+
+def chain(dtype: torch.dtype, layers: int = 4) -> tuple[fx.GraphModule, list[Linear], torch.Tensor]:
+    """x -> (norm -> up -> gate -> down -> add) repeated, with a view and an operator that only torch has in between."""
+    graph, root, modules = fx.Graph(), nn.Module(), []
+    weight = torch.rand(64).to(dtype) + 0.5
+    root.register_buffer("weight", weight)
+
+    def seen(node: fx.Node, *shape: int) -> fx.Node:
+        node.meta["seen"] = Seen.of(torch.empty(*shape, dtype=dtype))
+        return node
+
+    x = seen(graph.placeholder("x"), 1, 1, 64)
+    norm = graph.get_attr("weight")
+    h = x
+    for _ in range(layers):
+        up, down = linear(96, 64, dtype), linear(64, 96, dtype)
+        modules += [up, down]
+        y = seen(graph.call_function(torch.ops.aerogel.rms_norm.default, (h, norm, 1e-5, True)), 1, 1, 64)
+        wide = seen(graph.call_function(up.forward, (y,)), 1, 1, 96)
+        flat = seen(graph.call_function(torch.ops.aten.view.default, (wide, [1, 96])), 1, 96)
+        bent = seen(graph.call_function(torch.ops.aten.tanh.default, (flat,)), 1, 96)
+        product = seen(graph.call_function(torch.ops.aerogel.gate.default, (flat, bent, "silu")), 1, 96)
+        back = seen(graph.call_function(torch.ops.aten.view.default, (product, [1, 1, 96])), 1, 1, 96)
+        low = seen(graph.call_function(down.forward, (back,)), 1, 1, 64)
+        h = seen(graph.call_function(torch.ops.aten.add.Tensor, (h, low)), 1, 1, 64)
+    graph.output(h)
+    return fx.GraphModule(root, graph), modules, weight
+
+
+def plain(x: torch.Tensor, modules: list[Linear], weight: torch.Tensor) -> torch.Tensor:
+    for up, down in zip(modules[::2], modules[1::2], strict=True):
+        wide = up(ops.rms_norm(x, weight, 1e-5, True))
+        x = x + down(ops.gate(wide, torch.tanh(wide), "silu"))
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_computes_what_the_function_computes(dtype: torch.dtype) -> None:
+    graph, modules, weight = chain(dtype)
+    program = NativeProgram(graph)
+    assert program.operators == 16
+    results = []
+    for _ in range(3):
+        x = torch.randn(1, 1, 64).to(dtype)
+        found, wanted = program(x), plain(x, modules, weight)
+        error = (found.float() - wanted.float()).norm() / wanted.float().norm()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+        results.append(found)
+    assert not torch.equal(results[0], results[1]), "results share memory"
+
+
+def test_a_step_with_hardly_anything_native_is_refused() -> None:
+    with pytest.raises(CannotTrace, match="native"):
+        NativeProgram(chain(torch.float32, layers=1)[0])
