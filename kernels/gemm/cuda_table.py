@@ -27,11 +27,15 @@ TOKEN_CLASSES = (1, 2, 4, 8, 16)
 """Numbers of tokens that are measured; others use the next larger one."""
 
 
+def token_class(M: int) -> int:
+    """The number of tokens that is measured for M <= 16 of them."""
+    return next(size for size in TOKEN_CLASSES if size >= M)
+
+
 def key_of(weight: TileWeight, M: int) -> str:
     """`4/g128/4096x14336/m4`: width, decoder and group class, shape, token class."""
     kind = "t" if weight.table is not None else "z" if weight.zero is not None else ""
-    tokens = next(size for size in TOKEN_CLASSES if size >= M)
-    return f"{weight.bits}{kind}/g{weight.group_size}/{weight.N}x{weight.K}/m{tokens}"
+    return f"{weight.bits}{kind}/g{weight.group_size}/{weight.N}x{weight.K}/m{token_class(M)}"
 
 
 def device_slug(name: str) -> str:

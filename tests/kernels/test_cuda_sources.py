@@ -394,3 +394,27 @@ def test_candidates_fit_and_fill_the_device() -> None:
     assert not any(config.ring for config in cuda_tune.candidates(held, 1, (8, 0), 108))
     ring = Config(ring=True, row_tiles=2, k_warps=8, stages=4)
     assert shared_bytes(held, ring, 1, 128) == 256 + 4 * 16896 + 8 * 2 * 272
+
+
+def test_tune_measures_token_classes_once_and_keeps_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured = []
+
+    def tune(weight, tokens):
+        measured.append((weight.bits, weight.group_size, weight.N, weight.K, weight.zero is not None, list(tokens)))
+        return {cuda_table.key_of(weight, M): {"config": {"ring": True}, "us": 4.5} for M in tokens}
+
+    draw = cuda_tune.random_weight
+    monkeypatch.setattr(cuda_tune, "tune", tune)
+    monkeypatch.setattr(
+        cuda_tune, "random_weight", lambda N, K, bits, group, device, zero: draw(N, K, bits, group, "cpu", zero=zero)
+    )
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA Test 1GB")
+    monkeypatch.setenv("AEROGEL_CACHE", str(tmp_path))
+    grid = IntGrid(bits=4, group_size=64, symmetric=False)
+    problem = Problem(format="pack-quantized", grid=grid, N=48, K=256, device="cuda", dtype=torch.bfloat16)
+    tuned = cuda.Cuda.tune(problem, [1, 3, 4, 16, 512])
+    assert measured == [(4, 64, 48, 256, True, [1, 4, 16])]
+    assert tuned is not None
+    assert sorted(tuned.found) == [1, 4, 16] and "4.5 us" in tuned.found[1]
+    assert "4z/g64/48x256/m4" in tuned.kept.read_text()
+    assert cuda.Cuda.tune(problem, [512]) is None

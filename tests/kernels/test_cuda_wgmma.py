@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.gemm import cuda_wgmma, cuda_wgmma_table
-from aerogel.kernels.gemm.cuda import IMPLEMENTATIONS
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import CUTS, SOURCE, Config, ManyTokens, choose_config, deepest, defines, fits
 from aerogel.kernels.gemm.cuda_wgmma_plan import Parts, Plan
@@ -48,11 +47,6 @@ def test_refuses_other_devices_and_few_tokens() -> None:
     assert "compute capability 9.0" in (ManyTokens.refuses(weight, 64, torch.bfloat16, (10, 0)) or "")
     assert "17 tokens" in (ManyTokens.refuses(weight, 16, torch.bfloat16, HOPPER) or "")
     assert ManyTokens.refuses(weight, 17, torch.bfloat16, HOPPER) is None
-
-
-def test_stands_before_the_dense_path() -> None:
-    names = [place.split(":")[1] for place in IMPLEMENTATIONS]
-    assert names.index("ManyTokens") < names.index("Dense")
 
 
 @settings(deadline=None, max_examples=60)
