@@ -100,7 +100,7 @@ def attend_arguments(
     B, H, _, D = q.shape
     J, E = k.shape[1], v.shape[3]
     simple = not softcap and sinks is None and max(D, E) <= _LARGEST_HEAD and H // J <= _LARGEST_SHARE
-    if not simple or not alike(q, k, v, cos, sin, keys, values):
+    if not simple or not alike(q, k, v, cos, sin, keys, values) or not _fits(q, k, v, cos, sin, keys, values, slot, start):
         return None
     return _Attend(
         q.data_ptr(),
@@ -117,6 +117,31 @@ def attend_arguments(
         scale,
         *(TYPES[q.dtype], int(cos is not None and cos.shape[0] > 1), torch.get_num_threads()),
     )
+
+
+def _fits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    slot: Tensor,
+    start: Tensor,
+) -> bool:
+    """Whether every shape is the one the compiled code takes it for: it reads and writes where it is told."""
+    B, H, T, D = q.shape
+    J, L, E = k.shape[1], keys.shape[2], v.shape[3]
+    angles = all(angle is None or (angle.shape[-1] == D and angle.numel() in (D, B * D)) for angle in (cos, sin))
+    places = slot.dtype == start.dtype == torch.int64 and slot.numel() == 1 and start.numel() == B
+    shapes = [(k, (B, J, 1, D)), (v, (B, J, 1, E)), (keys, (B, J, L, D)), (values, (B, J, L, E))]
+    return T == 1 and H % J == 0 and angles and places and all(tensor.shape == shape for tensor, shape in shapes)
+
+
+def norm_fits(a: Tensor, b: Tensor | None, weight: Tensor) -> bool:
+    """Whether the compiled norm does these: one type, contiguous, shapes that belong together."""
+    return alike(a, b, weight) and weight.shape == a.shape[-1:] and (b is None or b.shape == a.shape)
 
 
 def norm_arguments(
@@ -146,14 +171,14 @@ def _norm(a: Tensor, b: Tensor | None, weight: Tensor, eps: float, round_first: 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor:
     """`ops.rms_norm`: [..., N]."""
-    if not alike(x, weight):
+    if not norm_fits(x, None, weight):
         return ops.rms_norm(x, weight, eps, round_first)
     return _norm(x, None, weight, eps, round_first)[1]
 
 
 def add_rms_norm(a: Tensor, b: Tensor, weight: Tensor, eps: float, round_first: bool) -> tuple[Tensor, Tensor]:
     """`ops.add_rms_norm`: (a + b, its norm)."""
-    if a.shape != b.shape or not alike(a, b, weight):
+    if not norm_fits(a, b, weight):
         return ops.add_rms_norm(a, b, weight, eps, round_first)
     return _norm(a, b, weight, eps, round_first)
 
@@ -172,7 +197,7 @@ def gate_arguments(g: Tensor, u: Tensor, act: str, y: Tensor) -> ctypes.Structur
     """The struct of one gate, or None where the compiled code does not do it."""
     size = g.shape[-1]
     rows = g.numel() // size if size else 0
-    one = rows == 1 or (g.is_contiguous() and u.is_contiguous())
+    one = g.shape == u.shape and (rows == 1 or (g.is_contiguous() and u.is_contiguous()))
     if act != "silu" or not one or g.dtype != u.dtype or g.dtype not in TYPES or {g.stride(-1), u.stride(-1)} != {1}:
         return None
     return _Gate(g.data_ptr(), u.data_ptr(), y.data_ptr(), rows, size, size, size, TYPES[g.dtype])

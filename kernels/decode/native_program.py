@@ -162,7 +162,7 @@ class NativeProgram:
         return y
 
     def _rms_norm(self, node: fx.Node, x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor | None:
-        if not native_ops.alike(x, weight):
+        if not native_ops.norm_fits(x, None, weight):
             return None
         y = _place(node)
         self._queue("norm", native_ops.norm_arguments(x, None, weight, None, y, eps, round_first), None, x, weight, y)
@@ -171,7 +171,7 @@ class NativeProgram:
     def _add_rms_norm(
         self, node: fx.Node, a: Tensor, b: Tensor, weight: Tensor, eps: float, round_first: bool
     ) -> tuple[Tensor, Tensor] | None:
-        if a.shape != b.shape or not native_ops.alike(a, b, weight):
+        if not native_ops.norm_fits(a, b, weight):
             return None
         total, y = torch.empty_like(a), torch.empty_like(a)
         arguments = native_ops.norm_arguments(a, b, weight, total, y, eps, round_first)

@@ -73,3 +73,33 @@ def test_slots_out_of_range_are_refused() -> None:
     for slot, start in ((8, 0), (3, 4)):
         with pytest.raises(BadInput, match="shape"):
             native_ops.attend(q, q, q, None, None, keys, values, torch.tensor([slot]), torch.tensor([start]), 1.0, 0, 0.0, None)
+
+
+def test_shapes_that_do_not_belong_together_never_reach_the_compiled_code() -> None:
+    B, H, J, L, D, E = 2, 4, 2, 16, 8, 6
+    good = {
+        "out": torch.empty(B, 1, H, E),
+        "q": torch.zeros(B, H, 1, D),
+        "k": torch.zeros(B, J, 1, D),
+        "v": torch.zeros(B, J, 1, E),
+        "cos": torch.zeros(B, 1, D),
+        "sin": torch.zeros(B, 1, D),
+        "keys": torch.zeros(B, J, L, D),
+        "values": torch.zeros(B, J, L, E),
+        "slot": torch.tensor([3]),
+        "start": torch.zeros(B, dtype=torch.int64),
+    }
+    rest = {"scale": 1.0, "window": 0, "softcap": 0.0, "sinks": None}
+    assert native_ops.attend_arguments(**good, **rest) is not None
+    wrong = {
+        "k": torch.zeros(B, J, 1, D + 1),
+        "v": torch.zeros(B, J + 1, 1, E),
+        "cos": torch.zeros(B, 1, D // 2),
+        "sin": torch.zeros(B + 1, 1, D),
+        "keys": torch.zeros(B, 1, L, D),
+        "values": torch.zeros(B, J, L - 1, E),
+        "slot": torch.tensor([3], dtype=torch.int32),
+        "start": torch.zeros(B + 1, dtype=torch.int64),
+    }
+    for name, tensor in wrong.items():
+        assert native_ops.attend_arguments(**{**good, name: tensor}, **rest) is None, name
