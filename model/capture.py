@@ -8,29 +8,16 @@ Shape legend: T tokens, K in features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from aerogel.errors import RunFailed
 from aerogel.model.layer import Stats
+from aerogel.model.precision import coarse_products
 
 PANEL = 256
 """Columns of x^T x made at a time. Narrow panels waste little of the lower triangle and still fill the matrix units."""
 MAX_SKIPPED_SHARE = 0.01
-
-
-@contextmanager
-def gram_precision(dtype: torch.dtype) -> Iterator[None]:
-    """Lets float32 products multiply as bfloat16 where the inputs were bfloat16 anyway: exact, and several times faster."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class Accumulator:
@@ -51,7 +38,7 @@ class Accumulator:
         """Adds the tokens of `x` [..., K]; rows with NaN or infinity are left out and counted."""
         x_TK = x.detach().reshape(-1, x.shape[-1])
         dense_TK = x_dense.detach().reshape(-1, x.shape[-1]) if x_dense is not None else None
-        with gram_precision(x.dtype):
+        with coarse_products(x.dtype == torch.bfloat16):
             x_TK, dense_TK = x_TK.float(), dense_TK.float() if dense_TK is not None else None
             # The sum is finite only if every value is; it costs one pass, where isfinite would cost a mask.
             if not bool((x_TK.sum() if dense_TK is None else x_TK.sum() + dense_TK.sum()).isfinite()):

@@ -15,8 +15,6 @@ Shape legend: N out features, K in features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from aerogel.errors import RunFailed
 from aerogel.model.layer import Layer
+from aerogel.model.precision import coarse_products
 
 ROWS = 2048
 """Outputs solved at a time: rows are independent, and this bounds the working memory."""
@@ -83,17 +82,6 @@ def _quadratic(d_NK: Tensor, h_KK: Tensor) -> float:
         pull.addmm_(d_NK[:, :start], h_KK[:start, panel], alpha=2)
         total += float(pull.mul_(d_NK[:, panel]).sum(dtype=torch.float64))
     return total
-
-
-@contextmanager
-def coarse_products() -> Iterator[None]:
-    """Lets float32 products round their factors to bfloat16 where that is faster."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.kernels.tile_weights import dense64
 
 from aerogel.kernels.dispatch import choose
 from aerogel.kernels.gemm import cuda
@@ -75,26 +76,6 @@ def weight_of(N: int, K: int, bits: int, kind: tuple[int, str, torch.dtype]) -> 
         N=N,
         K=K,
     )
-
-
-def dense64(weight: TileWeight) -> torch.Tensor:
-    """The weight in float64, from the definition."""
-    N, K, size = weight.N, weight.K, weight.group_size or weight.K
-    codes = tiles.unpack_tiles(weight.codes, weight.bits, N, K)
-
-    def spread(values: torch.Tensor) -> torch.Tensor:
-        return tiles.unpack_rows_of_tiles(values, N).repeat_interleave(size, 1)[:, :K]
-
-    scale = spread(weight.scale).double()
-    if weight.table is not None:
-        table = weight.table.double()
-        row = (
-            torch.arange(N, device="cuda")[:, None] if table.shape[0] > 1 else torch.zeros(1, dtype=torch.int64, device="cuda")
-        )
-        which = spread(weight.pick).long() if weight.pick is not None else row
-        return table[which, codes.long()] * scale
-    zero = spread(weight.zero).double() if weight.zero is not None else float(1 << (weight.bits - 1))
-    return (codes.double() - zero) * scale
 
 
 def check(weight: TileWeight, dense: torch.Tensor, config: Config, M: int, dtype: torch.dtype, bias: bool = False) -> None:

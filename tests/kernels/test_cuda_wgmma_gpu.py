@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from tests.kernels.tile_weights import dense64
 
 from aerogel.kernels.cuda import sources
 from aerogel.kernels.gemm.cuda_weight import TileWeight
@@ -85,23 +86,6 @@ def weight_of(N: int, K: int, bits: int, size: int, zero: str, dtype: torch.dtyp
         N=N,
         K=K,
     )
-
-
-def dense64(weight: TileWeight) -> torch.Tensor:
-    """The weight in float64, from the definition."""
-    N, K, size = weight.N, weight.K, weight.group_size or weight.K
-    codes = tiles.unpack_tiles(weight.codes, weight.bits, N, K)
-
-    def spread(values: torch.Tensor) -> torch.Tensor:
-        return tiles.unpack_rows_of_tiles(values, N).repeat_interleave(size, 1)[:, :K]
-
-    scale = spread(weight.scale).double()
-    if weight.table is not None:
-        row = torch.arange(N, device="cuda")[:, None] if weight.table.shape[0] > 1 else torch.zeros(1, 1, device="cuda").long()
-        which = spread(weight.pick).long() if weight.pick is not None else row
-        return weight.table.double()[which, codes.long()] * scale
-    zero = float(1 << (weight.bits - 1)) if weight.zero is None else spread(weight.zero).double()
-    return (codes.double() - zero) * scale
 
 
 def check(weight: TileWeight, config: Config, M: int, dtype: torch.dtype, bias: bool = False) -> None:
