@@ -35,7 +35,6 @@ from aerogel.kernels.cuda.timing import copies, graph_microseconds
 from aerogel.kernels.gemm import cuda
 from aerogel.kernels.gemm.cuda_tune import random_weight, weight_copies
 from aerogel.kernels.gemm.cuda_weight import TileWeight
-from aerogel.kernels.gemm.cuda_wgmma import ManyTokens
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 SHAPES = ("4096x4096", "6144x4096", "28672x4096", "4096x14336", "57344x8192", "8192x28672")
@@ -129,8 +128,7 @@ def runner_of(weight: TileWeight, M: int, implementation: str) -> tuple[str, Cal
     if implementation == "auto":
         found = cuda.choose(weight, M, torch.bfloat16, capability)
     else:
-        everyone = [*cuda.implementations(), ManyTokens]
-        found = next(one for one in everyone if one.name == implementation)
+        found = next(one for one in cuda.implementations() if one.name == implementation)
         reason = found.refuses(weight, M, torch.bfloat16, capability)
         if reason:
             return "", lambda *_: None
