@@ -17,6 +17,7 @@ GEMM: dict[str, str] = {
     "cpu": "aerogel.kernels.gemm.cpu:Native",
     "torch-int4-cpu": "aerogel.kernels.gemm.torch_ops:Int4Cpu",
     "torch-int8-cpu": "aerogel.kernels.gemm.torch_ops:Int8Cpu",
+    "triton": "aerogel.kernels.gemm.triton_linear:Triton",
     "torch-chunked": "aerogel.kernels.gemm.torch_ops:Chunked",
     "reference": "aerogel.kernels.gemm.ref:Reference",
 }

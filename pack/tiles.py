@@ -68,7 +68,7 @@ def pack_tiles(codes_NK: Tensor, bits: int) -> Tensor:
     packed = torch.empty(R, C, 256 * bits, dtype=torch.uint8, device=codes_NK.device)
     if packed.is_meta:
         return packed
-    step = _row_tiles_at_once(codes_NK, C)
+    step = row_tiles_at_once(codes_NK, C)
     for first in range(0, R, step):
         rows = codes_NK[first * ROWS : (first + step) * ROWS]
         part = torch.nn.functional.pad(rows, (0, C * COLUMNS - K, 0, -rows.shape[0] % ROWS))
@@ -107,7 +107,7 @@ def unpack_tiles(packed: Tensor, bits: int, N: int, K: int) -> Tensor:
     codes_NK = torch.empty(N, K, dtype=torch.uint8, device=packed.device)
     if packed.is_meta:
         return codes_NK
-    step = _row_tiles_at_once(codes_NK, C)
+    step = row_tiles_at_once(codes_NK, C)
     for first in range(0, R, step):
         part = packed[first : first + step]
         lanes = torch.zeros(part.shape[0], C, 8, 8, 4, 2, 2, 2, dtype=torch.uint8, device=packed.device)
@@ -134,7 +134,8 @@ def unpack_rows_of_tiles(values_RG16: Tensor, N: int) -> Tensor:
     return values_RG16.transpose(1, 2).reshape(-1, G)[:N].contiguous()
 
 
-def _row_tiles_at_once(codes_NK: Tensor, C: int) -> int:
+def row_tiles_at_once(codes_NK: Tensor, C: int) -> int:
+    """Row tiles of a chunk: see `CHUNK`."""
     return max(1, CHUNK.get(codes_NK.device.type, CHUNK["cpu"]) // (ROWS * COLUMNS * max(C, 1)))
 
 

@@ -21,14 +21,12 @@ M tokens, N features.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aerogel.kernels import triton_here
 from aerogel.kernels.native import library
 from aerogel.lazy import load
 
@@ -138,11 +136,7 @@ def missing(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"they are written for CPU and CUDA, not for {device.type}"
-    if find_spec("triton") is None:
-        return "Triton is not installed"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")):
-        return "Triton needs a C compiler for its launcher, and there is no gcc, clang or cc"
-    return None
+    return triton_here.missing()
 
 
 def _on_cuda(name: str) -> Any:

@@ -22,17 +22,13 @@ Shape legend: B sequences, H query heads, J key/value heads, G = H / J, L slots,
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the module can be looked at; `ops.missing` says why nothing here is run
-    triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=float)
+from aerogel.kernels.triton_here import language
 
+triton, tl = language()
 OVERRIDE: dict[int, tuple[int, int, int]] = {}
 """Slots -> (tile, shares, warps), for measuring other plans than `plan_of` makes."""
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -60,7 +56,7 @@ def _capped(score, CAP: tl.constexpr, scale):
     """Scores in units of log 2, soft-capped where there is a cap."""
     score = score * scale
     if CAP > 0:
-        twice = tl.exp2(2 * LOG2E * tl.minimum(score / CAP, 20.0))
+        twice = tl.exp2(tl.minimum(score / CAP, 20.0) * (2 * LOG2E))
         score = CAP * (twice - 1) / (twice + 1)
     return score * LOG2E
 

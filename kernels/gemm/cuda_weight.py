@@ -11,6 +11,7 @@ T tables, E = 16 or 256 entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -99,14 +100,14 @@ def e4m3_table(device: torch.device) -> Tensor:
     return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).half()[None]
 
 
-def tensors_of(codes: Codes) -> dict[str, Tensor]:
+def tensors_of(codes: Codes, pack: Callable[[Tensor, int], Tensor] = tiles.pack_tiles) -> dict[str, Tensor]:
     """Codes [N, K] of an integer or e4m3 grid as the layout's tensors: tile_codes, tile_scale and, where needed, tile_zero
-    and tile_table. Raises `BadInput` for other grids."""
+    and tile_table. `pack` says how the codes lie inside a tile. Raises `BadInput` for other grids."""
     grid = codes.grid
     N = codes.values_NK.shape[0]
     if isinstance(grid, IntGrid):
         values = stream.signed_to_unsigned(codes.values_NK, grid.bits)
-        layout = {"tile_codes": tiles.pack_tiles(values, grid.bits), "tile_scale": tiles.pack_rows_of_tiles(codes.scale_NG)}
+        layout = {"tile_codes": pack(values, grid.bits), "tile_scale": tiles.pack_rows_of_tiles(codes.scale_NG)}
         if codes.zero_NG is not None:
             zero = stream.signed_to_unsigned(codes.zero_NG.to(torch.int8), grid.bits)
             layout["tile_zero"] = tiles.pack_rows_of_tiles(zero)
@@ -114,16 +115,22 @@ def tensors_of(codes: Codes) -> dict[str, Tensor]:
     if isinstance(grid, Fp8Grid):
         shared = grid.shared_rows or N
         return {
-            "tile_codes": tiles.pack_tiles(codes.values_NK.contiguous().view(torch.uint8), 8),
+            "tile_codes": pack(codes.values_NK.contiguous().view(torch.uint8), 8),
             "tile_scale": tiles.pack_rows_of_tiles(codes.scale_NG.repeat_interleave(shared, 0)[:N]),
             "tile_table": e4m3_table(codes.values_NK.device),
         }
     raise BadInput(f"codes on a {type(grid).__name__} have no tile layout; it holds integers and e4m3 floats")
 
 
-def codes_of(layout: dict[str, Tensor], grid: Grid, N: int, K: int) -> Codes:
-    """The inverse of `tensors_of`, exactly."""
-    values = tiles.unpack_tiles(layout["tile_codes"], grid.bits, N, K)
+def codes_of(
+    layout: dict[str, Tensor],
+    grid: Grid,
+    N: int,
+    K: int,
+    unpack: Callable[[Tensor, int, int, int], Tensor] = tiles.unpack_tiles,
+) -> Codes:
+    """The inverse of `tensors_of`, exactly; `unpack` inverts its `pack`."""
+    values = unpack(layout["tile_codes"], grid.bits, N, K)
     scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], N)
     if isinstance(grid, Fp8Grid):
         scale = scale[:: grid.shared_rows or N].contiguous()

@@ -1,0 +1,243 @@
+# mypy: ignore-errors
+# ruff: noqa: ANN001, ANN201, ANN202
+"""Products with packed weights in Triton, for any GPU it compiles for: one main loop, decoders as branches of constants.
+
+    y_MN = sum over groups of s_N * ((u - z) x^T)          integers; z = 2^(b-1) where there is no zero point
+    y_MN = sum over groups of s_N * (table[u] x^T)         16 or 256 numbers
+
+The weight is the left factor: 16 columns of BN rows per step, decoded in the registers in which the matrix instruction
+takes them, because field i of every word belongs to step i (`pack/words.py`). Codes minus an integer zero point are whole
+numbers of at most 9 bits, exact in bfloat16 and float16, and the scale meets the float32 sum of its group: nothing is
+rounded but the result. Float zero points and table numbers are rounded to the activations' type.
+
+An integer becomes a float without a conversion instruction: its bits in the mantissa of 2^23, minus 2^23 + z.
+
+Few rows leave a GPU idle, so K is also cut into SPLIT shares; they write float32 sums that a second kernel adds in order.
+There are no atomics: the same input gives the same bits.
+
+Shape legend: M tokens, N out features, K in features, C k tiles of 128 columns, G groups along K; BN and BM block sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from aerogel.kernels.triton_here import language
+from aerogel.pack.tiles import tile_counts
+
+triton, tl = language()
+MAGIC = tl.constexpr(0x4B000000)
+"""The bits of 2^23 in float32."""
+MAGIC_VALUE = tl.constexpr(8388608.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Rows and tokens of a block, shares of K, warps of a program, tiles in flight."""
+
+    rows: int
+    tokens: int
+    split: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _words(codes_ptr, tile_N, r_N, WIDTH: tl.constexpr, START: tl.constexpr, BITS: tl.constexpr):
+    """The words of one limb, uint32 [BN, 16]."""
+    lane = tl.arange(0, 16)
+    start_ptr = codes_ptr + START
+    if WIDTH == 4:
+        words_ptr = start_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    elif WIDTH == 2:
+        words_ptr = start_ptr.to(tl.pointer_type(tl.uint16), bitcast=True)
+    else:
+        words_ptr = start_ptr
+    at_N = tile_N * (256 * BITS // WIDTH) + r_N * 16
+    return tl.load(words_ptr + at_N[:, None] + lane[None, :]).to(tl.uint32)
+
+
+@triton.jit
+def _code(a, b, c, i: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr):
+    """Field i of the words of up to three limbs, put together."""
+    u = (a >> (W0 * i)) & ((1 << W0) - 1)
+    if W1 > 0:
+        u |= ((b >> (W1 * i)) & ((1 << W1) - 1)) << W0
+    if W2 > 0:
+        u |= ((c >> (W2 * i)) & ((1 << W2) - 1)) << (W0 + W1)
+    return u
+
+
+@triton.jit
+def product(
+    x_ptr, row_M, there_M, codes_ptr, scale_ptr, zero_ptr, table_ptr, pick_ptr, n_N, first, last, K, C, G, ROWS,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, EVEN: tl.constexpr,
+    WIDE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """W[n_N, tiles first..last] @ x[row_M].T in float32 [BN, BM].
+
+    row_M: rows of x, where there_M. ROWS: rows of the weight rounded up to row tiles; beyond them the last is read again.
+    ZERO: whether there are zero points. TABLE: 0 for integers, 1 for one table, 2 for one per row, 3 for one picked per group.
+    EVEN: K is whole tiles. WIDE: multiply in float32, see `wide`.
+    """
+    W0: tl.constexpr = 4 if BITS >= 4 else BITS - BITS // 3
+    W1: tl.constexpr = 4 if BITS == 8 else ((BITS - W0) // 2 * 2 if BITS - W0 > 1 else BITS - W0)
+    W2: tl.constexpr = BITS - W0 - W1
+    RUN: tl.constexpr = 8 if GROUP % 128 == 0 else (4 if GROUP % 64 == 0 else (2 if GROUP % 32 == 0 else 1))
+    lane = tl.arange(0, 16)
+    n_N = tl.minimum(n_N, ROWS - 1)
+    r_N = n_N % 16
+    tile_N = (n_N // 16).to(tl.int64)
+    x_row_M = row_M.to(tl.int64) * K
+    total = tl.zeros((BN, BM), tl.float32)
+    for tile in range(first, last):
+        a = _words(codes_ptr, tile_N * C + tile, r_N, W0, 0, BITS)
+        b = _words(codes_ptr, tile_N * C + tile, r_N, W1, 256 * W0, BITS) if W1 > 0 else a
+        c = _words(codes_ptr, tile_N * C + tile, r_N, W2, 256 * (W0 + W1), BITS) if W2 > 0 else a
+        for run in tl.static_range(8 // RUN):
+            g = 0 if GROUP == 0 else tl.minimum((tile * 128 + run * RUN * 16) // (GROUP + (GROUP == 0)), G - 1)
+            at_N = (tile_N * G + g) * 16 + r_N
+            scale_N = tl.load(scale_ptr + at_N).to(tl.float32)
+            if TABLE == 1:
+                book_N = at_N * 0
+            elif TABLE == 2:
+                book_N = n_N.to(tl.int64)
+            elif TABLE == 3:
+                book_N = tl.load(pick_ptr + at_N).to(tl.int64)
+            elif ZERO:
+                zero_N = tl.load(zero_ptr + at_N)
+                offset_N = zero_N.to(tl.float32) if zero_N.dtype.is_floating() else zero_N.to(tl.float32) + MAGIC_VALUE
+            part = tl.zeros((BN, BM), tl.float32)
+            for step in tl.static_range(RUN):
+                u = _code(a, b, c, run * RUN + step, W0, W1, W2)
+                if TABLE > 0:
+                    w = tl.load(table_ptr + book_N[:, None] * (1 << BITS) + u).to(tl.float32)
+                else:
+                    w = (u | MAGIC).to(tl.float32, bitcast=True)
+                    if not ZERO:
+                        w -= MAGIC_VALUE + (1 << (BITS - 1))
+                    elif zero_N.dtype.is_floating():
+                        w = w - MAGIC_VALUE - offset_N[:, None]
+                    else:
+                        w -= offset_N[:, None]
+                k = tile * 128 + (run * RUN + step) * 16 + lane
+                inside = there_M[None, :] if EVEN else there_M[None, :] & (k < K)[:, None]
+                x = tl.load(x_ptr + x_row_M[None, :] + k[:, None], mask=inside, other=0.0)
+                w = w.to(x.dtype)
+                if WIDE:
+                    w, x = w.to(tl.float32), x.to(tl.float32)
+                part = tl.dot(w, x, part, input_precision="ieee")
+            total += part * scale_N[:, None]
+    return total
+
+
+@triton.jit(do_not_specialize=["M", "tiles"])
+def linear_kernel(
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, table_ptr, pick_ptr, bias_ptr, y_ptr, M, N, K, C, G, ROWS, tiles,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """One block of y, or of the float32 sums [shares, M, N] of `tiles` k tiles. Neighbouring programs share the weight."""
+    m_M = tl.program_id(0) * BM + tl.arange(0, BM)
+    n_N = tl.program_id(1) * BN + tl.arange(0, BN)
+    share = tl.program_id(2)
+    total = product(
+        x_ptr, m_M, m_M < M, codes_ptr, scale_ptr, zero_ptr, table_ptr, pick_ptr, n_N,
+        share * tiles, tl.minimum(C, (share + 1) * tiles), K, C, G, ROWS, BITS, GROUP, ZERO, TABLE, EVEN, WIDE, BN, BM,
+    )  # fmt: skip
+    inside = (n_N < N)[:, None] & (m_M < M)[None, :]
+    if BIAS:
+        total += tl.load(bias_ptr + n_N, mask=n_N < N, other=0.0).to(tl.float32)[:, None]
+    y_M = (share.to(tl.int64) * M + m_M) * N
+    tl.store(y_ptr + y_M[None, :] + n_N[:, None], total.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def sum_kernel(
+    part_ptr, bias_ptr, y_ptr, M, N, BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """y = the sum of SPLIT float32 parts [M, N] in their order, plus bias."""
+    m = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for share in tl.static_range(SPLIT):
+        total += tl.load(part_ptr + (share * M + m) * N + n, mask=n < N, other=0.0)
+    if BIAS:
+        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + m * N + n, total.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors (compute units, Xe cores) of a GPU; 4 elsewhere, so that the interpreter tests shares of K."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
+    return 4
+
+
+def config_of(M: int, N: int, K: int, device: torch.device) -> Config:
+    """Blocks for M tokens: as many programs as keep the device's memory busy."""
+    tokens = min(64, max(16, triton.next_power_of_2(M)))
+    rows = 64
+    blocks = -(-N // rows) * -(-M // tokens)
+    k_tiles = tile_counts(N, K)[1]
+    split = max(1, min(8, k_tiles // 4, 4 * processors(device) // blocks)) if M <= 64 else 1
+    return Config(rows, tokens, triton.next_power_of_2(split + 1) // 2, 4, 4)
+
+
+def linear(
+    x_MK: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    table: Tensor | None,
+    pick: Tensor | None,
+    bias_N: Tensor | None,
+    group_size: int,
+    N: int,
+    config: Config | None = None,
+) -> Tensor:
+    """x @ W.T (+ bias), [M, N] in x's dtype, for tensors as `cuda_weight.TileWeight` has them but codes in words.
+
+    x_MK: bfloat16, float16 or float32 [M, K], contiguous. config: chosen by a rule unless given.
+    """
+    M, K = x_MK.shape
+    y_MN = x_MK.new_empty(M, N)
+    if M == 0 or N == 0 or K == 0:
+        return y_MN.zero_() if bias_N is None else y_MN.copy_(bias_N.expand(M, N))
+    R, C = tile_counts(N, K)
+    config = config or config_of(M, N, K, x_MK.device)
+    tiles = -(-C // config.split)
+    shares = -(-C // tiles)
+    out = y_MN if shares == 1 else torch.empty(shares, M, N, dtype=torch.float32, device=x_MK.device)
+    grid = (-(-M // config.tokens), -(-N // config.rows), shares)
+    linear_kernel[grid](
+        x_MK, codes, scale, scale if zero is None else zero, scale if table is None else table,
+        codes if pick is None else pick, x_MK if bias_N is None else bias_N, out, M, N, K, C, scale.shape[1], 16 * R, tiles,
+        BITS=codes.shape[2] // 256, GROUP=group_size, ZERO=zero is not None, TABLE=table_kind(table, pick),
+        BIAS=bias_N is not None and shares == 1, EVEN=K % 128 == 0, WIDE=wide(x_MK.dtype), BN=config.rows, BM=config.tokens,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if shares > 1:
+        sum_kernel[-(-N // 512), M](
+            out, x_MK if bias_N is None else bias_N, y_MN, M, N, BIAS=bias_N is not None, SPLIT=shares, BLOCK=512,
+        )  # fmt: skip
+    return y_MN
+
+
+def wide(dtype: torch.dtype) -> bool:
+    """Triton's interpreter has no bfloat16 products; in float32 they are the same."""
+    return dtype == torch.bfloat16 and bool(triton.knobs.runtime.interpret)
+
+
+def table_kind(table: Tensor | None, pick: Tensor | None) -> int:
+    """0 integers, 1 one table, 2 one per row, 3 one picked per group."""
+    if table is None:
+        return 0
+    return 3 if pick is not None else 1 if table.shape[0] == 1 else 2

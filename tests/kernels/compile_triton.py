@@ -1,0 +1,62 @@
+"""Compiles the portable kernels for GPUs that are not here: `python -m tests.kernels.compile_triton [TARGET ...]`.
+
+One line per target and width with the bytes of shared memory; status 1 where a build fails, where the loop moves decoded
+weights between threads (which its layout is there to avoid), or where it needs more shared memory than the GPU has.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from aerogel.kernels.gemm import triton_words
+
+TARGETS: dict[str, tuple[GPUTarget, int]] = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
+}
+"""Target and shared memory of a block, bytes."""
+WIDTHS = (4, 3, 7)
+"""One, two and three limbs."""
+
+
+def build(target: GPUTarget, bits: int, config: triton_words.Config) -> triton.compiler.CompiledKernel:
+    """`linear_kernel` for bfloat16 and groups of 128 with an integer zero point, as a launch would build it."""
+    kernel = triton_words.linear_kernel
+    pointers = {"codes_ptr": "*u8", "zero_ptr": "*u8", "table_ptr": "*fp16", "pick_ptr": "*u8"}
+    flags = {"ZERO": True, "TABLE": 0, "BIAS": True, "EVEN": True, "WIDE": False}
+    constants = {"BITS": bits, "GROUP": 128, "BN": config.rows, "BM": config.tokens, **flags}
+    signature = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    signature |= pointers | dict.fromkeys(constants, "constexpr")
+    place = {name: index for index, name in enumerate(kernel.arg_names)}
+    aligned = [name for name in place if name.endswith("_ptr") or name in ("N", "K", "ROWS")]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(place[name],): value for name, value in constants.items()},
+        attrs={(place[name],): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(source, target=target, options={"num_warps": config.warps, "num_stages": config.stages})
+
+
+def main(names: list[str]) -> int:
+    wrong = 0
+    for name in names or TARGETS:
+        target, most = TARGETS[name]
+        for bits in WIDTHS:
+            made = build(target, bits, triton_words.Config(64, 16, 1, 4, 2 if target.backend == "hip" else 4))
+            loop = re.search(r"scf\.for.*?scf\.yield", made.asm["ttgir"], re.DOTALL)
+            moved = len(re.findall(r"ttg\.convert_layout [^\n]*x16x", loop.group())) if loop else -1
+            shared = made.metadata.shared
+            wrong += moved != 0 or shared > most
+            print(f"{name} {bits} bits: {shared} bytes of shared memory, {moved} layouts converted in the loop")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

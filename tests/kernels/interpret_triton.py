@@ -1,0 +1,82 @@
+"""Run with TRITON_INTERPRET=1: the portable kernels on the CPU against float64, one line per failure, status 1 if any."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import torch
+from tests.kernels.word_weights import KINDS, applies, bound, error, weight_of
+
+from aerogel.kernels.gemm.ref import Reference
+from aerogel.kernels.gemm.triton_linear import Triton
+from aerogel.kernels.gemm.triton_words import Config, linear
+from aerogel.kernels.problem import Problem
+from aerogel.pack.config import choose_format
+from aerogel.quantize.grids import Fp8Grid, IntGrid, quantized
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SMALL = Config(rows=32, tokens=16, split=1, warps=4, stages=2)
+SHARES = Config(rows=16, tokens=16, split=3, warps=4, stages=2)
+
+
+def widths() -> list[str]:
+    """Every width with every kind of zero point, group and table; shapes that fill no block."""
+    failed = []
+    for bits, (place, kind) in itertools.product(range(1, 9), enumerate(KINDS)):
+        if not applies(bits, kind) or ((bits + place) % 2):
+            continue  # every width meets half of the kinds
+        dtype, config = DTYPES[(bits + place) % 3], (SMALL, SHARES)[(bits + place) // 2 % 2]
+        weight, dense = weight_of(37, 200, bits, kind)
+        x = torch.randn(3, 200).to(dtype)
+        bias = torch.randn(37).to(dtype) if place % 3 else None
+        wanted = x.double() @ dense.T + (0 if bias is None else bias.double())
+        given = (x, weight.codes, weight.scale, weight.zero, weight.table, weight.pick, bias, weight.group_size, 37, config)
+        y = linear(*given)
+        if not error(y, wanted) <= bound(kind, dtype):
+            failed.append(f"{bits} bits {kind} {dtype} {config}: {error(y, wanted):.2e}")
+    return failed
+
+
+def shapes() -> list[str]:
+    """Ragged and tiny shapes through the kernel's class, with what the dispatcher would choose."""
+    failed = []
+    grids = [IntGrid(bits=3, group_size=16, symmetric=False), IntGrid(bits=8), Fp8Grid(strategy="block")]
+    for grid, (N, K) in itertools.product(grids, [(1, 1), (5, 130), (70, 256)]):
+        dense = torch.randn(N, K, generator=torch.Generator().manual_seed(N))
+        codes = quantized(grid, dense, grid.fit(dense))
+        fmt = choose_format(grid, "none")
+        problem = Problem(format=fmt.name, grid=grid, N=N, K=K)
+        layout = Triton.pack(codes, problem)
+        back = Triton.unpack(layout, problem)
+        if not torch.equal(back.decode(), codes.decode()):
+            failed.append(f"{grid} [{N}, {K}] does not invert")
+        for M in (0, 17):
+            x, bias = torch.randn(M, K), torch.randn(N)
+            y = Triton.run(x, layout, problem, bias)
+            wanted = Reference.run(x, fmt.encode(codes), problem, bias).double()
+            if y.shape != wanted.shape or (M and not error(y, wanted) <= 1e-5):
+                failed.append(f"{grid} [{M}, {N}, {K}]: {error(y, wanted):.2e}")
+    return failed
+
+
+def not_numbers() -> list[str]:
+    """Infinities and NaN of one token reach its outputs and no others."""
+    weight, _ = weight_of(20, 200, 4, KINDS[0])
+    x = torch.randn(3, 200)
+    x[1, 150] = torch.inf
+    x[2, 7] = torch.nan
+    y = linear(x, weight.codes, weight.scale, None, None, None, None, weight.group_size, 20, SMALL)
+    right = bool(y[0].isfinite().all()) and not y[1].isfinite().any() and bool(y[2].isnan().all())
+    return [] if right else [f"infinities and NaN do not propagate: {y}"]
+
+
+def main() -> int:
+    torch.manual_seed(0)
+    failed = [*widths(), *shapes(), *not_numbers()]
+    print("\n".join(failed) or "as float64 says")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
