@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,9 @@ def language() -> tuple[Any, Any]:
     """`triton` and `triton.language`; where they are not installed, stand-ins with which a module of kernels can be imported
     and looked at. `missing` says why nothing in it is run."""
     try:
-        import triton
-        import triton.language
+        return import_module("triton"), import_module("triton.language")
     except ImportError:
         return SimpleNamespace(jit=_undecorated), SimpleNamespace(constexpr=lambda value: value)
-    return triton, triton.language
 
 
 def _undecorated(function: Any = None, **options: Any) -> Any:

@@ -102,8 +102,8 @@ def unpack_words(packed: Tensor, bits: int, N: int, K: int) -> Tensor:
 
 def _bytes_of(limb: Tensor, width: int) -> Tensor:
     """Fields [..., 8] of `width` bits -> bytes [..., width], the first fields in the low bits of the first byte."""
-    parts = limb.unflatten(-1, (width, FIELDS // width))
-    byte = parts[..., 0].clone()
+    parts = limb.reshape(*limb.shape[:-1], width, FIELDS // width)
+    byte: Tensor = parts[..., 0].clone()
     for place in range(1, FIELDS // width):
         byte |= parts[..., place] << (width * place)
     return byte
@@ -111,6 +111,6 @@ def _bytes_of(limb: Tensor, width: int) -> Tensor:
 
 def _fields_of(part: Tensor, width: int) -> Tensor:
     """Bytes [r, c, 256 * width] of one limb -> fields [r, c, 16, 16, 8]."""
-    byte = part.unflatten(-1, (ROWS, LANES, width))
+    byte = part.reshape(*part.shape[:2], ROWS, LANES, width)
     fields = [(byte >> (width * place)) & ((1 << width) - 1) for place in range(FIELDS // width)]
     return torch.stack(fields, -1).flatten(-2)

@@ -11,6 +11,7 @@ Shape legend: M tokens, N out features, K in features, R row tiles, C k tiles, G
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -95,17 +96,14 @@ def words_linear(
     Raises:
         BadInput: shapes or dtypes that contradict each other. Nothing has been read then.
     """
-    from aerogel.kernels.gemm.triton_words import linear
-
     if x.dtype not in DTYPES:
         raise BadInput(f"words_linear multiplies bfloat16, float16 or float32 activations, found {x.dtype}; cast them")
     held = TileWeight(codes=codes, scale=scale, zero=zero, table=table, pick=pick, group_size=group_size, N=N, K=x.shape[1])
     held.check()
-    x = x.contiguous()
-    if x.device.type != "cuda":
-        return linear(x, codes, scale, zero, table, pick, bias, group_size, N)
-    with torch.cuda.device(x.device):
-        return linear(x, codes, scale, zero, table, pick, bias, group_size, N)
+    from aerogel.kernels.gemm.triton_words import linear
+
+    with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+        return linear(x.contiguous(), codes, scale, zero, table, pick, bias, group_size, N)
 
 
 def _fake(

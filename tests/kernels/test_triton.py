@@ -79,7 +79,7 @@ def test_operator_has_a_fake_and_refuses_what_does_not_fit() -> None:
     assert y.shape == (5, 20) and y.is_meta
     given = (weight.codes, weight.scale, weight.zero, None, None, None, 32)
     with pytest.raises(BadInput, match="wrong shape"):
-        words_linear(torch.randn(5, 200), *given, 21)
+        words_linear(torch.randn(5, 200), *given, 40)
     with pytest.raises(BadInput, match="float64"):
         words_linear(torch.randn(5, 200).double(), *given, 20)
 
