@@ -16,6 +16,7 @@ import json
 import platform
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def main() -> None:
     for shape, bits, M in itertools.product(asked.shapes, asked.bits, asked.tokens):
         N, K = map(int, shape.split("x"))
         jobs += [(N, K, bits, M, config) for config in [None, *(candidates(M, N, K) if asked.sweep else [])]]
-    with ProcessPoolExecutor(asked.workers) as pool:
+    with ProcessPoolExecutor(asked.workers, mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_or_skip, unique(jobs)))
     rows = [
         row

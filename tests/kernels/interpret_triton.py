@@ -71,9 +71,18 @@ def not_numbers() -> list[str]:
     return [] if right else [f"infinities and NaN do not propagate: {y}"]
 
 
+def compiled() -> list[str]:
+    """`torch.compile` traces through the operator without a break."""
+    weight, _ = weight_of(20, 128, 4, KINDS[0])
+    given = (weight.codes, weight.scale, None, None, None, None, 128, 20)
+    call, x = torch.ops.aerogel.words_linear.default, torch.randn(3, 128)
+    traced = torch.compile(lambda x: call(x, *given) + 1, fullgraph=True, backend="aot_eager")
+    return [] if torch.equal(traced(x), call(x, *given) + 1) else ["compiled and called differ"]
+
+
 def main() -> int:
     torch.manual_seed(0)
-    failed = [*widths(), *shapes(), *not_numbers()]
+    failed = [*widths(), *shapes(), *not_numbers(), *compiled()]
     print("\n".join(failed) or "as float64 says")
     return int(bool(failed))
 

@@ -122,19 +122,16 @@ def test_every_width_on_the_gpu(bits: int, place: int) -> None:
 @on_gpu
 def test_graphs_and_compilation_on_the_gpu() -> None:
     weight, dense = weight_of(256, 512, 4, KINDS[0], "cuda")
-
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.aerogel.words_linear(x, weight.codes, weight.scale, None, None, None, None, 128, 256)
-        return y + 1
-
+    given = (weight.codes, weight.scale, None, None, None, None, 128, 256)
+    call = torch.ops.aerogel.words_linear.default
     x = torch.randn(2, 512, device="cuda").bfloat16()
-    wanted = layer(x)
+    wanted = call(x, *given) + 1
     assert error(wanted, x.double() @ dense.T + 1) < 5e-3
-    assert torch.equal(torch.compile(layer, fullgraph=True)(x), wanted)
-    graph = torch.cuda.CUDAGraph()
     held = torch.zeros_like(x)
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = layer(held)
+        y = call(held, *given) + 1
     held.copy_(x)
     graph.replay()
     assert torch.equal(y, wanted)
+    assert torch.equal(torch.compile(lambda x: call(x, *given) + 1, fullgraph=True)(x), wanted)
