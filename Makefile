@@ -52,12 +52,17 @@ peer-test: .venv/.tools $(PEERS:%=.venv-peers/%/.made) ## other tools make check
 native: ## compile the CPU kernels beside their sources, for a checkout that is not installed
 	$(PYTHON) kernels/native/build.py
 
-native-sanitize: .venv/.tools ## the tests of the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer
+native-sanitize: .venv/.tools ## the tests of the CPU kernels under the address, undefined-behaviour and thread sanitizers
 	$(PYTHON) kernels/native/build.py build/sanitize/libaerogel_native.so --sanitize
 	$(OFFLINE) OMP_NUM_THREADS=1 AEROGEL_NATIVE_LIBRARY=$(CURDIR)/build/sanitize/libaerogel_native.so \
 	  ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(BIN)/python -m pytest -q tests/kernels/test_cpu.py -k "not fork"
+	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_native_ops.py \
+	  tests/kernels/test_native_program.py
+	$(PYTHON) kernels/native/build.py build/threads/libaerogel_native.so --sanitize-threads --machine portable
+	g++ -std=c++17 -O1 -g1 -fsanitize=thread -o build/threads/selftest tests/kernels/native_selftest.cpp \
+	  -Lbuild/threads -laerogel_native -Wl,-rpath,'$$ORIGIN' -lpthread
+	TSAN_OPTIONS=halt_on_error=1 build/threads/selftest
 
 # Needs g++-aarch64-linux-gnu and qemu-user.
 native-aarch64: ## the CPU kernels for AArch64, cross compiled and checked under an emulator

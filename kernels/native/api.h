@@ -35,6 +35,7 @@ PUBLIC int32_t aerogel_native_program(const aerogel::Operation* operations, int6
 // See pool.h: `team` is the address of GOMP_parallel, or null.
 PUBLIC void aerogel_native_use_team(void* team);
 
-// Bytes per second of plain reading with so many threads: the larger of a few passes over `bytes` bytes at `memory`.
+// Bytes per second of plain reading with so many threads: the best of three passes over whole MiB of `bytes` bytes at
+// `memory`, with the widest loads of this machine's best path.
 PUBLIC double aerogel_native_read(const void* memory, int64_t bytes, int32_t threads);
 }

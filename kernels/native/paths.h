@@ -13,6 +13,7 @@ struct Step {
     Status (*attend)(const Attend&);
     Status (*norm)(const Norm&);
     Status (*gate)(const Gate&);
+    uint64_t (*read)(const void* memory, int64_t bytes);  // reads multiples of 256 bytes, returns something of all of them
 };
 
 struct PathEntry {

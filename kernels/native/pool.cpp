@@ -7,8 +7,8 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
-#include <vector>
 
 namespace aerogel {
 namespace {
@@ -49,11 +49,14 @@ public:
     std::mutex in_use;
 
 private:
+    // Where the system gives no more threads, those that are there do the work: an exception must not cross the C boundary.
     void grow(int helpers) {
-        while (static_cast<int>(workers_.size()) < helpers) {
-            const int number = static_cast<int>(workers_.size());
-            workers_.emplace_back([this, number] { serve(number); });
-            workers_.back().detach();
+        for (; started_ < helpers; ++started_) {
+            try {
+                std::thread([this, number = started_] { serve(number); }).detach();
+            } catch (const std::system_error&) {
+                return;
+            }
         }
     }
 
@@ -91,7 +94,7 @@ private:
     static constexpr int kJobShift = 17;
     static constexpr uint64_t kOpen = 1u << 16, kInside = kOpen - 1;
 
-    std::vector<std::thread> workers_;
+    int started_ = 0;
     std::mutex mutex_;
     std::condition_variable wake_;
     std::atomic<uint64_t> gate_{0};

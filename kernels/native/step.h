@@ -97,7 +97,7 @@ inline void attend_head(const Attend& a, int64_t sequence, int64_t head, float* 
         to_floats(a.keys, (cache + begin + s) * D, a.type, row, D);
         for (int64_t g = 0; g < G; ++g) scores[g * length + s] = inner(query[g], row, D) * a.scale;
     }
-    float total[kMostShare], out[kMostShare][kMostHead] = {};
+    float total[kMostShare], out[kMostShare][kMostHead];
     for (int64_t g = 0; g < G; ++g) {
         float* score = scores + g * length;
         float peaks[16], sums[16] = {};
@@ -108,6 +108,7 @@ inline void attend_head(const Attend& a, int64_t sequence, int64_t head, float* 
         for (int64_t s = 0; s < length; ++s) sums[s % 16] += score[s];
         total[g] = 0.0f;
         for (float sum : sums) total[g] += sum;
+        memset(out[g], 0, sizeof(float) * static_cast<size_t>(E));
     }
     for (int64_t s = 0; s < length; ++s) {
         to_floats(a.values, (cache + begin + s) * E, a.type, row, E);

@@ -9,6 +9,6 @@ namespace aerogel {
 Status exact_avx2(const Weight& weight, const Call& call) { return avx2::run<avx2::Exact>(weight, call); }
 Status int8_avx2(const Weight& weight, const Call& call) { return avx2::run<avx2::Int8>(weight, call); }
 extern const Step step_avx2;
-const Step step_avx2 = {avx2::attend, avx2::norm, avx2::gate};
+const Step step_avx2 = {avx2::attend, avx2::norm, avx2::gate, avx2::read_all};
 
 }  // namespace aerogel

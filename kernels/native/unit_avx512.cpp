@@ -9,6 +9,6 @@ namespace aerogel {
 Status exact_avx512(const Weight& weight, const Call& call) { return avx512::run<avx512::Exact>(weight, call); }
 Status int8_avx512(const Weight& weight, const Call& call) { return avx512::run<avx512::Int8>(weight, call); }
 extern const Step step_avx512;
-const Step step_avx512 = {avx512::attend, avx512::norm, avx512::gate};
+const Step step_avx512 = {avx512::attend, avx512::norm, avx512::gate, avx512::read_all};
 
 }  // namespace aerogel

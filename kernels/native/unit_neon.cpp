@@ -9,6 +9,6 @@ namespace aerogel {
 Status exact_neon(const Weight& weight, const Call& call) { return neon::run<neon::Exact>(weight, call); }
 Status int8_neon(const Weight& weight, const Call& call) { return neon::run<neon::Int8>(weight, call); }
 extern const Step step_neon;
-const Step step_neon = {neon::attend, neon::norm, neon::gate};
+const Step step_neon = {neon::attend, neon::norm, neon::gate, neon::read_all};
 
 }  // namespace aerogel

@@ -9,6 +9,6 @@ namespace aerogel {
 Status exact_portable(const Weight& weight, const Call& call) { return portable::run<portable::Exact>(weight, call); }
 Status int8_portable(const Weight& weight, const Call& call) { return portable::run<portable::Int8>(weight, call); }
 extern const Step step_portable;
-const Step step_portable = {portable::attend, portable::norm, portable::gate};
+const Step step_portable = {portable::attend, portable::norm, portable::gate, portable::read_all};
 
 }  // namespace aerogel

@@ -265,6 +265,13 @@ def test_without_the_library_the_kernel_refuses_with_the_reason(tmp_path: Path) 
     assert "was not compiled" in result.stdout
 
 
+def test_the_reader_reads_at_a_speed_that_memory_can_have() -> None:
+    memory = torch.ones(64 << 20, dtype=torch.uint8)
+    for threads in (1, 2):
+        assert 1e8 < library.read_bandwidth(memory, threads) < 1e12
+    assert library.read_bandwidth(memory[: 1 << 10], 1) == 0.0, "less than a MiB is not measured"
+
+
 def test_every_source_is_compiled() -> None:
     units = {f"unit_{name}.cpp" for units in UNITS.values() for name in units} | {"unit_portable.cpp"}
     assert {file.name for file in FOLDER.glob("*.cpp")} == units | set(SHARED_SOURCES)

@@ -75,6 +75,13 @@ def test_slots_out_of_range_are_refused() -> None:
             native_ops.attend(q, q, q, None, None, keys, values, torch.tensor([slot]), torch.tensor([start]), 1.0, 0, 0.0, None)
 
 
+def test_a_rotation_of_an_odd_size_is_refused() -> None:
+    q, keys = torch.randn(1, 2, 1, 15), torch.zeros(1, 2, 8, 15)
+    angle = torch.zeros(1, 1, 15)
+    with pytest.raises(BadInput, match="shape"):
+        native_ops.attend(q, q, q, angle, angle, keys, keys.clone(), torch.tensor([3]), torch.tensor([0]), 1.0, 0, 0.0, None)
+
+
 def test_shapes_that_do_not_belong_together_never_reach_the_compiled_code() -> None:
     B, H, J, L, D, E = 2, 4, 2, 16, 8, 6
     good = {
