@@ -11,3 +11,15 @@ METHODS: dict[str, str] = {
 
 SCALES: dict[str, str] = {"awq": "aerogel.quantize.awq:Awq"}
 """Name of a `scale:` method -> its class. A method is `Site -> Site`: it runs before the codes are chosen."""
+
+GRIDS: dict[str, str] = {
+    "int": "aerogel.quantize.grids:IntGrid",
+    "fp8": "aerogel.quantize.grids:Fp8Grid",
+    "float": "aerogel.quantize.formats.floats:Float",
+    "nf4": "aerogel.quantize.formats.nf4:Nf4",
+    "mx": "aerogel.quantize.formats.mx:Mx",
+    "nvfp4": "aerogel.quantize.formats.nvfp4:Nvfp4",
+    "bitmod": "aerogel.quantize.formats.bitmod:Bitmod",
+    "rf8": "aerogel.quantize.formats.rf8:Rf8",
+}
+"""`format` of a quantize stage -> the grid it rounds to, a `codes.Grid`."""

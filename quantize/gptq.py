@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from aerogel.errors import BadInput
+from aerogel.errors import BadInput, RunFailed
 from aerogel.model.layer import Layer, Need
-from aerogel.quantize.grids import Codes, Params, rows_of
+from aerogel.quantize.codes import Codes, Params, rows_of, stacked
 from aerogel.quantize.problem import ROWS, Problem, check_weight, prepare, relative_loss, second_moment, toward_dense
 from aerogel.quantize.ranges import Search
 from aerogel.quantize.refine import OnGrid, refine
@@ -40,7 +40,7 @@ from aerogel.quantize.rounder import Rounder
 from aerogel.quantize.sweep import BLOCK, Chooser, sweep
 
 if TYPE_CHECKING:
-    from aerogel.quantize.grids import Grid
+    from aerogel.quantize.codes import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,12 +160,12 @@ class Gptq:
     def _codes(self, chunks: Sequence[tuple[Tensor, Params]], fitted: Params) -> Codes:
         """All rows together. Scales that outputs share never change while solving, so those are the fitted ones."""
         values_NK = torch.cat([values for values, _ in chunks])
-        if self.grid.shared_rows != 1:
-            return Codes(values_NK=values_NK, scale_NG=fitted.scale_NG, zero_NG=fitted.zero_NG, grid=self.grid)
-        scale_NG = torch.cat([params.scale_NG for _, params in chunks])
-        zeros = [params.zero_NG for _, params in chunks if params.zero_NG is not None]
-        zero_NG = torch.cat(zeros) if zeros else None
-        return Codes(values_NK=values_NK, scale_NG=scale_NG, zero_NG=zero_NG, grid=self.grid)
+        params = stacked([params for _, params in chunks]) if self.grid.shared_rows == 1 else fitted
+        if params is None:
+            raise RunFailed(
+                "the rows of one weight do not fit together; this is a mistake in aerogel, report it with the recipe"
+            )
+        return Codes.of(values_NK, params, self.grid)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Number grids: what values a weight may take. The only place of aerogel that rounds.
+"""The integer grid and the FP8 grid; `codes` says what any grid is, `tables` holds all others. Only grids round.
 
 A grid knows how codes become weights and weights become codes; it knows no file, no device and no solver. A solver knows
 no number format: it talks to a grid through `fit` (choose scales), `rounder` (snap one column while solving), `encode`
@@ -20,115 +20,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
+from aerogel.quantize.codes import (
+    Codes,
+    Grid,
+    Params,
+    check_group_size,
+    grouped,
+    quantized,
+    row_chunks,
+    row_slices,
+    rows_of,
+)
 from aerogel.quantize.ranges import Search, Step, curvature_blocks, search_steps
 from aerogel.quantize.rounder import Rounder
+from aerogel.quantize.scales import check_wide, rounded
 
-CHUNK = 1 << 17
-"""Elements of a chunk: two float32 work buffers of this size stay in the L2 cache of a current core."""
-
-SCALE_TYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Params:
-    """Scales (scale_dtype) and integer zero points (int8, None when symmetric) of one weight, [N, G] each.
-
-    A grid that shares a scale among outputs stores fewer rows: [ceil(N / 128), G] per block, [1, 1] per tensor.
-    """
-
-    scale_NG: Tensor
-    zero_NG: Tensor | None = None
-
-
-class Grid(Protocol):
-    """What solvers and formats may ask of any number grid."""
-
-    @property
-    def bits(self) -> int:
-        """Bits of one code."""
-
-    @property
-    def group_size(self) -> int | None:
-        """Inputs that share a scale, None for all of them."""
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        """The type that scales are rounded to before use."""
-
-    @property
-    def shared_rows(self) -> int | None:
-        """Outputs that share a scale, None for all of them."""
-
-    def groups(self, K: int) -> int:
-        """How many groups K inputs make; the last may be short."""
-
-    def fit(
-        self,
-        w_NK: Tensor,
-        importance_K: Tensor | None = None,
-        mask_NK: Tensor | None = None,
-        search: Search | str = "minmax",
-        curvature_KK: Tensor | None = None,
-    ) -> Params:
-        """Scales for a weight."""
-
-    def encode(self, w_NK: Tensor, params: Params) -> Tensor:
-        """Nearest codes."""
-
-    def decode(self, q_NK: Tensor, params: Params) -> Tensor:
-        """The weight that codes stand for, float32 [N, K]."""
-
-    def step_of_range(self, low: Tensor, high: Tensor) -> Step:
-        """Scales whose grid spans [low, high], rounded as they are stored."""
-
-    def neighbours(self, step: Step) -> list[Step]:
-        """Other scales near these that a search should try, none where the scale itself is all there is to vary."""
-
-    def store(self, scale: Tensor) -> Tensor:
-        """Scales rounded to what can be stored, as float of the same dtype, never 0."""
-
-    def snap(self, w: Tensor, step: Step, out: Tensor | None = None) -> Tensor:
-        """The nearest values of the grid. `step` broadcasts over `w`; `out` may be `w` itself."""
-
-    def rounder(self, params: Params, N: int, K: int, dtype: torch.dtype = torch.float32) -> Rounder:
-        """The column-wise view of the grid that sweeping solvers work with."""
-
-    def params(self, step: Step, N: int, K: int) -> Params:
-        """What is stored for scales [G, N] in use; the inverse of the step that `rounder` begins with."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Codes:
-    """A quantized weight: values [N, K] (int8 or float8_e4m3fn) with their scales, zero points and grid."""
-
-    values_NK: Tensor
-    scale_NG: Tensor
-    zero_NG: Tensor | None
-    grid: Grid
-
-    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight, [N, K]: ((q - z).float() * scale.float()).to(dtype)."""
-        return self.grid.decode(self.values_NK, Params(scale_NG=self.scale_NG, zero_NG=self.zero_NG)).to(dtype)
-
-
-def quantized(grid: Grid, w_NK: Tensor, params: Params) -> Codes:
-    """The nearest codes of a weight under given scales."""
-    return Codes(values_NK=grid.encode(w_NK, params), scale_NG=params.scale_NG, zero_NG=params.zero_NG, grid=grid)
-
-
-def rows_of(grid: Grid, params: Params, rows: slice) -> Params:
-    """The scales of some outputs; where outputs share scales, `rows` must begin at a shared run."""
-    shared = grid.shared_rows
-    if shared is None:
-        return params
-    part = slice(rows.start // shared, -(-rows.stop // shared))
-    return Params(scale_NG=params.scale_NG[part], zero_NG=None if params.zero_NG is None else params.zero_NG[part])
+__all__ = [
+    "BLOCK",
+    "E4M3_MAX",
+    "Codes",
+    "Fp8Grid",
+    "Grid",
+    "IntGrid",
+    "Params",
+    "grouped",
+    "quantized",
+    "row_chunks",
+    "rows_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +73,8 @@ class IntGrid:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise BadInput(f"bits must lie between 2 and 8, found {self.bits}")
-        if self.group_size is not None and self.group_size < 1:
-            raise BadInput(f"group_size must be positive, or null for one scale per output, found {self.group_size}")
-        _check_scale_dtype(self.scale_dtype)
+        check_group_size(self.group_size)
+        check_wide(self.scale_dtype)
 
     @property
     def shared_rows(self) -> int:
@@ -214,7 +138,7 @@ class IntGrid:
 
     def store(self, scale: Tensor) -> Tensor:
         """Scales as stored; 0 becomes 1 (nothing but zeros to represent), underflow the smallest value of the type."""
-        return _stored(scale, self.scale_dtype)
+        return rounded(scale, self.scale_dtype)
 
     def snap(self, w: Tensor, step: Step, out: Tensor | None = None) -> Tensor:
         """s * clamp(round(w / s), low, high), ties to even."""
@@ -265,7 +189,7 @@ class IntGrid:
         """Rows of a matrix with their scales and zero points spread over the columns."""
         N, K = x_NK.shape
         size = min(self.group_size or K, K)
-        for rows in _row_slices(N, K):
+        for rows in row_slices(N, K):
             scale = params.scale_NG[rows].float().repeat_interleave(size, 1)[:, :K]
             zero = None if params.zero_NG is None else params.zero_NG[rows].float().repeat_interleave(size, 1)[:, :K]
             yield rows, x_NK[rows], scale, zero
@@ -285,7 +209,7 @@ class Fp8Grid:
     def __post_init__(self) -> None:
         if self.strategy not in ("channel", "block", "tensor"):
             raise BadInput(f"strategy must be channel, block or tensor, found {self.strategy!r}")
-        _check_scale_dtype(self.scale_dtype)
+        check_wide(self.scale_dtype)
 
     @property
     def bits(self) -> int:
@@ -332,7 +256,7 @@ class Fp8Grid:
 
     def store(self, scale: Tensor) -> Tensor:
         """Scales as stored; 0 becomes 1."""
-        return _stored(scale, self.scale_dtype)
+        return rounded(scale, self.scale_dtype)
 
     def snap(self, w: Tensor, step: Step, out: Tensor | None = None) -> Tensor:
         """s * e4m3(w / s), saturating."""
@@ -367,38 +291,3 @@ class Fp8Grid:
 
 E4M3_MAX = 448.0
 BLOCK = 128
-
-
-def _check_scale_dtype(dtype: torch.dtype) -> None:
-    if dtype not in SCALE_TYPES:
-        known = ", ".join(str(t).removeprefix("torch.") for t in SCALE_TYPES)
-        raise BadInput(f"scale_dtype must be one of {known}, found {str(dtype).removeprefix('torch.')}")
-
-
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to `dtype` and back; 0 becomes 1, what would underflow becomes the smallest number of the type."""
-    if dtype is torch.float16 and bool((scale.abs() > torch.finfo(dtype).max).any()):
-        raise BadInput("a weight is too large for scale_dtype float16; write scale_dtype: bfloat16")
-    rounded = scale.to(dtype).to(scale.dtype)
-    lost = (rounded == 0) & (scale != 0)
-    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    rounded = torch.where(lost, torch.full_like(scale, smallest), rounded)
-    return rounded.masked_fill_(scale == 0, 1.0)
-
-
-def _row_slices(N: int, K: int) -> Iterator[slice]:
-    rows = max(16, CHUNK // K)
-    return (slice(start, min(N, start + rows)) for start in range(0, N, rows))
-
-
-def row_chunks(w_NK: Tensor, mask_NK: Tensor | None) -> Iterator[Tensor]:
-    """Rows as float32, zero where pruned."""
-    for rows in _row_slices(*w_NK.shape):
-        yield w_NK[rows].float() if mask_NK is None else w_NK[rows].float() * mask_NK[rows]
-
-
-def grouped(x_Kn: Tensor, size: int) -> Tensor:
-    """[K, n] as contiguous [G, size, n]; a short last group is padded with zeros."""
-    K = x_Kn.shape[0]
-    pad = -K % size
-    return torch.nn.functional.pad(x_Kn, (0, 0, 0, pad)).reshape(-1, size, x_Kn.shape[1]).contiguous()

@@ -21,27 +21,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
 
-if TYPE_CHECKING:
-    from aerogel.quantize.grids import Grid
-
 
 class Step(NamedTuple):
     """Scales in use while solving, as floats that broadcast over weights.
 
     scale: never 0, possibly negative. low, high: the range of a code relative to its zero point, q - z; both are
-    tensors like `scale` where the zero point varies, else both are plain numbers.
+    tensors like `scale` where the zero point varies, else both are plain numbers. pick: the number of the table, int64 like
+    `scale`, where tables are chosen per group; 0 everywhere else.
     """
 
     scale: Tensor
     low: Tensor | float
     high: Tensor | float
+    pick: Tensor | int = 0
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Step:
         """The same scales with every tensor changed alike: sliced, unsqueezed, cast."""
@@ -100,9 +99,25 @@ def curvature_blocks(h_KK: Tensor, size: int) -> Tensor:
     return blocks
 
 
+class Scales(Protocol):
+    """What the search asks of a grid; see `codes.Grid`."""
+
+    def step_of_range(self, low: Tensor, high: Tensor) -> Step:
+        """Scales whose grid spans [low, high], rounded as they are stored."""
+
+    def neighbours(self, step: Step) -> list[Step]:
+        """Other scales near these that are worth a try."""
+
+    def store(self, scale: Tensor) -> Tensor:
+        """Scales rounded to what can be stored."""
+
+    def snap(self, w: Tensor, step: Step, out: Tensor | None = None) -> Tensor:
+        """The nearest values of the grid."""
+
+
 def search_steps(
     w_Ggn: Tensor,
-    grid: Grid,
+    grid: Scales,
     how: Search,
     weight_Gg1: Tensor | None = None,
     curvature_Ggg: Tensor | None = None,
@@ -125,6 +140,18 @@ def search_steps(
     return best
 
 
+def group_cost(
+    w_Ggn: Tensor,
+    grid: Scales,
+    how: Search,
+    step: Step,
+    weight_Gg1: Tensor | None = None,
+    curvature_Ggg: Tensor | None = None,
+) -> Tensor:
+    """What the search minimises, for given scales, [G, n]."""
+    return _Judge(w_Ggn, grid, how, weight_Gg1, curvature_Ggg)(step)
+
+
 def _candidates(step: Step, signed: bool) -> list[Step]:
     """The range itself and, where the two sides of a symmetric grid differ, its mirror image."""
     lopsided = not isinstance(step.low, Tensor) and step.low != -step.high
@@ -140,7 +167,9 @@ def _better(old: Step, old_cost: Tensor, new: Step, new_cost: Tensor) -> tuple[S
 class _Judge:
     """Cost of candidate scales on one chunk of weights; owns the work buffers."""
 
-    def __init__(self, w_Ggn: Tensor, grid: Grid, how: Search, weight_Gg1: Tensor | None, curvature_Ggg: Tensor | None) -> None:
+    def __init__(
+        self, w_Ggn: Tensor, grid: Scales, how: Search, weight_Gg1: Tensor | None, curvature_Ggg: Tensor | None
+    ) -> None:
         self.w, self.grid, self.norm = w_Ggn, grid, how.norm
         self.weight, self.curvature = weight_Gg1, curvature_Ggg
         self.buffer = torch.empty_like(w_Ggn)

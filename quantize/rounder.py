@@ -13,7 +13,7 @@ from torch import Tensor
 from aerogel.quantize.ranges import Step
 
 if TYPE_CHECKING:
-    from aerogel.quantize.grids import Grid, Params
+    from aerogel.quantize.codes import Grid, Params
 
 
 class Rounder:

@@ -34,7 +34,7 @@ from aerogel.kernels.linear import Linear
 from aerogel.kernels.problem import Problem
 from aerogel.pack.config import format_of
 from aerogel.pack.source import Columns
-from aerogel.quantize.grids import Codes
+from aerogel.quantize.codes import Codes, stacked
 
 _WANTED: ContextVar[bool] = ContextVar("aerogel_merging", default=False)
 
@@ -223,10 +223,7 @@ class Part(Linear):
     def columns(self) -> Columns:
         """The codes of its rows, and the order of its columns."""
         found = self._whole[0].columns()
-        rows = slice(*self._shared.spans[self._index])
-        zero = None if found.codes.zero_NG is None else found.codes.zero_NG[rows]
-        values, scale, grid = found.codes.values_NK[rows], found.codes.scale_NG[rows], found.codes.grid
-        return Columns(Codes(values_NK=values, scale_NG=scale, zero_NG=zero, grid=grid), found.order)
+        return Columns(found.codes.rows(slice(*self._shared.spans[self._index])), found.order)
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint has for it."""
@@ -269,10 +266,13 @@ def _merge_packed(members: list[Linear]) -> bool:
     problems = [member.problem() for member in members]
     if _rank(_widened(problems[0], sum(widths))) > max(_rank(problem) for problem in problems):
         return False
-    columns = [member.columns() for member in members]
+    codes = [member.columns().codes for member in members]
+    params = stacked(codes)
+    if params is None:
+        return False
     biases = [member.bias.data for member in members if member.bias is not None]
     whole = Merged.from_codes(
-        _stacked([found.codes for found in columns]),
+        Codes.of(torch.cat([part.values_NK for part in codes]), params, codes[0].grid),
         activations=first.scheme.activations,
         bias=torch.cat(biases) if biases else None,
         order=first.column_order,
@@ -299,13 +299,3 @@ def _widened(problem: Problem, N: int) -> Problem:
 
 def _rank(problem: Problem) -> int:
     return list(GEMM).index(choose(problem)[0])
-
-
-def _stacked(parts: Sequence[Codes]) -> Codes:
-    zeros = [part.zero_NG for part in parts if part.zero_NG is not None]
-    return Codes(
-        values_NK=torch.cat([part.values_NK for part in parts]),
-        scale_NG=torch.cat([part.scale_NG for part in parts]),
-        zero_NG=torch.cat(zeros) if zeros else None,
-        grid=parts[0].grid,
-    )

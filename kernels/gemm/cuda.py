@@ -24,6 +24,7 @@ from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
 from aerogel.lazy import load
 from aerogel.pack.format import Grid
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
+from aerogel.quantize.tables import TableGrid
 
 DTYPES = (torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
@@ -152,7 +153,9 @@ torch.library.register_fake("aerogel::tiles_linear", _fake, lib=_library)
 class Cuda(Kernel):
     """Weight-only matmul in the tile layout."""
 
-    about: ClassVar[str] = "CUDA kernels compiled at run time: integers of 1 to 8 bits and e4m3, bfloat16 and float16"
+    about: ClassVar[str] = (
+        "CUDA kernels compiled at run time: integers of 1 to 8 bits, e4m3, tables of 16 and 256 numbers; bfloat16 and float16"
+    )
 
     @staticmethod
     def refuses(problem: Problem) -> str | None:
@@ -178,7 +181,7 @@ class Cuda(Kernel):
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:
         """The inverse of `pack`, exactly."""
-        return codes_of(dict(layout), problem.grid, problem.N, problem.K)
+        return codes_of(layout, problem.grid, problem.N, problem.K)
 
     @staticmethod
     def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:
@@ -205,7 +208,7 @@ class Cuda(Kernel):
             layout["tile_scale"],
             layout.get("tile_zero"),
             layout.get("tile_table"),
-            None,
+            layout.get("tile_pick"),
             bias_N,
             problem.grid.group_size or 0,
             problem.N,
@@ -216,8 +219,11 @@ class Cuda(Kernel):
 def _refuses_grid(grid: Grid) -> str | None:
     if isinstance(grid, Fp8Grid):
         return None
-    if not isinstance(grid, IntGrid):
-        return f"runs integers and e4m3 floats, not codes on a {type(grid).__name__}"
+    if isinstance(grid, TableGrid):
+        if grid.bits not in (4, 8):
+            return f"runs tables of 16 and 256 numbers, found codes of {grid.bits} bits"
+    elif not isinstance(grid, IntGrid):
+        return f"runs integers, e4m3 floats and tables, not codes on a {type(grid).__name__}"
     if grid.group_size is not None and grid.group_size % 16:
         return f"group_size must be a multiple of 16, or null, found {grid.group_size}"
     return None

@@ -11,7 +11,7 @@ T tables, E = 16 or 256 entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -101,8 +101,8 @@ def e4m3_table(device: torch.device) -> Tensor:
 
 
 def tensors_of(codes: Codes, pack: Callable[[Tensor, int], Tensor] = tiles.pack_tiles) -> dict[str, Tensor]:
-    """Codes [N, K] of an integer or e4m3 grid as the layout's tensors: tile_codes, tile_scale and, where needed, tile_zero
-    and tile_table. `pack` says how the codes lie inside a tile. Raises `BadInput` for other grids."""
+    """Codes [N, K] as the layout's tensors: tile_codes, tile_scale and, where needed, tile_zero, tile_table, tile_pick.
+    `pack` says how the codes lie inside a tile. Raises `BadInput` for grids that are neither integers, e4m3 nor a table."""
     grid = codes.grid
     N = codes.values_NK.shape[0]
     if isinstance(grid, IntGrid):
@@ -119,11 +119,58 @@ def tensors_of(codes: Codes, pack: Callable[[Tensor, int], Tensor] = tiles.pack_
             "tile_scale": tiles.pack_rows_of_tiles(codes.scale_NG.repeat_interleave(shared, 0)[:N]),
             "tile_table": e4m3_table(codes.values_NK.device),
         }
-    raise BadInput(f"codes on a {type(grid).__name__} have no tile layout; it holds integers and e4m3 floats")
+    if codes.table_TE is not None:
+        return _table_tensors(codes, pack)
+    raise BadInput(f"codes on a {type(grid).__name__} have no tile layout; it holds integers, e4m3 floats and tables")
+
+
+def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
+    """Codes into a table. Scales are tiled as float32 with the factor multiplied in, which is exact; what they were stored
+    as, `stored_scale` and `stored_factor`, stays beside them where that is another type."""
+    N = codes.values_NK.shape[0]
+    shared, table_TE = codes.grid.shared_rows or N, codes.table_TE
+    if table_TE is None:
+        raise BadInput("codes into a table need the table, and there is none")
+    narrow = codes.scale_NG.dtype in SCALE_DTYPES and codes.factor is None
+    scale = codes.scale_NG if narrow else codes.effective_scale()
+    layout = {
+        "tile_codes": pack(codes.values_NK, codes.grid.bits),
+        "tile_scale": tiles.pack_rows_of_tiles(scale.repeat_interleave(shared, 0)[:N]),
+        "tile_table": table_TE,
+    }
+    if codes.table_per_row:
+        layout["tile_table"] = torch.nn.functional.pad(table_TE, (0, 0, 0, -N % tiles.ROWS))
+    if codes.pick_NG is not None:
+        layout["tile_pick"] = tiles.pack_rows_of_tiles(codes.pick_NG.repeat_interleave(shared, 0)[:N])
+    if not narrow:
+        layout["stored_scale"] = codes.scale_NG
+    if codes.factor is not None:
+        layout["stored_factor"] = codes.factor
+    return layout
+
+
+def _table_codes(layout: Mapping[str, Tensor], values: Tensor, grid: Grid) -> Codes:
+    """The inverse of `_table_tensors`, exactly."""
+    N = values.shape[0]
+    first_rows = slice(None, None, grid.shared_rows or N)
+    pick = layout.get("tile_pick")
+    table_TE = layout["tile_table"]
+    per_row = pick is None and len(table_TE) > 1
+    scale = layout.get("stored_scale")
+    if scale is None:
+        scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], N)[first_rows].contiguous()
+    return Codes(
+        values_NK=values,
+        scale_NG=scale,
+        table_TE=table_TE[:N] if per_row else table_TE,
+        pick_NG=None if pick is None else tiles.unpack_rows_of_tiles(pick, N)[first_rows].contiguous(),
+        factor=layout.get("stored_factor"),
+        grid=grid,
+    )
 
 
 def codes_of(
-    layout: dict[str, Tensor],
+    layout: Mapping[str, Tensor],
     grid: Grid,
     N: int,
     K: int,
@@ -131,6 +178,8 @@ def codes_of(
 ) -> Codes:
     """The inverse of `tensors_of`, exactly; `unpack` inverts its `pack`."""
     values = unpack(layout["tile_codes"], grid.bits, N, K)
+    if not isinstance(grid, IntGrid | Fp8Grid):
+        return _table_codes(layout, values, grid)
     scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], N)
     if isinstance(grid, Fp8Grid):
         scale = scale[:: grid.shared_rows or N].contiguous()

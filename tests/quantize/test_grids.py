@@ -126,7 +126,7 @@ def test_rows_do_not_depend_on_the_chunk_they_are_in(monkeypatch):
     grid = IntGrid(bits=3, group_size=16)
     whole = grid.fit(w)
     searched = float((quantized(grid, w, grid.fit(w, search="mse")).decode() - w).norm())
-    monkeypatch.setattr("aerogel.quantize.grids.CHUNK", 16 * 40)
+    monkeypatch.setattr("aerogel.quantize.codes.CHUNK", 16 * 40)
     assert torch.equal(grid.fit(w).scale_NG, whole.scale_NG)
     # A sum may round otherwise in another chunk and settle a tie, which changes next to nothing.
     assert float((quantized(grid, w, grid.fit(w, search="mse")).decode() - w).norm()) == pytest.approx(searched, rel=1e-3)

@@ -1,0 +1,62 @@
+"""The nearest of a few numbers, for many values at once: what rounding to a table is.
+
+A code's numbers are sorted once per group, with the middles between neighbours; a value's place among the middles (a
+binary search) is then its nearest number, and a second lookup gives the code. Numbers that occur twice (both zeros of a
+float) are found under the first of their codes; codes that are no number (NaN) are never found.
+
+Shape legend: E numbers of a table; B... leading dimensions (outputs, groups); m values looked up in each.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Levels(NamedTuple):
+    """Sorted numbers of one or many tables.
+
+    numbers: [B..., E] ascending. middles: [B..., E - 1]. codes: int64 [B..., E], whose number each is.
+    """
+
+    numbers: Tensor
+    middles: Tensor
+    codes: Tensor
+
+    @staticmethod
+    def of(table: Tensor) -> Levels:
+        """From numbers in the order of their codes, [B..., E]."""
+        numbers, codes = torch.sort(table, dim=-1, stable=True)
+        numbers = numbers.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        middles = numbers[..., :-1] * 0.5 + numbers[..., 1:] * 0.5
+        # The second of two equal numbers gets an empty interval: its lower end is moved up to its upper end.
+        middles = middles.masked_fill(numbers[..., :-1] == numbers[..., 1:], torch.inf)
+        middles = middles.flip(-1).cummin(-1).values.flip(-1).contiguous()
+        return Levels(numbers, middles, codes)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Levels:
+        """On another device, numbers in another float type."""
+        return Levels(self.numbers.to(device, dtype), self.middles.to(device, dtype), self.codes.to(device))
+
+    def pick(self, tables: Tensor) -> Levels:
+        """Some of many tables: int64 [n] -> [n, E]."""
+        return Levels(self.numbers[tables], self.middles[tables], self.codes[tables])
+
+    def places(self, x: Tensor) -> Tensor:
+        """Places of the nearest numbers among the sorted ones, int64. One table: x of any shape. Many: x [B..., m]."""
+        if self.middles.dim() == 1:
+            return torch.bucketize(x.contiguous(), self.middles)
+        return torch.searchsorted(self.middles, x.contiguous())
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The nearest numbers, shaped like x."""
+        return self._take(self.numbers, self.places(x))
+
+    def nearest_codes(self, x: Tensor) -> Tensor:
+        """The codes of the nearest numbers, uint8, shaped like x."""
+        return self._take(self.codes, self.places(x)).to(torch.uint8)
+
+    def _take(self, held: Tensor, places: Tensor) -> Tensor:
+        return held[places] if held.dim() == 1 else held.gather(-1, places)

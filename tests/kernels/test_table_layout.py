@@ -1,0 +1,49 @@
+"""Codes into tables in the layout of the CUDA kernels: exactly invertible, and the layout's numbers are the weight's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.quantize.test_tables import GRIDS, weight
+
+from aerogel.kernels.gemm.cuda_weight import codes_of, tensors_of
+from aerogel.pack import tiles
+from aerogel.quantize.codes import Codes, quantized
+from aerogel.quantize.formats.floats import Float
+
+
+def same(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+
+
+def check(codes: Codes) -> None:
+    N, K = codes.values_NK.shape
+    layout = tensors_of(codes)
+    back = codes_of(layout, codes.grid, N, K)
+    for name in ("values_NK", "scale_NG", "table_TE", "pick_NG", "factor"):
+        a, b = getattr(back, name), getattr(codes, name)
+        assert same(a, b), name
+    scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], N).float()
+    g = torch.arange(K) // (codes.grid.group_size or K)
+    values = tiles.unpack_tiles(layout["tile_codes"], codes.grid.bits, N, K).long()
+    table = torch.zeros(N, K, dtype=torch.long)
+    if codes.table_per_row:
+        table = torch.arange(N)[:, None].expand(N, K)
+    if "tile_pick" in layout:
+        table = tiles.unpack_rows_of_tiles(layout["tile_pick"], N).long()[:, g]
+    assert torch.equal(layout["tile_table"][table, values] * scale[:, g], codes.decode())
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (130, 200)])
+def test_layout_is_invertible_and_means_the_weight(grid: Any, shape: tuple[int, int]) -> None:
+    check(quantized(grid, weight(*shape), grid.fit(weight(*shape), search="mse")))
+
+
+def test_a_table_per_row() -> None:
+    values = torch.randint(0, 16, (21, 40), dtype=torch.uint8)
+    check(Codes(values_NK=values, scale_NG=torch.ones(21, 1), table_TE=torch.randn(21, 16), grid=Float()))
