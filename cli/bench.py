@@ -27,6 +27,7 @@ def command(
     new_tokens: NewTokens = None,
     repeats: Repeats = None,
     speed_only: SpeedOnly = False,
+    activations: options.Activations = None,
     set_: options.Set = None,
     device: options.Device = "auto",
     json: options.Json = None,
@@ -44,6 +45,8 @@ def command(
             "bench.prompt": prompt,
             "bench.new_tokens": new_tokens,
             "bench.repeats": repeats,
+            "bench.activations": activations,
+            "evaluate.activations": activations if against is not None and not speed_only else None,
         }
         changes = [f"{key}={value}" for key, value in given.items() if value is not None]
         settings = settings_for(model, recipe, [*(set_ or ()), *changes])

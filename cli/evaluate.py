@@ -27,6 +27,7 @@ def command(
     limit: Limit = None,
     windows: Windows = None,
     sequence_length: Length = None,
+    activations: options.Activations = None,
     set_: options.Set = None,
     device: options.Device = "auto",
     json: options.Json = None,
@@ -44,6 +45,7 @@ def command(
             "evaluate.limit": limit,
             "evaluate.perplexity.windows": windows,
             "evaluate.perplexity.sequence_length": sequence_length,
+            "evaluate.activations": activations,
         }
         changes = [f"{key}={value}" for key, value in given.items() if value is not None]
         section = settings_for(model, recipe, [*(set_ or ()), *changes]).evaluate

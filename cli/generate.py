@@ -39,6 +39,7 @@ def command(
     raw: Raw = False,
     loop: LoopName = "auto",
     merge: Merge = True,
+    activations: options.Activations = None,
     device: options.Device = "auto",
     json: options.Json = None,
     quiet: options.Quiet = False,
@@ -50,6 +51,7 @@ def command(
         from aerogel.errors import BadInput
         from aerogel.kernels.decode.loop import LOOPS, Decoder
         from aerogel.kernels.decode.sample import Sampling
+        from aerogel.kernels.linear import round_activations
         from aerogel.model.loading import load
         from aerogel.model.pipeline import pick_device, tokenizer_of
         from aerogel.model.source import resolve
@@ -59,16 +61,21 @@ def command(
             raise BadInput("the prompt is empty; write some text, or - to read it from stdin")
         if loop not in LOOPS:
             raise BadInput(f"unknown loop '{loop}'; write one of {', '.join(LOOPS)}")
+        if activations not in (None, "stored", "int8"):
+            raise BadInput(f"unknown activations '{activations}'; write stored or int8")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         folder = resolve(model)
         tokenizer = tokenizer_of(folder)()
-        decoder = Decoder(load(folder, device=pick_device(device), merge=merge), loop)  # type: ignore[arg-type]
+        loaded = load(folder, device=pick_device(device), merge=merge)
+        if activations == "int8":
+            round_activations(loaded)
+        decoder = Decoder(loaded, loop)  # type: ignore[arg-type]
         stream = not quiet and json != "-"
         ids_1T = encode(tokenizer, text, raw)
         answer = generate(decoder, tokenizer, ids_1T, new_tokens, sampling, stop or [], output.stdout if stream else None)
         if stream:
             output.note(summary(answer))
-        output.result({"model": model, "prompt": text, **answer})
+        output.result({"model": model, "prompt": text, "activations": activations or "stored", **answer})
 
 
 def encode(tokenizer: Any, text: str, raw: bool) -> Any:
@@ -155,6 +162,8 @@ def summary(answer: dict[str, Any]) -> str:
     parts = [f"{answer['tokens']} tokens in {answer['seconds']:.2f} s"]
     if answer["decode_tokens_per_second"]:
         parts.append(f"{answer['decode_tokens_per_second']:.1f} tokens/s behind the first")
+    if ran.get("rounding"):
+        parts.append(f"{ran['rounding']} linears round their inputs to int8")
     parts.append(f"{ran['loop'] or 'no'} loop" + (" in a CUDA graph" if ran["graph"] else ""))
     if "prepare_seconds" in ran:
         parts.append(f"prepared in {ran['prepare_seconds']:.2f} s")

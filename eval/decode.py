@@ -55,7 +55,9 @@ def decode(decoder: Decoder, ids_BT: Tensor, new_tokens: int) -> Decoded:
 
 
 def facts(decoder: Decoder) -> dict[str, Any]:
-    """The loop that ran and the kernels of packed linears, by how many linears each ran."""
+    """The loop that ran and the kernels of packed linears, by how many linears each ran; how many of them round inputs
+    although the checkpoint does not say so, where any does."""
     linears = [module for module in decoder.model.modules() if type(module).__name__ in ("Linear", "Merged")]
     kernels = Counter(module.kernel_name or "not chosen" for module in linears if isinstance(module, Linear))
-    return decoder.facts() | {"kernels": dict(kernels)}
+    rounding = sum(module.rounds_activations for module in linears if isinstance(module, Linear))
+    return decoder.facts() | {"kernels": dict(kernels)} | ({"rounding": rounding} if rounding else {})

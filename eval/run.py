@@ -13,11 +13,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from aerogel.errors import BadInput
 from aerogel.eval.memory import disk_bytes, peak_bytes, tensor_bytes
-from aerogel.eval.quality import evaluate_one, evaluate_pair
-from aerogel.eval.settings import BenchSettings, Numerics, QualitySettings
+from aerogel.eval.quality import evaluate_one, evaluate_pair, increase_of
+from aerogel.eval.settings import Activations, BenchSettings, Numerics, QualitySettings
 from aerogel.eval.speed import time_models
 from aerogel.eval.tasks import Suite
 from aerogel.kernels.decode.merge import merge, merging
+from aerogel.kernels.linear import round_activations
 from aerogel.model.progress import Progress, silent
 
 
@@ -37,23 +38,33 @@ def load_checkpoint(path: Path, /, *, device: str, dtype: torch.dtype | None) ->
 
 
 def _loaders(
-    path: Path, against: Path | None, device: str, numerics: Numerics, load: Load, merged: bool = False
+    path: Path,
+    against: Path | None,
+    device: str,
+    numerics: Numerics,
+    load: Load,
+    merged: bool = False,
+    activations: Activations = "stored",
 ) -> dict[str, Callable[[], PreTrainedModel]]:
-    """One loader for each model, dense first; the names are those of the report. `merged`: see `kernels.decode.merge`."""
+    """One loader for each model, dense first; the names are those of the report. `merged`: see `kernels.decode.merge`.
+    `activations`: of the model that is looked at, never of the one it is compared with."""
     dtype = torch.float32 if numerics == "float32" else None
 
-    def loader(place: Path) -> Callable[[], PreTrainedModel]:
+    def loader(place: Path, rounded: bool = False) -> Callable[[], PreTrainedModel]:
         def ready() -> PreTrainedModel:
             with merging(merged):
                 model = load(place, device=device, dtype=dtype)
             model.train(mode=False)
             if merged:
                 merge(model)
+            if rounded:
+                round_activations(model)
             return model
 
         return ready
 
-    return {"model": loader(path)} if against is None else {"dense": loader(against), "compressed": loader(path)}
+    measured = loader(path, rounded=activations == "int8")
+    return {"model": measured} if against is None else {"dense": loader(against), "compressed": measured}
 
 
 def _disk(path: Path, against: Path | None) -> dict[str, dict[str, int]]:
@@ -124,7 +135,7 @@ def evaluate(
     """
     if settings.perplexity and ids_WT is None:
         raise BadInput("perplexity needs token ids to score: pass ids_WT, or set evaluate.perplexity: null")
-    loaders = _loaders(path, against, device, settings.numerics, load)
+    loaders = _loaders(path, against, device, settings.numerics, load, activations=settings.activations)
     visitor = _Visitor(settings, tokenizer or (lambda: AutoTokenizer.from_pretrained(path)), progress)
     result: dict[str, object] = {}
     scored = settings.perplexity and ids_WT is not None
@@ -156,16 +167,29 @@ def evaluate(
                 )
             del model
             gc.collect()
+    if scored and settings.activations == "int8":
+        exact = _loaders(path, None, device, settings.numerics, load)["model"]()
+        found = evaluate_one(exact, ids_WT, batch=settings.batch, progress=progress)  # type: ignore[arg-type]
+        add_rounding(result, found)
     if tasks := visitor.tasks():
         result["tasks"] = tasks
     return {
         **result,
         "numerics": settings.numerics,
+        "activations": settings.activations,
         "device": device,
         "memory": visitor.memory,
         "disk": _disk(path, against),
         "peak_bytes": peak_bytes(),
     }
+
+
+def add_rounding(result: Mapping[str, Any], exact: Mapping[str, Any]) -> None:
+    """Adds what int8 activations cost to `perplexity`: that of the same model without them (`exact`), and the increase."""
+    perplexity = result["perplexity"]
+    rounded = perplexity.get("compressed") or perplexity["model"]
+    without = exact["perplexity"]["model"]
+    perplexity["rounding"] = {"exact": without, **increase_of(without["loss_by_window"], rounded["loss_by_window"])}
 
 
 def benchmark(
@@ -182,5 +206,6 @@ def benchmark(
     Both models are in memory at once. Returns the report's `bench`: load time, time to first token, prefill and decode
     tokens per second with medians and spread for each batch size, speed-ups, bytes in memory and on disk.
     """
-    result = time_models(_loaders(path, against, device, settings.numerics, load, settings.merge), settings, progress)
+    loaders = _loaders(path, against, device, settings.numerics, load, settings.merge, settings.activations)
+    result = time_models(loaders, settings, progress)
     return {**result, "disk": _disk(path, against)}

@@ -10,11 +10,19 @@ from aerogel.errors import BadInput
 Numerics = Literal["stored", "float32"]
 """`stored`: compute in the data type of the checkpoint. `float32`: the stored weights, computed in fp32."""
 
+Activations = Literal["stored", "int8"]
+"""`stored`: rounded only where the checkpoint says so. `int8`: packed linears may round their inputs where that is faster."""
+
 
 def positive(name: str, value: int) -> None:
     """Raise BadInput unless `value` is at least 1."""
     if value < 1:
         raise BadInput(f"{name} must be at least 1, found {value}: write a positive number")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise BadInput(f"{name} must be one of {', '.join(known)}, found {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +32,8 @@ class QualitySettings:
     perplexity: score the token windows. divergence: KL and top-1 against the dense model, on these same windows.
     tasks: lm-eval task names. limit: documents per task, a random subset drawn with `seed`; None means all of them.
     shots: examples in front of each task document. batch: windows and task requests per forward pass.
+    activations: `int8` rounds the inputs of packed linears; the compressed model is then scored without that too, and the
+    report says what it costs.
     """
 
     perplexity: bool = True
@@ -34,9 +44,11 @@ class QualitySettings:
     seed: int = 0
     batch: int = 1
     numerics: Numerics = "stored"
+    activations: Activations = "stored"
 
     def __post_init__(self) -> None:
         positive("evaluate.batch", self.batch)
+        _one_of("evaluate.activations", self.activations, ("stored", "int8"))
         if self.limit is not None:
             positive("evaluate.limit", self.limit)
         if self.shots < 0:
@@ -51,7 +63,7 @@ class BenchSettings:
 
     prompt, new_tokens: tokens per sequence. loads: how often each model is loaded for the load time.
     loop: the decode loop, `auto` or one of `kernels.decode.loop.LOOPS`. merge: one linear for those that read the same
-    input, in both models. seed: of the random prompt.
+    input, in both models. seed: of the random prompt. activations: `int8` rounds the inputs of packed linears.
     """
 
     batch: tuple[int, ...] = (1,)
@@ -64,6 +76,7 @@ class BenchSettings:
     loop: Literal["auto", "fused", "masked", "plain"] = "auto"
     merge: bool = True
     numerics: Numerics = "stored"
+    activations: Activations = "stored"
 
     def __post_init__(self) -> None:
         if not self.batch:
@@ -80,3 +93,4 @@ class BenchSettings:
             raise BadInput(f"bench.loop must be 'auto', 'fused', 'masked' or 'plain', found {self.loop!r}")
         if self.numerics not in ("stored", "float32"):
             raise BadInput(f"bench.numerics must be 'stored' or 'float32', found {self.numerics!r}")
+        _one_of("bench.activations", self.activations, ("stored", "int8"))

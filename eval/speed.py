@@ -156,6 +156,7 @@ def time_models(loaders: Mapping[str, Loader], settings: BenchSettings, progress
         "threads": torch.get_num_threads(),
         "dtype": {name: str(model.dtype).removeprefix("torch.") for name, model in models.items()},
         "numerics": settings.numerics,
+        "activations": settings.activations,
         "prompt": settings.prompt,
         "new_tokens": settings.new_tokens,
         "repeats": settings.repeats,

@@ -107,6 +107,9 @@ def quality_table(report: Report) -> Table | None:
     if "increase" in text:
         value = percent_with_error(text["increase"], text.get("increase_se"))
         rows.append(("perplexity increase", value, "paired by window"))
+    if "rounding" in text:
+        value = percent_with_error(text["rounding"]["increase"], text["rounding"].get("increase_se"))
+        rows.append(("perplexity increase by int8 activations", value, "of that, paired by window"))
     if kl:
         rows.append(("KL(dense ‖ compressed)", with_error(kl["kl"], kl.get("kl_se")), "nats per token"))
         tail = f"{number(kl.get('kl_median'))} / {number(kl.get('kl_p99'))}"
@@ -116,6 +119,7 @@ def quality_table(report: Report) -> Table | None:
         f"{text['windows']} windows of {text['sequence_length']} tokens, not overlapping; source: {text['source']}; "
         f"BOS: {_yes(text.get('bos'))}; "
         + ("computed in float32" if text.get("numerics") == "float32" else "computed in the checkpoint's own type")
+        + ("; activations rounded to int8" if "rounding" in text else "")
     )
     return Table("Quality", columns("measure", "value", "<unit>"), tuple(rows), note)
 
@@ -173,7 +177,7 @@ def bench_table(report: Report) -> Table | None:
     note = (
         f"median [min {NOTHING} max] of {bench['repeats']} interleaved repetitions; prompt {bench['prompt']}, new tokens "
         f"{bench['new_tokens']}; {bench['device']}, {bench['threads']} threads; speed-up is paired"
-        f"{ran(bench)}"
+        f"{'; activations of the compressed model rounded to int8' if bench.get('activations') == 'int8' else ''}{ran(bench)}"
     )
     return Table("Speed", columns("measure", "dense", "compressed", "speed-up"), tuple(rows), note)
 

@@ -13,13 +13,14 @@ Shape legend: M tokens, N out features, K in features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from aerogel.errors import BadInput
-from aerogel.kernels.dispatch import choose
+from aerogel.kernels.dispatch import choose, explain
 from aerogel.kernels.gemm.ref import Reference
 from aerogel.kernels.problem import Kernel, Problem
 from aerogel.pack.config import choose_format, format_of
@@ -166,9 +167,20 @@ class Linear(nn.Module):
 
         What runs then is named by `kernel_name`; the numbers change by about half a percent of the output's norm.
         """
-        self.restore()
         self.fast_activations = allowed
-        return self.prepare()
+        problem = self.problem()
+        name, kernel = choose(problem)
+        if self._problem is None or kernel.pack is not self._kernel.pack or kernel.runs_stored(problem):
+            return self.prepare()
+        # Both kernels read the same layout.
+        self.kernel_name, self._kernel, self._problem = name, kernel, problem
+        return self
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether its kernel rounds inputs although the checkpoint does not say so."""
+        problem = self._problem
+        return problem is not None and problem.fast and self._kernel.refuses(replace(problem, fast=False)) is not None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [N, K], in the planned dtype unless given; bit for bit what the file decodes to."""
@@ -215,3 +227,18 @@ class Linear(nn.Module):
                 self._buffers[name] = old.to(new.device)
         self.compute_dtype = dtype
         return self.prepare() if prepared and self.device.type != "meta" else self
+
+
+def round_activations(model: nn.Module) -> int:
+    """Lets every packed linear of a loaded model round its inputs to int8; returns how many do.
+
+    Raises:
+        BadInput: none does: the model is dense, or no kernel for its weights rounds on this device.
+    """
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    rounding = sum(linear.allow_fast_activations().rounds_activations for linear in linears)
+    if not rounding:
+        reasons = dict(explain(linears[0].problem())) if linears else {}
+        reason = reasons.get("cpu-int8") or "it has no packed linears"
+        raise BadInput(f"activations int8: no layer of this model can round its inputs here ({reason}); leave the option out")
+    return rounding

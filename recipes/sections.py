@@ -34,6 +34,7 @@ Count = Annotated[int, Field(ge=1)]
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 Counts = Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
 Numerics = Literal["stored", "float32"]
+Activations = Literal["stored", "int8"]
 
 
 class Section(BaseModel):
@@ -112,6 +113,10 @@ class Evaluate(Section):
     numerics: Numerics = Field(
         default="stored", description="`stored`: compute in the checkpoint's type; `float32`: compute in fp32"
     )
+    activations: Activations = Field(
+        default="stored",
+        description="`int8`: packed linears round their inputs (CPU); the report then states what that costs in perplexity",
+    )
 
 
 class Bench(Section):
@@ -132,6 +137,11 @@ class Bench(Section):
     )
     numerics: Numerics = Field(
         default="stored", description="`stored`: compute in the checkpoint's type; `float32`: compute in fp32"
+    )
+    activations: Activations = Field(
+        default="stored",
+        description="`int8`: packed linears round their inputs, which is faster on a CPU and changes numbers: set it under"
+        " `evaluate` as well",
     )
 
 

@@ -39,7 +39,7 @@ def refusal(problem: Problem, fast: bool) -> str | None:
     if problem.activations != "none":
         return f"is weight-only, activations are {problem.activations}"
     if fast and not problem.fast:
-        return "rounds activations to int8, which this model was not allowed to (write fast_activations=True)"
+        return "rounds activations to int8, which only happens where it was asked for (--activations int8)"
     if problem.dtype not in library.TYPES:
         return f"activations must be float32, float16 or bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
     if grid.group_size is not None and grid.group_size % GROUP_STEP and grid.group_size < problem.K:

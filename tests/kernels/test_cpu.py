@@ -207,7 +207,7 @@ def test_the_dispatcher_and_the_layer_use_it() -> None:
     assert choose(problem)[1] is Native
     assert choose(Problem(format="pack-quantized", grid=grid, N=48, K=96, fast=True))[1] is NativeInt8
     reasons = dict(explain(problem))
-    assert "fast_activations" in (reasons["cpu-int8"] or "")
+    assert "--activations int8" in (reasons["cpu-int8"] or "")
     for changed, word in (
         ({"device": "cuda"}, "cuda"),
         ({"dtype": torch.float64}, "float64"),
@@ -223,10 +223,12 @@ def test_the_dispatcher_and_the_layer_use_it() -> None:
     x = torch.randn(5, 96)
     exact = layer(x)
     torch.testing.assert_close(exact, torch.nn.functional.linear(x, codes.decode(), layer.bias))
+    held = layer._tensors()["codes"]
     layer.allow_fast_activations()
+    assert layer._tensors()["codes"] is held and layer.rounds_activations, "the layout serves both kernels"
     assert layer.kernel_name == "cpu-int8" and 0 < relative(layer(x), exact.double()) < 0.02
     layer.allow_fast_activations(False)
-    assert layer.kernel_name == "cpu" and torch.equal(layer(x), exact)
+    assert layer.kernel_name == "cpu" and not layer.rounds_activations and torch.equal(layer(x), exact)
     assert torch.equal(layer.dequantize(), codes.decode())
 
 
