@@ -7,6 +7,9 @@ refuses with that as the reason, instead of breaking the others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from aerogel.kernels.grouped.kernel import Grouped
 from aerogel.kernels.problem import Kernel, Problem
 from aerogel.lazy import load
 
@@ -22,6 +25,13 @@ GEMM: dict[str, str] = {
     "reference": "aerogel.kernels.gemm.ref:Reference",
 }
 """Kernel name to `"module:Name"`, best first. The last two refuse nothing."""
+
+GROUPED: dict[str, str] = {
+    "triton": "aerogel.kernels.grouped.triton_grouped:Triton",
+    "cpu": "aerogel.kernels.grouped.cpu:Native",
+    "reference": "aerogel.kernels.grouped.ref:Reference",
+}
+"""The same for the experts of a layer, each with the `Problem` of one expert. The last refuses nothing."""
 
 
 def kernel(name: str) -> type[Kernel]:
@@ -41,8 +51,21 @@ def choose(problem: Problem) -> tuple[str, type[Kernel]]:
     return name, kernel(name)
 
 
-def _refusal(name: str, problem: Problem) -> str | None:
+def explain_grouped(problem: Problem) -> list[tuple[str, str | None]]:
+    """As `explain`, for the experts of a layer."""
+    return [(name, _refusal(name, problem, GROUPED)) for name in GROUPED]
+
+
+def choose_grouped(problem: Problem) -> tuple[str, type[Grouped]]:
+    """The name and class of the first grouped kernel that runs the problem."""
+    name = next(name for name in GROUPED if _refusal(name, problem, GROUPED) is None)
+    found: type[Grouped] = load(GROUPED[name])
+    return name, found
+
+
+def _refusal(name: str, problem: Problem, table: Mapping[str, str] = GEMM) -> str | None:
     try:
-        return kernel(name).refuses(problem)
+        reason: str | None = load(table[name]).refuses(problem)
+        return reason
     except ImportError as error:
         return f"cannot be imported here ({error})"

@@ -22,11 +22,15 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from aerogel.errors import BadInput, RunFailed
+from aerogel.kernels.experts import ExpertLinear, replace_experts, stacked
 from aerogel.kernels.linear import Linear
+from aerogel.model.experts import Stack
 from aerogel.model.placement import Placement, Plan, decoded, features
 from aerogel.model.reader import Entry, read_header
 from aerogel.pack.config import format_of
 from aerogel.pack.source import Source
+from aerogel.quantize.codes import Codes
+from aerogel.quantize.codes import stacked as params_below
 
 
 class PlainNames(WeightRenaming):  # type: ignore[misc, unused-ignore]
@@ -101,6 +105,8 @@ class Decoder(WeightConverter):  # type: ignore[misc, unused-ignore]
         self.arrived.add(parameter)
         if items[0].packed:
             return self._packed(items[0], held, model)
+        if items[0].expert:
+            return self._experts(parameter, held, model)
         dtype = model.get_parameter_or_buffer(parameter).dtype
         parts = [decoded(item, self.source, _local(item, held), dtype) for item in items]
         if items[0].stack is not None:
@@ -130,6 +136,34 @@ class Decoder(WeightConverter):  # type: ignore[misc, unused-ignore]
             tensors = format_of(item.scheme.format).encode(columns.codes)
         return {f"{item.module}.{name}": tensor for name, tensor in tensors.items()}
 
+    def _experts(self, parameter: str, held: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Any]:
+        """The buffers of an `ExpertLinear`: what the format stores for each expert, stacked."""
+        items, stack = self.plan.placements[parameter], self.plan.stacks[parameter]
+        layer = model.get_submodule(parameter)
+        if not isinstance(layer, ExpertLinear):
+            raise RunFailed(f"{parameter} was to stay packed but is a {type(layer).__name__}; please report this model")
+        fmt = format_of(stack.scheme.format)
+
+        def stored(expert: int) -> dict[str, Tensor]:
+            parts = [items[place] for place in stack.parts[expert]]
+            codes = _joined([self.source.read(_local(item, held), stack.scheme).codes for item in parts])
+            if codes.values_NK.shape != (stack.n, stack.k):
+                raise BadInput(
+                    f"{parts[0].name} is packed as part of {list(codes.values_NK.shape)}, the model wants"
+                    f" [{stack.n}, {stack.k}]; the config is another model's"
+                )
+            return fmt.encode(codes)
+
+        return {f"{parameter}.{name}": tensor for name, tensor in stacked(stored, stack.experts).items()}
+
+
+def _joined(parts: list[Codes]) -> Codes:
+    """The rows of several weights on one grid, one after the other."""
+    params = params_below(parts)
+    if params is None:
+        raise BadInput("matrices of one expert have tables or factors that differ; load the model without packed experts")
+    return parts[0] if len(parts) == 1 else Codes.of(torch.cat([part.values_NK for part in parts]), params, parts[0].grid)
+
 
 def replace_linear(model: PreTrainedModel, item: Placement, bias_on_disk: bool) -> None:
     """Puts an empty `kernels.Linear` in the place of the linear that `item` belongs to, and unties it if it was tied."""
@@ -149,6 +183,14 @@ def replace_linear(model: PreTrainedModel, item: Placement, bias_on_disk: bool) 
         model.config.tie_word_embeddings = False
 
 
+def pack_experts(model: PreTrainedModel, parameter: str, stack: Stack) -> None:
+    """Puts an empty `ExpertLinear` in the place of a parameter of an experts module."""
+    path, _, name = parameter.rpartition(".")
+    module = model.get_submodule(path)
+    dtype = module.get_parameter(name).dtype
+    replace_experts(module, name, ExpertLinear(stack.experts, stack.k, stack.n, stack.scheme, dtype=dtype, device="meta"))
+
+
 def read_headers(files: list[Path]) -> dict[str, Entry]:
     """The entries of several safetensors files together. Raises `BadInput` for a damaged one."""
     return {name: entry for file in files for name, entry in read_header(file).items()}
@@ -163,9 +205,10 @@ def read_entry(entry: Entry) -> Tensor:
 
 def _anchor(item: Placement) -> str:
     """The name in the model's state dict by which transformers collects the tensors of a parameter."""
-    if not item.packed or item.scheme is None:
+    if not (item.packed or item.expert) or item.scheme is None:
         return item.parameter
-    return f"{item.module}.{'weight_packed' if item.scheme.format == 'pack-quantized' else 'weight'}"
+    owner = item.parameter if item.expert else item.module
+    return f"{owner}.{'weight_packed' if item.scheme.format == 'pack-quantized' else 'weight'}"
 
 
 def _local(item: Placement, held: Mapping[str, Tensor]) -> dict[str, Tensor]:

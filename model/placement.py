@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.pytorch_utils import Conv1D
 
 from aerogel.errors import BadInput
+from aerogel.model.experts import Stack, stacks_of
 from aerogel.model.reader import Entry
 from aerogel.pack.scheme import Scheme
 from aerogel.pack.source import Source, UnevenGroups, order_of
@@ -46,6 +47,7 @@ class Placement:
     transposed: whether the disk of the dense model has it as [K, N].
     stack: its index in a stack of matrices on disk, or None.
     dense_name: the tensor's name in a dense checkpoint of this model.
+    expert: whether it stays packed as one of a layer's experts, see `Plan.stacks`.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Placement:
     transposed: bool = False
     stack: int | None = None
     dense_name: str = ""
+    expert: bool = False
 
     @property
     def module(self) -> str:
@@ -66,11 +69,17 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All placements of a checkpoint, by the parameter they make, and the rules for parameters made of several."""
+    """All placements of a checkpoint, by the parameter they make, and the rules for parameters made of several.
+
+    homeless: packed weights that the model has no place for. stacks: how the experts that stay packed are made, by parameter.
+    unpacked: modules of experts that are decoded into dense weights, and why.
+    """
 
     placements: Mapping[str, list[Placement]]
     rules: Mapping[str, WeightConverter]
     homeless: list[str] = field(default_factory=list)
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
+    unpacked: Mapping[str, str] = field(default_factory=dict)
 
     def packed(self) -> list[Placement]:
         """The weights that stay packed."""
@@ -127,7 +136,42 @@ class _Planner:
         for items in found.values():
             items.sort(key=lambda item: dot_natural_key(item.name))
         rules = {p: self.by_pattern[items[0].pattern] for p, items in found.items() if items[0].pattern is not None}
-        return Plan(found, rules, homeless)
+        stacks, unpacked = self._experts(found, rules)
+        for parameter in stacks:
+            found[parameter] = [replace(item, expert=True) for item in found[parameter]]
+        return Plan(found, rules, homeless, stacks, unpacked)
+
+    def _experts(
+        self, found: Mapping[str, list[Placement]], rules: dict[str, WeightConverter]
+    ) -> tuple[dict[str, Stack], dict[str, str]]:
+        """The experts that stay packed, and modules whose experts do not, with the reason."""
+        by_module: dict[str, dict[str, list[Placement]]] = {}
+        for parameter, items in found.items():
+            if self.wanted[parameter].ndim == 3:
+                by_module.setdefault(items[0].module, {})[parameter] = items
+        stacks: dict[str, Stack] = {}
+        unpacked = {}
+        for path, parameters in by_module.items():
+            items = [item for held in parameters.values() for item in held]
+            made = (
+                "columns stand in another order (activation order)"
+                if not all(self._in_order(item) for item in items)
+                else stacks_of(self.model, path, parameters, rules)
+            )
+            if isinstance(made, str):
+                unpacked[path] = made
+            else:
+                stacks |= made
+        return stacks, unpacked
+
+    def _in_order(self, item: Placement) -> bool:
+        index = item.tensors.get(self.source.index)
+        if index is None or item.scheme is None or self.header[index].shape in ((), (0,)):
+            return True
+        try:
+            return order_of(self.read(index), item.scheme.grid.group_size) is None
+        except UnevenGroups:
+            return False
 
     def _others(self, used: set[str]) -> Iterable[str]:
         return (name for name in self.header if name not in used)

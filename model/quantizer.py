@@ -121,12 +121,16 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Replaces every linear that stays packed, and keeps the plan for the weights."""
-        from aerogel.model.decoder import Decoder, read_entry, replace_linear
+        from aerogel.model.decoder import Decoder, pack_experts, read_entry, replace_linear
         from aerogel.model.placement import make_plan
 
         plan = make_plan(model, self.header, self.source, lambda name: read_entry(self.header[name]))
         for item in plan.packed():
             replace_linear(model, item, f"{item.name}.bias" in self.header)
+        for parameter, stack in plan.stacks.items():
+            pack_experts(model, parameter, stack)
+        for name, reason in plan.unpacked.items():
+            logger.warning("the experts of %s are decoded into dense weights: %s", name, reason)
         for name in plan.homeless:
             logger.warning("%s is packed in the checkpoint, but the model has no place for it", name)
         self.decoder = Decoder(plan, self.source)
@@ -155,6 +159,7 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Checks that every packed weight arrived, then lets each layer choose its kernel."""
         from aerogel.kernels.decode.merge import merge, merging_wanted
+        from aerogel.kernels.experts import ExpertLinear
         from aerogel.kernels.linear import Linear
 
         absent = self.decoder.absent() if self.decoder else []
@@ -163,12 +168,13 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         if merging_wanted():
             merge(model)
         for module in model.modules():
-            if isinstance(module, Linear) and module.device.type != "meta" and module.kernel_name is None:
+            if isinstance(module, Linear | ExpertLinear) and module.device.type != "meta" and module.kernel_name is None:
                 module.prepare()
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Dense linears in the place of packed ones."""
+        """Dense linears and experts in the place of packed ones."""
+        from aerogel.kernels.experts import PackedExperts, unpack_experts
         from aerogel.kernels.linear import Linear
 
         for name, module in list(model.named_modules()):
@@ -178,6 +184,8 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                 if module.bias is not None:
                     dense.bias = torch.nn.Parameter(module.bias.data.to(dtype))
                 model.set_submodule(name, dense)
+            elif isinstance(module, PackedExperts):
+                unpack_experts(module, dtype)
         return model
 
     def is_serializable(self) -> bool:

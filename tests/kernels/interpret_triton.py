@@ -6,11 +6,15 @@ import itertools
 import sys
 
 import torch
+from tests.kernels.expert_weights import BOUND as GROUPED_BOUND
+from tests.kernels.expert_weights import FP8, GRIDS, experts_of, routing, wanted_of
 from tests.kernels.word_weights import KINDS, applies, bound, error, weight_of
 
+from aerogel.kernels.experts import stacked
 from aerogel.kernels.gemm.ref import Reference
 from aerogel.kernels.gemm.triton_linear import Triton
 from aerogel.kernels.gemm.triton_words import Config, linear
+from aerogel.kernels.grouped.triton_grouped import Triton as GroupedTriton
 from aerogel.kernels.problem import Problem
 from aerogel.pack.config import choose_format
 from aerogel.quantize.grids import Fp8Grid, IntGrid, quantized
@@ -80,9 +84,26 @@ def compiled() -> list[str]:
     return [] if torch.equal(traced(x), call(x, *given) + 1) else ["compiled and called differ"]
 
 
+def grouped() -> list[str]:
+    """Experts, sorted and not, against the dense weights pair by pair; tokens that share experts, and pairs for nobody."""
+    failed = []
+    for (place, grid), (M, k) in itertools.product(enumerate([*GRIDS, FP8]), [(1, 2), (11, 3)]):
+        dtype = DTYPES[(place + M) % 3]
+        layer = experts_of(grid, 5, 21, 150, torch.float32)
+        problem = layer.problem(dtype)
+        packed = stacked(lambda e: GroupedTriton.base.pack(layer.codes_of(e), problem), 5)  # noqa: B023
+        expert, bias = routing(M, k, 5), torch.randn(5, 21).to(dtype) if place % 2 else None
+        for x in (torch.randn(M, 150).to(dtype), torch.randn(M * k, 150).to(dtype)):
+            y = GroupedTriton.run(x, expert, GroupedTriton.route(expert, 5), packed, problem, bias)
+            wanted = wanted_of(layer, x, expert, bias)
+            if not error(y, wanted) <= GROUPED_BOUND[dtype]:
+                failed.append(f"{grid} {M} tokens {list(x.shape)} {dtype}: {error(y, wanted):.2e}")
+    return failed
+
+
 def main() -> int:
     torch.manual_seed(0)
-    failed = [*widths(), *shapes(), *not_numbers(), *compiled()]
+    failed = [*widths(), *shapes(), *not_numbers(), *compiled(), *grouped()]
     print("\n".join(failed) or "as float64 says")
     return int(bool(failed))
 

@@ -1,0 +1,239 @@
+"""Experts that stay packed: one weight for all of a layer, and the way a token takes through those that it is routed to.
+
+transformers keeps the experts of a layer as 3-D parameters, `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I], in a module
+that is called with the tokens and what the router chose. `ExpertLinear` takes the place of such a parameter; the module
+itself stays and gets `PackedExperts.forward`, so that its activation, its biases and its attributes are its own:
+
+    u_s = W_up[e_s] x_t + b          h_s = gate(u_s)          y_t = sum over the experts of t of  p_s (W_down[e_s] h_s + b)
+
+Shape legend: E experts, M tokens, S = M * k pairs of token and expert, N out features, K in features, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from aerogel.errors import BadInput, RunFailed
+from aerogel.kernels.dispatch import choose_grouped
+from aerogel.kernels.grouped.kernel import Grouped, Routes
+from aerogel.kernels.grouped.ref import Reference
+from aerogel.kernels.problem import Problem
+from aerogel.pack.config import format_of
+from aerogel.pack.scheme import Scheme
+from aerogel.quantize.codes import Codes
+
+
+class ExpertLinear(nn.Module):
+    """`y_s = W[e_s] x_s + b[e_s]` with W [experts, out_features, in_features] packed by `scheme`.
+
+    A new one holds empty buffers: those of the format for one expert, stacked. Fill them and call `prepare`.
+
+    Args:
+        experts, in_features, out_features: E, K and N.
+        scheme: format and grid of every expert's weight; activations are not rounded.
+        dtype: of the activations that `prepare` plans for.
+        device: where the buffers are made, the default device unless given.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.experts, self.in_features, self.out_features = experts, in_features, out_features
+        self.scheme, self.compute_dtype = scheme, dtype
+        self.kernel_name: str | None = None
+        self._kernel: type[Grouped] = Reference
+        self._problem: Problem | None = None
+        for name, (shape, kind) in format_of(scheme.format).shapes(out_features, in_features, scheme.grid).items():
+            self.register_buffer(name, torch.empty(experts, *shape, dtype=kind, device=device))
+
+    def problem(self, dtype: torch.dtype | None = None) -> Problem:
+        """The matmul of one expert, on the device where the weight is."""
+        return Problem(
+            format=self.scheme.format,
+            grid=self.scheme.grid,
+            N=self.out_features,
+            K=self.in_features,
+            dtype=dtype or self.compute_dtype,
+            device=self.device.type,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return next(iter(self._tensors().values())).device
+
+    def prepare(self, dtype: torch.dtype | None = None) -> Self:
+        """Chooses the kernel for activations of `dtype` and brings one expert after the other into its layout."""
+        self.restore()
+        self.compute_dtype = dtype or self.compute_dtype
+        problem = self.problem()
+        self.kernel_name, self._kernel = choose_grouped(problem)
+        base = self._kernel.base
+        if not base.runs_stored(problem):
+            self._replace(stacked(lambda e: base.pack(self.codes_of(e), problem), self.experts))
+        self._problem = problem
+        return self
+
+    def restore(self) -> None:
+        """Brings the weight back into the layout of the file; `prepare` undoes it."""
+        problem, self.kernel_name = self._problem, None
+        if problem is not None and not self._kernel.base.runs_stored(problem):
+            self._replace(stacked(lambda e: problem.stored.encode(self.codes_of(e)), self.experts))
+        self._problem = None
+
+    def codes_of(self, expert: int) -> Codes:
+        """The weight of one expert, [N, K]."""
+        one = {name: tensor[expert] for name, tensor in self._tensors().items()}
+        if self._problem is None:
+            return format_of(self.scheme.format).to_codes(one, self.scheme.grid)
+        return self._kernel.base.unpack(one, self._problem)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weights [E, N, K]; bit for bit what the file decodes to."""
+        return torch.stack([self.codes_of(e).decode(dtype or self.compute_dtype) for e in range(self.experts)])
+
+    def routes(self, expert_S: Tensor) -> Routes:
+        """What the kernel makes of the routing; good for every weight of the same experts."""
+        if self._problem is None:
+            self.prepare()
+        return self._kernel.route(expert_S, self.experts)
+
+    def forward(self, x_MK: Tensor, expert_S: Tensor, routes: Routes, bias_EN: Tensor | None = None) -> Tensor:
+        """y [S, N] in x's dtype: pair s takes row s // (S / M) of x and the weight of expert_S[s] (int64)."""
+        if self._problem is None:
+            self.prepare(x_MK.dtype)
+        problem = self._problem or self.problem()
+        rows = x_MK.to(problem.dtype).contiguous()
+        return self._kernel.run(rows, expert_S, routes, self._tensors(), problem, bias_EN).to(x_MK.dtype)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weights as they lie in memory."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def extra_repr(self) -> str:
+        """Shape, numbers and kernel."""
+        grid = self.scheme.grid
+        group = "channel" if grid.group_size is None else grid.group_size
+        return (
+            f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features},"
+            f" format={self.scheme.format}, bits={grid.bits}, group={group}, kernel={self.kernel_name or 'not chosen'}"
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: held for name, held in self._buffers.items() if held is not None}
+
+    def _replace(self, tensors: dict[str, Tensor]) -> None:
+        for name in self._tensors():
+            del self._buffers[name]
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves the weight, but never casts it. A new device may mean a new kernel."""
+        prepared = self._problem is not None
+        self.restore()
+        kept = self._tensors()
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, new in self._tensors().items():
+            if new.dtype != kept[name].dtype:
+                self._buffers[name] = kept[name].to(new.device)
+        self.compute_dtype = dtype
+        return self.prepare() if prepared and self.device.type != "meta" else self
+
+
+def stacked(of_expert: Callable[[int], dict[str, Tensor]], experts: int) -> dict[str, Tensor]:
+    """The tensors of every expert, stacked; those of one expert at a time are in memory beside the result."""
+    whole: dict[str, Tensor] = {}
+    for e in range(experts):
+        for name, tensor in of_expert(e).items():
+            if e == 0:
+                whole[name] = tensor.new_empty(experts, *tensor.shape)
+            whole[name][e] = tensor
+    return whole
+
+
+class PackedExperts(nn.Module):
+    """What an experts module of transformers becomes: its own class with this `forward` in front, see `packed_class`."""
+
+    num_experts: int
+
+    def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
+        """[..., H] -> [..., H].
+
+        Args:
+            hidden_states: the tokens.
+            routing, named: experts of each token, int [M, k], and their weights [M, k], in the order and by the names that
+                the model's own code uses. Experts numbered E or more are nobody: they add nothing.
+
+        Raises:
+            RunFailed: a routing of another shape.
+        """
+        index, weight = (*routing, *named.values())
+        if index.is_floating_point() or index.shape != weight.shape:
+            raise RunFailed(
+                f"{type(self).__name__} was called with {index.dtype} {list(index.shape)} and {list(weight.shape)}, where"
+                " packed experts want the experts and weights of each token; please report this model"
+            )
+        x_MH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return packed_forward(self, x_MH, index, weight).reshape(hidden_states.shape)
+
+
+def packed_forward(module: Any, x_MH: Tensor, index_Mk: Tensor, weight_Mk: Tensor) -> Tensor:
+    """The equations at the head of this file, with the weights and the activation of `module`."""
+    gated = module.has_gate
+    up, down = getattr(module, UP[gated]), module.down_proj
+    expert_S = index_Mk.reshape(-1).long()
+    routes = up.routes(expert_S)
+    u_SI = up(x_MH, expert_S, routes, getattr(module, f"{UP[gated]}_bias", None))
+    h_SI = module._apply_gate(u_SI) if gated else module.act_fn(u_SI)
+    y_SH = down(h_SI, expert_S, routes, getattr(module, "down_proj_bias", None)) * weight_Mk.reshape(-1, 1)
+    return y_SH.reshape(*index_Mk.shape, -1).sum(1).to(x_MH.dtype)
+
+
+UP = {True: "gate_up_proj", False: "up_proj"}
+"""The name of the first product's weight, by whether it holds a gate."""
+
+
+def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` with `PackedExperts.forward`. Its name stays, and instances are still instances of `cls`."""
+    return type(cls.__name__, (PackedExperts, cls), {"__module__": cls.__module__})
+
+
+def replace_experts(module: nn.Module, name: str, weight: ExpertLinear) -> None:
+    """Puts `weight` in the place of the parameter `name` of an experts module.
+
+    Raises:
+        BadInput: the module has no such parameter.
+    """
+    if module._parameters.pop(name, None) is None:
+        raise BadInput(f"{type(module).__name__} has no parameter {name}; the checkpoint belongs to another model")
+    module.add_module(name, weight)
+    if not isinstance(module, PackedExperts):
+        module.__class__ = packed_class(type(module))
+    # Some models initialise experts by the names of their parameters; transformers leaves alone what says it is initialised.
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def unpack_experts(module: Any, dtype: torch.dtype | None = None) -> None:
+    """The inverse of `replace_experts` for all of a module: its own class with dense parameters."""
+    for name, weight in list(module.named_children()):
+        if isinstance(weight, ExpertLinear):
+            dense = weight.dequantize(dtype)
+            del module._modules[name]
+            turned = dense.transpose(1, 2).contiguous() if module.is_transposed else dense
+            module.register_parameter(name, nn.Parameter(turned, requires_grad=False))
+    module.__class__ = type(module).__mro__[2]

@@ -1,0 +1,49 @@
+"""What a grouped matmul is: many rows, each with the weight of its own expert.
+
+    y_s = W[expert_s] x[row_s] + b[expert_s]        s = 0 .. S-1,  row_s = s // (S / M)
+
+Tokens are routed to a few of E experts, whose weights are packed alike and lie one after the other. The first product of an
+expert reads every token S / M times (once for each expert that was chosen for it), the second reads one row per pair. An
+expert number of E or more means none: its outputs are zeros.
+
+A grouped kernel brings each expert into the layout of a kernel for a single weight, its `base`, and stacks those layouts.
+
+Shape legend: E experts, M rows of x, S pairs of token and expert, N out features, K in features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from aerogel.kernels.problem import Kernel, Layout, Problem
+
+Routes = list[Tensor]
+"""What a kernel makes of the experts' numbers once and uses for both products of a layer; possibly nothing."""
+
+
+class Grouped(ABC):
+    """One way to run a grouped `Problem`, which describes the weight of one expert. Never instantiated."""
+
+    about: ClassVar[str]
+    base: ClassVar[type[Kernel]]
+    """Packs and unpacks the weight of one expert."""
+
+    @classmethod
+    def refuses(cls, problem: Problem) -> str | None:
+        """Why it cannot run the problem, or None: what its `base` refuses."""
+        return cls.base.refuses(problem)
+
+    @staticmethod
+    def route(expert_S: Tensor, experts: int) -> Routes:
+        """What both products need to know about who goes where. By default nothing."""
+        return []
+
+    @staticmethod
+    @abstractmethod
+    def run(
+        x_MK: Tensor, expert_S: Tensor, routes: Routes, layout: Layout, problem: Problem, bias_EN: Tensor | None = None
+    ) -> Tensor:
+        """y [S, N] in x's dtype. `layout` holds the base's tensors stacked, [E, ...]; `expert_S` is int64."""

@@ -1,0 +1,49 @@
+"""Random experts and routings, and what a grouped matmul with them must give; for the CPU and the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from aerogel.kernels.experts import ExpertLinear, stacked
+from aerogel.pack.config import choose_format
+from aerogel.pack.scheme import Scheme
+from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid, quantized
+
+GRIDS: list[Any] = [
+    IntGrid(bits=4, group_size=32, scale_dtype=torch.bfloat16),
+    IntGrid(bits=3, group_size=16, symmetric=False),
+    IntGrid(bits=8, symmetric=False, scale_dtype=torch.float16),
+    IntGrid(bits=2, group_size=64, symmetric=False),
+]
+FP8 = Fp8Grid(strategy="channel")
+BOUND = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+
+
+def experts_of(grid: Any, E: int, N: int, K: int, dtype: torch.dtype, device: str = "cpu") -> ExpertLinear:
+    """E random experts [N, K], prepared on `device`."""
+    dense = torch.randn(E, N, K, generator=torch.Generator().manual_seed(E * N + K))
+    codes: list[Codes] = [quantized(grid, one, grid.fit(one)) for one in dense]
+    fmt = choose_format(grid, "none")
+    layer = ExpertLinear(E, K, N, Scheme(format=fmt.name, grid=grid), dtype=dtype)
+    layer._replace(stacked(lambda e: fmt.encode(codes[e]), E))
+    return layer.to(device).prepare(dtype)
+
+
+def wanted_of(layer: ExpertLinear, x: torch.Tensor, expert: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """y in float64, pair by pair from the dense weights; zeros for experts that are not there."""
+    dense = layer.dequantize(torch.float32).double()
+    each = len(expert) // max(1, len(x))
+    y = torch.zeros(len(expert), layer.out_features, dtype=torch.float64, device=x.device)
+    for s, e in enumerate(expert.tolist()):
+        if e < layer.experts:
+            y[s] = dense[e] @ x[s // each].double() + (0 if bias is None else bias[e].double())
+    return y
+
+
+def routing(M: int, k: int, E: int, device: str = "cpu") -> torch.Tensor:
+    """Experts of M tokens, k each, one pair of which goes to nobody."""
+    index = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(m))[:k] for m in range(M)])
+    index[M // 2, -1] = E
+    return index.reshape(-1).to(device)
