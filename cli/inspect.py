@@ -47,6 +47,13 @@ def _tables(found: Mapping[str, Any]) -> Iterable[RenderableType]:
             words = f"{scheme['bits']}-bit {scheme['type']}, {f'groups of {group}' if group else 'per channel'}"
             facts.append(("scheme", f"{words}, {'symmetric' if scheme['symmetric'] else 'with zero points'}"))
         facts.append(("bits per weight", number(found["bits_per_weight"])))
+    if found["experts"]:
+        facts.append(("packed experts", f"{len(found['experts']['packed'])} layers run them as they are"))
+        for reason in dict.fromkeys(found["experts"]["dense"].values()):
+            layers = [layer for layer, why in found["experts"]["dense"].items() if why == reason]
+            facts.append(
+                ("experts decoded at load", f"{layers[0]}{f' and {len(layers) - 1} more' * (len(layers) > 1)}: {reason}")
+            )
     yield plain_table(found["path"], ("fact", "value"), facts)
     yield plain_table(
         f"{found['tensors']} tensors",

@@ -36,7 +36,8 @@ def inspect(model: str | Path) -> dict[str, Any]:
         {"path", "model_type", "architectures", "dtype", "architecture": {...}, "quantization": {...} | None,
          "tensors": count, "parameters": count of stored numbers of dense tensors and logical weights of packed ones,
          "bytes", "bits_per_weight": of the quantized weights or None, "files": [{"name", "bytes"}],
-         "kinds": [{"name", "count", "dtype", "bytes"}], "report": its aerogel_report.json or None}.
+         "kinds": [{"name", "count", "dtype", "bytes"}], "report": its aerogel_report.json or None,
+         "experts": None without packed experts, else {"packed": modules that run packed, "dense": {module: why it does not}}}.
 
     Raises:
         BadInput: nothing there, no config.json, or damaged safetensors.
@@ -62,6 +63,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "files": [{"name": file.name, "bytes": file.stat().st_size} for file in sorted(_files(reader))],
         "kinds": _kinds(reader),
         "report": _report(folder),
+        "experts": _experts(folder, config, reader),
     }
 
 
@@ -143,6 +145,25 @@ def _flat_scheme(raw: dict[str, Any]) -> dict[str, Any]:
         "activation_bits": None,
         "targets": 1,
     }
+
+
+def _experts(folder: Path, config: dict[str, Any], reader: CheckpointReader) -> dict[str, Any] | None:
+    """Which experts would stay packed when the checkpoint is loaded, and why others would not."""
+    if not isinstance(config.get("quantization_config"), dict) or not any(".experts." in name for name in reader.names):
+        return None
+    from aerogel.model.placement import make_plan
+    from aerogel.pack.export import skeleton
+    from aerogel.pack.source import open_source
+
+    try:
+        source = open_source(config["quantization_config"])
+        plan = make_plan(skeleton(folder, config["model_type"]), reader.entries, source, reader.read)
+    except BadInput as refusal:
+        return {"packed": [], "dense": {"all": str(refusal)}}
+    if not plan.stacks and not plan.unpacked:
+        return None
+    packed = sorted({parameter.rpartition(".")[0] for parameter in plan.stacks})
+    return {"packed": packed, "dense": dict(plan.unpacked)}
 
 
 def _kinds(reader: CheckpointReader) -> list[dict[str, Any]]:

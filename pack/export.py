@@ -89,7 +89,7 @@ def _tensors(path: Path, source: Source, config: dict[str, Any]) -> Iterator[tup
     """Every tensor of the dense checkpoint, in the order of the compressed one's."""
     reader = CheckpointReader(path)
     dtype = model_dtype(config, reader)
-    plan = make_plan(_skeleton(path, config["model_type"]), reader.entries, source, reader.read)
+    plan = make_plan(skeleton(path, config["model_type"]), reader.entries, source, reader.read)
     placed = {item.name: item for items in plan.placements.values() for item in items if item.scheme is not None}
     groups = source.groups(reader.entries)
     for name in plan.homeless:
@@ -125,7 +125,7 @@ def model_dtype(config: dict[str, Any], reader: CheckpointReader) -> torch.dtype
     return max(plain, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
-def _skeleton(path: Path, model_type: str) -> PreTrainedModel:
+def skeleton(path: Path, model_type: str) -> PreTrainedModel:
     """The dense model on the meta device."""
     try:
         config = AutoConfig.from_pretrained(path)

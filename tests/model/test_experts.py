@@ -1,0 +1,137 @@
+"""Experts through loading: packed once each and never dense, run as the dense ones do; what is not understood says so."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests import zoo
+from tests.model.test_loading import IDS, close, logits, make, reference
+from transformers import PreTrainedModel
+
+from aerogel.kernels.decode.loop import Decoder
+from aerogel.kernels.experts import ExpertLinear, PackedExperts
+from aerogel.model.experts import differs
+from aerogel.model.inspect import inspect as inspect_checkpoint
+from aerogel.model.loading import load
+from aerogel.model.reader import CheckpointReader
+from aerogel.model.structure import build_on_meta
+from aerogel.pack.format import Format
+from aerogel.quantize.grids import Codes, IntGrid
+
+MOE = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe", "nemotron_h"]
+"""Gated and not, with biases and shared experts, concatenated and interleaved, as lists of matrices and as stacks on disk."""
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {**zoo.SMALL, **zoo.MOE, "shared_expert_intermediate_size": 16},
+    "olmoe": {**zoo.SMALL, **zoo.MOE},
+    "nemotron_h": {
+        **zoo.SMALL,
+        **zoo.HEADS,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+        "n_group": 1,
+        "topk_group": 1,
+        "layers_block_type": ["attention", "moe"],
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def more_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, config in OTHERS.items():
+        monkeypatch.setitem(zoo.ZOO, name, config)
+
+
+def stacks(model: PreTrainedModel) -> dict[str, ExpertLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertLinear)}
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_experts_stay_packed_and_run_as_the_dense_ones(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(tmp_path, name)
+    wanted = logits(reference(made))
+    with monkeypatch.context() as patched:
+        # Loading must not decode a weight.
+        patched.setattr(Codes, "decode", lambda *_: pytest.fail("decoded a weight while loading"))
+        patched.setattr(Format, "decode", lambda *_: pytest.fail("decoded a weight while loading"))
+        model = load(made.packed)
+    found = stacks(model)
+    assert found and not [p for p, value in model.named_parameters() if value.ndim == 3]
+    close(logits(model), wanted, 2e-5)
+    reader = CheckpointReader(made.packed)
+    for module in found.values():
+        module.restore()
+    held = sum(tensor.nbytes for module in found.values() for n, tensor in module._buffers.items() if tensor is not None)
+    on_disk = sum(entry.nbytes for entry in reader if ".experts." in entry.name and "weight" in entry.name.rpartition(".")[2])
+    # Gate and up of an expert are one weight here, so one of their two shapes is gone.
+    assert held <= on_disk <= held + 16 * len(reader.names)
+    close(logits(model), wanted, 2e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_unpacking_gives_the_dense_parameters(tmp_path: Path, name: str) -> None:
+    made = make(tmp_path, name)
+    model = load(made.packed)
+    model.dequantize()
+    dense = reference(made)
+    for parameter, value in dense.named_parameters():
+        if value.ndim == 3:
+            assert torch.equal(model.get_parameter(parameter), value), parameter
+    assert not any(isinstance(module, PackedExperts) for module in model.modules())
+
+
+@pytest.mark.parametrize("grid", [IntGrid(bits=3, group_size=16, symmetric=False), IntGrid(bits=8)], ids=str)
+def test_other_grids_and_types(tmp_path: Path, grid: IntGrid) -> None:
+    made = make(tmp_path, "qwen3_moe", dtype=torch.bfloat16, grid_of=lambda m: grid)
+    model = load(made.packed)
+    assert len(stacks(model)) == 4
+    close(logits(model), logits(reference(made).float()), 3e-2)
+
+
+def test_some_experts_at_other_widths_are_decoded_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = make(
+        tmp_path,
+        "mixtral",
+        grid_of=lambda m: IntGrid(bits=8 if m.block == 1 and m.expert == 2 else 4, group_size=16),
+    )
+    with caplog.at_level(logging.WARNING):
+        model = load(made.packed)
+    assert "model.layers.1.mlp.experts" in caplog.text and "not all packed alike" in caplog.text
+    assert all(name.startswith("model.layers.0.") for name in stacks(model))
+    close(logits(model), logits(reference(made)), 2e-5)
+    facts = inspect_checkpoint(made.packed)["experts"]
+    assert facts["packed"] == ["model.layers.0.mlp.experts"]
+    assert "not all packed alike" in facts["dense"]["model.layers.1.mlp.experts"]
+
+
+def test_experts_that_compute_otherwise_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    plain = inspect.unwrap(MixtralExperts.forward)
+    made = make(tmp_path, "mixtral")
+    module = build_on_meta(zoo.build("mixtral").config).get_submodule("model.layers.0.mlp.experts")
+    assert differs(module) is None
+    monkeypatch.setattr(MixtralExperts, "forward", lambda self, x, index, weight: 2 * plain(self, x, index, weight))
+    assert "something else" in (differs(module) or "")
+    model = load(made.packed)
+    assert not stacks(model)
+    close(logits(model), logits(reference(made)), 2e-5)
+    monkeypatch.setattr(MixtralExperts, "forward", lambda self, x: x)
+    assert "called otherwise" in (differs(module) or "")
+
+
+def test_a_decode_step_of_packed_experts_is_traced(tmp_path: Path) -> None:
+    made = make(tmp_path, "qwen3_moe")
+    model = load(made.packed)
+    tokens = {}
+    for loop in ("auto", "plain"):
+        decoder = Decoder(model, loop)  # type: ignore[arg-type]
+        tokens[loop] = list(decoder.stream([IDS[0]], 6))
+        assert decoder.facts()["loop"] == ("fused" if loop == "auto" else "plain"), decoder.facts()
+    assert tokens["auto"] == tokens["plain"]
