@@ -201,7 +201,8 @@ def packed_forward(module: Any, x_MH: Tensor, index_Mk: Tensor, weight_Mk: Tenso
     u_SI = up(x_MH, expert_S, routes, getattr(module, f"{UP[gated]}_bias", None))
     h_SI = module._apply_gate(u_SI) if gated else module.act_fn(u_SI)
     y_SH = down(h_SI, expert_S, routes, getattr(module, "down_proj_bias", None)) * weight_Mk.reshape(-1, 1)
-    return y_SH.reshape(*index_Mk.shape, -1).sum(1).to(x_MH.dtype)
+    y_MH: Tensor = y_SH.reshape(*index_Mk.shape, -1).sum(1).to(x_MH.dtype)
+    return y_MH
 
 
 UP = {True: "gate_up_proj", False: "up_proj"}

@@ -164,7 +164,7 @@ def _rows_after(items: Sequence[Any], rows: int, rule: WeightConverter | None) -
             return None
         rule = deepcopy(rule)
         for item, mark in zip(items, marks, strict=True):
-            rule.add_tensor(item.parameter, item.name, item.pattern or "", mark)
+            rule.add_tensor(item.parameter, item.name, item.pattern or "", mark)  # type: ignore[arg-type, unused-ignore]
         try:
             converted = list(rule.convert(items[0].parameter).values())
         except SkipParameters:

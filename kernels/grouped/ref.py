@@ -31,7 +31,7 @@ class Reference(Grouped):
         experts, pairs = next(iter(layout.values())).shape[0], expert_S.shape[0]
         y_SN = x_MK.new_zeros(pairs, problem.N)
         each = max(1, pairs // max(1, x_MK.shape[0]))
-        for e in expert_S.unique().tolist():
+        for e in sorted(set(expert_S.tolist())):
             if e < experts:
                 chosen = (expert_S == e).nonzero()[:, 0]
                 one = {name: tensor[e] for name, tensor in layout.items()}
