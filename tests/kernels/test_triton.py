@@ -120,7 +120,7 @@ def test_every_width_on_the_gpu(bits: int, place: int) -> None:
 
 @pytest.mark.gpu
 @on_gpu
-def test_graphs_and_compilation_on_the_gpu() -> None:
+def test_graphs_on_the_gpu() -> None:
     weight, dense = weight_of(256, 512, 4, KINDS[0], "cuda")
     given = (weight.codes, weight.scale, None, None, None, None, 128, 256)
     call = torch.ops.aerogel.words_linear.default
@@ -134,4 +134,3 @@ def test_graphs_and_compilation_on_the_gpu() -> None:
     held.copy_(x)
     graph.replay()
     assert torch.equal(y, wanted)
-    assert torch.equal(torch.compile(lambda x: call(x, *given) + 1, fullgraph=True)(x), wanted)
