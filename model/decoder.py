@@ -161,7 +161,7 @@ def _joined(parts: list[Codes]) -> Codes:
     """The rows of several weights on one grid, one after the other."""
     params = params_below(parts)
     if params is None:
-        raise BadInput("matrices of one expert have tables or factors that differ; load the model without packed experts")
+        raise RunFailed("the matrices of one expert have tables or factors that differ; please report this checkpoint")
     return parts[0] if len(parts) == 1 else Codes.of(torch.cat([part.values_NK for part in parts]), params, parts[0].grid)
 
 
