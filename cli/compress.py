@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
+
+import typer
 
 from aerogel.cli import options
 from aerogel.cli.output import session
 from aerogel.cli.progress import progress
+
+Layout = Annotated[
+    str | None,
+    typer.Option("--layout", metavar="NAME", help="portable, native (for this machine), native-cpu or native-cuda."),
+]
 
 
 def command(
@@ -14,6 +22,7 @@ def command(
     recipe: options.Recipe = "w4",
     out: options.Out = None,
     set_: options.Set = None,
+    layout: Layout = None,
     device: options.Device = "auto",
     json: options.Json = None,
     quiet: options.Quiet = False,
@@ -28,7 +37,7 @@ def command(
         from aerogel.model.pipeline import default_out, pick_device, source_of
         from aerogel.recipes.schema import Recipe
 
-        checked = Recipe.load(recipe, set_ or ())
+        checked = Recipe.load(recipe, [*(set_ or ()), *([f"pack.layout={layout}"] if layout else ())])
         source = source_of(model, checked)
         folder = out or default_out(source, checked)
         with progress(quiet=quiet) as watch:

@@ -42,6 +42,7 @@ def _tables(found: Mapping[str, Any]) -> Iterable[RenderableType]:
     if found["quantization"]:
         quantization = found["quantization"]
         facts.append(("quantized by", f"{quantization['method']}, {quantization['format']}, {quantization['layers']} layers"))
+        facts.append(("layout", quantization["layout"]))
         for scheme in quantization["schemes"]:
             group = scheme["group_size"]
             words = f"{scheme['bits']}-bit {scheme['type']}, {f'groups of {group}' if group else 'per channel'}"

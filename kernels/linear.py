@@ -1,9 +1,9 @@
 """A linear layer whose weight stays packed.
 
-The buffers carry the names that the checkpoint gives the tensors (`weight_packed`, `weight_scale`, ...), so that loading
-is an ordinary assignment. `prepare` then asks the dispatcher which kernel will run, and brings the buffers into that
-kernel's layout where it differs; the memory stays that of the packed weight. Where activation order put the columns in
-another order, `column_order` permutes the input.
+The buffers carry the names that the checkpoint gives the tensors (`weight_packed`, `weight_scale`, ...; in a native
+checkpoint those of a kernel's layout), so that loading is an ordinary assignment. `prepare` then asks the dispatcher which
+kernel will run, and brings the buffers into that kernel's layout where it differs; the memory stays that of the packed
+weight. Where activation order put the columns in another order, `column_order` permutes the input.
 
     y = W[:, order] x[order] + b
 
@@ -12,7 +12,7 @@ Shape legend: M tokens, N out features, K in features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Self
 
@@ -20,14 +20,28 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import BadInput
+from aerogel.kernels import layouts
 from aerogel.kernels.dispatch import choose, explain
 from aerogel.kernels.gemm.ref import Reference
-from aerogel.kernels.problem import Kernel, Problem
+from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.pack.config import choose_format, format_of
-from aerogel.pack.format import Activations
+from aerogel.pack.format import Activations, Shapes
 from aerogel.pack.scheme import Scheme
 from aerogel.pack.source import Columns
 from aerogel.quantize.grids import Codes
+
+
+def problem_of(scheme: Scheme, N: int, K: int, dtype: torch.dtype) -> Problem:
+    """The matmul of a weight on the device whose layout its scheme names ("cpu" where it names none)."""
+    device = "cpu" if scheme.layout is None else layouts.device_of(scheme.layout)
+    return Problem(format=scheme.format, grid=scheme.grid, N=N, K=K, dtype=dtype, device=device, activations=scheme.activations)
+
+
+def stored_shapes(scheme: Scheme, N: int, K: int) -> Shapes:
+    """The tensors that a file has for a weight [N, K], as shapes and dtypes."""
+    if scheme.layout is None:
+        return format_of(scheme.format).shapes(N, K, scheme.grid)
+    return layouts.owner(scheme.layout).shapes(problem_of(scheme, N, K, torch.float32))
 
 
 class Linear(nn.Module):
@@ -55,13 +69,13 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.scheme, self.compute_dtype = scheme, dtype
+        self.scheme, self.compute_dtype, self.layout = scheme, dtype, scheme.layout
         self.fast_activations = False
         self.kernel_name: str | None = None
         self._kernel: type[Kernel] = Reference
         self._problem: Problem | None = None
         self.column_order: Tensor | None
-        for name, (shape, kind) in format_of(scheme.format).shapes(out_features, in_features, scheme.grid).items():
+        for name, (shape, kind) in stored_shapes(scheme, out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
         self.register_buffer("column_order", None)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
@@ -135,15 +149,64 @@ class Linear(nn.Module):
         problem = self.problem()
         self.kernel_name, self._kernel = choose(problem)
         self._problem = problem
-        if not self._kernel.runs_stored(problem):
-            self._replace(self._kernel.pack(self._stored_codes(), problem))
+        if not self.runs_as_stored:
+            self.fill(layouts.packed(self._kernel, self, problem))
         return self
+
+    @property
+    def runs_as_stored(self) -> bool:
+        """Whether the chosen kernel runs the tensors of the file, so that `prepare` had nothing to do."""
+        if self.layout is not None:
+            return self._kernel.layout == self.layout
+        return self._problem is None or self._kernel.runs_stored(self._problem)
 
     def restore(self) -> None:
         """Brings the weight back into the layout of the file; `prepare` undoes it."""
-        problem, self._problem, self.kernel_name = self._problem, None, None
-        if problem is not None and not self._kernel.runs_stored(problem):
-            self._replace(problem.stored.encode(self._kernel.unpack(self._tensors(), problem)))
+        if self._problem is not None and not self.runs_as_stored:
+            self.fill(self.encoded(self._kernel.unpack(self._tensors(), self._problem)))
+        self._problem, self.kernel_name = None, None
+
+    def adopt(self, tensors: dict[str, Tensor], kernel_name: str, kernel: type[Kernel], problem: Problem) -> None:
+        """Takes tensors that lie in the layout of `kernel` already, as if `prepare` had made them."""
+        self.fill(tensors)
+        self.kernel_name, self._kernel, self._problem = kernel_name, kernel, problem
+
+    def encoded(self, codes: Codes) -> dict[str, Tensor]:
+        """Codes as the tensors that the file has for them."""
+        if self.layout is None:
+            return format_of(self.scheme.format).encode(codes)
+        N, K = codes.values_NK.shape
+        return layouts.owner(self.layout).pack(codes, problem_of(self.scheme, N, K, self.compute_dtype))
+
+    def held(self) -> dict[str, Tensor]:
+        """The weight's tensors as they lie in memory now."""
+        return self._tensors()
+
+    def codes_of_rows(self, start: int, stop: int) -> Codes:
+        """The codes of rows start..stop of a weight as the file has it; start is a multiple of `ROW_STEP`."""
+        if self.layout is not None:
+            kernel = layouts.owner(self.layout)
+            problem = problem_of(self.scheme, stop - start, self.in_features, self.compute_dtype)
+            return kernel.unpack(layouts.cut(kernel, self._tensors(), start, stop), problem)
+        return format_of(self.scheme.format).to_codes(self.stored_rows(start, stop), self.scheme.grid)
+
+    def stored_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The tensors of rows start..stop of a weight in its format; nothing for one in a native layout."""
+        if self.layout is not None:
+            return {}
+        tensors = self._tensors()
+        if (start, stop) == (0, self.out_features):
+            return tensors
+        return format_of(self.scheme.format).rows(tensors, self.scheme.grid, start, stop)
+
+    @staticmethod
+    def by_kernel(model: nn.Module) -> dict[type[Kernel], list[tuple[Layout, Problem]]]:
+        """The weights of a model that are ready to run, by the kernel that runs them."""
+        found: dict[type[Kernel], list[tuple[Layout, Problem]]] = {}
+        for module in model.modules():
+            if isinstance(module, Linear) and module._problem is not None and module._tensors():
+                found.setdefault(module._kernel, []).append((module._tensors(), module._problem))
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in x's dtype."""
@@ -206,9 +269,10 @@ class Linear(nn.Module):
         return {name: held for name, held in self._buffers.items() if held is not None and name != "column_order"}
 
     def _stored_codes(self) -> Codes:
-        return format_of(self.scheme.format).to_codes(self._tensors(), self.scheme.grid)
+        return self.codes_of_rows(0, self.out_features)
 
-    def _replace(self, tensors: dict[str, Tensor]) -> None:
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes these tensors as the weight's, in the place of those it has."""
         for name in self._tensors():
             del self._buffers[name]
         for name, tensor in tensors.items():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from aerogel.pack.config import format_of
-from aerogel.pack.format import Activations, Format, Grid
+from aerogel.pack.format import Activations, Format, Grid, Shapes
 from aerogel.quantize.grids import Codes, IntGrid
 
 
@@ -72,6 +72,13 @@ class Kernel(ABC):
 
     about: ClassVar[str]
     """One line for `aerogel list kernels`."""
+    layout: ClassVar[str | None] = None
+    """The name under which checkpoints keep its layout, a key of `kernels.layouts.LAYOUTS`; None where they do not."""
+    rows: ClassVar[int] = 0
+    """Output rows per step of the first axis of the layout's tensors, so that weights can be cut and stacked there; 0 where
+    the layout has no such axis."""
+    shared: ClassVar[frozenset[str]] = frozenset()
+    """Tensors of the layout that do not grow with N."""
 
     @staticmethod
     @abstractmethod
@@ -83,15 +90,35 @@ class Kernel(ABC):
         """True when the layout is the format's stored tensors, so that loading costs no work. The default."""
         return True
 
+    @classmethod
+    def refuses_layout(cls, problem: Problem) -> str | None:
+        """Why the problem's weight cannot lie in this layout, whatever machine this is; None when it can."""
+        return f"{cls.__name__} has no layout of its own"
+
+    @staticmethod
+    def shapes(problem: Problem) -> Shapes:
+        """What `pack` gives, as shapes and dtypes. By default what the format stores."""
+        return problem.stored.shapes(problem.N, problem.K, problem.grid)
+
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """The layout's tensors, made from codes [N, K]. By default what the format stores."""
         return problem.stored.encode(codes)
 
     @staticmethod
+    def rearrange(stored: Layout, problem: Problem) -> dict[str, Tensor] | None:
+        """What `pack` makes of the codes in a file's tensors, made without decoding them; None where it cannot, the default."""
+        return None
+
+    @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:
         """The inverse of `pack`, exactly."""
         return problem.stored.to_codes(layout, problem.grid)
+
+    @staticmethod
+    def warm(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int]) -> None:
+        """Compiles what running these weights with so many tokens needs, several at once. By default nothing is compiled."""
+        return
 
     @staticmethod
     def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,18 @@ from safetensors.torch import load_file
 from aerogel.errors import BadInput
 from aerogel.eval.machine import machine, versions
 from aerogel.eval.memory import peak_bytes
+from aerogel.kernels import layouts
 from aerogel.model.calibration import Tokens, load_tokens
 from aerogel.model.journal import Journal, fingerprint, restore, weights_digest, work_folder
 from aerogel.model.plan import plan_structure, stored_dtype
 from aerogel.model.progress import Progress, silent
-from aerogel.model.reader import CheckpointReader
+from aerogel.model.reader import CheckpointReader, read_header
+from aerogel.model.relayout import PORTABLE_INDEX, to_native
 from aerogel.model.runner import Activations, Runner
 from aerogel.model.source import resolve
 from aerogel.model.structure import Structure, discover
 from aerogel.model.walk import Job, Part, Walk
-from aerogel.model.writer import assemble, disk_errors, write_json
+from aerogel.model.writer import assemble, disk_errors, index_of, shard, write_json
 from aerogel.pack.config import quantization_config
 from aerogel.recipes.assign import assign
 from aerogel.recipes.schema import Recipe
@@ -82,7 +85,7 @@ def compress(
         RunFailed: disk, memory or numerics; finished blocks are kept, the same command goes on.
     """
     start, started = time.perf_counter(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    chosen = Recipe.load(recipe)
+    chosen = Recipe.load(recipe).with_layout(layouts.for_this_machine)
     folder = resolve(model, trust_remote_code=trust_remote_code)
     out = Path(os.path.abspath(out))
     _check_places(folder, out)
@@ -251,9 +254,9 @@ class _Run:
                 shutil.rmtree(final)
             final.mkdir()
             self._copy_files(final)
-        parts = [journal.tensors_file(name) for name in ["outer", *names]]
-        assemble(parts, final, SHARD_BYTES)
         self._write_config(final, rows)
+        self._write_tensors(final, [journal.tensors_file(name) for name in ["outer", *names]])
+        self._count_bytes(final, rows)
         described = self.recipe.as_dict()
         report = {
             "aerogel": versions()["aerogel"],
@@ -270,6 +273,33 @@ class _Run:
             (final / "recipe.yaml").write_text(yaml.safe_dump(described, sort_keys=False), "utf-8")
         write_json(final / REPORT_NAME, report)
         return report
+
+    def _write_tensors(self, final: Path, parts: list[Path]) -> None:
+        """The tensors of all parts as the files of a checkpoint, in the recipe's layout."""
+        layout = self.recipe.pack.layout
+        if layout == layouts.PORTABLE:
+            assemble(parts, final, SHARD_BYTES)
+            return
+        shards = shard(parts, SHARD_BYTES)
+        if len(shards) > 1:
+            write_json(final / PORTABLE_INDEX, index_of(shards))
+        entries = {entry.name: entry for part in parts for entry in read_header(part).values()}
+        config = json.loads((final / "config.json").read_text("utf-8"))
+        dtype = stored_dtype(self.structure, self.recipe)
+        write_json(final / "config.json", to_native(entries, config, final, layout, dtype, SHARD_BYTES))
+
+    def _count_bytes(self, final: Path, rows: list[dict[str, Any]]) -> None:
+        """Bytes of every coded matrix as they are in the files, into its row: a native layout fills up its last tile."""
+        if self.recipe.pack.layout == layouts.PORTABLE:
+            return
+        sizes: Counter[str] = Counter()
+        for entry in CheckpointReader(final):
+            name, _, local = entry.name.rpartition(".")
+            sizes[name] += entry.nbytes if local != "bias" else 0
+        weights = {m.name: m.n * m.k for m in self.structure.matrices}
+        for row in (row for part in rows for row in part["layers"] if row["bits"] is not None):
+            row["bytes"] = sizes[row["name"]]
+            row["bits_per_weight"] = 8 * row["bytes"] / weights[row["name"]]
 
     def _calibration_facts(self, tokens: Tokens | None) -> dict[str, Any] | None:
         if tokens is None:

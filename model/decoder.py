@@ -23,8 +23,9 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.experts import ExpertLinear, replace_experts, stacked
-from aerogel.kernels.linear import Linear
+from aerogel.kernels.linear import Linear, stored_shapes
 from aerogel.model.experts import Stack
+from aerogel.model.native import CODES
 from aerogel.model.placement import Placement, Plan, decoded, features
 from aerogel.model.reader import Entry, read_header
 from aerogel.pack.config import format_of
@@ -125,15 +126,15 @@ class Decoder(WeightConverter):  # type: ignore[misc, unused-ignore]
         if not isinstance(layer, Linear) or item.scheme is None:
             raise RunFailed(f"{item.module} was to stay packed but is a {type(layer).__name__}; please report this model")
         tensors = _local(item, held)
-        shapes = format_of(item.scheme.format).shapes(layer.out_features, layer.in_features, item.scheme.grid)
+        shapes = stored_shapes(item.scheme, layer.out_features, layer.in_features)
         if {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} != shapes:
-            columns = self.source.read(tensors, item.scheme)
+            columns = self.source.columns(item.name, tensors, item.scheme)
             N, K = columns.codes.values_NK.shape
             if (layer.out_features, layer.in_features) != (N, K):
                 wanted = [layer.out_features, layer.in_features]
                 raise BadInput(f"{item.name} is packed as [{N}, {K}], the model wants {wanted}; the config is another model's")
             layer.column_order = columns.order
-            tensors = format_of(item.scheme.format).encode(columns.codes)
+            tensors = layer.encoded(columns.codes)
         return {f"{item.module}.{name}": tensor for name, tensor in tensors.items()}
 
     def _experts(self, parameter: str, held: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Any]:
@@ -208,6 +209,8 @@ def _anchor(item: Placement) -> str:
     if not (item.packed or item.expert) or item.scheme is None:
         return item.parameter
     owner = item.parameter if item.expert else item.module
+    if item.scheme.layout is not None:
+        return f"{owner}.{CODES[item.scheme.layout]}"
     return f"{owner}.{'weight_packed' if item.scheme.format == 'pack-quantized' else 'weight'}"
 
 

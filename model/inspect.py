@@ -46,7 +46,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     reader = CheckpointReader(folder)
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    weights = _weights(reader)
+    weights = _weights(reader, _native_shapes(config))
     packed = {name: facts for name, facts in weights.items() if facts["quantized"]}
     logical = sum(facts["weights"] for facts in packed.values())
     return {
@@ -71,7 +71,13 @@ def _files(reader: CheckpointReader) -> set[Path]:
     return {entry.file for entry in reader}
 
 
-def _weights(reader: CheckpointReader) -> dict[str, dict[str, Any]]:
+def _native_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
+    """The weights that lie in a native layout, with their shapes, which their tensors do not tell."""
+    shapes: dict[str, list[int]] = ((config.get("quantization_config") or {}).get("layout") or {}).get("shapes") or {}
+    return shapes
+
+
+def _weights(reader: CheckpointReader, native: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
     """Tensors gathered by the module that owns them, with logical weight counts."""
     by_module: dict[str, dict[str, Any]] = defaultdict(dict)
     for entry in reader:
@@ -79,10 +85,14 @@ def _weights(reader: CheckpointReader) -> dict[str, dict[str, Any]]:
         by_module[module][leaf] = entry
     found = {}
     for module, leaves in by_module.items():
-        quantized = any(leaf in leaves for leaf in PACKED)
-        parts = [entry for leaf, entry in leaves.items() if not quantized or leaf in PACKED or leaf == "weight"]
+        quantized = module in native or any(leaf in leaves for leaf in PACKED)
+        own = leaves.keys() - {"bias"} if module in native else {*PACKED, "weight"}
+        parts = [entry for leaf, entry in leaves.items() if not quantized or leaf in own]
         rest = [entry for entry in leaves.values() if entry not in parts]
-        count = _logical(leaves, reader) if quantized else sum(math.prod(entry.shape) for entry in parts)
+        if module in native:
+            count = math.prod(native[module])
+        else:
+            count = _logical(leaves, reader) if quantized else sum(math.prod(entry.shape) for entry in parts)
         found[module] = {"quantized": quantized, "weights": count, "bytes": sum(entry.nbytes for entry in parts)}
         if rest:
             size = sum(math.prod(entry.shape) for entry in rest)
@@ -114,6 +124,7 @@ def _quantization(config: dict[str, Any], count: int) -> dict[str, Any] | None:
     return {
         "method": raw.get("quant_method"),
         "format": raw.get("format") or raw.get("checkpoint_format") or raw.get("version"),
+        "layout": (raw.get("layout") or {}).get("name", "portable"),
         "schemes": schemes,
         "ignore": raw.get("ignore") or raw.get("modules_to_not_convert") or [],
         "layers": count,

@@ -238,5 +238,5 @@ def decoded(placement: Placement, source: Source, tensors: Mapping[str, Tensor],
     """The dense tensor of one placement, as a dense checkpoint's disk has it: [N, K], or [K, N] where transposed."""
     if placement.scheme is None:
         return tensors[""].to(dtype)
-    weight = source.read(tensors, placement.scheme).dense(dtype)
+    weight = source.columns(placement.name, tensors, placement.scheme).dense(dtype)
     return weight.T.contiguous() if placement.transposed else weight

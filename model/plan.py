@@ -21,7 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aerogel.errors import BadInput
+from aerogel.kernels import layouts
+from aerogel.kernels.linear import problem_of, stored_shapes
 from aerogel.pack.config import choose_format
+from aerogel.pack.scheme import Scheme
 from aerogel.recipes.assign import assign, matches
 from aerogel.recipes.schema import Recipe
 from aerogel.recipes.stages import StageSpec
@@ -130,11 +133,20 @@ def stored_dtype(structure: Structure, recipe: Recipe) -> torch.dtype:
     return counts.most_common(1)[0][0] if counts else torch.float32
 
 
-def stored_bytes(spec: StageSpec, n: int, k: int, recipe: Recipe, dtype: torch.dtype) -> int:
-    """Bytes of all tensors that a [N, K] weight becomes under a quantize stage. Raises `BadInput` if no format fits."""
+def stored_bytes(spec: StageSpec, n: int, k: int, recipe: Recipe, dtype: torch.dtype, layout: str | None = None) -> int:
+    """Bytes of all tensors that a [N, K] weight becomes under a quantize stage, in a native `layout` if one is named.
+
+    Raises:
+        BadInput: no format fits, or the layout does not hold it.
+    """
     grid = spec.at(str(dtype).removeprefix("torch.")).stage.grid
-    shapes = choose_format(grid, spec.activations, recipe.pack.format).shapes(n, k, grid)
-    return sum(math.prod(shape) * kind.itemsize for shape, kind in shapes.values())
+    name = choose_format(grid, spec.activations, recipe.pack.format).name
+    scheme = Scheme(format=name, grid=grid, activations=spec.activations, layout=layout)
+    if layout is not None:
+        reason = layouts.owner(layout).refuses_layout(problem_of(scheme, n, k, dtype))
+        if reason is not None:
+            raise BadInput(f"a weight cannot be stored as {layout}: it {reason}; change the stage or write `layout: portable`")
+    return sum(math.prod(shape) * kind.itemsize for shape, kind in stored_shapes(scheme, n, k).values())
 
 
 def _fate(
@@ -176,7 +188,10 @@ def _untied(matrix: Matrix, stages: list[StageSpec], recipe: Recipe, dtype: torc
 def _stored_bytes(matrix: Matrix, stages: list[StageSpec], recipe: Recipe, dtype: torch.dtype, dense: int) -> int:
     """Bytes of one matrix under its stages; `dense` is what it takes when it is not quantized."""
     spec = next((spec for spec in stages if spec.kind == "quantize"), None)
-    return dense if spec is None else stored_bytes(spec, matrix.n, matrix.k, recipe, dtype)
+    layout = layouts.for_this_machine(recipe.pack.layout)
+    # Stacks of experts have no layout on disk, and embeddings no kernel: both stay portable.
+    native = layout if layout != layouts.PORTABLE and matrix.kind in ("Linear", "Conv1D") else None
+    return dense if spec is None else stored_bytes(spec, matrix.n, matrix.k, recipe, dtype, native)
 
 
 def _dense_bytes(shape: tuple[int, ...], dtype: torch.dtype, recipe: Recipe) -> int:

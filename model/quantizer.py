@@ -7,6 +7,7 @@ is loaded by then: the base classes. What needs models is imported where it is u
 from __future__ import annotations
 
 import logging
+import time
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -36,6 +37,8 @@ STOCK: dict[str, tuple[str, str]] = {
 }
 """transformers' own config and quantizer classes, by `quant_method`: names in `transformers.quantizers.auto`."""
 METHODS = (*STOCK, "aerogel")
+FIRST_TOKENS = (1, 512)
+"""Numbers of tokens whose kernels are compiled while a model is loaded: a step of decoding, and a prompt."""
 
 
 def register() -> None:
@@ -110,8 +113,11 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         if not files or not all(str(file).endswith(".safetensors") for file in files):
             raise BadInput("a packed checkpoint must be safetensors files; convert it, pickled weights are not read")
         from aerogel.model.decoder import read_headers
+        from aerogel.model.native import Native
 
         self.header = read_headers([Path(file) for file in files])
+        if isinstance(self.source, Native):
+            self.source.check_places(self.header)
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
@@ -170,6 +176,8 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         for module in model.modules():
             if isinstance(module, Linear | ExpertLinear) and module.device.type != "meta" and module.kernel_name is None:
                 module.prepare()
+        _say_conversions(model)
+        _compile(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -196,6 +204,37 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     def is_trainable(self) -> bool:
         """Kernels have no backward pass."""
         return False
+
+
+def _compile(model: PreTrainedModel) -> None:
+    """Compiles what decoding and a long prompt will run, now and at once instead of one by one later; says so."""
+    from aerogel.kernels.cuda.nvrtc import Compiled, cache_folder, listening
+    from aerogel.kernels.linear import Linear
+
+    fresh: list[Compiled] = []
+    started = time.perf_counter()
+    with listening(lambda done: None if done.cached else fresh.append(done)):
+        for kernel, weights in Linear.by_kernel(model).items():
+            kernel.warm(weights, FIRST_TOKENS)
+    if fresh:
+        seconds = time.perf_counter() - started
+        logger.warning("compiled %d kernels for this GPU in %.1f s, kept in %s", len(fresh), seconds, cache_folder())
+
+
+def _say_conversions(model: PreTrainedModel) -> None:
+    """A warning where a native checkpoint was made for other kernels than those that run it here."""
+    from aerogel.kernels.linear import Linear
+
+    linears = [module for module in model.modules() if isinstance(module, Linear) and module.layout and module.held()]
+    foreign = [module for module in linears if not module.runs_as_stored]
+    if foreign:
+        logger.warning(
+            "the checkpoint is %s, and %d of its weights were converted for the kernel '%s'; `aerogel export` with"
+            " `--layout portable` and then `--layout native`, on this machine, writes one that needs no conversion",
+            foreign[0].layout,
+            len(foreign),
+            foreign[0].kernel_name,
+        )
 
 
 def first_line(error: Exception) -> str:

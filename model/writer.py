@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput, RunFailed
-from aerogel.model.reader import DTYPES, Entry, read_header
+from aerogel.model.reader import DTYPES, INDEX_NAME, SINGLE_NAME, Entry, read_header
 
+Table = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Tensors of a file, in order: {name: (dtype, shape)}."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 COPY_BYTES = 16 * 1024 * 1024
 
@@ -76,44 +79,79 @@ def _order(item: tuple[str, torch.dtype]) -> tuple[int, str]:
     return -item[1].itemsize, item[0]
 
 
-def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, list[str]]:
-    """The header bytes, and the order in which the data must follow."""
-    order = [name for name, _ in sorted(((n, d) for n, (d, _) in tensors.items()), key=_order)]
+def portable_order(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Table:
+    """The tensors in the order in which a portable file has them."""
+    return {name: tensors[name] for name, _ in sorted(((n, d) for n, (d, _) in tensors.items()), key=_order)}
+
+
+def _header(tensors: Table, align: int = 8) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The header bytes of a file with `tensors` in this order, and where the bytes of each begin and end in the file."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for name in order:
-        dtype, shape = tensors[name]
-        size = dtype.itemsize
-        for n in shape:
-            size *= n
+    for name, (dtype, shape) in tensors.items():
+        size = dtype.itemsize * math.prod(shape)
         table[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
     raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw, order
+    raw += b" " * (-(8 + len(raw)) % align)
+    places, position = {}, 8 + len(raw)
+    for name, (dtype, shape) in tensors.items():
+        size = dtype.itemsize * math.prod(shape)
+        places[name] = (position, position + size)
+        position += size
+    return struct.pack("<Q", len(raw)) + raw, places
 
 
 def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
     """How many bytes of a file with these tensors are not tensor data."""
-    return len(_header(tensors)[0])
+    return len(_header(portable_order(tensors))[0])
+
+
+def write_placed(path: Path, table: Table, tensors: Iterable[tuple[str, Tensor]], *, align: int) -> None:
+    """One safetensors file whose order is that of `table` and whose data begins at a multiple of `align` bytes.
+
+    Args:
+        tensors: those of the table, each once, in any order; one at a time is held.
+    """
+    head, places = _header(table, align)
+    left = set(places)
+    with whole_file(path) as stream:
+        stream.write(head)
+        for name, tensor in tensors:
+            left.remove(name)
+            begin, end = places[name]
+            data = _bytes_of(tensor)
+            if len(data) != end - begin or (tensor.dtype, tuple(tensor.shape)) != table[name]:
+                raise RunFailed(
+                    f"{name} was planned as {table[name]} and came as {tensor.dtype} {list(tensor.shape)}; this is a"
+                    " mistake in aerogel, report it"
+                )
+            stream.seek(begin)
+            stream.write(data)
+        if left:
+            raise RunFailed(f"{min(left)} was planned for {path.name} and never came; this is a mistake in aerogel, report it")
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor (any device, any strides)."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file with `tensors` (any device, any strides)."""
-    head, order = _header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    order = portable_order({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
     with whole_file(path) as stream:
-        stream.write(head)
+        stream.write(_header(order)[0])
         for name in order:
-            data = tensors[name].detach().cpu().contiguous()
-            stream.write(data.reshape(-1).view(torch.uint8).numpy().data)
+            stream.write(_bytes_of(tensors[name]))
 
 
 def merge_files(path: Path, entries: Iterable[Entry]) -> None:
     """One safetensors file with tensors copied from other files, a few megabytes at a time."""
     by_name = {entry.name: entry for entry in entries}
-    head, order = _header({name: (e.dtype, e.shape) for name, e in by_name.items()})
+    order = portable_order({name: (e.dtype, e.shape) for name, e in by_name.items()})
     with whole_file(path) as stream:
-        stream.write(head)
+        stream.write(_header(order)[0])
         for name in order:
             entry = by_name[name]
             with entry.file.open("rb") as source:
@@ -148,15 +186,24 @@ def assemble(parts: list[Path], folder: Path, limit: int) -> list[str]:
         The names of the files written.
     """
     shards = shard(parts, limit)
-    if len(shards) == 1:
-        merge_files(folder / "model.safetensors", shards[0])
-        return ["model.safetensors"]
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    weight_map: dict[str, str] = {}
+    names = shard_names(len(shards))
     for name, entries in zip(names, shards, strict=True):
         merge_files(folder / name, entries)
-        weight_map |= {entry.name: name for entry in entries}
-    total = sum(entry.nbytes for entries in shards for entry in entries)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / "model.safetensors.index.json", index)
-    return [*names, "model.safetensors.index.json"]
+    if len(shards) == 1:
+        return names
+    write_json(folder / INDEX_NAME, index_of(shards))
+    return [*names, INDEX_NAME]
+
+
+def shard_names(count: int) -> list[str]:
+    """Names of the files of a checkpoint of `count` files."""
+    if count == 1:
+        return [SINGLE_NAME]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def index_of(shards: list[list[Entry]]) -> dict[str, Any]:
+    """The index of a checkpoint of several files."""
+    weight_map = {entry.name: name for name, part in zip(shard_names(len(shards)), shards, strict=True) for entry in part}
+    total = sum(entry.nbytes for part in shards for entry in part)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -11,7 +11,7 @@ FORMATS: dict[str, str] = {
 
 SOURCES: dict[str, str] = {
     "compressed-tensors": "aerogel.pack.compressed_tensors:CompressedTensors",
-    "aerogel": "aerogel.pack.compressed_tensors:CompressedTensors",
+    "aerogel": "aerogel.model.native:open_own",
     "gptq": "aerogel.pack.gptq:Gptq",
     "awq": "aerogel.pack.awq:Awq",
     "auto-round": "aerogel.pack.auto_round:auto_round",

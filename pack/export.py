@@ -1,4 +1,4 @@
-"""Writes a compressed checkpoint out as an ordinary dense one, in any format that aerogel reads.
+"""Writes a compressed checkpoint out as another one: with dense weights, or in another layout (`model/relayout.py`).
 
 Every packed weight is decoded, ((q - z) * s) in float32, and rounded once to the model's dtype: bit for bit what the
 loaded model multiplies with. Names and shapes are those of the dense original: a Conv1D weight is turned back to [K, N],
@@ -10,6 +10,7 @@ Shape legend: N out features, K in features.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -23,16 +24,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from aerogel.errors import BadInput
+from aerogel.kernels import layouts
 from aerogel.model.placement import Placement, decoded, make_plan
 from aerogel.model.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
 from aerogel.model.writer import disk_errors, write_json, write_tensors
 from aerogel.pack.source import Source, open_source
 
 SHARD_BYTES = 5 * 1000**3
-LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".md")
-"""Kinds of files that are not copied: weights in any form, and a model card that speaks of the compressed model."""
+LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
+"""Kinds of files that are not copied: weights in any form."""
+LEFT_BEHIND_NAMES = ("config.json", INDEX_NAME)
 QUANTIZED_ONLY = ("quantize_config.json", "hf_quant_config.json", "recipe.yaml", "aerogel_report.json")
-LEFT_BEHIND_NAMES = ("config.json", INDEX_NAME, *QUANTIZED_ONLY)
+"""Not copied beside dense weights, and neither is a model card, which speaks of the compressed model."""
 
 
 def export_dense(path: str | Path, out: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -52,27 +55,85 @@ def export_dense(path: str | Path, out: str | Path, *, overwrite: bool = False, 
         RunFailed: the disk.
     """
     path, out = Path(path), Path(out)
+    config = _config(path)
+    source = open_source(config.pop("quantization_config"))
+    with _draft(path, out, overwrite) as draft:
+        _write_shards(_tensors(path, source, config), draft, shard_bytes)
+        write_json(draft / "config.json", config)
+        with disk_errors(out):
+            _copy_rest(path, draft, (*LEFT_BEHIND, ".md"), (*LEFT_BEHIND_NAMES, *QUANTIZED_ONLY))
+    return out
+
+
+def export_layout(
+    path: str | Path,
+    out: str | Path,
+    layout: str,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> str:
+    """Writes the compressed checkpoint in `path` in another layout to `out`, every bit kept.
+
+    Args:
+        path: local folder of a checkpoint by aerogel or compressed-tensors.
+        out: the folder to make.
+        layout: `portable`, `native` (of this machine's fastest device), `native-cpu` or `native-cuda`.
+        device: where codes are rearranged.
+        overwrite: replace `out` where it exists.
+        shard_bytes: data per safetensors file of a native checkpoint.
+
+    Returns:
+        The layout written.
+
+    Raises:
+        BadInput: a checkpoint that has the layout already or cannot have it; or `out` is there and `overwrite` is not.
+        RunFailed: the disk.
+    """
+    from aerogel.model.relayout import PORTABLE_INDEX, keep_index, to_native, to_portable
+
+    path, out, layout = Path(path), Path(out), layouts.for_this_machine(layout)
+    config, reader = _config(path), CheckpointReader(path)
+    words = config["quantization_config"].get("layout")
+    found = words["name"] if words else layouts.PORTABLE
+    if found == layout:
+        raise BadInput(f"{path} is {layout} already; copy the folder")
+    if words and layout != layouts.PORTABLE:
+        raise BadInput(f"{path} is {found}; write it portable first (`--layout portable`), then {layout}")
+    with _draft(path, out, overwrite) as draft:
+        write_json(draft / "config.json", config)
+        if layout == layouts.PORTABLE:
+            config = to_portable(reader.entries, config, draft, path / PORTABLE_INDEX, device)
+        else:
+            keep_index(path / INDEX_NAME, draft)
+            dtype = model_dtype(config, reader)
+            config = to_native(reader.entries, config, draft, layout, dtype, shard_bytes, device)
+        write_json(draft / "config.json", config)
+        with disk_errors(out):
+            _copy_rest(path, draft, LEFT_BEHIND, (*LEFT_BEHIND_NAMES, PORTABLE_INDEX))
+    return layout
+
+
+@contextlib.contextmanager
+def _draft(path: Path, out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when everything went well."""
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists and is not empty; choose another folder or pass --overwrite")
     if out.resolve() == path.resolve():
         raise BadInput(f"{out} is the checkpoint itself; choose another folder")
-    config = _config(path)
-    source = open_source(config.pop("quantization_config"))
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        _write_shards(_tensors(path, source, config), draft, shard_bytes)
-        write_json(draft / "config.json", config)
+        yield draft
         with disk_errors(out):
-            _copy_rest(path, draft)
             draft.chmod(0o755)
             if out.exists():
                 shutil.rmtree(out)
             draft.rename(out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return out
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -167,8 +228,8 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: in
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _copy_rest(path: Path, folder: Path) -> None:
+def _copy_rest(path: Path, folder: Path, kinds: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Tokenizer, generation config, chat template, licence: every other plain file of the folder."""
     for file in sorted(path.iterdir()):
-        if file.is_file() and file.suffix not in LEFT_BEHIND and file.name not in LEFT_BEHIND_NAMES:
+        if file.is_file() and file.suffix not in kinds and file.name not in names:
             shutil.copy2(file, folder / file.name)

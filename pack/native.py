@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 STRIP, TILE = 16, 32
+WORDS_AT_ONCE = 1 << 16
+"""Words that are rearranged at a time: they stay in a core's second-level cache."""
 ROWS_AT_ONCE = 1024
 """Rows that are packed at a time, so that what is added at the peak stays small beside the weight."""
 
@@ -48,6 +50,44 @@ def pack_codes(values_NK: Tensor, bits: int) -> Tensor:
         steps = padded.reshape(-1, STRIP, packed.shape[1], 8, 4).permute(0, 2, 3, 1, 4)
         packed[start // STRIP : start // STRIP + steps.shape[0]] = _tile_bytes(steps, bits)
     return packed
+
+
+def pack_stream(words_NW: Tensor, bits: int) -> Tensor:
+    """The same from unsigned codes in rows of dense little-endian words (`pack/bits.py`), without unpacking them.
+
+    A vector holds, of each row, exactly the codes of one word; only their places differ. With fields counted by c = 4 f + j,
+    the stream has field c at bit w * c and the tile has it at bit 8 * j + w * f: the two lowest binary digits of c become
+    the highest. Digits are exchanged in pairs, each pair by six operations on whole words.
+
+    Args:
+        words_NW: int32 [N, ceil(K * bits / 32)], unused bits zero.
+        bits: 2, 4 or 8, whose codes never straddle a word.
+
+    Returns:
+        uint8 [strips, tiles, 64 * bits], as `pack_codes`.
+    """
+    N, W = words_NW.shape
+    strips, tiles = -(-N // STRIP), -(-W // bits)
+    packed = torch.empty(strips, tiles * bits, STRIP, dtype=torch.int32, device=words_NW.device)
+    step = max(1, WORDS_AT_ONCE // (STRIP * max(W, 1)))
+    for start in range(0, strips, step):
+        rows = words_NW[start * STRIP : (start + step) * STRIP]
+        held = _exchanged(rows, bits)
+        padded = torch.nn.functional.pad(held, (0, tiles * bits - W, 0, -len(rows) % STRIP))
+        packed[start : start + step] = padded.reshape(-1, STRIP, tiles * bits).transpose(1, 2)
+    return packed.view(torch.uint8).reshape(strips, tiles, 64 * bits)
+
+
+def _exchanged(words: Tensor, bits: int) -> Tensor:
+    """Words with the fields of each in the order of the tile."""
+    # Pairs of digits of a field's number: (f0, j1) then (j1', j0) rotates three; (f1, j1) and (f0, j0) swap two and two.
+    for low, high in {8: (), 4: ((1, 2), (0, 1)), 2: ((1, 3), (0, 2))}[bits]:
+        near, far = bits << low, bits << high
+        # Fields with digit `low` set and digit `high` not set change places with those that are far - near bits above.
+        mask = sum(((1 << bits) - 1) << (bits * c) for c in range(32 // bits) if c >> low & 1 and not c >> high & 1)
+        moved = (words >> (far - near)).bitwise_xor_(words).bitwise_and_(mask)
+        words = moved.bitwise_xor(words).bitwise_xor_(moved << (far - near))
+    return words
 
 
 def unpack_codes(packed: Tensor, bits: int, N: int, K: int) -> Tensor:

@@ -30,11 +30,13 @@ class Scheme:
     format: a key of `aerogel.pack.FORMATS`, the way the weight lies in memory once loaded.
     grid: the weight's numbers. Its `scale_dtype` is a guess until the file's header is seen (`with_scale_dtype`).
     activations: none, int8 or fp8, dynamic.
+    layout: the kernel layout that the file keeps it in (`kernels.layouts.LAYOUTS`); None for the format's own tensors.
     """
 
     format: str
     grid: Grid
     activations: Activations = "none"
+    layout: str | None = None
 
     def with_scale_dtype(self, dtype: torch.dtype) -> Scheme:
         """The same scheme with scales of `dtype`, as the header of the file has them."""

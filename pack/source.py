@@ -85,6 +85,10 @@ class Source(ABC):
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Columns:
         """The codes of one weight from its tensors by local name. Raises `BadInput` when shapes disagree."""
 
+    def columns(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Columns:
+        """As `read`, for sources that must know which weight it is."""
+        return self.read(tensors, scheme)
+
     def groups(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         """Packed weights among tensor names: {weight name: {local name: tensor name}}, in order of appearance."""
         found: dict[str, dict[str, str]] = {}

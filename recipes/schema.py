@@ -18,7 +18,7 @@ left out: written into the report, it reproduces the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -81,6 +81,10 @@ class Recipe(Section):
             return _validate(_document(source, "recipe"), "recipe", changes)
         path = find(str(source))
         return _validate(files.read(path), path.stem, changes)
+
+    def with_layout(self, choose: Callable[[str], str]) -> Recipe:
+        """The same recipe with `pack.layout` as `choose` gives it: "native" becomes the layout of one device."""
+        return self.model_copy(update={"pack": self.pack.model_copy(update={"layout": choose(self.pack.layout)})})
 
     def as_dict(self) -> dict[str, Any]:
         """Every key with its value, defaults included, in the order of the schema; plain JSON values."""
@@ -170,6 +174,8 @@ def _check_formats(recipe: Recipe, document: Document) -> None:
     """Every quantize stage must round to a grid that the pack section can store."""
     from aerogel.pack.config import choose_format
 
+    if recipe.pack.layout != "portable" and not any(spec.kind == "quantize" for spec in recipe.stages):
+        raise document.problem(("pack", "layout"), "is for quantized weights; add a quantize stage or write `portable`")
     for index, spec in enumerate(recipe.stages):
         if spec.kind == "quantize":
             try:

@@ -78,8 +78,10 @@ class Pack(Section):
     format: Literal["auto", "pack-quantized", "int-quantized", "float-quantized"] = Field(
         default="auto", description="`auto` takes the standard format that fits the quantize stage"
     )
-    layout: Literal["portable"] = Field(
-        default="portable", description="`portable` loads in every runtime that knows the format"
+    layout: Literal["portable", "native", "native-cpu", "native-cuda"] = Field(
+        default="portable",
+        description="`portable` loads in every runtime that knows the format; `native-cpu` and `native-cuda` are what"
+        " aerogel's kernels run, mapped from disk or loaded without repacking; `native` is the one for this machine",
     )
     dtype: Literal["source", "float16", "bfloat16", "float32"] = Field(
         default="source", description="type of the weights that are kept, and of the scales"

@@ -43,9 +43,10 @@ def function(name: str, kernel: str, defines: nvrtc.Defines, device: torch.devic
     key = (name, kernel, tuple(sorted(defines.items())), device.index)
     with _lock:
         found = _loaded.get(key)
-        if found is None:
-            found = Function(code(name, defines, torch.cuda.get_device_capability(device)), kernel)
-            _loaded[key] = found
+    if found is None:
+        binary = code(name, defines, torch.cuda.get_device_capability(device))  # several threads may compile at once
+        with _lock:
+            found = _loaded.get(key) or _loaded.setdefault(key, Function(binary, kernel))
     return found
 
 

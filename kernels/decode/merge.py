@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -29,10 +30,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aerogel.errors import BadInput
+from aerogel.kernels import layouts
 from aerogel.kernels.dispatch import GEMM, choose
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.problem import Problem
-from aerogel.pack.config import format_of
 from aerogel.pack.source import Columns
 from aerogel.quantize.codes import Codes, stacked
 
@@ -227,7 +228,7 @@ class Part(Linear):
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint has for it."""
-        return format_of(self.scheme.format).encode(self.columns().codes)
+        return self.encoded(self.columns().codes)
 
     @property
     def packed_bytes(self) -> int:
@@ -264,21 +265,11 @@ def _merge_packed(members: list[Linear]) -> bool:
             return False
     widths = [member.out_features for member in members]
     problems = [member.problem() for member in members]
-    if _rank(_widened(problems[0], sum(widths))) > max(_rank(problem) for problem in problems):
+    if _rank(replace(problems[0], N=sum(widths))) > max(_rank(problem) for problem in problems):
         return False
-    codes = [member.columns().codes for member in members]
-    params = stacked(codes)
-    if params is None:
+    whole = _whole(members, replace(problems[0], N=sum(widths)))
+    if whole is None:
         return False
-    biases = [member.bias.data for member in members if member.bias is not None]
-    whole = Merged.from_codes(
-        Codes.of(torch.cat([part.values_NK for part in codes]), params, codes[0].grid),
-        activations=first.scheme.activations,
-        bias=torch.cat(biases) if biases else None,
-        order=first.column_order,
-        dtype=first.compute_dtype,
-        wanted=first.scheme.format,
-    )
     shared = _Shared(whole, widths)
     for index, member in enumerate(members):
         part: Any = member
@@ -292,9 +283,38 @@ def _same_order(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def _widened(problem: Problem, N: int) -> Problem:
-    kept = {name: getattr(problem, name) for name in problem.__slots__}
-    return Problem(**(kept | {"N": N}))
+def _whole(members: Sequence[Linear], problem: Problem) -> Merged | None:
+    """One linear of several: in the kernel's layout without a second copy where that can be stacked, else through codes.
+    None where the weights have tables or factors of their own."""
+    first = members[0]
+    biases = [member.bias.data for member in members if member.bias is not None]
+    bias_N = torch.cat(biases) if biases else None
+    name, kernel = choose(problem)
+    if not kernel.runs_stored(problem):
+        for member in members:
+            member.restore()
+        tensors = layouts.stacked(kernel, members, problem)
+        if tensors is not None:
+            whole = Merged(
+                problem.K, problem.N, first.scheme, bias=bias_N is not None, dtype=first.compute_dtype, device="meta"
+            )
+            whole.adopt(tensors, name, kernel, problem)
+            whole.column_order = first.column_order
+            if bias_N is not None:
+                whole.bias = nn.Parameter(bias_N, requires_grad=False)
+            return whole
+    codes = [member.columns().codes for member in members]
+    params = stacked(codes)
+    if params is None:
+        return None
+    return Merged.from_codes(
+        Codes.of(torch.cat([part.values_NK for part in codes]), params, codes[0].grid),
+        activations=first.scheme.activations,
+        bias=bias_N,
+        order=first.column_order,
+        dtype=first.compute_dtype,
+        wanted=first.scheme.format,
+    )
 
 
 def _rank(problem: Problem) -> int:

@@ -23,7 +23,8 @@ from torch import Tensor
 from aerogel.errors import BadInput
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem
-from aerogel.pack import native
+from aerogel.pack import bits, native
+from aerogel.pack.format import Shapes, take
 from aerogel.quantize.grids import Codes
 
 GROUP_STEP = 16
@@ -31,20 +32,25 @@ GROUP_STEP = 16
 
 def refusal(problem: Problem, fast: bool) -> str | None:
     """Why neither kind of arithmetic can run the problem; `fast` only where activations may be rounded."""
-    grid = problem.integer
     if problem.device != "cpu":
         return f"runs on the CPU only, not on {problem.device}"
+    if fast and not problem.fast:
+        return "rounds activations to int8, which only happens where it was asked for (--activations int8)"
+    return _unfit(problem) or library.missing()
+
+
+def _unfit(problem: Problem) -> str | None:
+    """What no machine changes: numbers that the layout does not hold, types that the kernels do not read."""
+    grid = problem.integer
     if grid is None:
         return "runs integer weights only, this grid holds floats"
     if problem.activations != "none":
         return f"is weight-only, activations are {problem.activations}"
-    if fast and not problem.fast:
-        return "rounds activations to int8, which only happens where it was asked for (--activations int8)"
     if problem.dtype not in library.TYPES:
         return f"activations must be float32, float16 or bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
     if grid.group_size is not None and grid.group_size % GROUP_STEP and grid.group_size < problem.K:
         return f"group_size must be a multiple of {GROUP_STEP}, or null, found {grid.group_size}"
-    return library.missing()
+    return None
 
 
 class Native(Kernel):
@@ -52,6 +58,8 @@ class Native(Kernel):
 
     about: ClassVar[str] = "compiled for the CPU's widest instructions: exact products, float32 sums, 2 to 8 bits"
     numerics: ClassVar[str] = "exact"
+    layout: ClassVar[str | None] = "native-cpu"
+    rows: ClassVar[int] = native.STRIP
 
     @classmethod
     def refuses(cls, problem: Problem) -> str | None:
@@ -63,6 +71,23 @@ class Native(Kernel):
         """Its own layout."""
         return False
 
+    @classmethod
+    def refuses_layout(cls, problem: Problem) -> str | None:
+        """Anything but integer weights in groups of a multiple of 16, with activations that stay floats."""
+        return _unfit(problem)
+
+    @staticmethod
+    def shapes(problem: Problem) -> Shapes:
+        """Of codes, scale and, with zero points, zero."""
+        factors = (-(-problem.N // native.STRIP), problem.grid.groups(problem.K), native.STRIP)
+        found: Shapes = {
+            "codes": (native.shape_of(problem.N, problem.K, problem.grid.bits), torch.uint8),
+            "scale": (factors, problem.grid.scale_dtype),
+        }
+        if problem.integer is not None and not problem.integer.symmetric:
+            found["zero"] = (factors, torch.int8)
+        return found
+
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """codes uint8 [strips, tiles, 64 * bits]; scale and zero [strips, G, 16]; see `aerogel.pack.native`."""
@@ -72,6 +97,24 @@ class Native(Kernel):
         }
         if codes.zero_NG is not None:
             layout["zero"] = native.pack_factors(codes.zero_NG)
+        return layout
+
+    @staticmethod
+    def rearrange(stored: Layout, problem: Problem) -> dict[str, Tensor] | None:
+        """Codes of 2, 4 and 8 bits change places inside their words."""
+        grid = problem.integer
+        if grid is None or problem.format != "pack-quantized" or grid.bits not in (2, 4, 8):
+            return None
+        factors = (problem.N, grid.groups(problem.K))
+        words = take(stored, "weight_packed", (problem.N, bits.words(problem.K, grid.bits)), (torch.int32,))
+        layout = {
+            "codes": native.pack_stream(words, grid.bits),
+            "scale": native.pack_factors(take(stored, "weight_scale", factors, (grid.scale_dtype,))),
+        }
+        if not grid.symmetric:
+            rows = (bits.words(problem.N, grid.bits), factors[1])
+            zero = bits.unpack_rows(take(stored, "weight_zero_point", rows, (torch.int32,)), grid.bits, problem.N)
+            layout["zero"] = native.pack_factors(bits.unsigned_to_signed(zero, grid.bits))
         return layout
 
     @staticmethod

@@ -13,6 +13,7 @@ Shape legend: M tokens, N out features, K in features, R row tiles, C k tiles, G
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, Protocol
 
 import torch
@@ -22,12 +23,15 @@ from aerogel.errors import BadInput
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
 from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
 from aerogel.lazy import load
-from aerogel.pack.format import Grid
+from aerogel.pack import tiles
+from aerogel.pack.format import Grid, Shapes
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
 from aerogel.quantize.tables import TableGrid
 
 DTYPES = (torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
+COMPILERS = 16
+"""Threads that compile at once; the compiler runs outside Python's lock."""
 
 Runner = Callable[[Tensor, Tensor | None, Tensor], None]
 """(x_MK contiguous, bias_N or None, y_MN to be filled) on torch's current stream and device."""
@@ -153,6 +157,9 @@ torch.library.register_fake("aerogel::tiles_linear", _fake, lib=_library)
 class Cuda(Kernel):
     """Weight-only matmul in the tile layout."""
 
+    layout: ClassVar[str | None] = "native-cuda"
+    rows: ClassVar[int] = tiles.ROWS
+    shared: ClassVar[frozenset[str]] = frozenset({"tile_table"})
     about: ClassVar[str] = (
         "CUDA kernels compiled at run time: integers of 1 to 8 bits, e4m3, tables of 16 and 256 numbers; bfloat16 and float16"
     )
@@ -162,11 +169,29 @@ class Cuda(Kernel):
         """Anything but weight-only 16-bit matmuls on an NVIDIA GPU of compute capability 8.0 or newer."""
         if problem.device != "cuda":
             return f"runs on NVIDIA GPUs only, not on {problem.device}"
-        if problem.activations != "none":
-            return f"is weight-only, activations are {problem.activations}"
-        if problem.dtype not in DTYPES:
-            return f"multiplies bfloat16 or float16 activations, not {str(problem.dtype).removeprefix('torch.')}"
-        return _refuses_grid(problem.grid) or _refuses_machine()
+        return _unfit(problem) or _refuses_machine()
+
+    @classmethod
+    def refuses_layout(cls, problem: Problem) -> str | None:
+        """What no NVIDIA GPU runs, and codes into tables, which are not kept in this layout on disk."""
+        if not isinstance(problem.grid, IntGrid | Fp8Grid):
+            return f"keeps integers and e4m3 floats on disk, not codes on a {type(problem.grid).__name__}"
+        return _unfit(problem)
+
+    @staticmethod
+    def shapes(problem: Problem) -> Shapes:
+        """Of tile_codes, tile_scale and, where there are any, tile_zero and tile_table."""
+        R, C = tiles.tile_counts(problem.N, problem.K)
+        factors = (R, problem.grid.groups(problem.K), tiles.ROWS)
+        found: Shapes = {
+            "tile_codes": ((R, C, 256 * problem.grid.bits), torch.uint8),
+            "tile_scale": (factors, problem.grid.scale_dtype),
+        }
+        if isinstance(problem.grid, Fp8Grid):
+            found["tile_table"] = ((1, 256), torch.float16)
+        elif problem.integer is not None and not problem.integer.symmetric:
+            found["tile_zero"] = (factors, torch.uint8)
+        return found
 
     @staticmethod
     def runs_stored(problem: Problem) -> bool:
@@ -182,6 +207,21 @@ class Cuda(Kernel):
     def unpack(layout: Layout, problem: Problem) -> Codes:
         """The inverse of `pack`, exactly."""
         return codes_of(layout, problem.grid, problem.N, problem.K)
+
+    @staticmethod
+    def warm(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int]) -> None:
+        """Makes a plan for each kind of weight and number of tokens, which compiles and loads its kernel."""
+        kinds = {(problem.N, problem.K, problem.dtype, str(problem.grid)): (layout, problem) for layout, problem in weights}
+
+        def plan(job: tuple[Layout, Problem, int]) -> None:
+            layout, problem, M = job
+            weight = tile_weight(layout, problem)
+            torch.cuda.set_device(weight.codes.device)  # a new thread has no context yet
+            capability = torch.cuda.get_device_capability(weight.codes.device)
+            choose(weight, M, problem.dtype, capability).plan(weight, M, problem.dtype)
+
+        with ThreadPoolExecutor(COMPILERS) as pool:
+            list(pool.map(plan, [(*kind, M) for kind in kinds.values() for M in tokens]))
 
     @staticmethod
     def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:
@@ -214,6 +254,29 @@ class Cuda(Kernel):
             problem.N,
         )
         return y_MN
+
+
+def tile_weight(layout: Layout, problem: Problem) -> TileWeight:
+    """The layout's tensors as the implementations take them."""
+    return TileWeight(
+        codes=layout["tile_codes"],
+        scale=layout["tile_scale"],
+        zero=layout.get("tile_zero"),
+        table=layout.get("tile_table"),
+        pick=layout.get("tile_pick"),
+        group_size=problem.grid.group_size or 0,
+        N=problem.N,
+        K=problem.K,
+    )
+
+
+def _unfit(problem: Problem) -> str | None:
+    """What no machine changes: rounded or wide activations, groups that end inside a step."""
+    if problem.activations != "none":
+        return f"is weight-only, activations are {problem.activations}"
+    if problem.dtype not in DTYPES:
+        return f"multiplies bfloat16 or float16 activations, not {str(problem.dtype).removeprefix('torch.')}"
+    return _refuses_grid(problem.grid)
 
 
 def _refuses_grid(grid: Grid) -> str | None:

@@ -22,6 +22,7 @@ from aerogel.kernels import triton_here
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.pack.format import Grid
+from aerogel.pack.tiles import ROWS
 from aerogel.pack.words import pack_words, unpack_words
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
 
@@ -35,6 +36,8 @@ LEAST_CAPABILITY = (8, 0)
 class Triton(Kernel):
     """Weight-only matmul in words of eight codes."""
 
+    rows: ClassVar[int] = ROWS
+    shared: ClassVar[frozenset[str]] = frozenset({"tile_table"})
     about: ClassVar[str] = "Triton kernels for any GPU: integers of 1 to 8 bits and e4m3 with activations of any float type"
 
     @staticmethod

@@ -1,0 +1,253 @@
+"""How long loading takes and how much memory it holds: portable and native checkpoints, on a CPU and on a GPU.
+
+    python benchmarks/load.py cpu --work FOLDER --out benchmarks/results/load_cpu.json
+    python benchmarks/load.py cuda --work FOLDER --out benchmarks/results/load_h100.json
+
+Writes a random Llama, packed at 4 bits in groups of 128 with an 8-bit head, into FOLDER: by default 2 GB for a CPU, the shape
+of Llama-3-8B for a GPU. `aerogel export --layout native` converts it. Every load happens in a process of its own, with the
+files in the page cache and after all imports. Measured:
+
+    seconds      of `aerogel.load`, siblings merged; on a GPU also the part spent behind the reading (repacking, compiling)
+    memory       CPU: resident memory of the process, its part that no other process shares, and what of the file is private,
+                 while a second process has the same model loaded. GPU: the peak of what tensors held, over what they hold
+    same         whether both layouts give the very same logits
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.eval.machine import machine, versions
+from aerogel.eval.memory import tensor_bytes
+from aerogel.model.reader import CheckpointReader
+from aerogel.model.writer import write_json, write_tensors
+from aerogel.pack.config import format_of, quantization_config
+from aerogel.pack.export import export_layout
+from aerogel.quantize.grids import IntGrid
+
+SHAPES = {
+    "cpu": {"hidden": 3072, "inner": 8192, "blocks": 28, "heads": 24, "key_heads": 8, "vocabulary": 64128},
+    "cuda": {"hidden": 4096, "inner": 14336, "blocks": 32, "heads": 32, "key_heads": 8, "vocabulary": 128256},
+}
+HEAD = 128
+W4 = IntGrid(bits=4, group_size=128, scale_dtype=torch.bfloat16)
+W8 = IntGrid(bits=8, group_size=128, scale_dtype=torch.bfloat16)
+REPEATS = {"cpu": 3, "cuda": 2}
+
+
+def main() -> None:
+    """Makes both checkpoints, loads them in fresh processes, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", choices=sorted(SHAPES))
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--blocks", type=int, help="fewer decoder blocks")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--hold", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child is not None:
+        child(given.device, given.child, hold=given.hold)
+        return
+    shape = SHAPES[given.device] | ({"blocks": given.blocks} if given.blocks else {})
+    portable, native = given.work / "portable", given.work / f"native-{given.device}"
+    started = time.perf_counter()
+    if not portable.exists():
+        make(portable, shape, given.device)
+    made = time.perf_counter() - started
+    if not native.exists():
+        export_layout(portable, native, native.name, device=given.device)
+    converted = time.perf_counter() - started - made
+    loads: dict[str, list[dict[str, Any]]] = {portable.name: [], native.name: []}
+    for _ in range(REPEATS[given.device]):
+        for folder in (portable, native):
+            loads[folder.name].append(measured(given.device, folder))
+            print(folder.name, json.dumps(loads[folder.name][-1]), flush=True)
+    result = {
+        "benchmark": "load",
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
+        "versions": versions(),
+        "shape": shape,
+        "bytes": {folder.name: CheckpointReader(folder).nbytes for folder in (portable, native)},
+        "seconds_to_make": made,
+        "seconds_to_convert": converted,
+        "loads": loads,
+        "same_logits": len({row["logits"] for rows in loads.values() for row in rows}) == 1,
+    }
+    if given.out is not None:
+        write_json(given.out, result)
+    print({key: value for key, value in result.items() if key not in ("loads", "machine", "versions")})
+
+
+def make(folder: Path, shape: dict[str, int], device: str) -> None:
+    """A random packed Llama in the portable layout, one file per block. Any bits are valid codes."""
+    folder.mkdir(parents=True)
+    hidden, inner, key = shape["hidden"], shape["inner"], shape["key_heads"] * HEAD
+    random = torch.Generator(device).manual_seed(0)
+    weight_map: dict[str, str] = {}
+    names: list[tuple[str, Any, Any]] = []
+
+    def packed(name: str, grid: IntGrid, N: int, K: int) -> dict[str, Tensor]:
+        found = {}
+        for local, (size, dtype) in format_of("pack-quantized").shapes(N, K, grid).items():
+            if dtype == torch.int32:
+                words = torch.randint(-(1 << 31), 1 << 31, size, generator=random, device=device, dtype=torch.int32)
+                found[local] = words
+            elif dtype == torch.int64:
+                found[local] = torch.tensor([N, K])
+            else:
+                found[local] = (
+                    torch.rand(size, generator=random, device=device).add_(0.5).mul_(K**-0.5 / 2**grid.bits).to(dtype)
+                )
+        names.append((name, grid, "none"))
+        return {f"{name}.{local}": tensor for local, tensor in found.items()}
+
+    def shard(file: str, tensors: dict[str, Tensor]) -> None:
+        write_tensors(folder / file, tensors)
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    norm = torch.ones(hidden, dtype=torch.bfloat16)
+    embedding = torch.randn(shape["vocabulary"], hidden, generator=random, device=device).to(torch.bfloat16)
+    outer = {"model.embed_tokens.weight": embedding, "model.norm.weight": norm}
+    shard("model-00000.safetensors", outer | packed("lm_head", W8, shape["vocabulary"], hidden))
+    for i in range(shape["blocks"]):
+        p = f"model.layers.{i}."
+        sizes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (key, hidden), "self_attn.v_proj": (key, hidden)}
+        sizes |= {"self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
+        sizes |= {"mlp.down_proj": (hidden, inner)}
+        tensors = {f"{p}input_layernorm.weight": norm, f"{p}post_attention_layernorm.weight": norm}
+        for name, (N, K) in sizes.items():
+            tensors |= packed(p + name, W4, N, K)
+        shard(f"model-{i + 1:05d}.safetensors", tensors)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(folder / "config.json", config(shape) | {"quantization_config": quantization_config(names)})
+
+
+def config(shape: dict[str, int]) -> dict[str, Any]:
+    """config.json of the Llama."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape["hidden"],
+        "intermediate_size": shape["inner"],
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["key_heads"],
+        "head_dim": HEAD,
+        "num_hidden_layers": shape["blocks"],
+        "vocab_size": shape["vocabulary"],
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+        "dtype": "bfloat16",
+    }
+
+
+def measured(device: str, folder: Path) -> dict[str, Any]:
+    """One load in a process of its own; on a CPU while another process holds the same model."""
+    command = [sys.executable, __file__, device, "--work", ".", "--child", str(folder)]
+    if device != "cpu":
+        return result_of(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    with subprocess.Popen([*command, "--hold"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        if other.stdout is None or other.stdin is None:
+            raise RuntimeError("no pipes")
+        other.stdout.readline()
+        found = result_of(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        other.stdin.close()
+    return found
+
+
+def result_of(text: str) -> dict[str, Any]:
+    """The last line of a child."""
+    found: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
+    return found
+
+
+def child(device: str, folder: Path, *, hold: bool) -> None:
+    """Loads, runs one token, prints what was measured; with `hold` waits until its input ends."""
+    import transformers.models.llama.modeling_llama  # noqa: F401  (imported before the clock runs)
+
+    from aerogel.kernels.gemm import cpu, cuda  # noqa: F401
+    from aerogel.model.loading import load, register
+    from aerogel.model.quantizer import AerogelQuantizer
+
+    register()
+    row: dict[str, Any] = {}
+    if device == "cuda":
+        torch.zeros(1, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        watch(AerogelQuantizer, "_process_model_after_weight_loading", "after_reading_s", row)
+        watch(cuda.Cuda, "warm", "compiling_s", row)
+    before = resident()
+    started = time.perf_counter()
+    model = load(folder, device=device, merge=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    row["load_s"] = time.perf_counter() - started
+    held = tensor_bytes(model)
+    if device == "cuda":
+        row["peak_over_held"] = torch.cuda.max_memory_allocated() / held
+        row["reserved_over_held"] = torch.cuda.memory_reserved() / held
+    row["held_bytes"] = held
+    ids = torch.tensor([[1]], device=device)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        logits = model(ids).logits.float().cpu()
+    row["first_forward_s"] = time.perf_counter() - started
+    row["logits"] = f"{logits.double().sum().item():.9e}, {logits.abs().max().item():.9e}"
+    if device == "cpu":
+        row |= {f"{key}_bytes": value for key, value in resident().items()} | {"before_bytes": before["resident"]}
+        row["file_private_bytes"] = sum(private_of(path) for path in folder.glob("*.safetensors"))
+    print(json.dumps(row), flush=True)
+    if hold:
+        sys.stdin.read()
+
+
+def watch(owner: Any, name: str, key: str, row: dict[str, Any]) -> None:
+    """Adds the seconds of every call of `owner.name` to `row[key]`, the device's work included."""
+    plain = getattr(owner, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        found = plain(*args, **kwargs)
+        torch.cuda.synchronize()
+        row[key] = row.get(key, 0.0) + time.perf_counter() - started
+        return found
+
+    setattr(owner, name, timed if isinstance(owner.__dict__[name], type(lambda: 0)) else staticmethod(timed))
+
+
+def resident() -> dict[str, int]:
+    """Bytes of this process in memory: all, what no other process shares, and what no file holds."""
+    found = {}
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
+        key, value = line.split(":")
+        found[key] = int(value.split()[0]) * 1024
+    return {
+        "resident": found["Rss"],
+        "private": found["Private_Clean"] + found["Private_Dirty"],
+        "anonymous": found["Anonymous"],
+    }
+
+
+def private_of(path: Path) -> int:
+    """Bytes of a mapped file that this process does not share."""
+    size, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line[:1].isdigit() or line[:1] in "abcdef":
+            inside = line.endswith((str(path.resolve()), str(path)))
+        elif inside and line.startswith(("Private_Clean", "Private_Dirty")):
+            size += int(line.split()[1]) * 1024
+    return size
+
+
+if __name__ == "__main__":
+    main()
