@@ -94,9 +94,9 @@ void panels(const Plan& plan, int64_t start, int64_t stop, int64_t first, int64_
             float* to = totals + (strip - start) / R * strip_size;
             for (int64_t block = 0; block < count; ++block, to += block_size) {
                 if (plan.segment_tiles) {
-                    panel<P, P::template wide<BITS>(), R, M, false>(plan, operands, strip, tile, tiles, first + block, kBias, to);
+                    panel<P, P::template range<BITS>(), R, M, false>(plan, operands, strip, tile, tiles, first + block, kBias, to);
                 } else {
-                    panel<P, P::template wide<BITS>(), R, M, true>(plan, operands, strip, tile, tiles, first + block, kBias, to);
+                    panel<P, P::template range<BITS>(), R, M, true>(plan, operands, strip, tile, tiles, first + block, kBias, to);
                 }
             }
         }

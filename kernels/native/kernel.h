@@ -36,8 +36,14 @@ INLINE F16 joined(const typename P::Accumulator& sum, const F16& total, const Fa
 
 // A tile of R strips against M rows. CHAINS sums take turns.
 template <class P, int BITS, int R, int M, int CHAINS>
-INLINE void accumulate(const uint8_t* const (&codes)[R], int64_t at, const uint8_t* x, typename P::Accumulator (&sum)[R][M][CHAINS]) {
+INLINE void accumulate(const uint8_t* const (&codes)[R], int64_t at, const uint8_t* x, typename P::Accumulator (&total)[R][M][CHAINS]) {
     constexpr int kRow = 8 * P::kOperands * 4;
+    constexpr Range kRange = P::template range<BITS>();
+    typename P::Accumulator pairs[R][M][CHAINS];
+    if constexpr (kRange == kNibbles) {
+        unroll<R * M * CHAINS>([&](auto i) ALWAYS { (&pairs[0][0][0])[i] = P::none(); });
+    }
+    auto& sum = kRange == kNibbles ? pairs : total;
     unroll<8>([&](auto step) ALWAYS {
         constexpr int kStep = step;
         unroll<R>([&](auto r) ALWAYS {
@@ -46,11 +52,16 @@ INLINE void accumulate(const uint8_t* const (&codes)[R], int64_t at, const uint8
             unroll<P::kOperands>([&](auto o) ALWAYS {
                 constexpr int kNumber = kStep * P::kOperands + o, kChain = kNumber % CHAINS;
                 unroll<M>([&](auto m) ALWAYS {
-                    sum[r][m][kChain] = P::template dot<P::template wide<BITS>()>(sum[r][m][kChain], w[o], x + m * kRow + kNumber * 4);
+                    sum[r][m][kChain] = P::template dot<kRange>(sum[r][m][kChain], w[o], x + m * kRow + kNumber * 4);
                 });
             });
         });
     });
+    if constexpr (kRange == kNibbles) {
+        unroll<R * M * CHAINS>([&](auto i) ALWAYS {
+            (&total[0][0][0])[i] = P::joined((&total[0][0][0])[i], (&pairs[0][0][0])[i]);
+        });
+    }
 }
 
 // How far ahead of use codes are asked for, where their bytes and not the arithmetic are the bound.
@@ -59,7 +70,7 @@ constexpr int64_t kAhead = 1536;
 // Totals [row][16] of strips first .. first + R - 1 for one block of M rows. Strips beyond the last repeat it.
 template <class P, int BITS, int R, int M>
 void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R]) {
-    constexpr int kChains = R * M >= 8 ? 1 : 2;
+    constexpr int kChains = R * M >= 8 || P::template range<BITS>() == kNibbles ? 1 : 2;
     constexpr float kBias = static_cast<float>(P::template bias<BITS>());
     const bool offset = kBias != 0.0f || plan.weight->zero != nullptr;
     int64_t strip[R];
@@ -121,7 +132,7 @@ void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count,
 }
 
 // Adds the tiles first .. first + count - 1 of a decoded panel to totals [row][R][16] of one block of M rows.
-template <class P, bool WIDE, int R, int M, bool HALF>
+template <class P, Range RANGE, int R, int M, bool HALF>
 void panel(const Plan& plan, const uint8_t* operands, int64_t first_strip, int64_t first, int64_t count, int64_t block, float bias, float* total) {
     constexpr int kRow = 8 * P::kOperands * 4, kSteps = HALF ? 4 : 8;
     const bool offset = bias != 0.0f || plan.weight->zero != nullptr;
@@ -135,16 +146,26 @@ void panel(const Plan& plan, const uint8_t* operands, int64_t first_strip, int64
             for (int64_t t = tile; t < stop; ++t) {
                 const uint8_t* from = operands + (t - first) * 8 * P::kOperands * R * kVector;
                 const uint8_t* x = plan.x_at(block, t);
+                typename P::Accumulator pairs[R][M];
+                if constexpr (RANGE == kNibbles) {
+                    unroll<R>([&](auto r) ALWAYS { unroll<M>([&](auto m) ALWAYS { pairs[r][m] = P::none(); }); });
+                }
+                auto& into = RANGE == kNibbles ? pairs : sum;
                 unroll<kSteps * P::kOperands>([&](auto index) ALWAYS {
                     constexpr int kNumber = (HALF ? 4 * half * P::kOperands : 0) + index;
                     typename P::Operand w[R];
                     unroll<R>([&](auto r) ALWAYS { w[r] = load<typename P::Operand>(from + (kNumber * R + r) * kVector); });
                     unroll<M>([&](auto m) ALWAYS {
                         unroll<R>([&](auto r) ALWAYS {
-                            sum[r][m] = P::template dot<WIDE>(sum[r][m], w[r], x + m * kRow + kNumber * 4);
+                            into[r][m] = P::template dot<RANGE>(into[r][m], w[r], x + m * kRow + kNumber * 4);
                         });
                     });
                 });
+                if constexpr (RANGE == kNibbles) {
+                    unroll<R>([&](auto r) ALWAYS {
+                        unroll<M>([&](auto m) ALWAYS { sum[r][m] = P::joined(sum[r][m], pairs[r][m]); });
+                    });
+                }
             }
             const int64_t group = plan.group_of(segment), factor = plan.factor(block, segment);
             unroll<R>([&](auto r) ALWAYS {

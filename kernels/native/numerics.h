@@ -16,6 +16,10 @@
 namespace aerogel {
 namespace UNIT {
 
+// What codes may be, where that takes other instructions: up to 15, so that the sums of a tile's eight steps fit in 16 bits
+// (8 * 2 * 15 * 127 = 30480); up to 127; up to 255.
+enum Range { kNibbles, kBytes, kWide };
+
 INLINE uint32_t word_of(const uint8_t* x) {
     uint32_t word;
     memcpy(&word, x, 4);
@@ -75,7 +79,7 @@ struct Exact {
         }
     }
 
-    template <bool WIDE>
+    template <Range>
     static INLINE Accumulator dot(const Accumulator& sum, const Operand& w, const uint8_t* x) {
         const __m512i pair = _mm512_set1_epi32(static_cast<int>(word_of(x)));
         Accumulator v;
@@ -85,8 +89,8 @@ struct Exact {
         return v;
     }
     template <int BITS>
-    static constexpr bool wide() {
-        return false;
+    static constexpr Range range() {
+        return kBytes;
     }
     static INLINE Accumulator none() { return zero_f(); }
     static INLINE F16 value(const Accumulator& sum) { return sum; }
@@ -113,13 +117,13 @@ struct Exact {
             });
         });
     }
-    template <bool WIDE>
+    template <Range>
     static INLINE Accumulator dot(const Accumulator& sum, const Operand& w, const uint8_t* x) {
         return multiply_add(w, spread<F16>(bits_to_float(word_of(x))), sum);
     }
     template <int BITS>
-    static constexpr bool wide() {
-        return false;
+    static constexpr Range range() {
+        return kBytes;
     }
     static INLINE Accumulator none() { return zero_f(); }
     static INLINE F16 value(const Accumulator& sum) { return sum; }
@@ -147,27 +151,39 @@ struct Int8 {
         if constexpr (BITS == 8) unroll<kParts>([&](auto p) ALWAYS { out[0].part[p] ^= 0x80808080u; });
 #endif
     }
-    template <bool WIDE>
+    template <Range RANGE>
     static INLINE Accumulator dot(const Accumulator& sum, const Operand& w, const uint8_t* x) {
         Accumulator v;
-        unroll<kParts>([&](auto p) ALWAYS { v.part[p] = dot_part<WIDE>(sum.part[p], w.part[p], word_of(x)); });
+        unroll<kParts>([&](auto p) ALWAYS { v.part[p] = dot_part<RANGE>(sum.part[p], w.part[p], word_of(x)); });
         return v;
     }
-    // Whether a code may exceed 127, where that takes other instructions.
     template <int BITS>
-    static constexpr bool wide() {
+    static constexpr Range range() {
 #if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512VNNI__)
-        return BITS == 8;
+        return BITS <= 4 ? kNibbles : BITS == 8 ? kWide : kBytes;
 #else
-        return false;
+        return kBytes;
 #endif
+    }
+    // With kNibbles, `dot` sums pairs in 16 bits; this adds such a sum to a whole one.
+    static INLINE Accumulator joined(const Accumulator& sum, const Accumulator& pairs) {
+        Accumulator v;
+        unroll<kParts>([&](auto p) ALWAYS {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+            v.part[p] = sum.part[p] + reinterpret_cast<NativeI>(
+                                          _mm256_madd_epi16(reinterpret_cast<__m256i>(pairs.part[p]), _mm256_set1_epi16(1)));
+#else
+            v.part[p] = sum.part[p] + pairs.part[p];
+#endif
+        });
+        return v;
     }
     static INLINE Accumulator none() { return zero_i(); }
     static INLINE F16 value(const Accumulator& sum) { return to_float(sum); }
 
 private:
-    // sum + the products of four bytes, unsigned weights and signed activations. WIDE: weights may exceed 127.
-    template <bool WIDE>
+    // sum + the products of four bytes, unsigned weights and signed activations.
+    template <Range RANGE>
     static INLINE NativeI dot_part(NativeI sum, NativeU w, uint32_t x) {
 #if defined(__AVX512VNNI__)
         return reinterpret_cast<NativeI>(_mm512_dpbusd_epi32(
@@ -179,7 +195,8 @@ private:
         const __m256i bytes = _mm256_set1_epi32(static_cast<int>(x)), ones = _mm256_set1_epi16(1);
         const __m256i codes = reinterpret_cast<__m256i>(w);
         __m256i total = reinterpret_cast<__m256i>(sum);
-        if constexpr (WIDE) {  // 2 * 255 * 127 does not fit in 16 bits: the top bit goes separately
+        if constexpr (RANGE == kNibbles) return reinterpret_cast<NativeI>(_mm256_add_epi16(total, _mm256_maddubs_epi16(codes, bytes)));
+        if constexpr (RANGE == kWide) {  // 2 * 255 * 127 does not fit in 16 bits: the top bit goes separately
             const __m256i top = _mm256_and_si256(codes, _mm256_set1_epi8(-128)), low = _mm256_andnot_si256(top, codes);
             total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(top, bytes), ones));
             total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(low, bytes), ones));
