@@ -18,6 +18,7 @@ GEMM: dict[str, str] = {
     "torch-int8-dynamic": "aerogel.kernels.gemm.torch_ops:Int8Dynamic",
     "cpu-int8": "aerogel.kernels.gemm.cpu:NativeInt8",
     "cpu": "aerogel.kernels.gemm.cpu:Native",
+    "cpu-lookup": "aerogel.kernels.gemm.cpu_lookup:NativeLookup",
     "torch-int4-cpu": "aerogel.kernels.gemm.torch_ops:Int4Cpu",
     "torch-int8-cpu": "aerogel.kernels.gemm.torch_ops:Int8Cpu",
     "triton": "aerogel.kernels.gemm.triton_linear:Triton",

@@ -10,6 +10,8 @@ width w is a row of 64-byte vectors, each of 8 / w steps of four columns:
 
     byte 4 * row + j, bits w * f .. w * f + w - 1   =   column 4 * (steps of earlier vectors + f) + j of that row
 
+A weight whose codes point into tables has strips of 4 rows and steps of 16 columns instead, see `pack/lookup.py`.
+
 Why: kernels/native/layout.h. This file is plain torch, so that a checkpoint in this layout can be written and read back on
 any machine. Columns beyond K hold code 0: their activations are zeros. Cost: b bits per padded weight.
 
@@ -33,22 +35,23 @@ def limbs(bits: int) -> list[int]:
     return [8] if bits == 8 else [width for width in (4, 2, 1) if bits & width]
 
 
-def shape_of(N: int, K: int, bits: int) -> tuple[int, int, int]:
+def shape_of(N: int, K: int, bits: int, strip: int = STRIP) -> tuple[int, int, int]:
     """The shape of `codes` for a weight [N, K]."""
-    return -(-N // STRIP), -(-K // TILE), 64 * bits
+    return -(-N // strip), -(-K // (STRIP * TILE // strip)), 64 * bits
 
 
-def pack_codes(values_NK: Tensor, bits: int) -> Tensor:
-    """Signed codes int8 [N, K] of `bits` bits -> uint8 [strips, tiles, 64 * bits]."""
+def pack_codes(values_NK: Tensor, bits: int, strip: int = STRIP) -> Tensor:
+    """Signed codes int8 [N, K] of `bits` bits -> uint8 [strips, tiles, 64 * bits], strips of `strip` rows."""
     N, K = values_NK.shape
-    packed = torch.empty(shape_of(N, K, bits), dtype=torch.uint8, device=values_NK.device)
+    packed = torch.empty(shape_of(N, K, bits, strip), dtype=torch.uint8, device=values_NK.device)
+    step = 64 // strip
     for start in range(0, N, ROWS_AT_ONCE):
         rows = values_NK[start : start + ROWS_AT_ONCE]
         unsigned = torch.add(rows, 1 << (bits - 1), out=torch.empty(rows.shape, dtype=torch.int16, device=rows.device))
-        padded = torch.nn.functional.pad(unsigned.to(torch.uint8), (0, -K % TILE, 0, -len(rows) % STRIP))
-        # [S, 16, T, step, j] -> [S, T, step, 16, j]: the bytes of a vector are row and j.
-        steps = padded.reshape(-1, STRIP, packed.shape[1], 8, 4).permute(0, 2, 3, 1, 4)
-        packed[start // STRIP : start // STRIP + steps.shape[0]] = _tile_bytes(steps, bits)
+        padded = torch.nn.functional.pad(unsigned.to(torch.uint8), (0, -K % (8 * step), 0, -len(rows) % strip))
+        # [S, row, T, step, j] -> [S, T, step, row, j]: the bytes of a vector are row and j.
+        steps = padded.reshape(-1, strip, packed.shape[1], 8, step).permute(0, 2, 3, 1, 4)
+        packed[start // strip : start // strip + steps.shape[0]] = _tile_bytes(steps.flatten(3), bits)
     return packed
 
 
@@ -90,25 +93,25 @@ def _exchanged(words: Tensor, bits: int) -> Tensor:
     return words
 
 
-def unpack_codes(packed: Tensor, bits: int, N: int, K: int) -> Tensor:
+def unpack_codes(packed: Tensor, bits: int, N: int, K: int, strip: int = STRIP) -> Tensor:
     """The inverse of `pack_codes`: int8 [N, K]."""
     values_NK = torch.empty(N, K, dtype=torch.int8, device=packed.device)
     for start in range(0, N, ROWS_AT_ONCE):
-        part = packed[start // STRIP : (start + ROWS_AT_ONCE) // STRIP]
-        steps = _tile_codes(part, bits)
-        rows = steps.permute(0, 3, 1, 2, 4).reshape(part.shape[0] * STRIP, -1)
+        part = packed[start // strip : (start + ROWS_AT_ONCE) // strip]
+        steps = _tile_codes(part, bits).reshape(*part.shape[:2], 8, strip, 64 // strip)
+        rows = steps.permute(0, 3, 1, 2, 4).reshape(part.shape[0] * strip, -1)
         signed = rows.to(torch.int16) - (1 << (bits - 1))
         values_NK[start : start + ROWS_AT_ONCE] = signed.to(torch.int8)[: min(ROWS_AT_ONCE, N - start), :K]
     return values_NK
 
 
-def pack_factors(factors_NG: Tensor) -> Tensor:
-    """Scales or zero points [N, G] -> [strips, G, 16], zeros in the rows beyond N."""
+def pack_factors(factors_NG: Tensor, strip: int = STRIP) -> Tensor:
+    """Scales or zero points [N, G] -> [strips, G, strip], zeros in the rows beyond N."""
     N, G = factors_NG.shape
     # Padding bytes rather than numbers works for every type.
-    padded = torch.zeros(-(-N // STRIP) * STRIP, G, dtype=factors_NG.dtype, device=factors_NG.device)
+    padded = torch.zeros(-(-N // strip) * strip, G, dtype=factors_NG.dtype, device=factors_NG.device)
     padded[:N] = factors_NG
-    return padded.reshape(-1, STRIP, G).transpose(1, 2).contiguous()
+    return padded.reshape(-1, strip, G).transpose(1, 2).contiguous()
 
 
 def unpack_factors(packed: Tensor, N: int) -> Tensor:
@@ -117,11 +120,11 @@ def unpack_factors(packed: Tensor, N: int) -> Tensor:
 
 
 def _tile_bytes(steps: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [S, T, 8 steps, 16, 4] -> bytes [S, T, 64 * bits]."""
+    """Codes uint8 [S, T, 8 steps, 64] -> bytes [S, T, 64 * bits]."""
     found, value = [], 0
     for width in limbs(bits):
         per = 8 // width
-        field = ((steps >> value) & ((1 << width) - 1)).reshape(*steps.shape[:2], width, per, STRIP, 4)
+        field = ((steps >> value) & ((1 << width) - 1)).reshape(*steps.shape[:2], width, per, 64)
         vectors = field[:, :, :, 0].clone()
         for f in range(1, per):
             vectors |= field[:, :, :, f] << (width * f)
@@ -131,15 +134,15 @@ def _tile_bytes(steps: Tensor, bits: int) -> Tensor:
 
 
 def _tile_codes(packed: Tensor, bits: int) -> Tensor:
-    """Bytes [S, T, 64 * bits] -> codes uint8 [S, T, 8 steps, 16, 4]."""
+    """Bytes [S, T, 64 * bits] -> codes uint8 [S, T, 8 steps, 64]."""
     S, T = packed.shape[:2]
-    steps = torch.zeros(S, T, 8, STRIP, 4, dtype=torch.uint8, device=packed.device)
+    steps = torch.zeros(S, T, 8, 64, dtype=torch.uint8, device=packed.device)
     begin, value = 0, 0
     for width in limbs(bits):
         per, size = 8 // width, 64 * width
-        vectors = packed[:, :, begin : begin + size].reshape(S, T, width, 1, STRIP, 4)
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device).reshape(per, 1, 1)
+        vectors = packed[:, :, begin : begin + size].reshape(S, T, width, 1, 64)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device).reshape(per, 1)
         fields = (vectors >> shifts) & ((1 << width) - 1)
-        steps |= fields.reshape(S, T, 8, STRIP, 4) << value
+        steps |= fields.reshape(S, T, 8, 64) << value
         begin, value = begin + size, value + width
     return steps

@@ -24,11 +24,12 @@ from torch import Tensor, fx
 
 from aerogel.kernels.decode import native_ops
 from aerogel.kernels.decode.trace import CannotTrace, Seen
+from aerogel.kernels.gemm import cpu_lookup
 from aerogel.kernels.gemm.cpu import Native, structs
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 
-KINDS = {"gemm": 0, "attend": 1, "norm": 2, "gate": 3}
+KINDS = {"gemm": 0, "attend": 1, "norm": 2, "gate": 3, "lookup": 4}
 _OWN = {getattr(torch.ops.aerogel, name).default: name for name in ("attend", "add_rms_norm", "rms_norm", "gate")}
 FEWEST = 8
 """Native operations below which the plain function is as good."""
@@ -147,18 +148,29 @@ class NativeProgram:
     def _linear(self, node: fx.Node, module: Linear, x: Tensor) -> Tensor | None:
         problem = module._problem
         kernel = module._kernel
-        if problem is None or not issubclass(kernel, Native) or module.column_order is not None:
+        if problem is None or not issubclass(kernel, (Native, cpu_lookup.NativeLookup)) or module.column_order is not None:
             return None
         if x.dtype is not problem.dtype or not x.is_contiguous():
             return None
         layout, y = module._tensors(), _place(node)
         rows = x.view(-1, problem.K)
+        if not issubclass(kernel, Native):
+            return self._lookup(rows, layout, module.bias, y, problem.grid.group_size or 0)
         weight, call = structs(
             rows, layout["codes"], layout["scale"], layout.get("zero"), module.bias, y, problem.N, problem.grid.group_size or 0,
             library.NUMERICS[kernel.numerics],
         )  # fmt: skip
         library.check(library.library().aerogel_native_check(ctypes.byref(weight)), "a packed weight")
         self._queue("gemm", weight, call, layout, module.bias, rows, y)
+        return y
+
+    def _lookup(self, rows: Tensor, layout: dict[str, Tensor], bias: Tensor | None, y: Tensor, group: int) -> Tensor | None:
+        if len(rows) > cpu_lookup.MOST_TOKENS:
+            return None
+        weight = cpu_lookup.struct_of(layout, y.shape[-1], rows.shape[1], group)
+        call = cpu_lookup.call_of(rows, bias, y, cpu_lookup.numerics_of(rows.dtype))
+        library.check(library.library().aerogel_native_lookup_check(ctypes.byref(weight)), "a weight of tables")
+        self._queue("lookup", weight, call, layout, bias, rows, y)
         return y
 
     def _rms_norm(self, node: fx.Node, x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor | None:

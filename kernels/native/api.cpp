@@ -57,7 +57,7 @@ thread_local volatile uint64_t kept_sum;  // what a reader found: without a use 
 
 }  // namespace
 
-int32_t aerogel_native_version() { return 3; }
+int32_t aerogel_native_version() { return 4; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });
@@ -120,6 +120,9 @@ int32_t aerogel_native_program(const Operation* operations, int64_t count, int64
                 status = aerogel_native_gemm(static_cast<const Weight*>(each.arguments), static_cast<const Call*>(each.more));
                 break;
             case kAttend: status = aerogel_native_attend(static_cast<const Attend*>(each.arguments)); break;
+            case kLookup:
+                status = aerogel_native_lookup(static_cast<const Lookup*>(each.arguments), static_cast<const Call*>(each.more));
+                break;
             case kNorm: status = aerogel_native_norm(static_cast<const Norm*>(each.arguments)); break;
             case kGate: status = aerogel_native_gate(static_cast<const Gate*>(each.arguments)); break;
             default: break;

@@ -1,6 +1,7 @@
 // The C boundary: what Python calls. Every pointer comes with its size and is checked before anything is read.
 #pragma once
 #include "layout.h"
+#include "lookup.h"
 #include "step_structs.h"
 
 #define PUBLIC __attribute__((visibility("default")))
@@ -22,6 +23,13 @@ PUBLIC int32_t aerogel_native_gemm(const aerogel::Weight* weight, const aerogel:
 
 // One weight's view of the same, for callers that keep structs: returns a Status without reading the weight.
 PUBLIC int32_t aerogel_native_check(const aerogel::Weight* weight);
+
+// The same for weights that are tables, see lookup.h; `check` also looks at every pick, which `lookup` relies on. `decode`
+// writes rows first .. first + count - 1 as float32 [count, columns]: whole strips, or up to the last row.
+PUBLIC int32_t aerogel_native_lookup(const aerogel::Lookup* weight, const aerogel::Call* call);
+PUBLIC int32_t aerogel_native_lookup_check(const aerogel::Lookup* weight);
+PUBLIC int32_t aerogel_native_lookup_decode(const aerogel::Lookup* weight, int64_t first, int64_t count, int32_t threads,
+                                            void* to, int64_t bytes);
 
 // Small operations of a decode step on the best path of this machine; arguments: step_structs.h. Return a Status.
 PUBLIC int32_t aerogel_native_attend(const aerogel::Attend* arguments);

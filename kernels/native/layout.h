@@ -43,6 +43,7 @@ enum Status : int32_t {
     kNoSuchPath = 9,
     kTruncatedActivations = 10,
     kOutOfMemory = 11,
+    kBadTable = 12,
 };
 
 struct Weight {

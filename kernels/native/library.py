@@ -16,7 +16,7 @@ import torch
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.native.build import FOLDER, LIBRARY
 
-VERSION = 3
+VERSION = 4
 """Of the C interface: structs, codes and layout."""
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -35,6 +35,7 @@ STATUS = {
     8: "codes must begin at a multiple of 64 bytes and other tensors at a multiple of their element",
     9: "this machine or this build has no such instruction-set path",
     10: "activations, result or bias have another size than the shapes imply",
+    12: "the tables have another size than their number implies, or a group picks one that is not there",
 }
 OUT_OF_MEMORY = 11
 
@@ -45,6 +46,19 @@ class Weight(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero")),
         *((name, ctypes.c_int64) for name in ("codes_bytes", "scale_bytes", "zero_bytes", "rows", "columns", "group")),
+        ("bits", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+    ]
+
+
+class Lookup(ctypes.Structure):
+    """A packed weight whose codes point into tables; kernels/native/lookup.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "pick", "number", "fixed", "unit")),
+        *((name + "_bytes", ctypes.c_int64) for name in ("codes", "scale", "pick", "number", "fixed", "unit")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "group", "tables")),
+        ("factor", ctypes.c_float),
         ("bits", ctypes.c_int32),
         ("scale_type", ctypes.c_int32),
     ]
@@ -77,6 +91,11 @@ def _load() -> ctypes.CDLL | str:
     if version != VERSION:
         return f"was compiled from other sources (version {version}, wanted {VERSION}); reinstall aerogel"
     library.aerogel_native_gemm.argtypes = [ctypes.POINTER(Weight), ctypes.POINTER(Call)]
+    library.aerogel_native_lookup.argtypes = [ctypes.POINTER(Lookup), ctypes.POINTER(Call)]
+    library.aerogel_native_lookup_check.argtypes = [ctypes.POINTER(Lookup)]
+    library.aerogel_native_lookup_decode.argtypes = [
+        *(ctypes.POINTER(Lookup), ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64),
+    ]
     library.aerogel_native_check.argtypes = [ctypes.POINTER(Weight)]
     library.aerogel_native_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     library.aerogel_native_read.restype = ctypes.c_double

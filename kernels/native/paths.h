@@ -1,6 +1,7 @@
 // The instruction-set paths and what each runs. A path that was not compiled in has null functions.
 #pragma once
 #include "layout.h"
+#include "lookup.h"
 #include "step_structs.h"
 
 namespace aerogel {
@@ -9,11 +10,18 @@ enum Path : int32_t { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx5
 
 using Run = Status (*)(const Weight&, const Call&);
 
+struct LookupRuns {
+    Status (*real)(const Lookup&, const Call&);
+    Status (*fixed)(const Lookup&, const Call&);
+    Status (*decode)(const Lookup&, int64_t first, int64_t count, int threads, float* to);
+};
+
 struct Step {
     Status (*attend)(const Attend&);
     Status (*norm)(const Norm&);
     Status (*gate)(const Gate&);
     uint64_t (*read)(const void* memory, int64_t bytes);  // reads multiples of 256 bytes, returns something of all of them
+    LookupRuns lookup;
 };
 
 struct PathEntry {

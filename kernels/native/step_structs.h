@@ -34,8 +34,8 @@ struct Gate {
     int32_t type;
 };
 
-// One operation of a program: a matmul (Weight and Call) or one of the above.
-enum Kind : int32_t { kGemm = 0, kAttend = 1, kNorm = 2, kGate = 3 };
+// One operation of a program: a matmul (Weight or Lookup, and Call) or one of the above.
+enum Kind : int32_t { kGemm = 0, kAttend = 1, kNorm = 2, kGate = 3, kLookup = 4 };
 
 struct Operation {
     int32_t kind, reserved;

@@ -1,6 +1,7 @@
 // AVX-512 with the int8 dot product: Cascade Lake, Zen 4 and later.
 #define UNIT avx512
 #include "gemm.h"
+#include "lookup_kernel.h"
 #include "paths.h"
 #include "step.h"
 
@@ -9,6 +10,9 @@ namespace aerogel {
 Status exact_avx512(const Weight& weight, const Call& call) { return avx512::run<avx512::Exact>(weight, call); }
 Status int8_avx512(const Weight& weight, const Call& call) { return avx512::run<avx512::Int8>(weight, call); }
 extern const Step step_avx512;
-const Step step_avx512 = {avx512::attend, avx512::norm, avx512::gate, avx512::read_all};
+const Step step_avx512 = {
+    avx512::attend, avx512::norm, avx512::gate, avx512::read_all,
+    {avx512::lookup<avx512::Real>, avx512::lookup<avx512::Fixed>, avx512::lookup_decode},
+};
 
 }  // namespace aerogel

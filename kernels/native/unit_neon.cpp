@@ -1,6 +1,7 @@
 // AArch64 with the int8 dot product: Armv8.2 and later.
 #define UNIT neon
 #include "gemm.h"
+#include "lookup_kernel.h"
 #include "paths.h"
 #include "step.h"
 
@@ -9,6 +10,9 @@ namespace aerogel {
 Status exact_neon(const Weight& weight, const Call& call) { return neon::run<neon::Exact>(weight, call); }
 Status int8_neon(const Weight& weight, const Call& call) { return neon::run<neon::Int8>(weight, call); }
 extern const Step step_neon;
-const Step step_neon = {neon::attend, neon::norm, neon::gate, neon::read_all};
+const Step step_neon = {
+    neon::attend, neon::norm, neon::gate, neon::read_all,
+    {neon::lookup<neon::Real>, neon::lookup<neon::Fixed>, neon::lookup_decode},
+};
 
 }  // namespace aerogel

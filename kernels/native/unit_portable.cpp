@@ -1,6 +1,7 @@
 // Portable C++: what every machine runs. The compiler vectorises four lanes at a time where it can.
 #define UNIT portable
 #include "gemm.h"
+#include "lookup_kernel.h"
 #include "paths.h"
 #include "step.h"
 
@@ -9,6 +10,9 @@ namespace aerogel {
 Status exact_portable(const Weight& weight, const Call& call) { return portable::run<portable::Exact>(weight, call); }
 Status int8_portable(const Weight& weight, const Call& call) { return portable::run<portable::Int8>(weight, call); }
 extern const Step step_portable;
-const Step step_portable = {portable::attend, portable::norm, portable::gate, portable::read_all};
+const Step step_portable = {
+    portable::attend, portable::norm, portable::gate, portable::read_all,
+    {portable::lookup<portable::Real>, portable::lookup<portable::Fixed>, portable::lookup_decode},
+};
 
 }  // namespace aerogel

@@ -9,20 +9,29 @@ from torch import fx, nn
 from aerogel.kernels.decode import ops
 from aerogel.kernels.decode.native_program import NativeProgram
 from aerogel.kernels.decode.trace import CannotTrace, Seen
+from aerogel.kernels.gemm.cpu_lookup import NativeLookup
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
+from aerogel.kernels.problem import Problem
+from aerogel.quantize.formats.nf4 import Nf4
 from aerogel.quantize.grids import IntGrid, quantized
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
 
-def linear(N: int, K: int, dtype: torch.dtype) -> Linear:
+def linear(N: int, K: int, dtype: torch.dtype, tables: bool) -> Linear:
     grid = IntGrid(bits=4, group_size=32)
     weight = torch.randn(N, K) / K**0.5
-    return Linear.from_codes(quantized(grid, weight, grid.fit(weight)), dtype=dtype)
+    layer = Linear.from_codes(quantized(grid, weight, grid.fit(weight)), dtype=dtype)
+    if tables:
+        nf4 = Nf4(group_size=32)
+        problem = Problem(format="any", grid=nf4, N=N, K=K, dtype=dtype)
+        packed = NativeLookup.pack(quantized(nf4, weight, nf4.fit(weight)), problem)
+        layer.adopt(packed, "cpu-lookup", NativeLookup, problem)
+    return layer
 
 
-def chain(dtype: torch.dtype, layers: int = 4) -> tuple[fx.GraphModule, list[Linear], torch.Tensor]:
+def chain(dtype: torch.dtype, layers: int = 4, tables: bool = False) -> tuple[fx.GraphModule, list[Linear], torch.Tensor]:
     """x -> (norm -> up -> gate -> down -> add) repeated, with a view and an operator that only torch has in between."""
     graph, root, modules = fx.Graph(), nn.Module(), []
     weight = torch.rand(64).to(dtype) + 0.5
@@ -36,7 +45,7 @@ def chain(dtype: torch.dtype, layers: int = 4) -> tuple[fx.GraphModule, list[Lin
     norm = graph.get_attr("weight")
     h = x
     for _ in range(layers):
-        up, down = linear(96, 64, dtype), linear(64, 96, dtype)
+        up, down = linear(96, 64, dtype, tables), linear(64, 96, dtype, tables)
         modules += [up, down]
         y = seen(graph.call_function(torch.ops.aerogel.rms_norm.default, (h, norm, 1e-5, True)), 1, 1, 64)
         wide = seen(graph.call_function(up.forward, (y,)), 1, 1, 96)
@@ -58,8 +67,9 @@ def plain(x: torch.Tensor, modules: list[Linear], weight: torch.Tensor) -> torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_it_computes_what_the_function_computes(dtype: torch.dtype) -> None:
-    graph, modules, weight = chain(dtype)
+@pytest.mark.parametrize("tables", [False, True], ids=["integers", "tables"])
+def test_it_computes_what_the_function_computes(dtype: torch.dtype, tables: bool) -> None:
+    graph, modules, weight = chain(dtype, tables=tables)
     program = NativeProgram(graph)
     assert program.operators == 16
     results = []

@@ -1,0 +1,187 @@
+"""The matmul with a weight whose codes point into tables, on a CPU: numbers come from byte lookups in registers.
+
+    W[n, k] = table[t][code[n, k]] * (s[n, g] * factor)        2 to 4 bits; one table, one per row, or one picked per group
+
+NF4, floats of 3 and 4 bits with any scales (MXFP4, NVFP4), BitMoD and free tables take the same time, because every row
+of a register has a table of its own (kernels/native/lookup.h). Two kinds of arithmetic:
+
+    float32, float16    products and sums in float32
+    bfloat16            activations and numbers rounded to integers of 15 bits, with one scale per token and 128 columns and one
+                        per table; products exact. The error is below 1e-4, 3e-4 where one activation is 300 times the others;
+                        rounding the result to bfloat16 costs 2e-3.
+
+Beyond `MOST_TOKENS` tokens some rows at a time are decoded into float32 and torch multiplies. Layout: `aerogel.pack.lookup`.
+
+Shape legend: M tokens, N out features, K in features, G groups along K, T tables.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import BadInput
+from aerogel.kernels.native import library
+from aerogel.kernels.problem import Kernel, Layout, Problem
+from aerogel.pack import lookup
+from aerogel.quantize.codes import Codes
+from aerogel.quantize.scales import TYPES
+from aerogel.quantize.tables import TableGrid
+
+BITS = (2, 3, 4)
+GROUP_STEP = 16
+MOST_TOKENS = 24
+CHUNK_ELEMENTS = 1 << 20
+"""Weights decoded at a time: 4 MB, which the last-level cache holds."""
+SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4}
+NUMERICS = {"exact": 0, "fixed": 2}
+
+
+class NativeLookup(Kernel):
+    """Compiled CPU kernel for codes of 2 to 4 bits that point into tables."""
+
+    about: ClassVar[str] = "compiled for the CPU: codes of 2 to 4 bits into any tables, by lookups of bytes"
+
+    @staticmethod
+    def refuses(problem: Problem) -> str | None:
+        """Anything but such a table on a CPU; everything where the library was not compiled."""
+        grid = problem.grid
+        if problem.device != "cpu":
+            return f"runs on the CPU only, not on {problem.device}"
+        if not isinstance(grid, TableGrid) or grid.bits not in BITS:
+            return "runs tables of 2 to 4 bits only"
+        if grid.shared_rows != 1 or grid.scale_dtype not in TYPES.values():
+            return "wants scales for every output"
+        if problem.activations != "none":
+            return f"is weight-only, activations are {problem.activations}"
+        if problem.dtype not in library.TYPES:
+            return f"activations must be float32, float16 or bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
+        if grid.group_size is not None and grid.group_size % GROUP_STEP and grid.group_size < problem.K:
+            return f"group_size must be a multiple of {GROUP_STEP}, or null, found {grid.group_size}"
+        return library.missing()
+
+    @staticmethod
+    def runs_stored(problem: Problem) -> bool:
+        """Its own layout."""
+        return False
+
+    @staticmethod
+    def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
+        """See `aerogel.pack.lookup`; the picks are checked here, and never again."""
+        layout = lookup.tensors_of(codes)
+        weight = struct_of(layout, problem.N, problem.K, problem.grid.group_size or 0)
+        library.check(library.library().aerogel_native_lookup_check(ctypes.byref(weight)), "a weight of tables")
+        return layout
+
+    @staticmethod
+    def unpack(layout: Layout, problem: Problem) -> Codes:
+        """The same codes, scales, tables and factor."""
+        grid = problem.grid
+        per_row = "pick" not in layout and len(layout["number"]) > 1
+        return lookup.codes_of(dict(layout), grid, problem.N, problem.K, per_row, getattr(grid, "two_level", False))
+
+    @staticmethod
+    def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
+        """One call of the library, or a few with torch's matmul between them where there are many tokens."""
+        group = problem.grid.group_size or 0
+        if len(x_MK) > MOST_TOKENS:
+            return decoded(x_MK, layout, bias_N, problem.N, group)
+        return linear(x_MK, layout, bias_N, problem.N, group, numerics_of(x_MK.dtype))
+
+
+def numerics_of(dtype: torch.dtype) -> str:
+    """The arithmetic for activations of this type."""
+    return "fixed" if dtype == torch.bfloat16 else "exact"
+
+
+def linear(
+    x_MK: Tensor,
+    layout: Layout,
+    bias_N: Tensor | None,
+    N: int,
+    group: int,
+    numerics: str,
+    path: int = -1,
+    threads: int | None = None,
+) -> Tensor:
+    """x @ W.T (+ bias), [M, N] in x's dtype, through the compiled kernel.
+
+    Args:
+        x_MK: float32, float16 or bfloat16 [M, K], contiguous.
+        layout: the tensors of `aerogel.pack.lookup`, whose picks `NativeLookup.pack` has checked.
+        bias_N: [N] of any of the three types, or None.
+        N, group: out features; columns that share a scale, 0 for all.
+        numerics: "exact" (float32 products) or "fixed" (15-bit integers).
+        path: an index of `library.PATHS`, -1 for the best this machine has.
+        threads: torch's number of threads unless given.
+
+    Raises:
+        BadInput: tensors whose sizes, types or alignment do not agree. Nothing has been read then.
+    """
+    M, K = x_MK.shape
+    y_MN = torch.empty(M, N, dtype=x_MK.dtype)
+    weight = struct_of(layout, N, K, group)
+    call = call_of(x_MK, bias_N, y_MN, numerics, path, threads)
+    status = library.library().aerogel_native_lookup(ctypes.byref(weight), ctypes.byref(call))
+    library.check(status, f"a weight of tables [{N}, {K}]")
+    return y_MN
+
+
+def decoded(x_MK: Tensor, layout: Layout, bias_N: Tensor | None, N: int, group: int) -> Tensor:
+    """The same for many tokens, in float32: rows of W are decoded and multiplied, a few hundred at a time."""
+    wide_MK, K = x_MK.float(), x_MK.shape[1]
+    weight = struct_of(layout, N, K, group)
+    y_MN = torch.empty(len(x_MK), N, dtype=x_MK.dtype)
+    step = max(lookup.STRIP, CHUNK_ELEMENTS // max(K, 1) // lookup.STRIP * lookup.STRIP)
+    rows = torch.empty(min(step, N), K)
+    for start in range(0, N, step):
+        part = rows[: min(step, N - start)]
+        status = library.library().aerogel_native_lookup_decode(
+            ctypes.byref(weight), start, len(part), torch.get_num_threads(), part.data_ptr(), part.nbytes
+        )
+        library.check(status, f"a weight of tables [{N}, {K}]")
+        bias = None if bias_N is None else bias_N[start : start + len(part)].float()
+        y_MN[:, start : start + len(part)] = torch.nn.functional.linear(wide_MK, part, bias)
+    return y_MN
+
+
+def struct_of(layout: Layout, N: int, K: int, group: int) -> library.Lookup:
+    """The weight as the library takes it, valid while the tensors live. Raises `BadInput` for other tensors."""
+    pick = layout.get("pick")
+    held = [layout[name] for name in ("codes", "scale", "number", "fixed", "unit")]
+    if any(not tensor.is_contiguous() or tensor.device.type != "cpu" for tensor in held):
+        raise BadInput("a CPU matmul wants contiguous tensors in main memory; call .contiguous() and .cpu() on them")
+    codes, scale, number, fixed, unit = held
+    if codes.dtype != torch.uint8 or scale.dtype not in SCALES or unit.dtype != torch.float32:
+        raise BadInput(f"a weight of tables wants uint8 codes and float scales, found {codes.dtype} and {scale.dtype}")
+    where = [None if tensor is None else tensor.data_ptr() for tensor in (codes, scale, pick, number, fixed, unit)]
+    sizes = [0 if tensor is None else tensor.nbytes for tensor in (codes, scale, pick, number, fixed, unit)]
+    factor = float(layout["factor"])
+    return library.Lookup(*where, *sizes, N, K, group, len(number), factor, codes.shape[-1] // 64, SCALES[scale.dtype])
+
+
+def call_of(
+    x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor, numerics: str, path: int = -1, threads: int | None = None
+) -> library.Call:
+    """Activations, bias and result as the library takes them, valid while the tensors live. Raises `BadInput` for others."""
+    kinds = library.TYPES
+    for tensor in (x_MK, y_MN, *([] if bias_N is None else [bias_N])):
+        if tensor.dtype not in kinds or not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise BadInput(f"a CPU matmul wants contiguous float tensors in main memory, found {tensor.dtype}; cast it")
+    return library.Call(
+        x_MK.data_ptr(),
+        None if bias_N is None else bias_N.data_ptr(),
+        y_MN.data_ptr(),
+        x_MK.nbytes,
+        y_MN.nbytes,
+        0 if bias_N is None else bias_N.nbytes,
+        len(x_MK),
+        kinds[x_MK.dtype],
+        0 if bias_N is None else kinds[bias_N.dtype],
+        NUMERICS[numerics],
+        path,
+        threads or torch.get_num_threads(),
+    )
