@@ -6,6 +6,10 @@ FORMATS: dict[str, str] = {
     "pack-quantized": "aerogel.pack.pack_quantized:PackQuantized",
     "int-quantized": "aerogel.pack.int_quantized:IntQuantized",
     "float-quantized": "aerogel.pack.float_quantized:FloatQuantized",
+    "nvfp4-pack-quantized": "aerogel.pack.microscaling:Nvfp4Packed",
+    "mxfp4-pack-quantized": "aerogel.pack.microscaling:Mxfp4Packed",
+    "mxfp8-quantized": "aerogel.pack.microscaling:Mxfp8",
+    "table-packed": "aerogel.pack.table_packed:TablePacked",
 }
 """Format name to a `"module:Name"` string; each is a class that implements `aerogel.pack.format.Format`."""
 

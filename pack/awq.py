@@ -33,7 +33,7 @@ NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
 class Awq(Source):
     """A `quantization_config` with `quant_method: awq`."""
 
-    suffixes: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales"})
+    suffixes: frozenset[str] = frozenset({"qweight", "qzeros", "scales"})
     markers: ClassVar[frozenset[str]] = frozenset({"qweight"})
     index: ClassVar[str] = "g_idx"
 

@@ -1,9 +1,10 @@
 """Reads checkpoints in the compressed-tensors layout: ours, and what llm-compressor and others wrote.
 
 Formats: pack-quantized (symmetric and not, per group or channel, with or without activation order), int-quantized,
-float-quantized (e4m3) and naive-quantized, which stores the same as the latter two. What differs from the files we write
-is brought into their shape: one scale for a whole tensor, zero points that are not packed, a `weight_g_idx`. Formats with
-float codes below 8 bits (nvfp4, mxfp4), static activations, KV-cache schemes and transforms are refused by name.
+float-quantized (e4m3), naive-quantized, which stores the same as the latter two, the microscaling formats (NVFP4, MXFP4,
+MXFP8) and our own table-packed. What differs from the files we write
+is brought into their shape: one scale for a whole tensor, zero points that are not packed, a `weight_g_idx`. Static
+activations, KV-cache schemes and transforms are refused by name.
 
 Shape legend: N out features, K in features, G groups along K.
 """
@@ -23,14 +24,12 @@ from aerogel.pack.format import take
 from aerogel.pack.scheme import NOT_SERVED, NotServed, Scheme, parse_group
 from aerogel.pack.source import Columns, Source, arranged, integer_grid, scale_dtype
 from aerogel.quantize.grids import Fp8Grid
+from aerogel.quantize.tables import TableGrid
 
 
 class CompressedTensors(Source):
     """A `quantization_config` with `config_groups`."""
 
-    suffixes: ClassVar[frozenset[str]] = frozenset(
-        {"weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"}
-    )
     markers: ClassVar[frozenset[str]] = frozenset({"weight_packed", "weight_scale"})
     index: ClassVar[str] = "weight_g_idx"
 
@@ -47,6 +46,8 @@ class CompressedTensors(Source):
         self._groups: Mapping[str, Mapping[str, Any]] = groups
         self._format = config.get("format")
         self._schemes = {name: parse_group(group, self._format) for name, group in groups.items()}
+        local_names = (format_of(scheme.format).names for scheme in self._schemes.values())
+        self.suffixes = frozenset({self.index}).union(*local_names)
 
     def scheme(self, names: Sequence[str], header: Mapping[str, torch.dtype], class_names: Sequence[str]) -> Scheme:
         """The scheme of the group that claims the weight; with a single group, that one."""
@@ -60,6 +61,8 @@ class CompressedTensors(Source):
                 " add its name to the targets of its group in config.json"
             )
         scheme = self._schemes[next(name for name, held in self._groups.items() if held is group)]
+        if isinstance(scheme.grid, TableGrid):
+            return scheme  # its config says the type of its scales
         return scheme.with_scale_dtype(scale_dtype(header, "weight_scale", names[0]))
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Columns:
@@ -69,6 +72,8 @@ class CompressedTensors(Source):
             # Loaders may hand an e4m3 tensor over in a wider type; going back is exact.
             tensors = {**tensors, "weight": tensors["weight"].to(torch.float8_e4m3fn)}
             tensors["weight_scale"] = _fp8_scale(tensors["weight_scale"], scheme.grid)
+            return Columns(fmt.to_codes(tensors, scheme.grid))
+        if isinstance(scheme.grid, TableGrid):
             return Columns(fmt.to_codes(tensors, scheme.grid))
         tensors = _regular(tensors, scheme)
         codes = fmt.to_codes(tensors, scheme.grid)

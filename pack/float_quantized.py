@@ -31,7 +31,7 @@ from aerogel.pack.format import (
     take,
     with_bias,
 )
-from aerogel.pack.scheme import activation_arguments, config_group, weight_arguments
+from aerogel.pack.scheme import activation_arguments, config_group, parse_fp8, weight_arguments
 from aerogel.quantize.grids import BLOCK, Codes, Fp8Grid
 
 
@@ -99,6 +99,11 @@ class FloatQuantized(Format):
         if reason:
             raise BadInput(reason)
         return config_group("float-quantized", weight_arguments(grid), activation_arguments(grid, activations))
+
+    @staticmethod
+    def parse(weights: Mapping[str, Any]) -> Grid:
+        """The grid of a config group's weights."""
+        return parse_fp8(weights)
 
 
 def _scale_shape(N: int, K: int, grid: Fp8Grid) -> tuple[int, ...]:

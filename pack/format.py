@@ -48,6 +48,10 @@ class Format(ABC):
 
     name: ClassVar[str]
     tolerance: ClassVar[Tolerance]
+    names: ClassVar[frozenset[str]] = frozenset(
+        {"weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"}
+    )
+    """Local names that its tensors may have."""
 
     @staticmethod
     @abstractmethod
@@ -73,6 +77,12 @@ class Format(ABC):
     @abstractmethod
     def config(grid: Grid, activations: Activations = "none") -> dict[str, Any]:
         """The compressed-tensors config group of this format, without its targets. Raises `BadInput` as `refuses` says."""
+
+    @staticmethod
+    @abstractmethod
+    def parse(weights: Mapping[str, Any]) -> Grid:
+        """The grid that `weights` of a config group describes, the inverse of `config`; its `scale_dtype` is a guess where
+        the config does not say it. Raises `NotServed` for numbers that the format does not hold."""
 
     @staticmethod
     @abstractmethod

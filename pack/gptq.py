@@ -33,7 +33,7 @@ from aerogel.quantize.grids import IntGrid
 class Gptq(Source):
     """A `quantization_config` with `quant_method: gptq`."""
 
-    suffixes: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+    suffixes: frozenset[str] = frozenset({"qweight", "qzeros", "scales", "g_idx"})
     markers: ClassVar[frozenset[str]] = frozenset({"qweight"})
     index: ClassVar[str] = "g_idx"
 

@@ -32,7 +32,7 @@ from aerogel.pack.format import (
     take,
     with_bias,
 )
-from aerogel.pack.scheme import activation_arguments, config_group, weight_arguments
+from aerogel.pack.scheme import activation_arguments, config_group, parse_integers, weight_arguments
 from aerogel.quantize.grids import Codes, IntGrid
 
 
@@ -97,6 +97,11 @@ class IntQuantized(Format):
         if reason:
             raise BadInput(reason)
         return config_group("int-quantized", weight_arguments(grid), activation_arguments(grid, activations))
+
+    @staticmethod
+    def parse(weights: Mapping[str, Any]) -> Grid:
+        """The grid of a config group's weights."""
+        return parse_integers(weights)
 
 
 def _integer(grid: Grid) -> IntGrid:

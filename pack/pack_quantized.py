@@ -35,7 +35,7 @@ from aerogel.pack.format import (
     take,
     with_bias,
 )
-from aerogel.pack.scheme import config_group, weight_arguments
+from aerogel.pack.scheme import config_group, parse_integers, weight_arguments
 from aerogel.quantize.grids import Codes, IntGrid
 
 
@@ -135,6 +135,11 @@ class PackQuantized(Format):
         if reason:
             raise BadInput(reason)
         return config_group("pack-quantized", weight_arguments(grid), None)
+
+    @staticmethod
+    def parse(weights: Mapping[str, Any]) -> Grid:
+        """The grid of a config group's weights."""
+        return parse_integers(weights)
 
 
 def _integer(grid: Grid) -> IntGrid:

@@ -6,6 +6,7 @@ A `Scheme` is what a config.json tells about one weight: the stored format, the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +14,13 @@ from typing import Any
 import torch
 
 from aerogel.errors import BadInput
+from aerogel.lazy import load
+from aerogel.pack import FORMATS
 from aerogel.pack.format import Activations, Grid
 from aerogel.quantize.grids import BLOCK, Fp8Grid, IntGrid
+from aerogel.quantize.tables import TableGrid
+
+logger = logging.getLogger(__name__)
 
 NOT_SERVED = "not among what aerogel runs"
 
@@ -41,14 +47,14 @@ class Scheme:
     def with_scale_dtype(self, dtype: torch.dtype) -> Scheme:
         """The same scheme with scales of `dtype`, as the header of the file has them."""
         if not isinstance(self.grid, IntGrid | Fp8Grid):
-            raise BadInput(f"{type(self.grid).__name__} is not a grid that files describe")
+            return self  # a table's config says the type of its scales
         return replace(self, grid=replace(self.grid, scale_dtype=dtype))
 
 
 def weight_arguments(grid: Grid) -> dict[str, Any]:
     """compressed-tensors QuantizationArgs of a weight on `grid`."""
     if isinstance(grid, Fp8Grid):
-        return _arguments(
+        return arguments(
             num_bits=8,
             type="float",
             strategy=grid.strategy,
@@ -57,7 +63,7 @@ def weight_arguments(grid: Grid) -> dict[str, Any]:
         )
     if not isinstance(grid, IntGrid):
         raise BadInput(f"compressed-tensors has no words for a {type(grid).__name__}")
-    return _arguments(
+    return arguments(
         num_bits=grid.bits,
         type="int",
         strategy="channel" if grid.group_size is None else "group",
@@ -73,7 +79,7 @@ def activation_arguments(grid: Grid, activations: Activations) -> dict[str, Any]
     if activations == "none":
         return None
     blocks = isinstance(grid, Fp8Grid) and grid.strategy == "block"
-    return _arguments(
+    return arguments(
         num_bits=8,
         type="int" if activations == "int8" else "float",
         strategy="group" if blocks else "token",
@@ -83,7 +89,7 @@ def activation_arguments(grid: Grid, activations: Activations) -> dict[str, Any]
     )
 
 
-def _arguments(**given: Any) -> dict[str, Any]:
+def arguments(**given: Any) -> dict[str, Any]:
     """All keys that compressed-tensors writes, in its order, with its defaults."""
     defaults: dict[str, Any] = {
         "actorder": None,
@@ -100,6 +106,11 @@ def _arguments(**given: Any) -> dict[str, Any]:
         "zp_dtype": None,
     }
     return {**defaults, **given}
+
+
+def weight_only(name: str, activations: Activations) -> str | None:
+    """The refusal of a format that leaves activations as they are."""
+    return None if activations == "none" else f"{name} is weight-only, activations are {activations}; use int-quantized"
 
 
 def config_group(name: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
@@ -124,39 +135,56 @@ def parse_group(group: Mapping[str, Any], default_format: str | None) -> Scheme:
         raise NotServed(f"quantized output activations are {NOT_SERVED}")
     name = group.get("format") or default_format
     weights = group["weights"]
-    grid = _grid(weights, str(name))
-    stored = "int-quantized" if name == "naive-quantized" and isinstance(grid, IntGrid) else str(name)
-    stored = "float-quantized" if name == "naive-quantized" and isinstance(grid, Fp8Grid) else stored
+    if weights.get("dynamic"):
+        raise NotServed(f"weights quantized at run time (dynamic: {weights['dynamic']}) are {NOT_SERVED}")
+    stored = str(name)
+    if name == "naive-quantized":
+        stored = "int-quantized" if weights.get("type", "int") == "int" else "float-quantized"
+    if stored not in FORMATS:
+        raise NotServed(f"format {name} with {weights.get('num_bits')}-bit {weights.get('type')} weights is {NOT_SERVED}")
+    grid: Grid = load(FORMATS[stored]).parse(weights)
     activations = _activations(group.get("input_activations"), grid)
     if activations != "none" and stored == "pack-quantized":
         raise NotServed(f"pack-quantized weights with {activations} activations are {NOT_SERVED}")
     return Scheme(format=stored, grid=grid, activations=activations)
 
 
-def _grid(weights: Mapping[str, Any], name: str) -> Grid:
-    kind, bits = weights.get("type", "int"), int(weights.get("num_bits", 8))
-    if weights.get("dynamic"):
-        raise NotServed(f"weights quantized at run time (dynamic: {weights['dynamic']}) are {NOT_SERVED}")
+def parsed_strategy(weights: Mapping[str, Any]) -> tuple[str, int | None]:
+    """Strategy and group size of weight arguments; what is not written is implied."""
     group = weights.get("group_size")
-    group = int(group) if group is not None and int(group) > 0 else None
-    implied = "group" if group else "channel" if weights.get("group_size") == -1 else "tensor"
-    strategy: Any = weights.get("strategy") or implied
-    if name in ("float-quantized", "naive-quantized") and kind == "float" and bits == 8:
-        if strategy == "block" and list(weights.get("block_structure") or []) != [BLOCK, BLOCK]:
-            raise NotServed(f"fp8 blocks of {weights.get('block_structure')} are {NOT_SERVED}, only [128, 128]")
-        if strategy not in ("channel", "block", "tensor"):
-            raise NotServed(f"fp8 weights with strategy {strategy} are {NOT_SERVED}")
-        return Fp8Grid(strategy=strategy)
-    if name in ("pack-quantized", "int-quantized", "naive-quantized") and kind == "int":
-        if strategy not in ("group", "channel", "tensor") or not 2 <= bits <= 8:
-            raise NotServed(f"{bits}-bit integers with strategy {strategy} are {NOT_SERVED}")
-        size = group if strategy == "group" else None
-        return IntGrid(bits=bits, group_size=size, symmetric=bool(weights.get("symmetric", True)))
-    raise NotServed(f"format {name} with {bits}-bit {kind} weights is {NOT_SERVED}")
+    size = int(group) if group is not None and int(group) > 0 else None
+    implied = "group" if size else "channel" if group == -1 else "tensor"
+    return str(weights.get("strategy") or implied), size
+
+
+def parse_integers(weights: Mapping[str, Any]) -> IntGrid:
+    """The integer grid of weight arguments. Raises `NotServed`."""
+    (strategy, size), bits = parsed_strategy(weights), int(weights.get("num_bits", 8))
+    kind = weights.get("type", "int")
+    if kind != "int" or strategy not in ("group", "channel", "tensor") or not 2 <= bits <= 8:
+        raise NotServed(f"{bits}-bit {kind} weights with strategy {strategy} are {NOT_SERVED}")
+    return IntGrid(bits=bits, group_size=size if strategy == "group" else None, symmetric=bool(weights.get("symmetric", True)))
+
+
+def parse_fp8(weights: Mapping[str, Any]) -> Fp8Grid:
+    """The e4m3 grid of weight arguments. Raises `NotServed`."""
+    strategy: Any = parsed_strategy(weights)[0]
+    kind, bits = weights.get("type", "int"), int(weights.get("num_bits", 8))
+    if strategy == "block" and list(weights.get("block_structure") or []) != [BLOCK, BLOCK]:
+        raise NotServed(f"fp8 blocks of {weights.get('block_structure')} are {NOT_SERVED}, only [128, 128]")
+    if kind != "float" or bits != 8 or strategy not in ("channel", "block", "tensor"):
+        raise NotServed(f"{bits}-bit {kind} weights with strategy {strategy} are {NOT_SERVED} as fp8")
+    return Fp8Grid(strategy=strategy)
 
 
 def _activations(inputs: Mapping[str, Any] | None, grid: Grid) -> Activations:
     if not inputs:
+        return "none"
+    if isinstance(grid, TableGrid):
+        # As servers do on machines without 4-bit float units: the weights decide the size, inputs stay as they are.
+        logger.warning(
+            "the checkpoint asks for %s-bit inputs beside %s-bit weights; they are not rounded", *_widths(inputs, grid)
+        )
         return "none"
     if not inputs.get("dynamic") or inputs.get("dynamic") == "local" or int(inputs.get("num_bits", 8)) != 8:
         raise NotServed(f"static or narrow input activations are {NOT_SERVED}")
@@ -170,3 +198,7 @@ def _activations(inputs: Mapping[str, Any] | None, grid: Grid) -> Activations:
     elif kind == "int" and isinstance(grid, IntGrid) and strategy == "token":
         return "int8"
     raise NotServed(f"{kind} input activations with strategy {strategy} on these weights are {NOT_SERVED}")
+
+
+def _widths(inputs: Mapping[str, Any], grid: Grid) -> tuple[int, int]:
+    return int(inputs.get("num_bits", 8)), grid.bits

@@ -58,7 +58,7 @@ class Source(ABC):
         NotServed: the config is valid but uses something aerogel does not run; the message says what.
     """
 
-    suffixes: ClassVar[frozenset[str]]
+    suffixes: frozenset[str]
     """Local names of the tensors that make a packed weight."""
     markers: ClassVar[frozenset[str]]
     """Local names of which at least one shows that the weight beside it is packed."""

@@ -20,6 +20,7 @@ GRIDS: dict[str, str] = {
     "mx": "aerogel.quantize.formats.mx:Mx",
     "nvfp4": "aerogel.quantize.formats.nvfp4:Nvfp4",
     "bitmod": "aerogel.quantize.formats.bitmod:Bitmod",
+    "kmeans": "aerogel.quantize.formats.kmeans:KMeans",
     "rf8": "aerogel.quantize.formats.rf8:Rf8",
 }
 """`format` of a quantize stage -> the grid it rounds to, a `codes.Grid`."""

@@ -59,6 +59,16 @@ class TableGrid:
         """Whether a float32 factor per weight keeps eight-bit scales in range. Powers of two have range enough."""
         return self.scale_dtype in (torch.float8_e4m3fn, torch.uint8)
 
+    @property
+    def learned(self) -> bool:
+        """Whether every output's table is fitted to it, so that a file must hold the tables."""
+        return False
+
+    @property
+    def pick_bits(self) -> int:
+        """Bits that say which table a group has; 0 where there is no choice."""
+        return 0 if self.learned else (len(self.largest) - 1).bit_length()
+
     # ---- what a format says ----------------------------------------------------------------------------------------
 
     @property
@@ -273,9 +283,8 @@ class TableRounder(Rounder):
         spread = torch.arange(N, device=params.scale_NG.device) // (grid.shared_rows or N)
         scale_GN = params.effective_scale()[spread].T.contiguous().to(dtype)
         pick_GN: Tensor | int = 0 if params.pick_NG is None else params.pick_NG[spread].T.long().contiguous()
-        most = max(grid.largest)
-        super().__init__(grid, Step(scale_GN, -most, most, pick_GN), N, K)
-        self._given = params
+        super().__init__(grid, Step(scale_GN, 0.0, 0.0, pick_GN), N, K)
+        self._given, self._learned = params, grid.learned
         self._tables = Levels.of(table_TE[0] if len(table_TE) == 1 else table_TE).to(table_TE.device, dtype)
 
     def column(self, column: int, w_N: Tensor, out: Tensor) -> Tensor:
@@ -289,8 +298,20 @@ class TableRounder(Rounder):
             nearest_N = held.nearest(units_N[:, None])[:, 0]
         return out.copy_(nearest_N.float() * step.scale.float())
 
+    def replace(self, group: int, step_N: Step) -> None:
+        """Other scales for one group. Raises `BadInput` for fitted tables, which have none."""
+        if self._learned:
+            raise BadInput("fitted tables cannot be changed group by group; write groups: static")
+        super().replace(group, step_N)
+
+    def rescale(self, group: int, gain_N: Tensor, stiffness_N: Tensor) -> Tensor | None:
+        """As in `Rounder`; None for fitted tables, which have no scale."""
+        return None if self._learned else super().rescale(group, gain_N, stiffness_N)
+
     def params(self) -> Params:
         """The scales in use, as they are stored, with the tables as they were given."""
+        if self._learned:
+            return self._given
         found = super().params()
         given = self._given
         return Params(scale_NG=found.scale_NG, table_TE=given.table_TE, pick_NG=found.pick_NG, factor=given.factor)

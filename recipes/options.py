@@ -16,10 +16,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import pydantic
 from pydantic import BaseModel, ConfigDict
 
-GRIDS = {"int": "aerogel.quantize.grids:IntGrid", "fp8": "aerogel.quantize.grids:Fp8Grid"}
-"""`format` of a quantize stage -> the grid it rounds to."""
-
-ScaleType = Literal["auto", "float16", "bfloat16", "float32"]
+ScaleType = Literal["auto", "float16", "bfloat16", "float32", "e4m3", "e8m0", "ue5m3"]
 """The type that scales are rounded to before use; `auto` is the type the checkpoint is written in."""
 
 LIMITS: dict[str, dict[str, Any]] = {
@@ -45,7 +42,7 @@ def option_model(name: str, options: dict[str, tuple[Any, Any]]) -> type[BaseMod
 def _option(cls: type, field: Field[Any]) -> tuple[Any, Any]:
     """Type and default of one field. Only this annotation is resolved: others may be for type checkers only."""
     if field.name == "scale_dtype":
-        return ScaleType, "auto"
+        return _scale_type(field)
     default = field.default
     if default is MISSING:
         default = ... if field.default_factory is MISSING else field.default_factory()
@@ -54,3 +51,11 @@ def _option(cls: type, field: Field[Any]) -> tuple[Any, Any]:
     if field.name in LIMITS:
         kind = Annotated[kind, pydantic.Field(**LIMITS[field.name])]
     return kind, default
+
+
+def _scale_type(field: Field[Any]) -> tuple[Any, Any]:
+    """A grid whose default is an eight-bit type has a type of its own; else it is the checkpoint's unless written."""
+    from aerogel.quantize.scales import WIDE, name_of
+
+    own = field.default if field.default not in (MISSING, *WIDE) else None
+    return ScaleType, "auto" if own is None else name_of(own)

@@ -18,8 +18,9 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from aerogel.lazy import load
+from aerogel.quantize import GRIDS
 from aerogel.recipes import files
-from aerogel.recipes.options import GRIDS, options
+from aerogel.recipes.options import options
 from aerogel.recipes.overrides import STAGE_KINDS
 from aerogel.recipes.schema import Recipe, shipped
 from aerogel.recipes.sections import Bench, Calibration, Evaluate, Gate, Pack, Perplexity
@@ -53,7 +54,7 @@ A `quantize` stage also takes:
 |---|---|---|---|
 | `format` | `int`, `fp8` | `int` | what the weights are rounded to |
 | `activations` | `none`, `int8`, `fp8` | `none` | what inputs are rounded to at run time |
-| `scale_dtype` | `auto`, `float16`, `bfloat16`, `float32` | `auto` | type of the scales; `auto` is the type of the checkpoint |
+| `scale_dtype` | `auto`, `float16`, `bfloat16`, `float32`; tables also `e4m3`, `ue5m3`, `e8m0` | `auto` | type of the scales; `auto` is the type of the checkpoint, or the format's own eight-bit type (`mx`, `nvfp4`) |
 """
 
 HEAD_STAGE = """### The output head

@@ -17,8 +17,9 @@ from pydantic import BaseModel, Field, ValidationError
 
 from aerogel.errors import BadInput
 from aerogel.lazy import load, nearest
+from aerogel.quantize import GRIDS
 from aerogel.recipes.files import Document, Key, describe
-from aerogel.recipes.options import GRIDS, option_model, options
+from aerogel.recipes.options import option_model, options
 from aerogel.recipes.overrides import STAGE_KINDS
 from aerogel.recipes.problems import first_problem
 
@@ -161,13 +162,13 @@ def _build_stage(kind: str, method: str, checked: dict[str, Any]) -> Any:
 
 def _build_grid(checked: dict[str, Any]) -> Any:
     """The grid of a quantize stage. `scale_dtype: auto` stands as float32 until the checkpoint's type is known."""
-    import torch
+    from aerogel.quantize.scales import TYPES
 
     cls = load(GRIDS[checked["format"]])
     values = {name: checked[name] for name in options(cls)}
     if "scale_dtype" in values:
         name = values["scale_dtype"]
-        values["scale_dtype"] = getattr(torch, "float32" if name == "auto" else name)
+        values["scale_dtype"] = TYPES["float32" if name == "auto" else name]
     return cls(**values)
 
 

@@ -10,6 +10,7 @@ import torch
 from aerogel.quantize.codes import Codes, Params, quantized, rows_of, stacked
 from aerogel.quantize.formats.bitmod import Bitmod
 from aerogel.quantize.formats.floats import Float
+from aerogel.quantize.formats.kmeans import KMeans
 from aerogel.quantize.formats.mx import Mx
 from aerogel.quantize.formats.nf4 import Nf4
 from aerogel.quantize.formats.nvfp4 import Nvfp4
@@ -21,6 +22,7 @@ GRIDS: list[Any] = [Float(kind=kind, group_size=48) for kind in KINDS]  # type: 
 GRIDS += [Float(kind="e5m2"), Float(kind="e4m3", group_size=128, block=True, scale_dtype=torch.bfloat16)]
 GRIDS += [Nf4(), Nf4(scale_dtype=torch.float8_e4m3fn), Nf4(scale_dtype=torch.float16, group_size=None)]
 GRIDS += [Mx(), Mx(kind="e4m3"), Nvfp4(), Nvfp4(scale_dtype=torch.uint8), Rf8()]
+GRIDS += [KMeans(rounds=10), KMeans(bits=2, scale_dtype=torch.float16)]
 GRIDS += [Bitmod(bits=3), Bitmod(group_size=32, scale_dtype=torch.float16)]
 
 
@@ -43,7 +45,8 @@ def test_decoding_is_the_formula_and_its_values_are_fixed_points(grid: Any, shap
     g = torch.arange(K)[None] // (grid.group_size or K)
     scale = scale_values(codes.scale_NG)[n, g]
     scale = scale if codes.factor is None else scale * codes.factor
-    table = 0 if codes.pick_NG is None else codes.pick_NG.long()[n, g]
+    table = torch.zeros(1, 1, dtype=torch.int64) if codes.pick_NG is None else codes.pick_NG.long()[n, g]
+    table = n if codes.table_per_row else table
     assert torch.equal(back, codes.table_TE[table, codes.values_NK.long()] * scale)
     assert torch.equal(grid.encode(back, codes), codes.values_NK)
     assert (back - w).norm() < 0.6 * w.norm()

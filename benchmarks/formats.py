@@ -1,0 +1,146 @@
+"""Number formats on one model with one solver: KL to dense, bits per weight and size, every format on the same token ids.
+
+    python benchmarks/formats.py MODEL --ids IDS.safetensors --out benchmarks/results/formats.json [--device cuda]
+        [--only WORD ...] [--seconds 240]
+
+IDS.safetensors holds `calibration` [rows, length] and `evaluation` [windows, length] token ids. Each format is quantized by
+GPTQ with this package's defaults and its error feedback from layer to layer (`gptaq`, as recipe w4 has it), 128 x 512
+calibration tokens, scales as float16 unless the format says; then KL(dense || compressed) in float32 on the evaluation
+ids, per token with the standard error over windows. The rows are written as they come; with --seconds no further format
+is begun once the time is up, and rows already in the file are not repeated.
+
+MODEL may be a GGUF. The dense weights of SmolLM2's are on a 4-bit grid in groups of 32 with a minimum each, so integers
+with a zero point at a group size of 32 would find nothing to round; all formats here have other groups or say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from aerogel.eval.body import Split
+from aerogel.eval.machine import machine, versions
+from aerogel.eval.quality import record, score
+from aerogel.eval.significance import mean_and_error
+from aerogel.model.compress import compress
+from aerogel.model.loading import load
+from aerogel.model.source import resolve
+from aerogel.pack.export import export_dense
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "int4 symmetric g64": {"bits": 4, "group_size": 64},
+    "int4 zero point g72": {"bits": 4, "group_size": 72, "symmetric": False},
+    "nf4 g64": {"format": "nf4", "group_size": 64},
+    "bitmod4 g72": {"format": "bitmod", "bits": 4, "group_size": 72},
+    "fp4 e2m1 g64": {"format": "float", "kind": "e2m1", "group_size": 64},
+    "nf4 e4m3 scales g32": {"format": "nf4", "group_size": 32, "scale_dtype": "e4m3"},
+    "bitmod4 e4m3 scales g40": {"format": "bitmod", "bits": 4, "group_size": 40, "scale_dtype": "e4m3"},
+    "mxfp4 g32": {"format": "mx"},
+    "nvfp4 g16": {"format": "nvfp4"},
+    "nvfp4 ue5m3 g16": {"format": "nvfp4", "scale_dtype": "ue5m3"},
+    "nvfp4 g32": {"format": "nvfp4", "group_size": 32},
+    "int3 zero point g72": {"bits": 3, "group_size": 72, "symmetric": False},
+    "int3 symmetric g64": {"bits": 3, "group_size": 64},
+    "bitmod3 g72": {"format": "bitmod", "bits": 3, "group_size": 72},
+    "bitmod3 e4m3 scales g40": {"format": "bitmod", "bits": 3, "group_size": 40, "scale_dtype": "e4m3"},
+    "fp3 e1m1 g64": {"format": "float", "kind": "e1m1", "group_size": 64},
+    "fp3 e2m0 g64": {"format": "float", "kind": "e2m0", "group_size": 64},
+    "kmeans4 per row": {"format": "kmeans", "bits": 4},
+    "kmeans3 per row": {"format": "kmeans", "bits": 3},
+    "nf4 g64 rtn": {"method": "rtn", "format": "nf4", "group_size": 64},
+    "int4 symmetric g64 rtn": {"method": "rtn", "bits": 4, "group_size": 64},
+    "fp5 e2m2 g64": {"format": "float", "kind": "e2m2", "group_size": 64},
+    "fp6 e2m3 per channel": {"format": "float", "kind": "e2m3"},
+    "fp6 e3m2 per channel": {"format": "float", "kind": "e3m2"},
+    "mxfp8 g32": {"format": "mx", "kind": "e4m3"},
+    "fp8 e4m3 per channel": {"format": "fp8"},
+    "fp8 e5m2 per channel": {"format": "float", "kind": "e5m2"},
+    "rf8 per channel": {"format": "rf8"},
+}
+"""Name -> keys of the quantize stage. Group sizes put neighbours in the list at the same bits per weight (4.25, 3.25)."""
+
+
+class Dense:
+    """The dense model's head and its hidden states on the evaluation ids, computed once."""
+
+    def __init__(self, model: Path, ids_WT: torch.Tensor, device: str) -> None:
+        self.ids_WT = ids_WT
+        self.split = Split(load(model, dtype=torch.float32, device=device))
+        self.store = record(self.split, ids_WT, batch=4)
+
+    def compare(self, other: Path, device: str) -> dict[str, float]:
+        """KL per token of a compressed model with its standard error, and its perplexity."""
+        scores = score(
+            Split(load(other, dtype=torch.float32, device=device)), self.ids_WT, dense=(self.split, self.store), batch=4
+        )
+        kl, error = mean_and_error(scores.kl_W)
+        loss, dense_loss = (float(torch.tensor(x).double().mean()) for x in (scores.loss_W, scores.dense_loss_W))
+        return {"kl": kl, "kl_error": error, "loss": loss, "dense_loss": dense_loss}
+
+
+def measure(model: Path, ids: Path, stage: dict[str, Any], dense: Dense, device: str) -> dict[str, Any]:
+    """One format: compressed, stored, decoded from what was stored, compared."""
+    quantize = {"method": "gptq", **stage}
+    if quantize["method"] == "gptq":
+        quantize |= {"gptaq": True, "gptaq_experts": "plain"}
+    recipe = {
+        "aerogel": 1,
+        "calibration": {"source": f"{ids}:calibration", "samples": 128, "sequence_length": 512},
+        "pack": {"dtype": "float16"},
+        "stages": [{"quantize": quantize}],
+    }
+    folder = Path(tempfile.mkdtemp())
+    try:
+        start = time.perf_counter()
+        report = compress(model, recipe, folder / "out", device=device)
+        seconds = time.perf_counter() - start
+        export_dense(folder / "out", folder / "dense")
+        quality = dense.compare(folder / "dense", device)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    size = report["size"]
+    return {"bits_per_weight": size["bits_per_weight"], "bytes": size["bytes"], "seconds": round(seconds, 1), **quality}
+
+
+def main() -> None:
+    """Measure what is not in the file yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--ids", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", nargs="*", default=[""], help="formats whose name contains one of these words")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    given = parser.parse_args()
+    started = time.perf_counter()
+    model, ids = resolve(given.model), given.ids.resolve()
+    held: dict[str, Any] = {"machine": machine(), "versions": versions(), "rows": {}}
+    if given.out.exists():
+        held = json.loads(given.out.read_text())
+    held["command"] = "python benchmarks/formats.py MODEL --ids IDS --out OUT --device DEVICE"
+    dense = Dense(model, load_file(ids)["evaluation"].long(), given.device)
+    for name, stage in FORMATS.items():
+        if name in held["rows"] or not any(word in name for word in given.only):
+            continue
+        if time.perf_counter() - started > given.seconds:
+            sys.stdout.write(f"time is up before {name}\n")
+            break
+        row = measure(model, ids, stage, dense, given.device)
+        held["rows"][name] = {"stage": stage, "device": given.device, **row}
+        given.out.write_text(json.dumps(held, indent=1) + "\n")
+        sys.stdout.write(f"{name:28s} {row['bits_per_weight']:.3f} bits  KL {row['kl']:.4f} +- {row['kl_error']:.4f}")
+        sys.stdout.write(f"  {row['bytes'] / 1e6:.1f} MB  {row['seconds']} s\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
