@@ -20,7 +20,7 @@ from pydantic_core import PydanticUndefined
 from aerogel.lazy import load
 from aerogel.quantize import GRIDS
 from aerogel.recipes import files
-from aerogel.recipes.options import options
+from aerogel.recipes.options import ScaleType, options
 from aerogel.recipes.overrides import STAGE_KINDS
 from aerogel.recipes.schema import Recipe, shipped
 from aerogel.recipes.sections import Bench, Calibration, Evaluate, Gate, Pack, Perplexity
@@ -52,9 +52,9 @@ A `quantize` stage also takes:
 
 | key | type | default | meaning |
 |---|---|---|---|
-| `format` | `int`, `fp8` | `int` | what the weights are rounded to |
+| `format` | FORMATS | `int` | what the weights are rounded to |
 | `activations` | `none`, `int8`, `fp8` | `none` | what inputs are rounded to at run time |
-| `scale_dtype` | `auto`, `float16`, `bfloat16`, `float32`; tables also `e4m3`, `ue5m3`, `e8m0` | `auto` | type of the scales; `auto` is the type of the checkpoint, or the format's own eight-bit type (`mx`, `nvfp4`) |
+| `scale_dtype` | TYPES | `auto` | type of the scales; `auto` is the checkpoint's, or what the format prescribes |
 """
 
 HEAD_STAGE = """### The output head
@@ -86,7 +86,9 @@ MEANINGS = {
 
 def reference() -> str:
     """The whole page."""
-    parts = [HEAD, _shipped(), _section("Top level", Recipe), _section("calibration", Calibration), STAGES]
+    formats, types = (", ".join(f"`{word}`" for word in words) for words in (GRIDS, get_args(ScaleType)))
+    stages = STAGES.replace("FORMATS", formats).replace("TYPES", types)
+    parts = [HEAD, _shipped(), _section("Top level", Recipe), _section("calibration", Calibration), stages]
     for name, cls in GRIDS.items():
         parts.append(_options(f"### format: {name}", load(cls), frozenset({"scale_dtype"})))
     for kind in STAGE_KINDS:
