@@ -211,7 +211,7 @@ def _anchor(item: Placement) -> str:
     owner = item.parameter if item.expert else item.module
     if item.scheme.layout is not None:
         return f"{owner}.{CODES[item.scheme.layout]}"
-    return f"{owner}.{'weight_packed' if item.scheme.format == 'pack-quantized' else 'weight'}"
+    return f"{owner}.{'weight' if 'weight' in format_of(item.scheme.format).names else 'weight_packed'}"
 
 
 def _local(item: Placement, held: Mapping[str, Tensor]) -> dict[str, Tensor]:

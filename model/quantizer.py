@@ -36,7 +36,7 @@ STOCK: dict[str, tuple[str, str]] = {
     "auto-round": ("AutoRoundConfig", "AutoRoundQuantizer"),
 }
 """transformers' own config and quantizer classes, by `quant_method`: names in `transformers.quantizers.auto`."""
-METHODS = (*STOCK, "aerogel")
+METHODS = (*STOCK, "modelopt", "aerogel")
 FIRST_TOKENS = (1, 512)
 """Numbers of tokens whose kernels are compiled while a model is loaded: a step of decoding, and a prompt."""
 

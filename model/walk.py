@@ -23,6 +23,7 @@ from aerogel.model.layer import Layer, Stats
 from aerogel.model.naming import Group, materialise
 from aerogel.model.reader import CheckpointReader
 from aerogel.model.runner import Activations, Runner
+from aerogel.model.shared_factor import Factors, shared_factors, two_level_grid, with_factor
 from aerogel.model.sites import apply_scales, unscaled
 from aerogel.model.statistics import BlockStatistics
 from aerogel.model.structure import Matrix, Structure
@@ -110,6 +111,7 @@ class Walk:
         self.by_block: dict[int | None, list[Matrix]] = {}
         for matrix in structure.matrices:
             self.by_block.setdefault(matrix.block, []).append(matrix)
+        self.factors: Factors = {}
 
     def parts(self, finished: Callable[[str], Mapping[str, Tensor] | None]) -> Iterator[Part]:
         """The blocks in order, then `outer`. `finished(name)` returns the stored tensors of a part that is already done."""
@@ -138,6 +140,7 @@ class Walk:
                     sources.tensors[source] = self.job.kept(value)
         row: dict[str, Any] = {"index": index, "name": self.structure.block_names[index]}
         if self.runner is None or self.activations is None:
+            self._share_factors(matrices, sources)
             layers = {m.name: self._solve([m], [self._layer(m, sources, None)])[0] for m in matrices}
         else:
             layers, facts = self._calibrated(index, matrices, sources)
@@ -154,6 +157,7 @@ class Walk:
         sites = apply_scales(
             self.structure, runner, index, block, matrices, self.job.stages, sources, activations, self.batches
         )
+        self._share_factors(matrices, sources)
         statistics = BlockStatistics(
             runner,
             index,
@@ -214,9 +218,15 @@ class Walk:
         weight = matrix.take(sources.fetch(matrix.tensor)).to(torch.float32, copy=True).contiguous()
         return Layer(name=matrix.name, weight_NK=weight, stats=stats)
 
+    def _share_factors(self, matrices: list[Matrix], sources: Sources) -> None:
+        """Decides the factors of this block's two-level scales."""
+        grids = ((m, two_level_grid(self.job.stages[m.name])) for m in matrices)
+        self.factors = shared_factors((g, m.take(sources.fetch(m.tensor))) for m, g in grids if g is not None)
+
     def _stages(self, members: list[Matrix], layers: list[Layer]) -> list[Layer]:
         """Layers through their prune and quantize stages; equal stages on a shared input are solved in one go."""
-        plans = [[s for s in self.job.stages[m.name] if s.kind != "scale"] for m in members]
+        stages = (self.job.stages[m.name] for m in members)
+        plans = [[with_factor(s, self.factors) for s in specs if s.kind != "scale"] for specs in stages]
         if all(plan == plans[0] for plan in plans):
             for spec in plans[0]:
                 many = getattr(spec.stage, "call_group", None)
@@ -319,6 +329,7 @@ class Walk:
         """Embeddings, final norm, head, and tensors that the architecture does not use: all kept unless a stage says not."""
         start = time.perf_counter()
         sources = Sources(self.structure.reader, self.device)
+        self.factors = {}
         matrices = [m for m in self.by_block.get(None, []) if self.job.stages[m.name]]
         layers: dict[str, Layer] = {}
         for m in matrices:

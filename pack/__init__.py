@@ -18,6 +18,7 @@ SOURCES: dict[str, str] = {
     "aerogel": "aerogel.model.native:open_own",
     "gptq": "aerogel.pack.gptq:Gptq",
     "awq": "aerogel.pack.awq:Awq",
+    "modelopt": "aerogel.pack.modelopt:ModelOpt",
     "auto-round": "aerogel.pack.auto_round:auto_round",
 }
 """`quant_method` of a config.json to what makes the reader of its checkpoints, an `aerogel.pack.source.Source`."""

@@ -78,7 +78,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     codes = torch.empty(*packed.shape[:-1], count, dtype=torch.uint8, device=packed.device)
     if codes.is_meta or codes.numel() == 0:
         return codes
-    stream = packed.contiguous().view(torch.uint8)
+    # Flat in between: a contiguous tensor whose last dimension is 1 may have any stride there, which forbids the view.
+    stream = packed.contiguous().reshape(-1).view(torch.uint8).reshape(*packed.shape[:-1], -1)
     if 8 % bits == 0:
         _split_within_bytes(stream, bits, codes)
     else:

@@ -63,7 +63,8 @@ def quantization_config(
         assignments: every quantized layer: its name in the checkpoint (without `.weight`), its grid, its activations.
         ignore: names of the linears that were kept, `lm_head` too when it was.
         wanted: the recipe's `pack.format`: a format name or "auto".
-        method: `quant_method`; "aerogel" for what only aerogel loads (such as transposed Conv1D weights).
+        method: `quant_method`; "aerogel" for what only aerogel loads (such as transposed Conv1D weights). Formats that no
+            standard knows make it "aerogel" by themselves.
 
     Returns:
         Plain JSON values; the same input gives the same dict, key order included.
@@ -82,6 +83,8 @@ def quantization_config(
         f"group_{index}": {**group, "targets": ["Linear"] if single else names}
         for index, (group, names) in enumerate(groups.values())
     }
+    if not all(format_of(group["format"]).standard for group in config_groups.values()):
+        method = "aerogel"
     formats = sorted({group["format"] for group in config_groups.values()})
     return {
         "config_groups": config_groups,

@@ -52,6 +52,8 @@ class Format(ABC):
         {"weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"}
     )
     """Local names that its tensors may have."""
+    standard: ClassVar[bool] = True
+    """Whether compressed-tensors defines it; what it does not is stored as quant_method "aerogel"."""
 
     @staticmethod
     @abstractmethod

@@ -72,7 +72,7 @@ class _Microscaling(Format):
         found = {name: take(tensors, name, shape, (dtype,)) for name, (shape, dtype) in cls.shapes(N, K, grid).items()}
         values = found[local].view(torch.uint8)
         if cls.grid.bits == 4:
-            values = torch.stack([values & 15, values >> 4], -1).flatten(1)
+            values = unpack_pairs(values)
         divisor = found.get("weight_global_scale")
         return Codes(
             values_NK=values,
@@ -155,6 +155,11 @@ class Mxfp8(_Microscaling):
     name: ClassVar[str] = "mxfp8-quantized"
     names: ClassVar[frozenset[str]] = frozenset({"weight", "weight_scale"})
     grid: ClassVar[TableGrid] = Mx(kind="e4m3")
+
+
+def unpack_pairs(packed: Tensor) -> Tensor:
+    """Bytes [N, K / 2] of two codes each, the even column low -> uint8 codes [N, K]."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(1)
 
 
 def _odd(name: str, K: int) -> BadInput:

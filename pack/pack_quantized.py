@@ -44,6 +44,7 @@ class PackQuantized(Format):
 
     name: ClassVar[str] = "pack-quantized"
     tolerance: ClassVar[Tolerance] = MATMUL_TOLERANCE
+    names: ClassVar[frozenset[str]] = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_shape"})
 
     @staticmethod
     def refuses(grid: Grid, activations: Activations = "none") -> str | None:

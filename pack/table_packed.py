@@ -41,6 +41,7 @@ class TablePacked(Format):
 
     name: ClassVar[str] = "table-packed"
     tolerance: ClassVar[Tolerance] = MATMUL_TOLERANCE
+    standard: ClassVar[bool] = False
     names: ClassVar[frozenset[str]] = frozenset(
         {"weight_packed", "weight_scale", "weight_pick", "weight_table", "weight_factor", "weight_shape"}
     )
