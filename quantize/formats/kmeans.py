@@ -11,8 +11,8 @@ No scale and no group: a table of float16 costs 2^b * 16 / K bits per weight, wh
 K = 4096 and 4 bits) and more than groups take where K is small (0.44 at K = 576).
 
 Lloyd's iteration in one dimension, all rows at once: nearest number by binary search, then weighted means. Where it begins
-matters more than how long it runs: from equally spaced quantiles the tails get too few numbers and it stops at twice the
-error, so it begins at the density that is optimal for many numbers (`start`).
+matters more than how long it runs: from equally spaced quantiles the tails get too few numbers, and 50 rounds leave a fifth
+more error than 10 rounds from the density that is optimal for many numbers (`start`).
 Cost: `rounds` passes over the weight. Zero is a number of the table only where weights were pruned; then the number
 nearest to it becomes 0.
 
@@ -45,7 +45,7 @@ class KMeans(TableGrid):
     """
 
     bits: int = 4
-    rounds: int = 50
+    rounds: int = 20
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ The first two set binary digits of a number are kept, everything behind them is 
     w ~ +-(2^e + 2^(e - j)),   1 <= j <= 4       sign, 32 exponents, 2 bits for j
 
 so the numbers of an octave are 1 + {1/16, 1/8, 1/4, 1/2}: no scale is needed for range (2^32 between the smallest and the
-largest), and the relative error is at most a sixth (between 1.5 and 2 * 1.0625). The lowest code of each sign stands for 0.
+largest), and the relative error is at most 17 % (between 1.5 and 2 * 1.0625). The lowest code of each sign stands for 0.
 The width of the exponent is not stated in the description of the method that is known to us; five bits fill the byte.
 Same bits as e4m3 with three times its error on normal weights: of interest for arithmetic, not for accuracy.
 """
