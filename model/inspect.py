@@ -25,7 +25,10 @@ ARCHITECTURE_KEYS = (
     "max_position_embeddings",
     "tie_word_embeddings",
 )
-PACKED = ("weight_packed", "qweight", "weight_scale", "scales", "qzeros", "weight_zero_point", "weight_shape", "g_idx")
+PACKED = (
+    *("weight_packed", "qweight", "weight_scale", "scales", "qzeros", "weight_zero_point", "weight_shape", "g_idx"),
+    *("weight_global_scale", "weight_scale_2", "weight_pick", "weight_table", "weight_factor"),
+)
 """Local names of tensors that belong to a quantized weight."""
 
 
