@@ -284,8 +284,8 @@ def test_a_config_that_aerogel_does_not_run_goes_to_the_stock_loader_with_a_warn
     made = make(tmp_path, "llama")
     config = json.loads((made.packed / "config.json").read_text())
     group = config["quantization_config"]["config_groups"]["group_0"]
-    group["format"] = "nvfp4-pack-quantized"
-    group["weights"] |= {"type": "float", "num_bits": 4, "strategy": "tensor_group", "group_size": 16}
+    group["format"] = "mxfp6-pack-quantized"
+    group["weights"] |= {"type": "float", "num_bits": 6, "strategy": "group", "group_size": 32}
     (made.packed / "config.json").write_text(json.dumps(config))
     pytest.importorskip("compressed_tensors")
     from transformers.quantizers.auto import AutoHfQuantizer
@@ -293,7 +293,7 @@ def test_a_config_that_aerogel_does_not_run_goes_to_the_stock_loader_with_a_warn
     with caplog.at_level("WARNING"):
         quantizer = AutoHfQuantizer.from_config(AutoConfig.from_pretrained(made.packed).quantization_config)
     assert type(quantizer).__name__ == "CompressedTensorsHfQuantizer"
-    assert "nvfp4-pack-quantized" in caplog.text
+    assert "mxfp6-pack-quantized" in caplog.text
 
 
 def test_no_optional_package_is_imported(tmp_path: Path) -> None:
