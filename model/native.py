@@ -34,7 +34,7 @@ ALIGNMENT = 64
 """Bytes: a vector of the widest CPU, and a cache line."""
 CODES: dict[str, str] = {"native-cpu": "codes", "native-cuda": "tile_codes"}
 SCALES: dict[str, str] = {"native-cpu": "scale", "native-cuda": "tile_scale"}
-OTHERS = ("zero", "tile_zero", "tile_table")
+OTHERS = ("zero", "tile_zero", "tile_table", "tile_pick", "stored_scale", "stored_factor")
 LOCAL_NAMES = frozenset({*CODES.values(), *SCALES.values(), *OTHERS})
 """Local names of the tensors of native weights."""
 
@@ -47,11 +47,11 @@ def open_own(config: Mapping[str, Any]) -> Source:
 class Native(CompressedTensors):
     """A `quantization_config` with a `layout`."""
 
-    suffixes: ClassVar[frozenset[str]] = CompressedTensors.suffixes | LOCAL_NAMES
     markers: ClassVar[frozenset[str]] = CompressedTensors.markers | frozenset(CODES.values())
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
+        self.suffixes |= LOCAL_NAMES
         layout = config["layout"]
         try:
             version, self.layout = int(layout["version"]), str(layout["name"])
