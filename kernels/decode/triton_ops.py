@@ -12,6 +12,10 @@ second launch. The counters that tell who is last go back to zero by that same p
 
 The new key is rotated and its score taken by the first share from registers, so nobody waits for it to reach its slot.
 
+On compute capability 9.0 each of them begins while the kernel before it still runs and lets the one behind it begin at once
+(EARLY, NVIDIA's programmatic dependent launch): it waits for its inputs itself, and the matmul behind it asks for its weights
+meanwhile. Nothing but a norm's weight is touched before the wait, and that is only brought into the L2 cache.
+
 Bytes are those of the filled slots. Measured on an H100 at Llama-3-8B's heads: 6.8 microseconds at 192 filled slots and one
 sequence, 9.6 at sixteen sequences, 12.3 at 2200 slots; torch's operators for the same take 38, 43 and 40. The others
 are bound by the launch alone. Needs a C compiler on the machine, as Triton does for its launcher.
@@ -32,6 +36,14 @@ triton, tl = language()
 OVERRIDE: dict[int, tuple[int, int, int]] = {}
 """Slots -> (tile, shares, warps), for measuring other plans than `plan_of` makes."""
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _begin(EARLY: tl.constexpr):
+    """Lets the next kernel begin, then waits until everything before this one has ended and can be read."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -68,8 +80,9 @@ def _attend(
     J, L,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
     SHARES: tl.constexpr, SHARES_PAD: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, ROTATE: tl.constexpr,
-    SINKS: tl.constexpr, TILE: tl.constexpr,
+    SINKS: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    _begin(EARLY)
     share, head = tl.program_id(0), tl.program_id(1)
     b, j = head // J, head % J
     g, d, e = tl.arange(0, G_PAD), tl.arange(0, D_PAD), tl.arange(0, E_PAD)
@@ -149,6 +162,13 @@ def _processors(device: torch.device) -> int:
 
 
 @cache
+def _launch(device: torch.device) -> dict[str, bool]:
+    """Options of every launch: early where the device can and the compiler is NVIDIA's."""
+    early = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+@cache
 def _counters(device: torch.device, heads: int) -> Tensor:
     """Zeros, which every launch leaves at zero; shared by all launches on a device, which run one after the other."""
     with torch.inference_mode(False):
@@ -201,6 +221,7 @@ def attend(
         G=G, G_PAD=max(16, triton.next_power_of_2(G)), D=D, D_PAD=max(16, triton.next_power_of_2(D)),
         E=E, E_PAD=max(16, triton.next_power_of_2(E)), SHARES=shares, SHARES_PAD=triton.next_power_of_2(shares),
         WINDOW=window, CAP=softcap, ROTATE=cos is not None, SINKS=sinks is not None, TILE=tile, num_warps=warps,
+        **_launch(q.device),
     )  # fmt: skip
     return out
 
@@ -208,8 +229,14 @@ def attend(
 @triton.jit
 def _norm(
     a_ptr, b_ptr, weight_ptr, sum_ptr, y_ptr, eps, a_row, b_row,
-    N: tl.constexpr, N_PAD: tl.constexpr, ADD: tl.constexpr, ROUND: tl.constexpr,
+    N: tl.constexpr, N_PAD: tl.constexpr, ADD: tl.constexpr, ROUND: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        line = tl.minimum(tl.arange(0, N_PAD // 64 if N_PAD > 64 else 1) * 64, N - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [weight_ptr + line], dtype=tl.int32, is_pure=False, pack=1
+        )
+    _begin(EARLY)
     row, n = tl.program_id(0).to(tl.int64), tl.arange(0, N_PAD)
     weight = tl.load(weight_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     h = tl.load(a_ptr + row * a_row + n, mask=n < N, other=0.0)
@@ -237,7 +264,7 @@ def _normed(a: Tensor, b: Tensor | None, weight: Tensor, eps: float, round_first
     size = triton.next_power_of_2(N)
     _norm[(len(x),)](
         x, other, weight, total, y, eps, x.stride(0), other.stride(0), N=N, N_PAD=size, ADD=b is not None,
-        ROUND=round_first, num_warps=min(16, max(1, size // 512)),
+        ROUND=round_first, num_warps=min(16, max(1, size // 512)), **_launch(a.device),
     )  # fmt: skip
     return total, y
 
@@ -253,7 +280,8 @@ def add_rms_norm(a: Tensor, b: Tensor, weight: Tensor, eps: float, round_first: 
 
 
 @triton.jit
-def _gate(g_ptr, u_ptr, y_ptr, g_row, u_row, N, ACT: tl.constexpr, TILE: tl.constexpr):
+def _gate(g_ptr, u_ptr, y_ptr, g_row, u_row, N, ACT: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr):
+    _begin(EARLY)
     row, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
     g = tl.load(g_ptr + row * g_row + n, mask=n < N, other=0.0)
     u = tl.load(u_ptr + row * u_row + n, mask=n < N, other=0.0).to(tl.float32)
@@ -275,5 +303,7 @@ def gate(g: Tensor, u: Tensor, act: str) -> Tensor:
     y = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     a, b = _rows(g), _rows(u)
     tile = min(512, triton.next_power_of_2(N))
-    _gate[len(a), triton.cdiv(N, tile)](a, b, y, a.stride(0), b.stride(0), N, ACT=act, TILE=tile, num_warps=2)
+    _gate[len(a), triton.cdiv(N, tile)](
+        a, b, y, a.stride(0), b.stride(0), N, ACT=act, TILE=tile, num_warps=2, **_launch(g.device)
+    )
     return y

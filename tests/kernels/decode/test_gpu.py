@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from aerogel.kernels.decode import ops
 from aerogel.kernels.decode.loop import Decoder
 from aerogel.kernels.decode.merge import merge
 from aerogel.kernels.decode.sample import Sampling
+from aerogel.kernels.gemm.cuda_tune import random_weight
+from aerogel.kernels.gemm.cuda_weight import TileWeight
 
 pytestmark = pytest.mark.gpu
 BUDGET = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -71,3 +74,42 @@ def test_draws_repeat_with_the_seed() -> None:
     first = draw(1)
     assert draw(1) == first
     assert draw(2) != first
+
+
+def test_launches_that_overlap_give_what_launches_apart_give() -> None:
+    """Norms, matmuls and gates that begin before their predecessor has ended, replayed: the bits of each run by itself."""
+    ops.missing(torch.device("cuda"))  # registers the operators
+    weight = partial(random_weight, bits=4, group_size=128, device="cuda")
+    layers = [(weight(6144, 1024, seed=i), weight(1024, 3072, seed=9 + i)) for i in range(3)]
+    norm = torch.rand(1024, device="cuda").bfloat16()
+    x = torch.randn(4, 1024, device="cuda").bfloat16()
+
+    def times(weight: TileWeight, rows: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.aerogel.tiles_linear(
+            rows, weight.codes, weight.scale, weight.zero, None, None, None, weight.group_size, weight.N
+        )
+        return y
+
+    def chain(apart: bool) -> torch.Tensor:
+        def step(value: Any) -> Any:
+            if apart:
+                torch.cuda.synchronize()
+            return value
+
+        h, branch = x, torch.zeros_like(x)
+        for up, down in layers:
+            h, y = step(torch.ops.aerogel.add_rms_norm(h, branch, norm, 1e-5, True))
+            wide = step(times(up, y))
+            branch = step(times(down, step(torch.ops.aerogel.gate(wide[:, :3072], wide[:, 3072:], "silu"))))
+        return step(h + branch)
+
+    expected = chain(apart=True)
+    assert torch.isfinite(expected).all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(20):
+            found = chain(apart=False)
+    for _ in range(50):
+        found.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(found, expected)
