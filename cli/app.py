@@ -15,7 +15,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from aerogel.cli import bench, compress, evaluate, export, generate, inspect, listing, plan, run, tune
+from aerogel.cli import allocate, bench, compress, evaluate, export, generate, inspect, listing, plan, run, tune
 from aerogel.cli.failures import BAD_INPUT, RUN_FAILED, explain, one_line
 
 
@@ -54,6 +54,7 @@ app.command("export", cls=Command)(export.command)
 app.command("generate", cls=Command)(generate.command)
 app.command("list", cls=Command)(listing.command)
 app.command("tune", cls=Command)(tune.command)
+app.command("allocate", cls=Command)(allocate.command)
 
 
 @app.callback(invoke_without_command=True)

@@ -28,6 +28,7 @@ def command(
     repeats: Repeats = None,
     speed_only: SpeedOnly = False,
     activations: options.Activations = None,
+    bits: options.Bits = None,
     set_: options.Set = None,
     device: options.Device = "auto",
     json: options.Json = None,
@@ -37,6 +38,7 @@ def command(
 ) -> None:
     """Measure load time, prefill and decode speed, and memory; with --against, side by side and with the quality."""
     with session(json=json, quiet=quiet, debug=debug, threads=threads) as output:
+        from aerogel.model.loading import at_bits
         from aerogel.model.pipeline import measure, pick_device
         from aerogel.recipes.sections import Bench
 
@@ -51,7 +53,7 @@ def command(
         changes = [f"{key}={value}" for key, value in given.items() if value is not None]
         settings = settings_for(model, recipe, [*(set_ or ()), *changes])
         quality = settings.evaluate if against is not None and not speed_only else None
-        with progress(quiet=quiet) as watch:
+        with at_bits(bits), progress(quiet=quiet) as watch:
             report = header(model, against) | measure(
                 model, against, quality, settings.bench or Bench(), device=pick_device(device), progress=watch
             )

@@ -28,6 +28,7 @@ def command(
     windows: Windows = None,
     sequence_length: Length = None,
     activations: options.Activations = None,
+    bits: options.Bits = None,
     set_: options.Set = None,
     device: options.Device = "auto",
     json: options.Json = None,
@@ -38,6 +39,7 @@ def command(
     """Measure quality. With --against, also divergence from that model and a paired test per task."""
     with session(json=json, quiet=quiet, debug=debug, threads=threads) as output:
         from aerogel.errors import BadInput
+        from aerogel.model.loading import at_bits
         from aerogel.model.pipeline import measure, pick_device
 
         given = {
@@ -51,7 +53,7 @@ def command(
         section = settings_for(model, recipe, [*(set_ or ()), *changes]).evaluate
         if section is None:
             raise BadInput("this recipe has evaluate: null; choose another with -r or set evaluate.divergence=true")
-        with progress(quiet=quiet) as watch:
+        with at_bits(bits), progress(quiet=quiet) as watch:
             report = header(model, against) | measure(model, against, section, None, device=pick_device(device), progress=watch)
         if not quiet:
             from aerogel.cli.show import summary

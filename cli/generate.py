@@ -40,6 +40,7 @@ def command(
     loop: LoopName = "auto",
     merge: Merge = True,
     activations: options.Activations = None,
+    bits: options.Bits = None,
     device: options.Device = "auto",
     json: options.Json = None,
     quiet: options.Quiet = False,
@@ -66,7 +67,7 @@ def command(
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         folder = resolve(model)
         tokenizer = tokenizer_of(folder)()
-        loaded = load(folder, device=pick_device(device), merge=merge)
+        loaded = load(folder, device=pick_device(device), merge=merge, bits=bits)
         if activations == "int8":
             round_activations(loaded)
         decoder = Decoder(loaded, loop)  # type: ignore[arg-type]

@@ -22,6 +22,9 @@ Against = Annotated[
     str | None,
     typer.Option("--against", metavar="MODEL", help="The dense model to compare with, measured side by side."),
 ]
+Bits = Annotated[
+    int | None, typer.Option("--bits", metavar="N", min=1, help="Read only the first N planes of a model stored as bit planes.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe: `quantize.bits=3`. Repeatable."),

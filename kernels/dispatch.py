@@ -19,6 +19,7 @@ GEMM: dict[str, str] = {
     "cpu-int8": "aerogel.kernels.gemm.cpu:NativeInt8",
     "cpu": "aerogel.kernels.gemm.cpu:Native",
     "cpu-lookup": "aerogel.kernels.gemm.cpu_lookup:NativeLookup",
+    "cpu-planes": "aerogel.kernels.gemm.plane_rows:PlaneRows",
     "torch-int4-cpu": "aerogel.kernels.gemm.torch_ops:Int4Cpu",
     "torch-int8-cpu": "aerogel.kernels.gemm.torch_ops:Int8Cpu",
     "triton": "aerogel.kernels.gemm.triton_linear:Triton",

@@ -15,6 +15,9 @@ Shape legend: N out features, K in features.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +29,32 @@ from aerogel.errors import BadInput
 from aerogel.kernels.decode.merge import merge as merge_linears
 from aerogel.kernels.decode.merge import merging
 from aerogel.model.quantizer import first_line, register
+from aerogel.pack.planes import narrowed
 
-__all__ = ["load", "register"]
+__all__ = ["at_bits", "load", "register"]
 
 
-def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None, merge: bool = False) -> PreTrainedModel:
+_BITS: ContextVar[int | None] = ContextVar("aerogel_bits", default=None)
+
+
+@contextmanager
+def at_bits(bits: int | None) -> Iterator[None]:
+    """Inside, quantized models are loaded with their first `bits` planes; None for all that is stored."""
+    token = _BITS.set(bits)
+    try:
+        yield
+    finally:
+        _BITS.reset(token)
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    merge: bool = False,
+    bits: int | None = None,
+) -> PreTrainedModel:
     """A compressed (or dense) checkpoint as a model ready to run.
 
     Args:
@@ -39,6 +63,8 @@ def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = N
         dtype: of everything that is not packed, and of activations; the checkpoint's own unless given.
         merge: make one linear of those that read the same input (q, k, v; gate, up), which decodes faster. The model
             keeps its modules and its state dict, but takes no new weights.
+        bits: how many planes to read of weights that are stored as bit planes; the rest is not read from the disk. All
+            of them unless given here or by `at_bits`.
 
     Returns:
         The model in eval mode, packed linears as `aerogel.kernels.linear.Linear`.
@@ -51,11 +77,15 @@ def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = N
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} is not a checkpoint transformers can read ({first_line(error)})") from error
+    bits = _BITS.get() if bits is None else bits
+    stored = getattr(config, "quantization_config", None)
+    if bits is not None and stored is not None:
+        config.quantization_config = narrowed(stored, bits)
     name = (config.architectures or [""])[0]
     family = getattr(transformers, name, AutoModelForCausalLM)
     placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
     with merging(merge):
-        loaded: Any = family.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True, **placed)
+        loaded: Any = family.from_pretrained(path, config=config, dtype=dtype or "auto", output_loading_info=True, **placed)
     model, report = loaded
     if report["missing_keys"]:
         absent = sorted(report["missing_keys"])

@@ -28,8 +28,10 @@ from transformers.pytorch_utils import Conv1D
 from aerogel.errors import BadInput
 from aerogel.model.experts import Stack, stacks_of
 from aerogel.model.reader import Entry
+from aerogel.pack.config import format_of
 from aerogel.pack.scheme import Scheme
 from aerogel.pack.source import Source, UnevenGroups, order_of
+from aerogel.quantize.planes import PlaneGrid
 
 NUMBERED = re.compile(r"(?P<stem>.+)\.(?P<number>\d+)\.(?P<leaf>[^.]+)")
 
@@ -194,6 +196,7 @@ class _Planner:
                 return None
         owner = self.model.get_submodule(parameter.rpartition(".")[0])
         scheme = self._scheme(name, tensors, parameter, owner)
+        tensors = _wanted(tensors, scheme)
         transposed = isinstance(owner, Conv1D) if stack is None else bool(getattr(owner, "is_transposed", False))
         return Placement(
             name=name,
@@ -223,6 +226,14 @@ class _Planner:
         except UnevenGroups:
             return False
         return True
+
+
+def _wanted(tensors: Mapping[str, str], scheme: Scheme) -> Mapping[str, str]:
+    """The tensors that the scheme reads: planes beyond those that were asked for stay on the disk."""
+    if not isinstance(scheme.grid, PlaneGrid):
+        return tensors
+    read = format_of(scheme.format).shapes(1, 1, scheme.grid)
+    return {local: name for local, name in tensors.items() if local in read}
 
 
 def features(module: nn.Module) -> tuple[int, int]:

@@ -34,11 +34,14 @@ STOCK: dict[str, tuple[str, str]] = {
     "gptq": ("GPTQConfig", "GptqHfQuantizer"),
     "awq": ("AwqConfig", "AwqQuantizer"),
     "auto-round": ("AutoRoundConfig", "AutoRoundQuantizer"),
+    "bitnet": ("BitNetQuantConfig", "BitNetHfQuantizer"),
 }
 """transformers' own config and quantizer classes, by `quant_method`: names in `transformers.quantizers.auto`."""
 METHODS = (*STOCK, "modelopt", "aerogel")
 FIRST_TOKENS = (1, 512)
 """Numbers of tokens whose kernels are compiled while a model is loaded: a step of decoding, and a prompt."""
+UNREAD = (r"\.weight_packed_\d$", r"\.weight_scale_\d$")
+"""Names of bit planes, which transformers need not wonder about when a model is loaded without the last of them."""
 
 
 def register() -> None:
@@ -137,6 +140,7 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
             pack_experts(model, parameter, stack)
         for name, reason in plan.unpacked.items():
             logger.warning("the experts of %s are decoded into dense weights: %s", name, reason)
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *UNREAD}
         for name in plan.homeless:
             logger.warning("%s is packed in the checkpoint, but the model has no place for it", name)
         self.decoder = Decoder(plan, self.source)

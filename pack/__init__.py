@@ -10,6 +10,7 @@ FORMATS: dict[str, str] = {
     "mxfp4-pack-quantized": "aerogel.pack.microscaling:Mxfp4Packed",
     "mxfp8-quantized": "aerogel.pack.microscaling:Mxfp8",
     "table-packed": "aerogel.pack.table_packed:TablePacked",
+    "planes": "aerogel.pack.planes:Planes",
 }
 """Format name to a `"module:Name"` string; each is a class that implements `aerogel.pack.format.Format`."""
 
@@ -20,5 +21,6 @@ SOURCES: dict[str, str] = {
     "awq": "aerogel.pack.awq:Awq",
     "modelopt": "aerogel.pack.modelopt:ModelOpt",
     "auto-round": "aerogel.pack.auto_round:auto_round",
+    "bitnet": "aerogel.pack.bitnet:Bitnet",
 }
 """`quant_method` of a config.json to what makes the reader of its checkpoints, an `aerogel.pack.source.Source`."""

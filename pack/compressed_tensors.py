@@ -2,9 +2,9 @@
 
 Formats: pack-quantized (symmetric and not, per group or channel, with or without activation order), int-quantized,
 float-quantized (e4m3), naive-quantized, which stores the same as the latter two, the microscaling formats (NVFP4, MXFP4,
-MXFP8) and our own table-packed. What differs from the files we write is brought into their shape: one scale for a whole
-tensor, zero points that are not packed, a `weight_g_idx`. Static activations, KV-cache schemes and transforms are refused
-by name.
+MXFP8), our own table-packed and planes. What differs from the files we write is brought into their shape: one scale for a
+whole tensor, zero points that are not packed, a `weight_g_idx`. Static activations, KV-cache schemes and transforms are
+refused by name.
 
 Shape legend: N out features, K in features, G groups along K.
 """
@@ -23,8 +23,7 @@ from aerogel.pack.config import find_group, format_of
 from aerogel.pack.format import take
 from aerogel.pack.scheme import NOT_SERVED, NotServed, Scheme, parse_group
 from aerogel.pack.source import Columns, Source, arranged, integer_grid, scale_dtype
-from aerogel.quantize.grids import Fp8Grid
-from aerogel.quantize.tables import TableGrid
+from aerogel.quantize.grids import Fp8Grid, IntGrid
 
 
 class CompressedTensors(Source):
@@ -61,7 +60,7 @@ class CompressedTensors(Source):
                 " add its name to the targets of its group in config.json"
             )
         scheme = self._schemes[next(name for name, held in self._groups.items() if held is group)]
-        if isinstance(scheme.grid, TableGrid):
+        if not isinstance(scheme.grid, IntGrid | Fp8Grid):
             return scheme  # its config says the type of its scales
         return scheme.with_scale_dtype(scale_dtype(header, "weight_scale", names[0]))
 
@@ -73,7 +72,7 @@ class CompressedTensors(Source):
             tensors = {**tensors, "weight": tensors["weight"].to(torch.float8_e4m3fn)}
             tensors["weight_scale"] = _fp8_scale(tensors["weight_scale"], scheme.grid)
             return Columns(fmt.to_codes(tensors, scheme.grid))
-        if isinstance(scheme.grid, TableGrid):
+        if not isinstance(scheme.grid, IntGrid):
             return Columns(fmt.to_codes(tensors, scheme.grid))
         tensors = _regular(tensors, scheme)
         codes = fmt.to_codes(tensors, scheme.grid)

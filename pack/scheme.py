@@ -47,7 +47,7 @@ class Scheme:
     def with_scale_dtype(self, dtype: torch.dtype) -> Scheme:
         """The same scheme with scales of `dtype`, as the header of the file has them."""
         if not isinstance(self.grid, IntGrid | Fp8Grid):
-            return self  # a table's config says the type of its scales
+            return self  # the config says the type of its scales
         return replace(self, grid=replace(self.grid, scale_dtype=dtype))
 
 

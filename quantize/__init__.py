@@ -6,6 +6,8 @@ METHODS: dict[str, str] = {
     "rtn": "aerogel.quantize.rtn:RoundToNearest",
     "gptq": "aerogel.quantize.gptq:Gptq",
     "hqq": "aerogel.quantize.hqq:Hqq",
+    "bcq": "aerogel.quantize.bcq:Bcq",
+    "nested": "aerogel.quantize.nested:Nested",
 }
 """Name of a `quantize:` method -> its class, loaded when first used. A method is `Layer -> Layer`."""
 
@@ -22,5 +24,7 @@ GRIDS: dict[str, str] = {
     "bitmod": "aerogel.quantize.formats.bitmod:Bitmod",
     "kmeans": "aerogel.quantize.formats.kmeans:KMeans",
     "rf8": "aerogel.quantize.formats.rf8:Rf8",
+    "ternary": "aerogel.quantize.formats.ternary:Ternary",
+    "planes": "aerogel.quantize.planes:PlaneGrid",
 }
 """`format` of a quantize stage -> the grid it rounds to, a `codes.Grid`."""

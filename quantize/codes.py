@@ -3,9 +3,10 @@
     integers    W = (q - z) * s                          q, z int8
     floats      W = f * s                                f float8_e4m3fn
     tables      W = table[t][u] * (s * factor)           u uint8 in [0, 2^bits)
+    planes      W = o + sum of a_i * (+-1)               u uint8, bits of the signs (`planes`)
 
-Everything that is neither an integer nor a plain float8 is a table: 2^bits numbers that a code points into. Which of the T
-tables holds for a weight is said by `pick` (one per group), or follows from T: one for all, or one per output. Scales are
+What is neither an integer, a plain float8 nor a sum of planes is a table: 2^bits numbers that a code points into. Which of
+the T tables holds for a weight is said by `pick` (one per group), or follows from T: one for all, or one per output. Scales are
 of any type in `scales.TYPES`; `factor` is one float32 for the whole weight, for formats with two levels of scales.
 The arithmetic is float32 in exactly the order written: first s * factor, then the product with the table's number.
 Solvers, files and kernels share it, so that they agree bit for bit.
@@ -36,8 +37,8 @@ class Params:
     """What turns the codes of one weight into numbers.
 
     scale_NG: [N, G] in a type of `scales.TYPES`. A grid that shares a scale among outputs stores fewer rows: [ceil(N / 128),
-        G] per block, [1, 1] per tensor.
-    zero_NG: int8 [N, G], None when symmetric or a table.
+        G] per block, [1, 1] per tensor. Planes have one each, [N, G, planes].
+    zero_NG: int8 [N, G], None when symmetric or a table; the offsets of planes, in a float type.
     table_TE: float32 [T, E], None for integers and plain floats. T is 1 (for all), or N (one per output), or any number up
         to 256 with `pick_NG`.
     pick_NG: uint8, shaped like the scales: the table of each group. None unless tables are chosen per group.

@@ -31,6 +31,9 @@ class Levels(NamedTuple):
         numbers, codes = torch.sort(table, dim=-1, stable=True)
         numbers = numbers.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         middles = numbers[..., :-1] * 0.5 + numbers[..., 1:] * 0.5
+        # Between neighbouring floats the middle rounds to one of them; at the upper it would hide that one from itself.
+        upper = numbers[..., 1:]
+        middles = torch.where((middles >= upper) & upper.isfinite(), numbers[..., :-1], middles)
         # The second of two equal numbers gets an empty interval: its lower end is moved up to its upper end.
         middles = middles.masked_fill(numbers[..., :-1] == numbers[..., 1:], torch.inf)
         middles = middles.flip(-1).cummin(-1).values.flip(-1).contiguous()

@@ -20,7 +20,7 @@ ScaleType = Literal["auto", "float16", "bfloat16", "float32", "e4m3", "e8m0", "u
 """The type that scales are rounded to before use; `auto` is the type the checkpoint is written in."""
 
 LIMITS: dict[str, dict[str, Any]] = {
-    "bits": {"ge": 2, "le": 8},
+    "bits": {"ge": 1, "le": 8},
     "group_size": {"ge": 1},
     "sparsity": {"gt": 0, "lt": 1},
 }

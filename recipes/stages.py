@@ -91,10 +91,16 @@ def stage_model(kind: str, method: str, grid: str | None) -> type[BaseModel]:
         "ignore": (Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)], ("lm_head",)),
     }
     if grid is not None:
-        keys |= {"activations": (Activations, "none"), "format": (Literal[tuple(GRIDS)], "int")}
+        keys |= {"activations": (Activations, "none"), "format": (Literal[tuple(GRIDS)], default_format(method))}
         keys |= options(load(GRIDS[grid]))
     name = f"{kind} ({method}, {grid})" if grid else f"{kind} ({method})"
     return option_model(name, keys | options(load(methods(kind)[method]), without=frozenset({"grid"})))
+
+
+def default_format(method: str) -> str:
+    """The format of a quantize stage that names none: the only one its method makes, else integers."""
+    found: str = getattr(load(methods("quantize")[method]), "makes", "int")
+    return found
 
 
 def parse_stages(document: Document) -> tuple[StageSpec, ...]:
@@ -119,7 +125,7 @@ def _parse_stage(document: Document, index: int, entry: object) -> StageSpec:
     method = _chosen(document, (*key, "method"), body.get("method"), methods(kind))
     grid = None
     if kind == "quantize":
-        grid = _chosen(document, (*key, "format"), body.get("format", "int"), GRIDS)
+        grid = _chosen(document, (*key, "format"), body.get("format", default_format(method)), GRIDS)
     model = stage_model(kind, method, grid)
     try:
         checked = model.model_validate(body).model_dump()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.pack.test_bits import by_hand
-from tests.quantize import test_tables
+from tests.quantize import test_planes, test_tables
 
 from aerogel.errors import BadInput
 from aerogel.pack import FORMATS
@@ -28,6 +28,7 @@ GRIDS += [(Fp8Grid(strategy=s), "float-quantized") for s in ("channel", "block",
 TABLES = [grid for grid in test_tables.GRIDS if not isinstance(grid, Nvfp4 | Mx) or grid == Nvfp4(scale_dtype=torch.uint8)]
 GRIDS += [(grid, "table-packed") for grid in TABLES]
 GRIDS += [(Nvfp4(), "nvfp4-pack-quantized"), (Mx(), "mxfp4-pack-quantized"), (Mx(kind="e4m3"), "mxfp8-quantized")]
+GRIDS += [(grid, "planes") for grid in test_planes.GRIDS]
 SHAPES = [(1, 1), (1, 33), (5, 70), (32, 64), (129, 130)]
 EVEN = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
 

@@ -1,0 +1,93 @@
+"""Complex weights of two bits: 1, -1, i or -i times a scale, and the real integer weight that stands for them.
+
+iFairy (PKU 2025, arXiv 2508.05571) trains models whose weights take only these four values, so that a complex product needs
+additions alone. A weight goes to the axis it is nearest to; the two axes have a scale each, the mean magnitude of the real
+parts on the one and of the imaginary parts on the other. The linear map is, with x = a + i b and w = u + i v,
+
+    Re y = sum u a + v b,    Im y = sum v a - u b
+
+and hence a real matrix over [a | b]: rows [u | v] above rows [v | -u], whose entries are 0 or a sign times one of the two
+scales. `real` gives it as ternary codes with one scale per half, which every kernel for integers runs.
+
+Codes: 0, 1, 2, 3 for 1, i, -1, -i. Stored: `weight_packed` int32 [N, ceil(2 K / 32)], `weight_scale` float32 [2] (real,
+imaginary), `weight_shape` int64 [2]. Cost: 2 bits per complex weight.
+
+Shape legend: N out features, K in features, both complex.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import BadInput
+from aerogel.pack import bits
+from aerogel.quantize.codes import Codes
+from aerogel.quantize.grids import IntGrid
+
+SIGNS = torch.tensor([[1, 0], [0, 1], [-1, 0], [0, -1]], dtype=torch.int8)
+"""Real and imaginary sign of every code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComplexCodes:
+    """A weight of {1, i, -1, -i}: values_NK uint8 [N, K] in 0..3, scale_2 float32 [2] of the real and the imaginary axis."""
+
+    values_NK: Tensor
+    scale_2: Tensor
+
+    def decode(self) -> Tensor:
+        """complex64 [N, K]."""
+        parts_NK2 = SIGNS.to(self.values_NK.device)[self.values_NK.long()].float() * self.scale_2
+        return torch.view_as_complex(parts_NK2.contiguous())
+
+    def real(self) -> Codes:
+        """The real map [Re x | Im x] -> [Re y | Im y] as ternary codes [2 N, 2 K], one scale per half of the inputs."""
+        N, K = self.values_NK.shape
+        u, v = SIGNS.to(self.values_NK.device)[self.values_NK.long()].unbind(-1)
+        values = torch.cat([torch.cat([u, v], 1), torch.cat([v, -u], 1)])
+        scale = torch.cat([self.scale_2.expand(N, 2), self.scale_2.flip(0).expand(N, 2)])
+        return Codes(values_NK=values, scale_NG=scale.contiguous(), grid=IntGrid(bits=2, group_size=K))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are stored."""
+        return {
+            "weight_packed": bits.pack(self.values_NK, 2),
+            "weight_scale": self.scale_2,
+            "weight_shape": torch.tensor(self.values_NK.shape, dtype=torch.int64),
+        }
+
+    @staticmethod
+    def load(tensors: Mapping[str, Tensor]) -> ComplexCodes:
+        """The inverse of `tensors`. Raises `BadInput` for tensors that are missing or of another shape."""
+        missing = {"weight_packed", "weight_scale", "weight_shape"} - tensors.keys()
+        if missing:
+            raise BadInput(f"a complex weight lacks {', '.join(sorted(missing))}; the file is not whole")
+        N, K = tensors["weight_shape"].tolist()
+        if tensors["weight_packed"].shape[0] != N or tensors["weight_scale"].shape != (2,):
+            raise BadInput("the tensors of a complex weight do not fit its shape; the file is damaged")
+        return ComplexCodes(values_NK=bits.unpack(tensors["weight_packed"], 2, K), scale_2=tensors["weight_scale"].float())
+
+
+def quantize_complex(w_NK: Tensor) -> ComplexCodes:
+    """The nearest axis of every weight, and the mean magnitude on each axis.
+
+    Args:
+        w_NK: complex [N, K].
+
+    Raises:
+        BadInput: real weights, NaN or infinity.
+    """
+    if not w_NK.is_complex() or not bool(torch.isfinite(torch.view_as_real(w_NK)).all()):
+        raise BadInput("four-valued complex codes need finite complex weights")
+    on_real = w_NK.real.abs() >= w_NK.imag.abs()
+    negative = torch.where(on_real, w_NK.real < 0, w_NK.imag < 0)
+    values = (~on_real).to(torch.uint8) + 2 * negative.to(torch.uint8)
+
+    def mean(part: Tensor, mask: Tensor) -> Tensor:
+        return part.abs().float().mul(mask).sum() / mask.sum().clamp(min=1)
+
+    return ComplexCodes(values_NK=values, scale_2=torch.stack([mean(w_NK.real, on_real), mean(w_NK.imag, ~on_real)]))
