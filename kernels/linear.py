@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,9 @@ class Linear(nn.Module):
         dtype: of the bias, and of the activations that `prepare` plans for.
         device: where the buffers are made, the default device unless given.
     """
+
+    kernel_is_all: ClassVar[bool] = True
+    """Whether `forward` is the kernel's product and nothing else."""
 
     def __init__(
         self,

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from aerogel.pack.format import Format
     from aerogel.quantize.grids import Codes
+    from aerogel.quantize.outliers import Outliers
 
 Need = Literal["second_moment", "cross_moment"]
 """What a stage asks calibration for; the walk accumulates only what some stage of that layer declares in `needs`."""
@@ -58,7 +60,8 @@ class Layer:
     weight_NK: float32 [N, K], always the weight as it now stands: dense, masked, or decoded from `codes`.
     stats: what calibration accumulated for its input, or None for methods that need no data.
     mask_NK: bool [N, K], True where the weight is kept; None when nothing was pruned. Zeros under the mask stay zero.
-    codes: the quantized weight, whose `decode()` equals `weight_NK`; None when not quantized.
+    codes: the quantized weight, whose `decode()` equals `weight_NK`, outliers apart; None when not quantized.
+    outliers: weights that are kept beside the codes, None when there are none.
     tokens: how many calibration tokens its input was seen with; 0 without data. Set when the statistics are let go.
     loss: relative output error tr(D H D^T) / tr(W H W^T) of this layer against the weight it came with, or None.
     notes: facts for the report, such as {"damping": 0.01, "retries": 0}. Plain JSON values only.
@@ -69,9 +72,15 @@ class Layer:
     stats: Stats | None = None
     mask_NK: Tensor | None = None
     codes: Codes | None = None
+    outliers: Outliers | None = None
     tokens: int = 0
     loss: float | None = None
     notes: Mapping[str, object] = field(default_factory=dict)
+
+    def tensors(self, form: type[Format]) -> dict[str, Tensor]:
+        """What is stored for codes and outliers, by local name; nothing when there are no codes."""
+        local = {} if self.codes is None else form.encode(self.codes)
+        return local if self.outliers is None else {**local, **self.outliers.tensors()}
 
     def with_(self, **changes: object) -> Layer:
         """A copy with `changes` applied; `notes` are merged instead of replaced."""

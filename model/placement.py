@@ -31,6 +31,8 @@ from aerogel.model.reader import Entry
 from aerogel.pack.config import format_of
 from aerogel.pack.scheme import Scheme
 from aerogel.pack.source import Source, UnevenGroups, order_of
+from aerogel.quantize.outliers import NAMES as OUTLIERS
+from aerogel.quantize.outliers import with_outliers
 from aerogel.quantize.planes import PlaneGrid
 
 NUMBERED = re.compile(r"(?P<stem>.+)\.(?P<number>\d+)\.(?P<leaf>[^.]+)")
@@ -155,11 +157,13 @@ class _Planner:
         unpacked = {}
         for path, parameters in by_module.items():
             items = [item for held in parameters.values() for item in held]
-            made = (
-                "columns stand in another order (activation order)"
-                if not all(self._in_order(item) for item in items)
-                else stacks_of(self.model, path, parameters, rules)
-            )
+            made: str | dict[str, Stack]
+            if not all(self._in_order(item) for item in items):
+                made = "columns stand in another order (activation order)"
+            elif any(item.tensors.keys() & set(OUTLIERS) for item in items):
+                made = "they have outliers"
+            else:
+                made = stacks_of(self.model, path, parameters, rules)
             if isinstance(made, str):
                 unpacked[path] = made
             else:
@@ -249,5 +253,5 @@ def decoded(placement: Placement, source: Source, tensors: Mapping[str, Tensor],
     """The dense tensor of one placement, as a dense checkpoint's disk has it: [N, K], or [K, N] where transposed."""
     if placement.scheme is None:
         return tensors[""].to(dtype)
-    weight = source.columns(placement.name, tensors, placement.scheme).dense(dtype)
+    weight = with_outliers(source.columns(placement.name, tensors, placement.scheme).dense(dtype), tensors, placement.name)
     return weight.T.contiguous() if placement.transposed else weight

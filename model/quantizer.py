@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from aerogel.errors import BadInput, RunFailed
 from aerogel.pack.scheme import NotServed
 from aerogel.pack.source import Source, open_source
+from aerogel.quantize.outliers import NAMES as OUTLIERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -135,7 +136,9 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
         plan = make_plan(model, self.header, self.source, lambda name: read_entry(self.header[name]))
         for item in plan.packed():
-            replace_linear(model, item, f"{item.name}.bias" in self.header)
+            value = item.tensors.get(OUTLIERS[-1])
+            outliers = None if value is None else self.header[value].shape[0]
+            replace_linear(model, item, f"{item.name}.bias" in self.header, outliers)
         for parameter, stack in plan.stacks.items():
             pack_experts(model, parameter, stack)
         for name, reason in plan.unpacked.items():

@@ -30,6 +30,7 @@ from aerogel.model.structure import Matrix, Structure
 from aerogel.model.tape import Slot
 from aerogel.pack.config import choose_format
 from aerogel.pack.format import Format
+from aerogel.quantize.outliers import with_outliers
 from aerogel.recipes.stages import StageSpec
 
 
@@ -246,7 +247,8 @@ class Walk:
         if layer.codes is None:
             return layer.with_(weight_NK=self.job.kept(layer.weight_NK).float(), stats=None, tokens=tokens)
         form = self._format(matrix)
-        stored = form.decode(form.encode(layer.codes), layer.codes.grid)
+        local = layer.tensors(form)
+        stored = with_outliers(form.decode(local, layer.codes.grid), local, matrix.name)
         if not torch.equal(stored, layer.weight_NK):
             raise RunFailed(
                 f"{matrix.name}: what would be stored does not decode to what the solver returned; this is a mistake in"
@@ -283,7 +285,7 @@ class Walk:
             layer = layers[m.name]
             size = 0
             if layer.codes is not None:
-                stored = {f"{m.name}.{key}": value for key, value in self._format(m).encode(layer.codes).items()}
+                stored = {f"{m.name}.{key}": value for key, value in layer.tensors(self._format(m)).items()}
                 tensors |= stored
                 size = sum(t.nbytes for t in stored.values())
                 coded[m.tensor] = coded.get(m.tensor, 0) + 1
@@ -340,10 +342,9 @@ class Walk:
         untied = [m for m in matrices if not m.tied]
         tensors, rows = self._store(self.structure.outer_groups, untied, layers, sources)
         for m in tied:
-            codes = layers[m.name].codes
-            if codes is None:
+            if layers[m.name].codes is None:
                 raise BadInput(f"{m.name} is tied to the embedding; it can be quantized, which unties it, but not only pruned")
-            stored = {f"{m.name}.{key}": value for key, value in self._format(m).encode(codes).items()}
+            stored = {f"{m.name}.{key}": value for key, value in layers[m.name].tensors(self._format(m)).items()}
             tensors |= stored
             rows.append(self._row(m, layers[m.name], sum(t.nbytes for t in stored.values()), sources.tensors[m.tensor].dtype))
         for name in self.structure.unused:
@@ -374,7 +375,8 @@ class Walk:
             local = self._codes_of(m, stored)
             if local:
                 spec = self._spec(m)
-                sources.put(m, self._format(m).decode(local, spec.stage.grid).to(self.device))  # type: ignore[union-attr]
+                weight_NK = self._format(m).decode(local, spec.stage.grid)  # type: ignore[union-attr]
+                sources.put(m, with_outliers(weight_NK, local, m.name).to(self.device))
         self.runner.fetch = sources.fetch
         block = self.runner.load_block(index)
         for batch in range(self.batches):

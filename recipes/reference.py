@@ -24,7 +24,7 @@ from aerogel.recipes.options import ScaleType, options
 from aerogel.recipes.overrides import STAGE_KINDS
 from aerogel.recipes.schema import Recipe, shipped
 from aerogel.recipes.sections import Bench, Calibration, Evaluate, Gate, Pack, Perplexity
-from aerogel.recipes.stages import StageSpec, methods
+from aerogel.recipes.stages import KEEP, StageSpec, methods
 
 HEAD = """# Recipes
 
@@ -94,7 +94,7 @@ def reference() -> str:
     for kind in STAGE_KINDS:
         for name, cls in methods(kind).items():
             parts.append(_options(f"### {kind}: {name}", load(cls), frozenset({"grid"})))
-    parts.append(HEAD_STAGE)
+    parts += [_options("### quantize: outliers", load(KEEP), frozenset()), HEAD_STAGE]
     sections: dict[str, type[BaseModel]] = {
         "pack": Pack,
         "evaluate": Evaluate,

@@ -26,6 +26,8 @@ from aerogel.recipes.problems import first_problem
 Kind = Literal["prune", "scale", "quantize"]
 Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)]
 Activations = Literal["none", "int8", "fp8"]
+KEEP = "aerogel.quantize.outliers:Keep"
+"""What every quantize stage may ask of weights that are kept beside its codes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,11 @@ class StageSpec:
     ignore: tuple[str, ...] = ("lm_head",)
     activations: Activations = "none"
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def keeps_outliers(self) -> bool:
+        """Whether weights are kept beside the codes, which only aerogel loads."""
+        return bool(self.options.get("outliers", "none") != "none")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -92,7 +99,7 @@ def stage_model(kind: str, method: str, grid: str | None) -> type[BaseModel]:
     }
     if grid is not None:
         keys |= {"activations": (Activations, "none"), "format": (Literal[tuple(GRIDS)], default_format(method))}
-        keys |= options(load(GRIDS[grid]))
+        keys |= options(load(GRIDS[grid])) | options(load(KEEP))
     name = f"{kind} ({method}, {grid})" if grid else f"{kind} ({method})"
     return option_model(name, keys | options(load(methods(kind)[method]), without=frozenset({"grid"})))
 
@@ -163,6 +170,9 @@ def _build_stage(kind: str, method: str, checked: dict[str, Any]) -> Any:
     own = {name: checked[name] for name in options(cls, without=frozenset({"grid"}))}
     if kind == "quantize":
         own["grid"] = _build_grid(checked)
+        keep = load(KEEP)(**{name: checked[name] for name in options(load(KEEP))})
+        if keep.outliers != "none":
+            return load("aerogel.quantize.outliers:Keeping")(method=cls(**own), keep=keep)
     return cls(**own)
 
 

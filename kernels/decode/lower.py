@@ -44,7 +44,7 @@ def straight(module: Linear) -> Callable[[Tensor], Tensor]:
     """The module's forward without what it looks up anew on every call. Only as long as its weight stays in its layout."""
     whole: Callable[[Tensor], Tensor] = type(module).forward.__get__(module)
     problem = module._problem
-    if problem is None or module.column_order is not None:
+    if problem is None or not module.kernel_is_all or module.column_order is not None:
         return whole
     run, tensors, bias, K, N, dtype = module._kernel.run, module._tensors(), module.bias, problem.K, problem.N, problem.dtype
 

@@ -148,7 +148,9 @@ class NativeProgram:
     def _linear(self, node: fx.Node, module: Linear, x: Tensor) -> Tensor | None:
         problem = module._problem
         kernel = module._kernel
-        if problem is None or not issubclass(kernel, (Native, cpu_lookup.NativeLookup)) or module.column_order is not None:
+        if problem is None or not module.kernel_is_all or module.column_order is not None:
+            return None
+        if not issubclass(kernel, (Native, cpu_lookup.NativeLookup)):
             return None
         if x.dtype is not problem.dtype or not x.is_contiguous():
             return None

@@ -1,0 +1,78 @@
+"""Outliers through a whole run: stored beside the codes, loaded, traced, exported, resumed; plan knows their bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests import zoo
+from tests.model.tiny import IDS, error, ids_file, logits, recipe
+from transformers import AutoModelForCausalLM
+
+import aerogel
+from aerogel.errors import BadInput
+from aerogel.kernels.decode.loop import Decoder
+from aerogel.kernels.linear import Linear
+from aerogel.kernels.outliers import OutlierLinear
+from aerogel.model.compress import compress
+from aerogel.model.plan import plan
+from aerogel.pack.export import export_dense
+from aerogel.quantize.outliers import NAMES, Outliers
+
+
+def stage(method: str = "gptq", **more: Any) -> dict[str, Any]:
+    return {"quantize": {"method": method, "bits": 3, "group_size": 16, "outlier_share": 0.01, **more}}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_compressed_loaded_and_exported(kind: str, tmp_path: Path) -> None:
+    dense = zoo.save(kind, tmp_path / "dense")
+    chosen = recipe(ids_file(tmp_path), stage(outliers="sensitivity"))
+    report = compress(dense, chosen, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    assert config["quantization_config"]["quant_method"] == "aerogel"
+    planned = plan(dense, chosen)["size"]
+    assert planned["bits_per_weight"] == pytest.approx(report["size"]["bits_per_weight"], rel=1e-9)
+    model = aerogel.load(tmp_path / "out")
+    kept = [module for module in model.modules() if isinstance(module, OutlierLinear)]
+    assert len(kept) == sum(len(block["layers"]) for block in report["blocks"])
+    exported = AutoModelForCausalLM.from_pretrained(export_dense(tmp_path / "out", tmp_path / "again"), dtype="auto")
+    assert error(logits(model), logits(exported)) < 2e-5
+    before, stored, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("dense", "out", "again"))
+    for name in {name.rpartition(".")[0] for name in stored if name.endswith(NAMES[0])}:
+        outliers = Outliers.read({local: stored[f"{name}.{local}"] for local in NAMES})
+        assert outliers is not None
+        wanted, found = (held[f"{name}.weight"] for held in (before, after))
+        wanted, found = (w.T[outliers.places()] if kind == "gpt2" else w[outliers.places()] for w in (wanted, found))
+        assert torch.equal(found, outliers.value_E.float())
+        torch.testing.assert_close(found, wanted, rtol=2**-11, atol=0)
+
+
+def test_same_numbers_where_siblings_would_be_merged(tmp_path: Path) -> None:
+    dense = zoo.save("llama", tmp_path / "dense")
+    compress(dense, recipe(None, stage("rtn", outliers="sigma", outlier_sigma=2.0)), tmp_path / "out")
+    plain, merged = aerogel.load(tmp_path / "out"), aerogel.load(tmp_path / "out", merge=True)
+    assert not any(isinstance(m, Linear) and not isinstance(m, OutlierLinear) for m in plain.modules())
+    assert torch.equal(logits(plain), logits(merged))
+
+
+@pytest.mark.parametrize("loop", ["fused", "plain"])
+def test_traced_steps_add_them_too(loop: Any, tmp_path: Path) -> None:
+    dense = zoo.save("llama", tmp_path / "dense")
+    compress(dense, recipe(None, stage("rtn", outliers="sigma", outlier_sigma=2.0)), tmp_path / "out")
+    model: Any = aerogel.load(tmp_path / "out")
+    model.generation_config.eos_token_id = None
+    expected = model.generate(IDS[:1], max_new_tokens=12, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :].tolist()
+    decoder = Decoder(model, loop)
+    assert [token for (token,) in decoder.stream([IDS[0]], 12)] == expected
+    assert decoder.way == loop
+
+
+def test_refused_where_there_is_no_place(tmp_path: Path) -> None:
+    dense = zoo.save("llama", tmp_path / "dense")
+    with pytest.raises(BadInput, match="no place for outliers"):
+        compress(dense, recipe(None, stage("rtn", outliers="sigma"), pack={"layout": "native-cpu"}), tmp_path / "out")
