@@ -29,7 +29,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)
     torch.zeros(1, 1).to_sparse_csr()
 
-_library = torch.library.Library("aerogel", "FRAGMENT")
+_library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "add_outliers(Tensor y_MN, Tensor x_MK, Tensor start_N1, Tensor column_E, Tensor value_E) -> Tensor"
 )
@@ -113,4 +113,5 @@ class OutlierLinear(Linear):
     @property
     def packed_bytes(self) -> int:
         """Bytes of codes and of stored outliers."""
-        return super().packed_bytes + sum(tensor.nbytes for tensor in vars(self.weight_outliers.outliers).values())
+        held = self.weight_outliers.outliers.tensors().values()
+        return super().packed_bytes + sum(tensor.nbytes for tensor in held)

@@ -113,7 +113,8 @@ def with_outliers(w_NK: Tensor, tensors: Mapping[str, Tensor], name: str) -> Ten
     outliers = Outliers.read(tensors)
     if outliers is None:
         return w_NK
-    outliers.check(*w_NK.shape, name)
+    N, K = w_NK.shape
+    outliers.check(N, K, name)
     return outliers.put(w_NK)
 
 
