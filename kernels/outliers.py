@@ -27,7 +27,7 @@ CHILD = "weight_outliers"
 with warnings.catch_warnings():
     # torch says once per process that CSR tensors are in beta; said here, where nobody can act on it.
     warnings.simplefilter("ignore", UserWarning)
-    torch.zeros(1, 1).to_sparse_csr()
+    torch.zeros(1, 1, device="cpu").to_sparse_csr()  # models are built with meta as the default device
 
 _library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
