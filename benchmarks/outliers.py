@@ -1,0 +1,88 @@
+"""What sparse outliers add to the time of a packed linear on the CPU.
+
+    python benchmarks/outliers.py --out benchmarks/results/outliers.json
+
+Medians; within a round the linear runs once without and once with its outliers, on weights that rotate over more than the
+last-level cache, and the ratio is the median of the rounds' ratios.
+
+# make bench: --seconds 1 --shapes 1024x1024
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aerogel.eval.machine import machine, versions
+from aerogel.kernels.linear import Linear
+from aerogel.kernels.outliers import OutlierLinear, Sidecar
+from aerogel.quantize.grids import Codes, IntGrid
+from aerogel.quantize.outliers import Outliers
+
+CACHE = 96 << 20
+GRID = IntGrid(bits=4, group_size=128, scale_dtype=torch.bfloat16)
+
+
+def pair(N: int, K: int, share: float, seed: int) -> tuple[Linear, OutlierLinear]:
+    """The same codes without outliers and with."""
+    random = torch.Generator().manual_seed(seed)
+    values = torch.randint(-8, 8, (N, K), dtype=torch.int8, generator=random)
+    codes = Codes(values_NK=values, scale_NG=torch.rand(N, K // 128, generator=random).bfloat16(), grid=GRID)
+    outliers = Outliers.of(torch.randn(N, K, generator=random), torch.rand(N, K, generator=random) < share)
+    kept = OutlierLinear.from_codes(codes, dtype=torch.bfloat16)
+    kept.weight_outliers = Sidecar(outliers)
+    return Linear.from_codes(codes, dtype=torch.bfloat16), kept
+
+
+def measure(N: int, K: int, M: int, share: float, seconds: float) -> dict[str, Any]:
+    """Microseconds without and with, and their ratio."""
+    pairs = [pair(N, K, share, seed) for seed in range(max(2, -(-CACHE // (N * K // 2))))]
+    x_MK = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16()
+    times: list[tuple[float, float]] = []
+    end, turn = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or turn < 8 * len(pairs):
+        taken = []
+        for module in pairs[turn % len(pairs)]:
+            start = time.perf_counter()
+            module(x_MK)
+            taken.append(time.perf_counter() - start)
+        turn += 1
+        if turn > 2 * len(pairs):
+            times.append((taken[0], taken[1]))
+    plain, kept = (statistics.median(column) * 1e6 for column in zip(*times, strict=True))
+    ratio = statistics.median(b / a for a, b in times)
+    row = {"N": N, "K": K, "M": M, "share": share, "plain_us": round(plain, 1), "outliers_us": round(kept, 1)}
+    return {**row, "ratio": round(ratio, 3), "kernel": pairs[0][0].kernel_name, "rounds": len(times)}
+
+
+def main() -> None:
+    """Measures and prints."""
+    options = argparse.ArgumentParser()
+    options.add_argument("--shapes", nargs="+", default=["4096x4096"])
+    options.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128])
+    options.add_argument("--shares", nargs="+", type=float, default=[0.0045, 0.01])
+    options.add_argument("--seconds", type=float, default=4)
+    options.add_argument("--out", type=Path)
+    chosen = options.parse_args()
+    rows = []
+    with torch.inference_mode():
+        for shape in chosen.shapes:
+            N, K = map(int, shape.split("x"))
+            for M in chosen.tokens:
+                for share in chosen.shares:
+                    rows.append(measure(N, K, M, share, chosen.seconds))
+                    print(rows[-1], flush=True)
+    if chosen.out:
+        held = {"command": " ".join(sys.argv), "machine": machine(), "versions": versions(), "rows": rows}
+        chosen.out.write_text(json.dumps(held, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
