@@ -69,8 +69,10 @@ def dense(config: LlamaConfig, device: str) -> LlamaForCausalLM:
     return model.requires_grad_(False)
 
 
-def packed(config: LlamaConfig, device: str, bits: int, group: int | None, head_bits: int | None) -> LlamaForCausalLM:
-    """The same with random packed linears. Only the embedding, the norms and (without `head_bits`) the head are dense."""
+def packed(config: LlamaConfig, device: str, kind: str, group: int | None, head_bits: int | None) -> LlamaForCausalLM:
+    """The same with random packed linears: `w4`, or with activations rounded to int8 `w4a8`. Only the embedding, the norms and
+    (without `head_bits`) the head are dense; activations of the head are never rounded."""
+    bits = int(kind[1])
     with torch.device("meta"):
         model = LlamaForCausalLM(config).eval()
     for name, module in list(model.named_modules()):
@@ -78,7 +80,8 @@ def packed(config: LlamaConfig, device: str, bits: int, group: int | None, head_
             continue
         head = name == "lm_head"
         grid = IntGrid(bits=head_bits if head and head_bits else bits, group_size=group, scale_dtype=torch.bfloat16)
-        scheme = Scheme(format="pack-quantized", grid=grid, activations="none")
+        rounded = kind.endswith("a8") and not head
+        scheme = Scheme(format="pack-quantized", grid=grid, activations="int8" if rounded else "none")
         layer = Linear(module.in_features, module.out_features, scheme, dtype=torch.bfloat16, device=device)
         for key, buffer in layer.named_buffers():
             if key == "weight_shape":
@@ -239,7 +242,7 @@ def prefill_row(model: Any, kind: str, args: argparse.Namespace) -> dict[str, An
 
 def measure_kind(kind: str, config: LlamaConfig, args: argparse.Namespace, profiles: dict[str, Any]) -> list[dict[str, Any]]:
     start = time.perf_counter()
-    model = dense(config, args.device) if kind == "dense" else packed(config, args.device, int(kind[1:]), 128, args.head_bits)
+    model = dense(config, args.device) if kind == "dense" else packed(config, args.device, kind, 128, args.head_bits)
     print(f"{kind}: made in {now(args.device) - start:.1f} s", flush=True)
     kernels = sorted({str(m.kernel_name) for m in model.modules() if isinstance(m, Linear)})
     rows: list[dict[str, Any]] = []

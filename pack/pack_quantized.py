@@ -35,7 +35,7 @@ from aerogel.pack.format import (
     take,
     with_bias,
 )
-from aerogel.pack.scheme import config_group, parse_integers, weight_arguments
+from aerogel.pack.scheme import activation_arguments, config_group, parse_integers, weight_arguments
 from aerogel.quantize.grids import Codes, IntGrid
 
 
@@ -48,11 +48,13 @@ class PackQuantized(Format):
 
     @staticmethod
     def refuses(grid: Grid, activations: Activations = "none") -> str | None:
-        """Only integer grids, and only weight-only: servers read pack-quantized as W*A16."""
+        """Only integer grids; int8 activations only where int-quantized does not store the weight (`w4` with A8)."""
         if not isinstance(grid, IntGrid):
             return "pack-quantized stores integers, this grid is fp8; use float-quantized"
-        if activations != "none":
-            return f"pack-quantized is weight-only, activations are {activations}; use int-quantized"
+        if activations == "fp8":
+            return "pack-quantized multiplies integers; activations: fp8 needs format: fp8"
+        if activations == "int8" and grid.bits == 8 and grid.group_size is None and grid.symmetric:
+            return "pack-quantized leaves 8 bits per channel with int8 activations to int-quantized"
         return None
 
     @staticmethod
@@ -131,11 +133,11 @@ class PackQuantized(Format):
 
     @staticmethod
     def config(grid: Grid, activations: Activations = "none") -> dict[str, Any]:
-        """The compressed-tensors group: integer weights, strategy group or channel, activations untouched."""
+        """The compressed-tensors group: integer weights, strategy group or channel; inputs untouched, or int8 per token."""
         reason = PackQuantized.refuses(grid, activations)
         if reason:
             raise BadInput(reason)
-        return config_group("pack-quantized", weight_arguments(grid), None)
+        return config_group("pack-quantized", weight_arguments(grid), activation_arguments(grid, activations))
 
     @staticmethod
     def parse(weights: Mapping[str, Any]) -> Grid:

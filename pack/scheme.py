@@ -144,7 +144,7 @@ def parse_group(group: Mapping[str, Any], default_format: str | None) -> Scheme:
         raise NotServed(f"format {name} with {weights.get('num_bits')}-bit {weights.get('type')} weights is {NOT_SERVED}")
     grid: Grid = load(FORMATS[stored]).parse(weights)
     activations = _activations(group.get("input_activations"), grid)
-    if activations != "none" and stored == "pack-quantized":
+    if activations == "fp8" and stored == "pack-quantized":
         raise NotServed(f"pack-quantized weights with {activations} activations are {NOT_SERVED}")
     return Scheme(format=stored, grid=grid, activations=activations)
 

@@ -15,6 +15,10 @@
 #pragma once
 #include "hopper.cuh"
 
+#ifndef INT8
+#define INT8 0
+#endif
+
 enum Number { BF16 = 0, FP16 = 1, FP32 = 2 };
 enum Zero { SYMMETRIC = 0, INTEGER = 1, FLOATING = 2 };
 enum Table { UNIFORM = 0, ONE_TABLE = 1, TABLE_PER_ROW = 2, TABLE_PER_GROUP = 3 };
@@ -172,6 +176,9 @@ FN u32 looked_up(const Codes& codes, int s, int i, u32 table) {
     return entry[0] | entry[1] << 16;
 }
 
+#if !INT8
+typedef GroupOf2Rows Group;
+
 // The A fragment of step s; `scaled` false leaves the multiplication by s to whoever stores the result.
 FN void decode(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group, bool scaled) {
 #pragma unroll
@@ -189,3 +196,4 @@ FN void decode(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group
         }
     }
 }
+#endif

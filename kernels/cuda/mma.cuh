@@ -1,4 +1,5 @@
-// One warpgroup MMA: d[64 x TOKENS] (+)= a[64 x 16] b[16 x TOKENS], a and d in registers, b in shared memory.
+// One warpgroup MMA: d[64 x TOKENS] (+)= a[64 x STEP] b[STEP x TOKENS], a and d in registers, b in shared memory; STEP is 16
+// numbers of two bytes, or with INT8 32 bytes, whose products are added up in integers.
 //
 // The instruction names every accumulator register, TOKENS / 2 of them, so its text differs for each number of tokens. The
 // lists below grow by 8 registers, 16 tokens, at a time; ACCUMULATORS (TOKENS / 2, set from outside) picks one. Operands are
@@ -6,12 +7,17 @@
 // The fragment is declared as if it were written, which it is not, so that its numbers come first.
 
 #pragma once
-#include "fragment.cuh"
+#include "wgmma_work.cuh"
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
-#define ACC8(i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#if INT8
+#define IN_REGISTER "+r"
+#else
+#define IN_REGISTER "+f"
+#endif
+#define ACC4(i) IN_REGISTER(d[i]), IN_REGISTER(d[i + 1]), IN_REGISTER(d[i + 2]), IN_REGISTER(d[i + 3])
+#define ACC8(i) ACC4(i), ACC4(i + 4)
 
 #define NAMES_8 "%6, %7, %8, %9, %10, %11, %12, %13"
 #define NAMES_16 NAMES_8 ", %14, %15, %16, %17, %18, %19, %20, %21"
@@ -46,16 +52,18 @@
 #define REGISTERS_120 REGISTERS_112, ACC8(112)
 #define REGISTERS_128 REGISTERS_120, ACC8(120)
 
-#define MMA(type)                                                                                                            \
+// `types`: steps and the types of d, a and b; `more`: signs and orientation, which integers have no choice of.
+#define MMA(types, more)                                                                                                     \
     asm volatile("{\n .reg .pred add;\n setp.ne.b32 add, %5, 0;\n"                                                            \
-                 " wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) "k16.f32." type "." type " {" JOIN(NAMES_, ACCUMULATORS) "}," \
-                 " {%0, %1, %2, %3}, %4, add, 1, 1, 0;\n}"                                                                    \
+                 " wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) types " {" JOIN(NAMES_, ACCUMULATORS) "},"                   \
+                 " {%0, %1, %2, %3}, %4, add" more ";\n}"                                                                     \
                  : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]), "+l"(b), "+r"(add), JOIN(REGISTERS_, ACCUMULATORS))
 #define TEXT_(number) #number
 #define TEXT(number) TEXT_(number)
 
 // Asynchronous: a, b and d belong to the tensor cores until a wait says otherwise.
-FN void mma(float (&d)[ACCUMULATORS], u32 (&a)[4], u64 b, int add) {
-    if constexpr (ACTIVATION == BF16) MMA("bf16");
-    else MMA("f16");
+FN void mma(Sum (&d)[ACCUMULATORS], u32 (&a)[4], u64 b, int add) {
+    if constexpr (INT8) MMA("k32.s32.s8.s8", "");
+    else if constexpr (ACTIVATION == BF16) MMA("k16.f32.bf16.bf16", ", 1, 1, 0");
+    else MMA("k16.f32.f16.f16", ", 1, 1, 0");
 }

@@ -22,8 +22,11 @@
 #include "hopper.cuh"
 
 #include "fragment.cuh"
-#include "mma.cuh"
 #include "wgmma_work.cuh"
+#if INT8
+#include "fragment8.cuh"
+#endif
+#include "mma.cuh"
 
 // ---- producers, one thread each ------------------------------------------------------------------------------------------
 
@@ -51,14 +54,14 @@ FN void stream_activations(const Arguments& p, const Barriers& barriers, const W
     Ring<X_STAGES> ring;
     for (int index = work.cluster; index < work.count(); index += work.clusters) {
         work.tile(index, row_tile, token);
-        for (int k = 8 * work.k_first; k < 8 * work.k_last; k += X_STEPS, ring.advance()) {
+        for (int k = STEPS * work.k_first; k < STEPS * work.k_last; k += X_STEPS, ring.advance()) {
             const u32 full = barriers.x_full(ring.slot), stage = shared_address(memory) + ring.slot * X_STAGE;
             barrier_wait(barriers.x_empty(ring.slot), ring.phase ^ 1);
             barrier_expect(full, X_STAGE);
 #pragma unroll
             for (int box = 0; box < X_STEPS / 4; box++) {
                 const u32 to = stage + box * X_BOX + work.share * (X_BOX / SHARE);
-                const int column = 16 * k + 64 * box, row = token + work.share * (TOKENS / SHARE);
+                const int column = STEP * (k + 4 * box), row = token + work.share * (TOKENS / SHARE);
                 if constexpr (SHARE == 1) copy_box(to, &p.x, column, row, full);
                 else copy_box_multicast(to, &p.x, column, row, full, (u16)(((1 << SHARE) - 1) << (work.split * SHARE)));
             }
@@ -88,11 +91,15 @@ struct Consumer {
     }
 
     // What does not change along the columns: tables of rows; per channel, zero points too (the scale waits for the end).
-    FN void read_rows(GroupOf2Rows (&group)[BLOCKS]) const {
+    FN void read_rows(Group (&group)[BLOCKS]) const {
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
             const int tile = min(tile_row + row_tile(b), p.row_tiles - 1), row = lane / 4;
+#if INT8
+            read_rows_of(group[b], p.row_scale + tile * 16 + row);
+#endif
             if (!GROUPED) read_group(group[b], p.scale, p.zero + (size_t)tile * ZERO_BYTES, AT_TABLES, row, false);
+#if !INT8
             if (TABLE == ONE_TABLE) group[b].table[0] = group[b].table[1] = AT_TABLES;
             if (TABLE == TABLE_PER_ROW) {
                 const int first = AT_TABLES + row_tile(b) * 16 * TABLE_SIZE;
@@ -100,24 +107,26 @@ struct Consumer {
                 for (int i = lane; i < TABLE_SIZE; i += 32) ((uint4*)(memory + first))[i] = from[i];
                 group[b].table[0] = first + row * TABLE_SIZE, group[b].table[1] = group[b].table[0] + 8 * TABLE_SIZE;
             }
+#endif
         }
         __syncwarp();
     }
 
-    // The fragment of k16 step `step` of tile `k` for every block of 64 rows; the stage begins with tile `k0`.
-    FN void decode_step(u32 (&a)[BLOCKS][BATCH][4], Codes (&codes)[BLOCKS], GroupOf2Rows (&group)[BLOCKS], int k0, int k,
+    // The fragment of step `step` of tile `k` for every block of 64 rows; the stage begins with tile `k0`.
+    FN void decode_step(u32 (&a)[BLOCKS][BATCH][4], Codes (&codes)[BLOCKS], Group (&group)[BLOCKS], int k0, int k,
                         int step) const {
         const u8* stage = memory + AT_W + w.slot * W_STAGE;
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
             const int tile = row_tile(b);
-            if (step % 4 == 0) read_codes(codes[b], stage + (tile * W_TILES + k - k0) * TILE_BYTES, step / 4, lane);
-            if (GROUPED && (step == 0 || (SPAN % 128 != 0 && (128 % SPAN != 0 || 16 * step % SPAN == 0)))) {
-                const int at = tile * WINDOW + (k * 128 + 16 * step) / SPAN - k0 * 128 / SPAN;
+            constexpr int HALF = STEPS / 2;
+            if (step % HALF == 0) read_codes(codes[b], stage + (tile * W_TILES + k - k0) * TILE_BYTES, step / HALF, lane);
+            if (GROUPED && (step == 0 || (SPAN % 128 != 0 && (128 % SPAN != 0 || STEP * step % SPAN == 0)))) {
+                const int at = tile * WINDOW + (k * 128 + STEP * step) / SPAN - k0 * 128 / SPAN;
                 read_group(group[b], stage + CODES_STAGE + at * SCALE_BYTES,
                            stage + CODES_STAGE + SCALES_STAGE + at * ZERO_BYTES, AT_TABLES, lane / 4, true);
             }
-            decode(a[b][step % BATCH], codes[b], step % 4, group[b], GROUPED);
+            decode(a[b][step % BATCH], codes[b], step % HALF, group[b], GROUPED);
         }
     }
     // Operands in registers must be final before the fence that hands them to the tensor cores: steps s .. s + count.
@@ -142,8 +151,8 @@ struct Consumer {
         before = x.slot, x.advance();
         if (LEAD > 0 && --lead == 0 && warp / 4 + 1 < WARPGROUPS) meet_arrive(warp / 4 + 1, 256);
     }
-    // The products of k16 step `step` of tile `k`, for `tokens` of the x stage in use.
-    FN void start(float (&acc)[BLOCKS][TOKENS / 2], u32 (&a)[BLOCKS][BATCH][4], u64 tokens, int k, int step) const {
+    // The products of step `step` of tile `k`, for `tokens` of the x stage in use.
+    FN void start(Sum (&acc)[BLOCKS][TOKENS / 2], u32 (&a)[BLOCKS][BATCH][4], u64 tokens, int k, int step) const {
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++)
             mma(acc[b], a[b][step % BATCH], tokens + step % X_STEPS / 4 * (X_BOX >> 4) + 2 * (step % 4), step > 0 || k > work.k_first);
@@ -152,11 +161,11 @@ struct Consumer {
     // acc[b] = the block's part of w x^T over the work's tiles. Two sets of BATCH fragments take turns: while the tensor
     // cores work on one, the other is decoded. Each hand-over makes the four warps of a group wait for each other, so the
     // more products it holds the better.
-    FN void multiply(float (&acc)[BLOCKS][TOKENS / 2]) {
+    FN void multiply(Sum (&acc)[BLOCKS][TOKENS / 2]) {
         u32 a[2][BLOCKS][BATCH][4];
         Codes codes[BLOCKS];
-        GroupOf2Rows group[BLOCKS];
-        if (!GROUPED || TABLE != UNIFORM) read_rows(group);
+        Group group[BLOCKS];
+        if (!GROUPED || TABLE != UNIFORM || INT8) read_rows(group);
         u32 before = X_STAGES;
         for (int k0 = work.k_first; k0 < work.k_last; k0 += W_TILES, w.advance()) {
             wait_weights();
@@ -185,11 +194,11 @@ struct Consumer {
 
     // The same, decoding ahead. Where products are long (INTERLEAVED) a step is decoded beside each of them; where a set holds
     // a whole tile, two tiles make a turn.
-    FN void multiply_ahead(float (&acc)[BLOCKS][TOKENS / 2]) {
+    FN void multiply_ahead(Sum (&acc)[BLOCKS][TOKENS / 2]) {
         u32 a[2][BLOCKS][BATCH][4];
         Codes codes[BLOCKS];
-        GroupOf2Rows group[BLOCKS];
-        if (!GROUPED || TABLE != UNIFORM) read_rows(group);
+        Group group[BLOCKS];
+        if (!GROUPED || TABLE != UNIFORM || INT8) read_rows(group);
         int k0 = work.k_first;  // the first tile of the weight stage in use
         u32 before = X_STAGES;
         u64 tokens = 0;
@@ -216,7 +225,7 @@ struct Consumer {
                     }
                     if (INTERLEAVED) {
                         mma_wait<BATCH - 1>();  // step s of the set before is done with its registers
-                        decode_step(a[1 - turn % 2], codes, group, k0, next, (step + BATCH) % 8), settle(a[1 - turn % 2], s, 1);
+                        decode_step(a[1 - turn % 2], codes, group, k0, next, (step + BATCH) % STEPS), settle(a[1 - turn % 2], s, 1);
                     }
                 }
                 if (!INTERLEAVED) mma_wait<1>();
@@ -224,7 +233,7 @@ struct Consumer {
                 if (!INTERLEAVED)
 #pragma unroll
                     for (int s = 0; s < BATCH; s++)
-                        decode_step(a[1 - turn % 2], codes, group, k0, next, ((part + 1) * BATCH + s) % 8), settle(a[1 - turn % 2], s, 1);
+                        decode_step(a[1 - turn % 2], codes, group, k0, next, ((part + 1) * BATCH + s) % STEPS), settle(a[1 - turn % 2], s, 1);
             }
         mma_wait<0>();
         release_x(before);
@@ -236,17 +245,25 @@ struct Consumer {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const int row = (tile_row + row_tile(block)) * 16 + lane / 4 + 8 * h;
-            factor[h] = GROUPED || row >= p.N ? 1.0f : stored_number(p.scale, row);
+            factor[h] = row >= p.N ? 1.0f : INT8 ? p.row_scale[row] : GROUPED ? 1.0f : stored_number(p.scale, row);
             bias[h] = p.bias && row < p.N ? low_of(p.bias[row]) : 0.0f;
         }
     }
 
-    // 16 tokens' sums (two fragments of 8 tokens) to place `slot` of the warp's staging area, token by token.
-    FN void stage(const float* v, int slot, const float (&factor)[2], const float (&bias)[2]) const {
+    // What a sum of the lane's row h and of token `t` comes to.
+    FN float result(Sum sum, int t, float factor, float bias) const {
+        if (INT8) factor *= t < p.M ? p.token_scale[t] : 0.0f;
+        return fmaf((float)sum, factor, bias);
+    }
+
+    // 16 tokens' sums (two fragments of 8 tokens), the first of token `first`, to place `slot` of the warp's staging area.
+    FN void stage(const Sum* v, int slot, int first, const float (&factor)[2], const float (&bias)[2]) const {
         u32 pairs[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            pairs[i] = pair_of(fmaf(v[2 * i], factor[i % 2], bias[i % 2]), fmaf(v[2 * i + 1], factor[i % 2], bias[i % 2]));
+        for (int i = 0; i < 4; i++) {
+            const int t = first + 8 * (i / 2) + 2 * (lane % 4);
+            pairs[i] = pair_of(result(v[2 * i], t, factor[i % 2], bias[i % 2]), result(v[2 * i + 1], t + 1, factor[i % 2], bias[i % 2]));
+        }
         const int t = 16 * slot + 8 * (lane / 16) + lane % 8, h = lane / 8 % 2;
         store_transposed(shared_address(memory + AT_OUT) + warp * OUT_WARP + t * 32 + 16 * (h ^ (t / 4 % 2)), pairs);
     }
@@ -274,7 +291,7 @@ struct Consumer {
         __syncwarp();
     }
 
-    FN void store(const float (&acc)[BLOCKS][TOKENS / 2]) const {
+    FN void store(const Sum (&acc)[BLOCKS][TOKENS / 2]) const {
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
             float factor[2], bias[2];
@@ -282,14 +299,14 @@ struct Consumer {
 #pragma unroll
             for (int t = 0; t < TOKENS; t += 16) {
                 const int slot = t % OUT_TOKENS / 16;
-                stage(&acc[b][t / 2], slot, factor, bias);
+                stage(&acc[b][t / 2], slot, token + t, factor, bias);
                 if (slot == OUT_TOKENS / 16 - 1 || t + 16 == TOKENS) flush(b, token + t - 16 * slot, 16 * slot + 16);
             }
         }
     }
 
     // Piece i of the sums belongs to the block of rank i % SPLIT: send them all to their owners, add up one's own.
-    FN void store_split(const float (&acc)[BLOCKS][TOKENS / 2]) const {
+    FN void store_split(const Sum (&acc)[BLOCKS][TOKENS / 2]) const {
         const u32 mine = shared_address(memory) + (warp * 32 + lane) * 16;  // of a half piece: 16 bytes for each thread
         __syncwarp();
         if (lane < SPLIT) barrier_arrive_at(barriers.rings_idle(), lane * SHARE + work.share);
@@ -300,22 +317,23 @@ struct Consumer {
 #pragma unroll
             for (int i = owner; i < PIECES; i += SPLIT) {
                 const u32 place = there + (i / SPLIT * SPLIT + work.split) * CONSUMERS * 32;
-                send(place, full, &acc[0][0] + 8 * i), send(place + CONSUMERS * 16, full, &acc[0][0] + 8 * i + 4);
+                const float* sums = (const float*)&acc[0][0] + 8 * i;  // as bits, whatever they are
+                send(place, full, sums), send(place + CONSUMERS * 16, full, sums + 4);
             }
         }
         barrier_wait(barriers.sums_full(), 0);
         for (int i = work.split; i < PIECES; i += SPLIT) {
-            float sum[8] = {};
+            Sum sum[8] = {};
 #pragma unroll
             for (int from = 0; from < 2 * SPLIT; from++) {
-                const float4 v = *(const float4*)(memory + (warp * 32 + lane) * 16 + (2 * (i / SPLIT * SPLIT) + from) * CONSUMERS * 16);
-                float* s = sum + 4 * (from % 2);
-                s[0] += v.x, s[1] += v.y, s[2] += v.z, s[3] += v.w;
+                const u8* at = memory + (warp * 32 + lane) * 16 + (2 * (i / SPLIT * SPLIT) + from) * CONSUMERS * 16;
+#pragma unroll
+                for (int j = 0; j < 4; j++) sum[4 * (from % 2) + j] += ((const Sum*)at)[j];
             }
             const int block = i / (TOKENS / 16), t = i % (TOKENS / 16) * 16;
             float factor[2], bias[2];
             row_numbers(block, factor, bias);
-            stage(sum, 0, factor, bias);
+            stage(sum, 0, token + t, factor, bias);
             flush(block, token + t, 16);
         }
     }
@@ -325,7 +343,7 @@ FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, 
     Consumer self{p, barriers, work, warp, lane, 0, 0, LEAD, {}, {}};
     if (LEAD > 0 && warp >= 4) meet_wait(warp / 4, 256);  // so that one warpgroup stores while another multiplies
     for (int index = work.cluster; index < work.count(); index += work.clusters) {
-        float acc[BLOCKS][TOKENS / 2];
+        Sum acc[BLOCKS][TOKENS / 2];
         work.tile(index, self.tile_row, self.token);
         if constexpr (INTERLEAVED || PARTS == 1) self.multiply_ahead(acc);
         else self.multiply(acc);

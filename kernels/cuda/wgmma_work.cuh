@@ -8,12 +8,16 @@
 #pragma once
 #include "fragment.cuh"
 
+// Activations are 16-bit numbers, or with INT8 bytes: the tensor cores take 32 bytes of each token in a step either way.
+
 #define CLUSTER (SHARE * SPLIT)
 
 constexpr int CONSUMERS = 128 * WARPGROUPS;
 constexpr int WARPS = 4 * WARPGROUPS;
 constexpr int ROW_TILES = WARPS * BLOCKS;  // 16 rows each
-constexpr int PARTS = 8 / BATCH;           // of a 128-column tile
+constexpr int STEP = INT8 ? 32 : 16;       // columns of a step
+constexpr int STEPS = 128 / STEP;          // of a 128-column tile
+constexpr int PARTS = STEPS / BATCH;       // of a tile
 constexpr int TILES_A_TURN = PARTS == 1 ? 2 : 1;  // so that the two sets of fragments can take turns
 constexpr bool INTERLEAVED = TOKENS > 128 && BATCH <= 4;
 constexpr bool GROUPED = GROUP > 0;
@@ -23,8 +27,8 @@ constexpr int WINDOW = 128 % SPAN == 0 ? COLUMNS / SPAN : SPAN % 128 == 0 && W_T
 
 constexpr int up_to(int value, int step) { return (value + step - 1) / step * step; }
 constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int X_STEPS = BATCH > 4 ? BATCH : 4;  // k16 steps of an x stage
-constexpr int X_BOX = TOKENS * 128;             // 64 columns: 128 bytes of each token
+constexpr int X_STEPS = BATCH > 4 ? BATCH : 4;  // steps of an x stage
+constexpr int X_BOX = TOKENS * 128;             // four steps: 128 bytes of each token
 constexpr int X_STAGE = X_STEPS / 4 * X_BOX;
 constexpr int CODES_STAGE = ROW_TILES * W_TILES * TILE_BYTES;
 constexpr int SCALES_STAGE = GROUPED ? ROW_TILES * WINDOW * SCALE_BYTES : 0;
@@ -45,7 +49,7 @@ constexpr int AT_BARRIERS = AT_TABLES + (TABLE == UNIFORM ? 0 : TABLE == TABLE_P
 static_assert(SHARED_BYTES == AT_BARRIERS + 8 * (2 * X_STAGES + 2 * W_STAGES + 2), "the host counts shared memory otherwise");
 
 struct alignas(64) Arguments {
-    TensorMap x;       // [M, K] in boxes of TOKENS / SHARE x 64, swizzled
+    TensorMap x;       // [M, K] in boxes of TOKENS / SHARE x 128 bytes, swizzled
     TensorMap codes;   // [row tiles, k tiles * TILE_BYTES] in boxes of ROW_TILES x W_TILES * TILE_BYTES
     TensorMap scales;  // [row tiles, groups * 16] in boxes of ROW_TILES x WINDOW * 16
     TensorMap zeros;   // likewise; or the numbers of the groups' tables
@@ -53,8 +57,15 @@ struct alignas(64) Arguments {
     const u16* table;  // [TABLES, 2^BITS] in the activations' type; TABLES = rows, padded to tiles, where each has its own
     const u16* bias;
     u16* y;
+    const float *row_scale, *token_scale;  // of integer sums (INT8): W = w8 * row_scale, x = x8 * token_scale
     int M, N, y_stride, row_tiles, k_tiles, token_span;  // N: rows of this launch
 };
+
+#if INT8
+typedef int Sum;
+#else
+typedef float Sum;
+#endif
 
 // A position in a ring of STAGES slots. A fresh ring's slots count as emptied once already.
 template <int STAGES> struct Ring {

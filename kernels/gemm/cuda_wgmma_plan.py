@@ -34,8 +34,9 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_uint64 * 16) for name in ("x_map", "codes_map", "scales_map", "zeros_map")),
-        *((name, ctypes.c_void_p) for name in ("scale", "zero", "table", "bias", "y")),
+        *((name, ctypes.c_void_p) for name in ("scale", "zero", "table", "bias", "y", "row_scale", "token_scale")),
         *((name, ctypes.c_int) for name in ("M", "N", "y_stride", "row_tiles", "k_tiles", "token_span")),
+        ("padding", ctypes.c_uint64 * 6),  # the source's struct is aligned to 64 bytes
     ]
 
 
@@ -74,12 +75,23 @@ class Plan:
 
     The first call does not begin early: whatever wrote the weight may be the kernel just before it on the stream.
     y_stride: elements from one token of y to the next, where y is wider than this weight.
+    row_scale: float32 [16 R], with which the weight is brought to bytes, for activations that are bytes (`cuda_int8`).
     """
 
-    def __init__(self, weight: TileWeight, config: Config, M: int, dtype: torch.dtype, y_stride: int | None = None) -> None:
+    def __init__(
+        self,
+        weight: TileWeight,
+        config: Config,
+        M: int,
+        dtype: torch.dtype,
+        y_stride: int | None = None,
+        row_scale: Tensor | None = None,
+    ) -> None:
         device = weight.codes.device
         self.config = config
-        self.function = function(SOURCE, KERNEL, defines(weight, config, dtype), device)
+        macros = defines(weight, config, dtype) | {"INT8": int(row_scale is not None)}
+        self.function = function(SOURCE, KERNEL, macros, device)
+        self._element = str(dtype).removeprefix("torch.") if row_scale is None else "uint8"
         self._weight, self._dtype, self._device, self._lock = weight, dtype, device.index, threading.Lock()
         self._table = None if weight.table is None else weight.table.to(dtype).contiguous()  # kept alive with the plan
         self._maps: dict[int, bytes] = {}
@@ -89,6 +101,7 @@ class Plan:
             scale=weight.scale.data_ptr(),
             zero=None if beside is None else beside.data_ptr(),
             table=None if self._table is None else self._table.data_ptr(),
+            row_scale=None if row_scale is None else row_scale.data_ptr(),
             M=M,
             N=weight.N,
             y_stride=y_stride or weight.N,
@@ -113,6 +126,10 @@ class Plan:
         if x_MK.shape[1] % 8 or x_MK.data_ptr() % 16 or not x_MK.is_contiguous():
             x_MK = torch.nn.functional.pad(x_MK, (0, -x_MK.shape[1] % 8)).contiguous()
             x_MK = x_MK.clone() if x_MK.data_ptr() % 16 else x_MK
+        self.launch(x_MK, None, bias_N, y_MN)
+
+    def launch(self, x_MK: Tensor, token_scale_M: Tensor | None, bias_N: Tensor | None, y_MN: Tensor) -> None:
+        """Queues the kernel for activations that the copy engine can take as they are: whole rows at multiples of 16 bytes."""
         if bias_N is not None and bias_N.dtype != self._dtype:
             bias_N = bias_N.to(self._dtype)
         stream = torch._C._cuda_getCurrentRawStream(self._device)
@@ -121,6 +138,7 @@ class Plan:
             self._place("x_map", self._map_of(x_MK))
             arguments.bias = None if bias_N is None else bias_N.data_ptr()
             arguments.y = y_MN.data_ptr()
+            arguments.token_scale = None if token_scale_M is None else token_scale_M.data_ptr()
             launch, self._first = self._first or self._launch, None
             launch(stream)
 
@@ -133,12 +151,12 @@ class Plan:
             M, columns = x_MK.shape
             found = Matrix(
                 address=address,
-                element=str(self._dtype).removeprefix("torch."),
+                element=self._element,
                 rows=M,
                 columns=columns,
-                row_bytes=2 * columns,
+                row_bytes=x_MK.element_size() * columns,
                 box_rows=self.config.tokens // self.config.share,
-                box_columns=64,
+                box_columns=128 // x_MK.element_size(),
                 swizzle=128,
             ).encode()
             self._maps[address] = found

@@ -130,7 +130,7 @@ def test_mixed_bits_are_several_groups_and_mixed_formats_say_so() -> None:
     assert quantization_config([("a", narrow, "none"), ("b", Fp8Grid(), "fp8")])["format"] == "mixed-precision"
     with pytest.raises(BadInput, match="nothing was quantized"):
         quantization_config([])
-    with pytest.raises(BadInput, match="weight-only"):
+    with pytest.raises(BadInput, match="to int-quantized"):
         quantization_config([("a", IntGrid(bits=8), "int8")], wanted="pack-quantized")
 
 

@@ -1,0 +1,263 @@
+"""The matmul of packed integers with activations rounded to int8 on NVIDIA GPUs: integer tensor cores for many tokens.
+
+    x ~ x8 * s_x                 int8, a scale per token: s_x = max |x| / 127          kernels/cuda/quantize.cu
+    W = w8 * r                   int8, a scale per output                              kernels/cuda/fragment8.cuh
+    y_MN = (x8 @ w8.T) * s_x * r + bias       exact sums in int32                      kernels/cuda/wgmma.cu with INT8
+
+Per channel w8 is the code itself and nothing is lost beside the rounding of x. With groups, all groups of a row are brought to
+one scale while they are decoded, w8 = round((u - z) * s / r): a second rounding, of half a unit of r, which is 1/252 of the
+row's range (two-step dequantisation: MixLLM, Zheng et al. 2024, section 3.3; QQQ, Zhang et al. 2024). Relative to a weight in
+4 bits that is about a fortieth of what its own rounding cost; `TWO_STEP` bounds it, and tests hold the kernel to exactly this
+integer arithmetic.
+
+Up to `FEW_TOKENS` tokens, where rows are few, and before Hopper, memory decides and not the tensor cores: x is rounded to the
+same int8 values and multiplied in 16 bits by the weight-only kernels, without a second rounding of the weight.
+
+Shape legend: M tokens, N out features, K in features, R row tiles, C k tiles, G groups along K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.kernels.gemm import cuda
+from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
+from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
+from aerogel.kernels.gemm.cuda_wgmma import Config, ceil_divide, deepest
+from aerogel.kernels.problem import Kernel, Layout, Problem
+from aerogel.pack import tiles
+from aerogel.quantize.grids import Codes
+
+FEW_TOKENS = 96
+FULL = 0.75
+"""Share of the multiprocessors that the integer matmul must have work for: it does not split K, and 16 bits do."""
+LONGEST_K = (1 << 31) // (127 * 127)
+"""More columns could carry a sum beyond int32."""
+TWO_STEP = 1.2e-2
+"""Bound of the second rounding at 4 bits and fewer, relative Frobenius error of W, for groups whose scales differ tenfold."""
+CUTS = ((96, 2, 1, 2), (128, 2, 1, 2), (192, 1, 1, 2), (256, 1, 1, 2), (256, 1, 2, 4))
+"""(tokens, blocks of 64 rows of each warpgroup, blocks of a cluster that share x, steps at a time) that compile without spills
+and were the fastest at some size."""
+
+Runner = Callable[[Tensor, Tensor | None, Tensor], None]
+
+
+def row_scale(weight: TileWeight) -> Tensor:
+    """r, float32 [16 R]: what one unit of w8 is worth in each row. 1 where a row holds nothing but zeros."""
+    scale = weight.scale.float()
+    if weight.group_size == 0:
+        return scale.reshape(-1).contiguous()
+    top, centre = (1 << weight.bits) - 1, 1 << (weight.bits - 1)
+    if weight.zero is None:
+        reach: Tensor | int = centre
+    else:
+        reach = torch.maximum(weight.zero.float(), top - weight.zero.float())
+    r = (scale.abs() * reach).amax(1).reshape(-1) / 126
+    return torch.where(r > 0, r, 1.0).contiguous()
+
+
+def cut(weight: TileWeight, tokens: int, blocks: int, share: int, batch: int) -> Config | None:
+    """A configuration with the deepest rings that fit; None when none do."""
+    return deepest(weight, Config(tokens=tokens, blocks=blocks, share=share, batch=batch))
+
+
+def tiles_of(weight: TileWeight, config: Config, M: int) -> int:
+    """Blocks that have work."""
+    rows = ceil_divide(weight.codes.shape[0], config.row_tiles * config.share) * config.share
+    return rows * ceil_divide(M, config.tokens)
+
+
+def microseconds(weight: TileWeight, config: Config, M: int, multiprocessors: int) -> float:
+    """Estimate of a launch's time, fitted on an H100: whole rounds of tiles, each of so many steps of 128 columns.
+
+    A step costs the tensor cores 2 cycles for 64 rows x 1 token, of which decoding hides a quarter; decoding costs by rows, and
+    where a fragment serves one block only, loads show.
+    """
+    rows = 16 * config.row_tiles
+    tensor = 0.73 * rows / 64 * config.tokens * 2
+    work = (0.6 if weight.group_size == 0 else 1.0) * max(1, weight.bits.bit_count() if weight.bits < 8 else 1.5)
+    loads = 190 if config.blocks == 1 else 0
+    step = tensor + 3.6 * rows * work + loads * (0.4 if config.share > 1 else 1.0)
+    edge = 3000 + rows * config.tokens / 16
+    rounds = ceil_divide(tiles_of(weight, config, M), multiprocessors)
+    return 3 + rounds * (weight.codes.shape[1] * step + edge) / 1.7e3
+
+
+def choose_config(weight: TileWeight, M: int, multiprocessors: int) -> Config | None:
+    """The cut with the least estimated time; None when the weight has too much beside its codes for any, or too few rows for
+    so few tokens."""
+    found = [config for numbers in CUTS if (config := cut(weight, *numbers)) is not None]
+    best = min(found, key=lambda config: microseconds(weight, config, M, multiprocessors), default=None)
+    return None if best is None or tiles_of(weight, best, M) < FULL * multiprocessors else best
+
+
+def many_tokens(weight: TileWeight, r: Tensor, M: int, dtype: torch.dtype, config: Config | None = None) -> Runner | None:
+    """The integer matmul planned for M tokens; None where the device or the weight has none."""
+    facts = torch.cuda.get_device_properties(weight.codes.device)
+    if facts.major != 9:
+        return None
+    config = config or choose_config(weight, M, facts.multi_processor_count)
+    if config is None:
+        return None
+    from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
+
+    plan = Plan(weight, config, M, dtype, row_scale=r)
+    columns = 128 * weight.codes.shape[1]
+    rounding = Quantizer(dtype=dtype, device=weight.codes.device, output=INT8, columns=columns, permuted=True)
+
+    def run(x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
+        codes, scale_M = rounding(x_MK)
+        plan.launch(codes, scale_M, bias_N, y_MN)
+
+    return run
+
+
+_plans: dict[tuple[object, ...], Runner | None] = {}
+
+
+def tiles_linear_int8(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    N: int,
+) -> Tensor:
+    """`aerogel::tiles_linear_int8` on CUDA: x [M, K] bf16 or fp16 -> [M, N]; `row_scale` is that of `cuda_int8.row_scale`."""
+    M, K = x.shape
+    y = x.new_empty(M, N)
+    if M == 0 or N == 0 or K == 0:
+        return y.zero_() if bias is None else y.copy_(bias.expand(M, N))
+    zero_at = 0 if zero is None else zero.data_ptr()
+    key = (codes.data_ptr(), scale.data_ptr(), zero_at, row_scale.data_ptr(), M, K, N, group_size, x.dtype, scale.dtype)
+    with torch.cuda.device(x.device):
+        if M > FEW_TOKENS:
+            if key not in _plans:
+                held = TileWeight(codes=codes, scale=scale, zero=zero, table=None, pick=None, group_size=group_size, N=N, K=K)
+                held.check()
+                if len(_plans) >= cuda.MOST_PLANS:
+                    _plans.clear()
+                _plans[key] = many_tokens(held, row_scale, M, x.dtype)
+            runner = _plans[key]
+            if runner is not None:
+                runner(x, bias, y)
+                return y
+        columns = -(-K // 16) * 16
+        rounded = Quantizer(dtype=x.dtype, device=x.device, output=ROUNDED, columns=columns)(x)[0]
+        return cuda.tiles_linear(rounded[:, :K].contiguous(), codes, scale, zero, None, None, bias, group_size, N)
+
+
+def _fake(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    N: int,
+) -> Tensor:
+    return x.new_empty(x.shape[0], N)
+
+
+_library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "tiles_linear_int8(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor row_scale, Tensor? bias,"
+    " int group_size, int N) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("tiles_linear_int8", tiles_linear_int8, "CUDA")  # type: ignore[no-untyped-call]
+torch.library.register_fake("aerogel::tiles_linear_int8", _fake, lib=_library)
+
+
+class CudaInt8(Kernel):
+    """Packed integers with int8 activations."""
+
+    about: ClassVar[str] = "CUDA kernels compiled at run time: integers of 1 to 8 bits with activations: int8"
+
+    @staticmethod
+    def refuses(problem: Problem) -> str | None:
+        """Anything but integers with int8 activations in a 16-bit type; what bytes and their sums cannot hold."""
+        grid = problem.integer
+        if problem.activations != "int8":
+            return f"needs activations: int8, found {problem.activations}"
+        if grid is None:
+            return f"runs integers, not codes on a {type(problem.grid).__name__}"
+        reason = cuda.Cuda.refuses(replace(problem, activations="none"))
+        if reason:
+            return reason
+        if grid.group_size is not None and grid.group_size % 32:
+            return f"group_size must be a multiple of 32, or null, found {grid.group_size}"
+        if grid.bits == 8 and not grid.symmetric and grid.group_size is None:
+            return "8 bits with a zero point per channel do not fit into a signed byte"
+        if problem.K > LONGEST_K:
+            return f"sums up to {LONGEST_K} products in 32 bits, K is {problem.K}"
+        return None
+
+    @staticmethod
+    def runs_stored(problem: Problem) -> bool:
+        """The tile layout: `pack/tiles.py`."""
+        return False
+
+    @staticmethod
+    def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
+        """The tile layout's tensors, and tile_row_scale float32 [16 R]."""
+        layout = tensors_of(codes)
+        return {**layout, "tile_row_scale": row_scale(_weight(layout, problem))}
+
+    @staticmethod
+    def unpack(layout: Layout, problem: Problem) -> Codes:
+        """The inverse of `pack`, exactly."""
+        return codes_of(dict(layout), problem.grid, problem.N, problem.K)
+
+    @staticmethod
+    def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
+        """One call of the operator."""
+        y_MN: Tensor = torch.ops.aerogel.tiles_linear_int8.default(
+            x_MK,
+            layout["tile_codes"],
+            layout["tile_scale"],
+            layout.get("tile_zero"),
+            layout["tile_row_scale"],
+            bias_N,
+            problem.grid.group_size or 0,
+            problem.N,
+        )
+        return y_MN
+
+
+def _weight(layout: Layout, problem: Problem) -> TileWeight:
+    return TileWeight(
+        codes=layout["tile_codes"],
+        scale=layout["tile_scale"],
+        zero=layout.get("tile_zero"),
+        table=None,
+        pick=None,
+        group_size=problem.grid.group_size or 0,
+        N=problem.N,
+        K=problem.K,
+    )
+
+
+def two_step(weight: TileWeight, r: Tensor) -> Tensor:
+    """w8, int8 [N, K]: the integers that the kernel multiplies with, in plain torch. What it is tested against, exactly."""
+    u_NK = tiles.unpack_tiles(weight.codes, weight.bits, weight.N, weight.K).int()
+    size = weight.group_size or max(weight.K, 1)
+
+    def spread(values: Tensor) -> Tensor:
+        return tiles.unpack_rows_of_tiles(values, weight.N).repeat_interleave(size, 1)[:, : weight.K]
+
+    centre = torch.full_like(weight.scale, 1 << (weight.bits - 1)) if weight.zero is None else weight.zero
+    z_NK = spread(centre.int())
+    if weight.group_size == 0:
+        return (u_NK - z_NK).to(torch.int8)
+    inverse = (128.0 / r).reshape(-1, 1, 16)
+    m_NK = spread(2 * (weight.scale.float() * inverse).round().int())
+    return ((u_NK * m_NK + 129 - z_NK * m_NK) >> 8).to(torch.int8)

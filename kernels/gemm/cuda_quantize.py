@@ -1,0 +1,69 @@
+"""Activations rounded to 8 bits on CUDA, a scale for each token: the host's side of `quantize.cu`.
+
+Shape legend: M tokens, K in features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SOURCE, KERNEL, THREADS = "quantize.cu", "quantize_tokens", 256
+INT8, E4M3, ROUNDED = 0, 1, 2
+"""What comes out: int8 codes, e4m3 codes, or the rounded numbers in the type they came in."""
+
+
+class Arguments(ctypes.Structure):
+    """`Arguments` of quantize.cu, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "codes", "scale", "fixed")),
+        *((name, ctypes.c_int) for name in ("K", "x_stride", "columns")),
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantizer:
+    """Rounds x [M, K] bf16 or fp16 of one type on one device.
+
+    output: INT8, E4M3 or ROUNDED. permuted: int8 codes in the order that the integer matmul wants, inside each 16 columns.
+    columns: of the result, at least K, a multiple of 16; those beyond K are zeros.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    output: int
+    columns: int
+    permuted: bool = False
+
+    def __call__(self, x_MK: Tensor, fixed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Codes [M, columns] and float32 scales [M]: x ~ code * scale. `fixed`: a float32 scale [1] for all tokens.
+
+        A token with an infinity or a NaN gets a scale that is not finite, and so does all that is computed with it.
+        """
+        from aerogel.kernels.cuda.launch import Launch
+        from aerogel.kernels.cuda.sources import function
+
+        M, K = x_MK.shape
+        if K % 8 or x_MK.data_ptr() % 16 or not x_MK.is_contiguous():
+            x_MK = torch.nn.functional.pad(x_MK, (0, -K % 8)).contiguous()
+            x_MK = x_MK.clone() if x_MK.data_ptr() % 16 else x_MK
+        kind = (torch.int8, torch.float8_e4m3fn, x_MK.dtype)[self.output]
+        codes = torch.empty(M, self.columns, dtype=kind, device=x_MK.device)
+        scale = torch.empty(M, dtype=torch.float32, device=x_MK.device)
+        macros = {"OUTPUT": self.output, "FP16": int(self.dtype == torch.float16), "PERMUTED": int(self.permuted)}
+        arguments = Arguments(
+            x=x_MK.data_ptr(),
+            codes=codes.data_ptr(),
+            scale=scale.data_ptr(),
+            fixed=None if fixed is None else fixed.data_ptr(),
+            K=K,
+            x_stride=x_MK.shape[1],
+            columns=self.columns,
+        )
+        launch = Launch(function(SOURCE, KERNEL, macros, self.device), arguments, grid=(M,), block=THREADS)
+        launch(torch._C._cuda_getCurrentRawStream(self.device.index))
+        return codes, scale

@@ -1,0 +1,189 @@
+"""The matmul with int8 activations without a GPU: its integers are those of the reference, codes are found where the kernel
+looks for them, its second rounding stays within its bound, and it compiles as meant."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.kernels.test_cuda_sources import needs_nvrtc
+from tests.kernels.tile_weights import dense64
+
+from aerogel.kernels.cuda import nvrtc, sources
+from aerogel.kernels.dispatch import explain
+from aerogel.kernels.gemm import cuda_int8
+from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.kernels.gemm.cuda_wgmma import defines, fits
+from aerogel.kernels.problem import Problem
+from aerogel.pack import tiles
+from aerogel.quantize.grids import IntGrid
+
+HOPPER = (9, 0)
+KINDS = [(bits, size, zero) for bits in range(1, 9) for size, zero in ((128, False), (32, True), (96, False), (0, False))]
+
+
+def weight_of(bits: int, size: int, zero: bool, N: int = 33, K: int = 200, seed: int = 0) -> TileWeight:
+    """Random codes, scales of either sign that differ tenfold, zero points among the codes."""
+    generator = torch.Generator().manual_seed(bits + size + seed)
+    G = -(-K // size) if size else 1
+    codes = torch.randint(0, 1 << bits, (N, K), generator=generator, dtype=torch.uint8)
+    scale = (0.1 + torch.rand(N, G, generator=generator)) * torch.where(torch.rand(N, G, generator=generator) < 0.5, -1, 1)
+    held = torch.randint(0, 1 << bits, (N, G), generator=generator, dtype=torch.uint8)
+    return TileWeight(
+        codes=tiles.pack_tiles(codes, bits),
+        scale=tiles.pack_rows_of_tiles(scale.bfloat16()),
+        zero=tiles.pack_rows_of_tiles(held) if zero else None,
+        table=None,
+        pick=None,
+        group_size=size,
+        N=N,
+        K=K,
+    )
+
+
+@pytest.mark.parametrize(("bits", "size", "zero"), KINDS)
+def test_the_second_rounding_stays_within_its_bound(bits: int, size: int, zero: bool) -> None:
+    weight = weight_of(bits, size, zero, N=64, K=512)
+    r = cuda_int8.row_scale(weight)
+    w8 = cuda_int8.two_step(weight, r)
+    wanted = dense64(weight)
+    off = w8.double() * r[: weight.N, None].double() - wanted
+    if size == 0:
+        assert not off.any()
+        return
+    unit = r[: weight.N, None].double()
+    assert bool((off.abs() <= (0.51 + 2.0**bits / 256) * unit).all())
+    assert int(w8.int().abs().max()) <= 127
+    if bits <= 4:
+        assert float(off.norm() / wanted.norm()) < cuda_int8.TWO_STEP
+
+
+def fragments(weight: TileWeight, r: torch.Tensor) -> torch.Tensor:
+    """w8 [N, K] put together from the words that the kernel reads, with the arithmetic of fragment8.cuh in 32 bits."""
+    N, K, bits = weight.N, weight.K, weight.bits
+    R, C = weight.codes.shape[:2]
+    out = torch.zeros(R * 16, C * 128, dtype=torch.int64)
+    widths = tiles.limbs(bits)
+    lane = torch.arange(32)
+    for tile in range(R):
+        for k in range(C):
+            raw = weight.codes[tile, k].long()
+            for step in range(8):  # of 16 columns; two make a step of the integer tensor cores
+                for h in range(2):
+                    u = bytes_of(raw, widths, step, h, lane)
+                    rows = tile * 16 + lane // 4 + 8 * h
+                    value = signed_bytes(weight, r, u, rows, k * 128 + 16 * step)
+                    for byte in range(4):
+                        # What quantize.cu puts at 4t + byte is column 2t + byte / 2 + 8 * (byte % 2).
+                        columns = k * 128 + 16 * step + 2 * (lane % 4) + byte // 2 + 8 * (byte % 2)
+                        out[rows, columns] = value[:, byte]
+    return out[:N, :K].to(torch.int8)
+
+
+def bytes_of(raw: torch.Tensor, widths: tuple[int, ...], step: int, h: int, lane: torch.Tensor) -> torch.Tensor:
+    """uint32 words with one code in each byte, as `bytes_of` of the source."""
+    found = torch.zeros(32, dtype=torch.int64)
+    begin, place = 0, 0
+
+    def word(at: torch.Tensor) -> torch.Tensor:
+        return raw[at] | raw[at + 1] << 8 | raw[at + 2] << 16 | raw[at + 3] << 24
+
+    for width in widths:
+        if width == 4:
+            v = word(begin + 512 * (step // 4) + 16 * lane + 4 * (step % 4)) >> 4 * h & 0x0F0F0F0F
+        elif width == 2:
+            w = word(begin + 16 * lane + 4 * (step // 2)) >> (8 * (step % 2) + 2 * h)
+            v = (w & 0x00030003) | (w & 0x00300030) << 4
+        else:
+            w = word(begin + 8 * lane + 4 * (step // 4)) >> (4 * (step % 4) + h)
+            v = (w & 0x00010001) | (w & 0x00040004) << 6
+        found |= v << place
+        begin, place = begin + 256 * width, place + width
+    return found
+
+
+def signed_bytes(weight: TileWeight, r: torch.Tensor, u: torch.Tensor, rows: torch.Tensor, column: int) -> torch.Tensor:
+    """int [32, 4]: the four bytes of each lane's register."""
+    group = column // weight.group_size if weight.group_size else 0
+    group = min(group, weight.groups - 1)  # columns beyond K meet activations that are zero
+    flat = lambda values: values[:, group].reshape(-1)[rows]  # noqa: E731
+    z = flat(weight.zero).long() if weight.zero is not None else torch.full((32,), 1 << (weight.bits - 1))
+    mask = (1 << 32) - 1
+    if weight.group_size == 0:
+        centre = 0x80808080 if weight.bits == 8 else z * 0x01010101
+        packed = (((u | 0x80808080) - centre) & mask) ^ 0x80808080 if weight.bits < 8 else u ^ centre
+    else:
+        m = 2 * (flat(weight.scale).float() * (128.0 / r[rows])).round().long()
+        c = ((129 - z * m) * 0x10001) & mask
+        even = ((u & 0x00FF00FF) * m + c) & mask
+        odd = ((u >> 8 & 0x00FF00FF) * m + c) & mask
+        packed = (even >> 8 & 255) | (odd >> 8 & 255) << 8 | (even >> 24 & 255) << 16 | (odd >> 24 & 255) << 24
+    found = torch.stack([packed >> 8 * byte & 255 for byte in range(4)], 1)
+    return torch.where(found > 127, found - 256, found)
+
+
+@pytest.mark.parametrize(("bits", "size", "zero"), [*KINDS, (4, 0, True), (3, 0, True)])
+def test_the_kernels_words_are_the_references_integers(bits: int, size: int, zero: bool) -> None:
+    weight = weight_of(bits, size, zero, N=20, K=150)
+    r = cuda_int8.row_scale(weight)
+    assert torch.equal(fragments(weight, r), cuda_int8.two_step(weight, r))
+
+
+def test_rows_of_zeros_have_a_scale() -> None:
+    weight = weight_of(4, 32, False)
+    weight = replace(weight, scale=torch.zeros_like(weight.scale))
+    r = cuda_int8.row_scale(weight)
+    assert bool((r == 1).all())
+    assert not cuda_int8.two_step(weight, r).any()
+
+
+def test_refusals_name_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aerogel.kernels.gemm.cuda._refuses_machine", lambda: None)
+
+    def reason(grid: IntGrid, **more: object) -> str | None:
+        given = {"N": 64, "K": 256, "dtype": torch.bfloat16, "device": "cuda", "activations": "int8", **more}
+        return cuda_int8.CudaInt8.refuses(Problem(format="pack-quantized", grid=grid, **given))
+
+    assert reason(IntGrid(bits=4, group_size=128)) is None
+    assert reason(IntGrid(bits=8)) is None
+    assert "multiple of 32" in (reason(IntGrid(bits=4, group_size=48)) or "")
+    assert "signed byte" in (reason(IntGrid(bits=8, symmetric=False)) or "")
+    assert "32 bits" in (reason(IntGrid(bits=4), K=cuda_int8.LONGEST_K + 1) or "")
+    assert "activations: int8" in (reason(IntGrid(bits=4), activations="none") or "")
+    found = dict(explain(Problem(format="pack-quantized", grid=IntGrid(bits=4), N=64, K=256, activations="int8")))
+    assert "NVIDIA" in (found["cuda-int8"] or "") and found["reference"] is None
+
+
+def test_a_cut_is_found_for_every_size() -> None:
+    for N, K, bits, size in ((1, 1, 4, 128), (4096, 4096, 4, 128), (57344, 8192, 4, 32), (8192, 28672, 8, 0), (300, 99, 1, 64)):
+        R, C = tiles.tile_counts(N, K)
+        scale = torch.empty(R, -(-K // size) if size else 1, 16, dtype=torch.bfloat16, device="meta")
+        codes = torch.empty(R, C, 256 * bits, dtype=torch.uint8, device="meta")
+        weight = TileWeight(codes=codes, scale=scale, zero=None, table=None, pick=None, group_size=size, N=N, K=K)
+        for M in (97, 512, 4096, 1 << 16):
+            config = cuda_int8.choose_config(weight, M, 132)
+            if config is None:
+                assert -(-N // 128) * -(-M // 96) < 132 * 2, (N, M)
+            else:
+                assert fits(weight, config)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("bits", "size", "zero"), [(4, 128, False), (8, 0, False), (3, 32, True), (4, 0, True)])
+def test_every_cut_compiles(bits: int, size: int, zero: bool) -> None:
+    weight = weight_of(bits, size, zero)
+    for numbers in cuda_int8.CUTS:
+        config = cuda_int8.cut(weight, *numbers)
+        assert config is not None
+        macros = defines(weight, config, torch.bfloat16) | {"INT8": 1}
+        nvrtc.compiler().compile("wgmma.cu", sources.sources_of("wgmma.cu"), macros, HOPPER)
+
+
+@needs_nvrtc
+def test_the_quantizer_compiles() -> None:
+    for output in range(3):
+        for half in range(2):
+            macros = {"OUTPUT": output, "FP16": half, "PERMUTED": int(output == 0)}
+            for capability in ((8, 9), (9, 0), (10, 0)):
+                nvrtc.compiler().compile("quantize.cu", sources.sources_of("quantize.cu"), macros, capability)

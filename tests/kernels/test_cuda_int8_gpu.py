@@ -1,0 +1,167 @@
+"""8-bit activations on a GPU: exactly the reference's integers, float results in the last bit, NaN and infinity kept."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from tests.kernels.test_cuda_int8 import KINDS, weight_of
+from tests.kernels.tile_weights import dense64
+
+from aerogel.kernels.dispatch import choose
+from aerogel.kernels.gemm import cuda_int8
+from aerogel.kernels.gemm.cuda_quantize import E4M3, INT8, ROUNDED, Quantizer
+from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.kernels.gemm.cuda_wgmma import Config
+from aerogel.kernels.gemm.ref import Reference, quantize_fp8, quantize_int8
+from aerogel.kernels.problem import Problem
+from aerogel.quantize.grids import Fp8Grid, IntGrid, quantized
+
+pytestmark = pytest.mark.gpu
+ORDER = torch.tensor([16 * s + 2 * (j // 4) + j % 4 // 2 + 8 * (j % 2) for s in range(512) for j in range(16)])
+
+
+@pytest.fixture(autouse=True)
+def hopper() -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a GPU of compute capability 9.0")
+
+
+def there(weight: TileWeight) -> TileWeight:
+    held = {name: getattr(weight, name) for name in ("codes", "scale", "zero", "table", "pick")}
+    moved = {name: None if tensor is None else tensor.cuda() for name, tensor in held.items()}
+    return TileWeight(**moved, group_size=weight.group_size, N=weight.N, K=weight.K)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("K", [1, 16, 100, 4096, 5000])
+def test_the_quantizer_rounds_as_the_reference(K: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(37, K) * torch.logspace(-3, 3, 37)[:, None]).to(dtype).cuda()
+    x[5] = 0
+    codes, scale = (part.cuda() for part in quantize_int8(x.cpu().float()))  # a GPU divides by numbers with their inverse
+    columns = -(-K // 128) * 128
+    for permuted in (False, True):
+        found, s = Quantizer(dtype=dtype, device=x.device, output=INT8, columns=columns, permuted=permuted)(x)
+        wanted = torch.nn.functional.pad(codes, (0, columns - K))
+        assert torch.equal(s, scale[:, 0])
+        assert torch.equal(found, wanted[:, ORDER[:columns].cuda()] if permuted else wanted)
+    rounded, _ = Quantizer(dtype=dtype, device=x.device, output=ROUNDED, columns=columns)(x)
+    assert torch.equal(rounded[:, :K], (codes.float() * scale).to(dtype)) and not rounded[:, K:].any()
+    eight, s8 = Quantizer(dtype=dtype, device=x.device, output=E4M3, columns=columns)(x)
+    wanted8, scale8 = (part.cuda() for part in quantize_fp8(x.cpu().float()))
+    assert torch.equal(s8, scale8[:, 0]) and torch.equal(eight[:, :K].float(), wanted8.float())
+    fixed = torch.tensor([0.5], device="cuda")
+    given, s = Quantizer(dtype=dtype, device=x.device, output=INT8, columns=columns)(x, fixed)
+    assert bool((s == 0.5).all()) and torch.equal(given[:, :K], (x.float() / 0.5).round().clamp(-127, 127).to(torch.int8))
+
+
+def check(weight: TileWeight, M: int, dtype: torch.dtype, config: Config | None = None, bias: bool = False) -> None:
+    """Against the integer reference: every float operation in the same order, so every bit must agree."""
+    r = cuda_int8.row_scale(weight)
+    x = torch.randn(M, weight.K, device="cuda", generator=torch.Generator("cuda").manual_seed(M)).to(dtype)
+    b = torch.randn(weight.N, device="cuda").to(dtype) if bias else None
+    config = config or cuda_int8.cut(weight, *cuda_int8.CUTS[M % len(cuda_int8.CUTS)])
+    runner = cuda_int8.many_tokens(weight, r, M, dtype, config)
+    assert runner is not None
+    found = []
+    for _ in range(2):
+        y = torch.full((M + 1, weight.N), torch.nan, dtype=dtype, device="cuda")
+        runner(x, b, y[:M])
+        assert y[M].isnan().all(), f"{config} writes past the last token"
+        found.append(y[:M])
+    codes, scale = (part.cuda() for part in quantize_int8(x.cpu().float()))
+    sums = codes.double() @ cuda_int8.two_step(weight, r).double().T
+    exact = sums * (r[: weight.N].double() * scale.double()) + (0 if b is None else b.double())
+    what = f"{weight.bits} bits g{weight.group_size} [{M}, {weight.N}, {weight.K}] {dtype} {config}"
+    step = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
+    off = (found[0].double() - exact).abs()
+    assert bool((off <= step * exact.abs() * 1.01 + 1e-6 * exact.abs().max()).all()), f"{what}: off by {off.max()}"
+    assert torch.equal(found[0], found[1]), f"{what}: two runs differ"
+
+
+@pytest.mark.parametrize(("bits", "size", "zero"), [*KINDS, (4, 0, True)])
+def test_every_width_gives_the_references_integers(bits: int, size: int, zero: bool) -> None:
+    for N, K, M in ((200, 700, 65), (33, 128, 300)):
+        check(there(weight_of(bits, size, zero, N, K)), M, (torch.bfloat16, torch.float16)[bits % 2], bias=M == 65)
+
+
+@pytest.mark.parametrize("numbers", cuda_int8.CUTS)
+def test_every_cut_on_ragged_shapes(numbers: tuple[int, int, int, int]) -> None:
+    for (N, K), M in itertools.product([(1, 512), (1000, 2049)], [17, 777]):
+        weight = there(weight_of(4, 128, False, N, K))
+        check(weight, M, torch.bfloat16, cuda_int8.cut(weight, *numbers))
+
+
+def test_few_tokens_many_tokens_and_the_operator_agree_with_the_specification() -> None:
+    for grid, name in ((IntGrid(bits=4, group_size=128), "pack-quantized"), (IntGrid(bits=8), "int-quantized")):
+        w = torch.randn(320, 1024, device="cuda") * 0.05
+        codes = quantized(grid, w, grid.fit(w))
+        problem = Problem(format=name, grid=grid, N=320, K=1024, dtype=torch.bfloat16, device="cuda", activations="int8")
+        chosen, kernel = choose(problem)
+        assert chosen == "cuda-int8"
+        layout = kernel.pack(codes, problem)
+        back = kernel.unpack(layout, problem)
+        assert torch.equal(back.values_NK, codes.values_NK) and torch.equal(back.scale_NG, codes.scale_NG)
+        for M in (0, 1, 7, 16, 64, 97, 300, 9000):
+            x, bias = torch.randn(M, 1024, device="cuda").bfloat16(), torch.randn(320, device="cuda").bfloat16()
+            y = kernel.run(x, layout, problem, bias)
+            wanted = Reference.run(x.float(), problem.stored.encode(codes), problem, bias)
+            assert y.shape == wanted.shape
+            assert M == 0 or ((y.float() - wanted).norm() / wanted.norm()).item() < 1.2e-2, (grid, M)
+
+
+def test_fp8_agrees_with_the_specification() -> None:
+    for strategy in ("channel", "tensor"):
+        grid = Fp8Grid(strategy=strategy, scale_dtype=torch.bfloat16)
+        w = torch.randn(320, 1024, device="cuda") * 0.05
+        codes = quantized(grid, w, grid.fit(w))
+        problem = Problem(
+            format="float-quantized", grid=grid, N=320, K=1024, dtype=torch.bfloat16, device="cuda", activations="fp8"
+        )
+        chosen, kernel = choose(problem)
+        assert chosen == "cuda-fp8"
+        layout = kernel.pack(codes, problem)
+        for M in (1, 16, 65, 300):
+            x, bias = torch.randn(M, 1024, device="cuda").bfloat16(), torch.randn(320, device="cuda").bfloat16()
+            wanted = Reference.run(x.float(), problem.stored.encode(codes), problem, bias)
+            error = (kernel.run(x, layout, problem, bias).float() - wanted).norm() / wanted.norm()
+            assert error.item() < 1.2e-2, (strategy, M)
+
+
+def test_damage_stays_in_its_token() -> None:
+    weight = there(weight_of(4, 128, False, 300, 704))
+    x = torch.randn(100, 704, device="cuda").bfloat16()
+    x[3, 5], x[17, 699], x[39, 0] = torch.inf, torch.nan, -torch.inf
+    y = torch.empty(100, 300, device="cuda", dtype=torch.bfloat16)
+    config = cuda_int8.cut(weight, *cuda_int8.CUTS[0])
+    runner = cuda_int8.many_tokens(weight, cuda_int8.row_scale(weight), 100, torch.bfloat16, config)
+    assert runner is not None
+    runner(x, None, y)
+    bad = torch.zeros(100, dtype=torch.bool, device="cuda")
+    bad[[3, 17, 39]] = True
+    assert torch.equal(~y.isfinite().any(1), bad) and y[~bad].isfinite().all()
+
+
+def test_compile_and_capture() -> None:
+    weight = there(weight_of(4, 128, False, 256, 512))
+    r = cuda_int8.row_scale(weight)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.aerogel.tiles_linear_int8(x, weight.codes, weight.scale, None, r, None, 128, 256)
+        return y
+
+    for M in (16, 16384):
+        x = torch.randn(M, 512, device="cuda").bfloat16()
+        wanted = torch.relu(call(x)) + 1
+        found = torch.compile(lambda x: torch.relu(call(x)) + 1, fullgraph=True, dynamic=False)(x)
+        torch.testing.assert_close(found, wanted)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = torch.relu(call(x)) + 1
+        y.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, wanted)
+    exact = x.double() @ dense64(weight).T
+    assert ((call(x).double() - exact).norm() / exact.norm()).item() < 2e-2
