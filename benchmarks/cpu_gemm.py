@@ -66,10 +66,29 @@ def contenders(N: int, K: int, bits: int, group: int, x: torch.Tensor) -> dict[s
         if ours.refuses(problem) is None:
             layout = ours.pack(codes, problem)
             add(name, lambda held, ours=ours, problem=problem: ours.run(x, held, problem), layout)  # type: ignore[misc]
+    if bits == 8:
+        w8a8(N, K, x, add)
     wide = x.float()
     add("dense-bf16", lambda held: x @ held["weight"].T, {"weight": codes.decode(torch.bfloat16)})
     add("dense-fp32", lambda held: wide @ held["weight"].T, {"weight": codes.decode(torch.float32)})
     return found
+
+
+def w8a8(N: int, K: int, x: torch.Tensor, add: Callable[..., None]) -> None:
+    """int8 weights per channel with int8 activations per token: ours, torch's integer product, and its quantized operator."""
+    random = torch.Generator().manual_seed(0)
+    values = torch.randint(-127, 128, (N, K), dtype=torch.int8, generator=random)
+    codes = Codes(values_NK=values, scale_NG=torch.rand(N, 1, generator=random), zero_NG=None, grid=IntGrid(bits=8))
+    for name in ("cpu-int8-dynamic", "torch-int8-dynamic"):
+        problem = Problem(format="int-quantized", grid=codes.grid, N=N, K=K, dtype=x.dtype, activations="int8")
+        ours = kernel(name)
+        layout = ours.pack(codes, problem)
+        add(name, lambda held, ours=ours, problem=problem: ours.run(x, held, problem), layout)
+    scale, zero = codes.scale_NG[:, 0].double(), torch.zeros(N, dtype=torch.long)
+    quantized = torch._make_per_channel_quantized_tensor(values, scale, zero, 0)
+    packed, wide = torch.ops.quantized.linear_prepack(quantized, None), x.float()
+    # Its weight cannot be copied, so this one may stay in the cache.
+    add("torch-quantized-int8", lambda _: torch.ops.quantized.linear_dynamic(wide, packed, False), {"weight": values})
 
 
 def measure(N: int, K: int, M: int, bits: int, group: int, seconds: float) -> dict[str, Any]:

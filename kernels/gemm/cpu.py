@@ -4,6 +4,8 @@
               weight is never rounded: against float64 the error is that of float32, whatever the activations' type.
 `NativeInt8`  the same with activations rounded to int8, one scale per token and at most 128 columns, as llama.cpp does.
               It changes numbers (about 0.5 % of the output's norm), so it runs only where `Problem.fast` allows it.
+`NativeDynamic` for checkpoints that say `activations: int8`: one scale per token, integer sums within 128 columns. Without
+              the byte dot product of VNNI, signed codes go through |q| and sign(q) x: nothing saturates.
 
 One token costs the bytes of the weight over the bandwidth of memory; up to 16 rows share one decoding; beyond that, panels
 of the weight are decoded into the first-level cache and meet blocks of 12 rows. Threads are torch's number of threads, in a
@@ -24,28 +26,29 @@ from aerogel.errors import BadInput
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.pack import bits, native
-from aerogel.pack.format import Shapes, take
+from aerogel.pack.format import Activations, Shapes, take
 from aerogel.quantize.grids import Codes
 
 GROUP_STEP = 16
 
 
-def refusal(problem: Problem, fast: bool) -> str | None:
-    """Why neither kind of arithmetic can run the problem; `fast` only where activations may be rounded."""
+def refusal(problem: Problem, fast: bool = False, activations: Activations = "none") -> str | None:
+    """Why no kind of arithmetic can run the problem; `fast` only where activations may be rounded."""
     if problem.device != "cpu":
         return f"runs on the CPU only, not on {problem.device}"
     if fast and not problem.fast:
         return "rounds activations to int8, which only happens where it was asked for (--activations int8)"
-    return _unfit(problem) or library.missing()
+    return _unfit(problem, activations) or library.missing()
 
 
-def _unfit(problem: Problem) -> str | None:
+def _unfit(problem: Problem, activations: Activations) -> str | None:
     """What no machine changes: numbers that the layout does not hold, types that the kernels do not read."""
     grid = problem.integer
     if grid is None:
         return "runs integer weights only, this grid holds floats"
-    if problem.activations != "none":
-        return f"is weight-only, activations are {problem.activations}"
+    if problem.activations != activations:
+        kind = "is weight-only" if activations == "none" else f"needs activations: {activations}"
+        return f"{kind}, activations are {problem.activations}"
     if problem.dtype not in library.TYPES:
         return f"activations must be float32, float16 or bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
     if grid.group_size is not None and grid.group_size % GROUP_STEP and grid.group_size < problem.K:
@@ -64,7 +67,7 @@ class Native(Kernel):
     @classmethod
     def refuses(cls, problem: Problem) -> str | None:
         """Anything but integer weights on a CPU; everything where the library was not compiled."""
-        return refusal(problem, fast=False)
+        return refusal(problem)
 
     @staticmethod
     def runs_stored(problem: Problem) -> bool:
@@ -74,7 +77,7 @@ class Native(Kernel):
     @classmethod
     def refuses_layout(cls, problem: Problem) -> str | None:
         """Anything but integer weights in groups of a multiple of 16, with activations that stay floats."""
-        return _unfit(problem)
+        return _unfit(problem, "none")
 
     @staticmethod
     def shapes(problem: Problem) -> Shapes:
@@ -156,6 +159,18 @@ class NativeInt8(Native):
     def refuses(cls, problem: Problem) -> str | None:
         """As `Native`, and wherever activations must stay what they are."""
         return refusal(problem, fast=True)
+
+
+class NativeDynamic(Native):
+    """Compiled CPU kernels for checkpoints with int8 activations: one scale per token."""
+
+    about: ClassVar[str] = "compiled int8 x int8 (or fewer bits) with a scale per token, for activations: int8"
+    numerics: ClassVar[str] = "int8-token"
+
+    @classmethod
+    def refuses(cls, problem: Problem) -> str | None:
+        """Anything but integer weights with int8 activations on a CPU."""
+        return refusal(problem, activations="int8")
 
 
 def linear(

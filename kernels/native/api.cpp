@@ -17,7 +17,7 @@ bool misaligned(const void* at, int64_t to) { return reinterpret_cast<uintptr_t>
 // What a path is asked for when the caller leaves it open: found once, for each kind of arithmetic.
 int32_t default_path(int32_t numerics) {
     static const int32_t best[2] = {best_path(kExact), best_path(kInt8)};
-    return best[numerics == kInt8];
+    return best[numerics != kExact];
 }
 
 Status check_weight(const Weight& w) {
@@ -38,6 +38,7 @@ Status check_weight(const Weight& w) {
 Status check_call(const Weight& w, const Call& c) {
     // 4 * 2^28 tokens * 2^31 columns stay below 2^63: the products below cannot overflow.
     if (c.tokens < 0 || c.tokens > (int64_t{1} << 28)) return kBadShape;
+    if (c.numerics < kExact || c.numerics > kInt8Token) return kNoSuchPath;
     if (!known_type(c.x_type) || (c.bias && !known_type(c.bias_type))) return kBadType;
     const int64_t size = type_size(c.x_type);
     if (c.x_bytes != c.tokens * w.columns * size || c.y_bytes != c.tokens * w.rows * size) return kTruncatedActivations;
@@ -79,7 +80,7 @@ int32_t aerogel_native_gemm(const Weight* weight, const Call* call) {
     const int32_t path = call->path < 0 ? default_path(call->numerics) : call->path;
     if (path >= kPaths) return kNoSuchPath;
     const PathEntry& entry = path_entry(path);
-    const Run run = call->numerics == kInt8 ? entry.int8 : entry.exact;
+    const Run run = call->numerics == kExact ? entry.exact : entry.int8;
     if (!run || !entry.able) return kNoSuchPath;
     Call bounded = *call;
     bounded.threads = call->threads < 1 ? 1 : call->threads > kMostThreads ? kMostThreads : call->threads;

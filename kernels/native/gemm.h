@@ -33,6 +33,7 @@ constexpr bool tuned(int bits) { return kMostRows > 0 && bits == 3; }  // one wi
 #else
 constexpr bool tuned(int bits) { return kMostRows > 0 && (bits == 2 || bits == 3 || bits == 4 || bits == 8); }
 #endif
+constexpr bool paired(int bits) { return tuned(bits) && bits <= 4; }
 constexpr int strips_for(int rows) {
     return kNative == 16 ? (rows <= 2 ? 4 : rows <= 8 ? 2 : 1) : kNative == 8 && rows == 1 ? 2 : 1;
 }
@@ -61,7 +62,7 @@ inline void finish(const Plan& plan, int64_t strip, int64_t block, const float* 
 
 template <class P, int BITS, int M>
 void few(const Plan& plan) {
-    constexpr int R = strips_for(M);
+    constexpr int R = P::kOnlyOneRow ? 1 : strips_for(M);
     const int64_t units = ceil_div(plan.strips, R);
     const int threads = plan.strips * plan.strip_bytes < kSmall ? 1 : plan.call->threads;
     // A few pieces for each thread even out what else the machine does.
@@ -132,11 +133,12 @@ Status many(const Plan& plan) {
 
 template <class P, int BITS>
 Status multiply(const Plan& plan) {
-    if (!plan.few) {
+    if constexpr (P::kOnlyOneRow) {
+        if constexpr (paired(BITS)) few<P, BITS, 1>(plan);
+    } else if (!plan.few) {
         if (plan.block_rows == 1) return many<P, BITS, kThinStrips, 1>(plan);
         return many<P, BITS, kPanelStrips, kPanelRows>(plan);
-    }
-    if constexpr (tuned(BITS)) {  // more rows than a policy has loops for never come here
+    } else if constexpr (tuned(BITS)) {  // more rows than a policy has loops for never come here
         if (plan.block_rows == 1) few<P, BITS, 1>(plan);
         if (plan.block_rows == 2) few<P, BITS, 2>(plan);
         if (plan.block_rows == 4) few<P, BITS, 4>(plan);

@@ -37,7 +37,7 @@ INLINE F16 joined(const typename P::Accumulator& sum, const F16& total, const Fa
 // A tile of R strips against M rows. CHAINS sums take turns.
 template <class P, int BITS, int R, int M, int CHAINS>
 INLINE void accumulate(const uint8_t* const (&codes)[R], int64_t at, const uint8_t* x, typename P::Accumulator (&total)[R][M][CHAINS]) {
-    constexpr int kRow = 8 * P::kOperands * 4;
+    constexpr int kRow = 8 * P::kOperands * P::kWordBytes;
     constexpr Range kRange = P::template range<BITS>();
     typename P::Accumulator pairs[R][M][CHAINS];
     if constexpr (kRange == kNibbles) {
@@ -52,7 +52,7 @@ INLINE void accumulate(const uint8_t* const (&codes)[R], int64_t at, const uint8
             unroll<P::kOperands>([&](auto o) ALWAYS {
                 constexpr int kNumber = kStep * P::kOperands + o, kChain = kNumber % CHAINS;
                 unroll<M>([&](auto m) ALWAYS {
-                    sum[r][m][kChain] = P::template dot<kRange>(sum[r][m][kChain], w[o], x + m * kRow + kNumber * 4);
+                    sum[r][m][kChain] = P::template dot<kRange>(sum[r][m][kChain], w[o], x + m * kRow + kNumber * P::kWordBytes);
                 });
             });
         });
@@ -70,7 +70,8 @@ constexpr int64_t kAhead = 1536;
 // Totals [row][16] of strips first .. first + R - 1 for one block of M rows. Strips beyond the last repeat it.
 template <class P, int BITS, int R, int M>
 void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R]) {
-    constexpr int kChains = R * M >= 8 || P::template range<BITS>() == kNibbles ? 1 : 2;
+    // More sums than these would not stay in registers.
+    constexpr int kChains = P::kOnlyOneRow || R * M * kParts >= 8 || P::template range<BITS>() == kNibbles ? 1 : 2;
     constexpr float kBias = static_cast<float>(P::template bias<BITS>());
     const bool offset = kBias != 0.0f || plan.weight->zero != nullptr;
     int64_t strip[R];

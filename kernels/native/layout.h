@@ -28,6 +28,7 @@ enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 enum Numerics : int32_t {
     kExact = 0,  // activations as they are, products and sums in float32
     kInt8 = 1,   // activations rounded to int8 per token and segment, exact integer sums within a segment
+    kInt8Token = 2,  // the same with one scale for a whole token, as a checkpoint with int8 activations wants it
 };
 
 enum Status : int32_t {

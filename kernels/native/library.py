@@ -20,7 +20,7 @@ VERSION = 4
 """Of the C interface: structs, codes and layout."""
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-NUMERICS = {"exact": 0, "int8": 1}
+NUMERICS = {"exact": 0, "int8": 1, "int8-token": 2}
 PATHS = ("portable", "avx2", "avxvnni", "avx512", "avx512bf16", "amx", "neon")
 """Instruction-set paths by their number."""
 

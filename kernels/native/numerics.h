@@ -17,7 +17,7 @@ namespace aerogel {
 namespace UNIT {
 
 // What codes may be, where that takes other instructions: up to 15, so that the sums of a tile's eight steps fit in 16 bits
-// (8 * 2 * 15 * 127 = 30480); up to 127; up to 255.
+// (8 * 2 * 15 * 127 = 30480); up to 127; signed bytes.
 enum Range { kNibbles, kBytes, kWide };
 
 INLINE uint32_t word_of(const uint8_t* x) {
@@ -31,8 +31,8 @@ INLINE uint32_t word_of(const uint8_t* x) {
 struct Exact {
     using Accumulator = F16;
     using Operand = U16;
-    static constexpr int kOperands = 2, kLongestSegment = 256;
-    static constexpr bool kTerms = true;
+    static constexpr int kOperands = 2, kWordBytes = 4, kLongestSegment = 256;
+    static constexpr bool kTerms = true, kOnlyOneRow = false;
     // A table of 32 entries: the index is five bits, and codes of fewer bits repeat in it.
     template <int BITS>
     static constexpr bool kTable = BITS <= 5;
@@ -101,8 +101,8 @@ struct Exact {
 struct Exact {
     using Accumulator = F16;
     using Operand = F16;
-    static constexpr int kOperands = 4, kLongestSegment = 256;
-    static constexpr bool kTerms = false;
+    static constexpr int kOperands = 4, kWordBytes = 4, kLongestSegment = 256;
+    static constexpr bool kTerms = false, kOnlyOneRow = false;
     template <int BITS>
     static constexpr int bias() {
         return 1 << (BITS - 1);
@@ -134,22 +134,24 @@ struct Exact {
 struct Int8 {
     using Accumulator = I16;
     using Operand = U16;
-    static constexpr int kOperands = 1, kLongestSegment = 128;
-    static constexpr bool kTerms = false;
+    // Products that pass through sums of two in 16 bits; and machines whose product of bytes is signed, or is made so.
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512VNNI__)
+    static constexpr bool kPairs = true, kSigned = true;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    static constexpr bool kPairs = false, kSigned = true;
+#else
+    static constexpr bool kPairs = false, kSigned = false;
+#endif
+    static constexpr int kOperands = 1, kWordBytes = 4, kLongestSegment = 128;
+    static constexpr bool kTerms = false, kOnlyOneRow = false;
     template <int BITS>
     static constexpr int bias() {
-#if defined(__ARM_FEATURE_DOTPROD)
-        return BITS == 8 ? 0 : 1 << (BITS - 1);  // its dot product is signed: 8-bit codes are moved before it
-#else
-        return 1 << (BITS - 1);
-#endif
+        return kSigned && BITS == 8 ? 0 : 1 << (BITS - 1);  // 8-bit codes are moved before a signed product
     }
     template <int BITS, int STEP>
     static INLINE void weights(const uint8_t* tile, Operand (&out)[kOperands]) {
         out[0] = quad<BITS, STEP>(tile);
-#if defined(__ARM_FEATURE_DOTPROD)
-        if constexpr (BITS == 8) unroll<kParts>([&](auto p) ALWAYS { out[0].part[p] ^= 0x80808080u; });
-#endif
+        if constexpr (kSigned && BITS == 8) unroll<kParts>([&](auto p) ALWAYS { out[0].part[p] ^= 0x80808080u; });
     }
     template <Range RANGE>
     static INLINE Accumulator dot(const Accumulator& sum, const Operand& w, const uint8_t* x) {
@@ -159,11 +161,7 @@ struct Int8 {
     }
     template <int BITS>
     static constexpr Range range() {
-#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512VNNI__)
-        return BITS <= 4 ? kNibbles : BITS == 8 ? kWide : kBytes;
-#else
-        return kBytes;
-#endif
+        return !kPairs ? kBytes : BITS <= 4 ? kNibbles : BITS == 8 ? kWide : kBytes;
     }
     // With kNibbles, `dot` sums pairs in 16 bits; this adds such a sum to a whole one.
     static INLINE Accumulator joined(const Accumulator& sum, const Accumulator& pairs) {
@@ -196,10 +194,11 @@ private:
         const __m256i codes = reinterpret_cast<__m256i>(w);
         __m256i total = reinterpret_cast<__m256i>(sum);
         if constexpr (RANGE == kNibbles) return reinterpret_cast<NativeI>(_mm256_add_epi16(total, _mm256_maddubs_epi16(codes, bytes)));
-        if constexpr (RANGE == kWide) {  // 2 * 255 * 127 does not fit in 16 bits: the top bit goes separately
-            const __m256i top = _mm256_and_si256(codes, _mm256_set1_epi8(-128)), low = _mm256_andnot_si256(top, codes);
-            total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(top, bytes), ones));
-            total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(low, bytes), ones));
+        if constexpr (RANGE == kWide) {
+            // The instruction adds two products in 16 bits and saturates. Of unsigned codes they may reach 2 * 255 * 127, which
+            // is too much; of |q| <= 128 and x with q's sign, |x| <= 127, they reach 32512, which fits.
+            const __m256i sizes = _mm256_abs_epi8(codes), turned = _mm256_sign_epi8(bytes, codes);
+            total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(sizes, turned), ones));
         } else {
             total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, bytes), ones));
         }

@@ -64,7 +64,7 @@ const PathEntry& path_entry(int32_t path) {
 int32_t best_path(Numerics numerics) {
     for (int32_t path = kPaths - 1; path > kPortable; --path) {
         const PathEntry& entry = path_entry(path);
-        if (entry.able && (numerics == kInt8 ? entry.int8 : entry.exact)) return path;
+        if (entry.able && (numerics == kExact ? entry.exact : entry.int8)) return path;
     }
     return kPortable;
 }

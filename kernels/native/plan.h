@@ -10,6 +10,9 @@
 // constant distances between rows. A row is one term of one token (see numerics.h); a block's missing rows are zeros.
 #pragma once
 #include "numerics.h"
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include "pairs.h"
+#endif
 
 namespace aerogel {
 namespace UNIT {
@@ -59,7 +62,7 @@ inline Plan make_plan(const Weight& weight, const Call& call) {
                               : plan.segment_tiles ? weight.group / kTile / plan.segment_tiles
                                                    : 0;
     plan.terms = !P::kTerms || call.x_type == kBfloat16 ? 1 : call.x_type == kFloat16 ? 2 : 3;
-    plan.row_bytes = 8 * P::kOperands * 4;
+    plan.row_bytes = 8 * P::kOperands * P::kWordBytes;
     return plan;
 }
 
@@ -107,6 +110,7 @@ INLINE void split_term(float* values, uint8_t* to, bool last) {
 #endif
 
 // Places a run of tiles of one token, which is one segment, or one tile that is two, with its sums.
+template <bool PAIRS>
 inline void place_exact(const Plan& plan, int64_t token, int64_t first, int64_t count) {
     const int64_t block = token / plan.tokens_per_block, row = token % plan.tokens_per_block * plan.terms;
     F16 sums[3][2];
@@ -124,7 +128,14 @@ inline void place_exact(const Plan& plan, int64_t token, int64_t first, int64_t 
                 for (int k = 0; k < kTile; ++k) part[k] -= values[k];
             }
 #else
-            memcpy(to, part, sizeof part);
+            if constexpr (PAIRS) {
+                for (int k = 0; k < kTile; k += 4) {
+                    const float swapped[4] = {part[k], part[k + 2], part[k + 1], part[k + 3]};
+                    memcpy(to + 4 * k, swapped, sizeof swapped);
+                }
+            } else {
+                memcpy(to, part, sizeof part);
+            }
 #endif
             sums[term][0] = sums[term][0] + load<F16>(part);
             sums[term][1] = sums[term][1] + load<F16>(part + 16);
@@ -142,30 +153,43 @@ inline void place_exact(const Plan& plan, int64_t token, int64_t first, int64_t 
     }
 }
 
-// The same, rounded to s * [-127, 127] with s = max|x| / 127 over the run.
-inline void place_int8(const Plan& plan, int64_t token, int64_t first, int64_t count) {
-    const int64_t block = token / plan.tokens_per_block, row = token % plan.tokens_per_block;
-    float values[128];
-    float peaks[16] = {}, poison[16] = {};
-    for (int64_t i = 0; i < count; ++i) read_tile(plan, token, (first + i) * kTile, values + i * kTile);
-    for (int64_t k = 0; k < count * kTile; ++k) {
-        const float size = __builtin_fabsf(values[k]);
-        peaks[k % 16] = size > peaks[k % 16] ? size : peaks[k % 16];
-        poison[k % 16] += values[k] * 0.0f;  // stays 0, unless something is infinite or not a number
+// How a run of tiles of a token is rounded: values times `inverse`; `scale` undoes it and is not a number where one of them
+// is not finite.
+struct Rounding {
+    float inverse, scale;
+};
+
+inline Rounding rounding_of(const Plan& plan, int64_t token, int64_t first, int64_t count) {
+    float values[kTile], peaks[16] = {}, poison[16] = {};
+    for (int64_t i = 0; i < count; ++i) {
+        read_tile(plan, token, (first + i) * kTile, values);
+        for (int64_t k = 0; k < kTile; ++k) {
+            const float size = __builtin_fabsf(values[k]);
+            peaks[k % 16] = size > peaks[k % 16] ? size : peaks[k % 16];
+            poison[k % 16] += values[k] * 0.0f;  // stays 0, unless something is infinite or not a number
+        }
     }
     float peak = 0.0f;
     for (float each : peaks) peak = each > peak ? each : peak;
     // Anything smaller would make the inverse overflow; it rounds to 0 with scale 1.
-    const float unit = peak > 1e-30f ? peak / 127.0f : 1.0f, inverse = 1.0f / unit;
-    const float scale = unit + lane_sum(load<F16>(poison));
+    const float unit = peak > 1e-30f ? peak / 127.0f : 1.0f;
+    return {1.0f / unit, unit + lane_sum(load<F16>(poison))};
+}
+
+// The same, rounded to s * [-127, 127] with s = max|x| / 127 over the run, or over the token.
+inline void place_int8(const Plan& plan, int64_t token, int64_t first, int64_t count, const Rounding& rounding) {
+    const int64_t block = token / plan.tokens_per_block, row = token % plan.tokens_per_block;
+    const float inverse = rounding.inverse, scale = rounding.scale;
+    float values[kTile];
     int32_t sums[2] = {0, 0};
     for (int64_t i = 0; i < count; ++i) {
+        read_tile(plan, token, (first + i) * kTile, values);
         int8_t* to = reinterpret_cast<int8_t*>(const_cast<uint8_t*>(plan.x_at(block, first + i))) + row * plan.row_bytes;
         for (int half = 0; half < 2; ++half) {
             int32_t sum = 0;
             for (int k = 16 * half; k < 16 * half + 16; ++k) {
                 // Adding 1.5 * 2^23 leaves the rounded integer in the low bits, ties to even.
-                const float scaled = values[i * kTile + k] * inverse + 12582912.0f;
+                const float scaled = values[k] * inverse + 12582912.0f;
                 const int32_t rounded = static_cast<int32_t>(float_to_bits(scaled)) - 0x4b400000;
                 to[k] = static_cast<int8_t>(rounded);
                 sum += static_cast<int8_t>(rounded);
@@ -189,12 +213,14 @@ inline void place_int8(const Plan& plan, int64_t token, int64_t first, int64_t c
 template <class P>
 inline void place_token(const Plan& plan, int64_t token) {
     const int64_t step = plan.segment_tiles ? plan.segment_tiles : 1;
+    const bool whole = plan.call->numerics == kInt8Token;
+    const Rounding of_token = whole ? rounding_of(plan, token, 0, plan.tiles) : Rounding{};
     for (int64_t first = 0; first < plan.tiles; first += step) {
         const int64_t count = plan.tiles - first < step ? plan.tiles - first : step;
         if constexpr (P::kOperands == 1) {
-            place_int8(plan, token, first, count);
+            place_int8(plan, token, first, count, whole ? of_token : rounding_of(plan, token, first, count));
         } else {
-            place_exact(plan, token, first, count);
+            place_exact<P::kOnlyOneRow>(plan, token, first, count);
         }
     }
 }

@@ -68,7 +68,8 @@ struct I16 {
 template <class V, class T>
 INLINE V spread(T value) {
     V v;
-    unroll<kParts>([&](auto p) ALWAYS { v.part[p] = decltype(v.part[0] + v.part[0]){} + value; });
+    // Subtracting zero changes no number, so nothing but the broadcast is left; adding it would turn -0 into 0.
+    unroll<kParts>([&](auto p) ALWAYS { v.part[p] = value - decltype(v.part[0] + v.part[0]){}; });
     return v;
 }
 

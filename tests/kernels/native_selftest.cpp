@@ -76,7 +76,7 @@ int main() {
     for (int path = 0; path < 7; ++path) {
         if (!(aerogel_native_able() >> path & 1)) continue;
         for (int bits = 1; bits <= 8; ++bits) {
-            for (int numerics : {0, 1}) {
+            for (int numerics : {0, 1, 2}) {
                 for (int64_t M : {1, 3, 9}) {
                     const double limit = numerics == kExact ? 1e-5 : 3e-2;
                     for (int64_t group : {0, 16, 32}) {

@@ -7,6 +7,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from hypothesis import strategies as st
 
 from aerogel.errors import BadInput
 from aerogel.kernels.dispatch import choose, explain
-from aerogel.kernels.gemm.cpu import Native, NativeInt8, linear
+from aerogel.kernels.gemm.cpu import Native, NativeDynamic, NativeInt8, linear
+from aerogel.kernels.gemm.ref import Reference, quantize_int8
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 from aerogel.kernels.native.build import FOLDER, LIBRARY, SHARED_SOURCES, UNITS
 from aerogel.kernels.problem import Problem
 from aerogel.pack import native
-from aerogel.quantize.grids import Codes, IntGrid
+from aerogel.quantize.grids import Codes, IntGrid, quantized
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
@@ -69,8 +71,12 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
 
 
-def int8_rounded(x: torch.Tensor, group: int) -> torch.Tensor:
-    """The definition of int8 activations: over runs of the columns that one scale covers, at most 128, whole tiles of 32."""
+def int8_rounded(x: torch.Tensor, group: int, numerics: str = "int8") -> torch.Tensor:
+    """The definition of int8 activations: over runs of the columns that one scale covers, at most 128, whole tiles of 32;
+    or over the token."""
+    if numerics == "int8-token":
+        values, scale = quantize_int8(x)
+        return (values.float() * scale).double()
     K = x.shape[1]
     size = 128 if group == 0 or group >= K else 32 if group % 32 else max(s for s in (32, 64, 96, 128) if group % s == 0)
     padded = torch.nn.functional.pad(x.float(), (0, -K % size)).reshape(x.shape[0], -1, size)
@@ -93,7 +99,7 @@ def test_every_path_against_float64(path: str, bits: int) -> None:
             added = (x.double() @ dense.T).norm() + bias.double().norm() * M**0.5
             for numerics in library.NUMERICS:
                 found = weight.run(x, bias, numerics=numerics, path=path, threads=1)
-                seen = x.double() if numerics == "exact" else int8_rounded(x, group)
+                seen = x.double() if numerics == "exact" else int8_rounded(x, group, numerics)
                 error = (found.double() - (seen @ dense.T + bias.double())).norm() / added
                 # Rounding of ties may differ between x * (1 / s) here and there: one step of one value.
                 limit = EXACT[dtype] + (0.0 if numerics == "exact" else 2e-3)
@@ -230,6 +236,33 @@ def test_the_dispatcher_and_the_layer_use_it() -> None:
     layer.allow_fast_activations(False)
     assert layer.kernel_name == "cpu" and not layer.rounds_activations and torch.equal(layer(x), exact)
     assert torch.equal(layer.dequantize(), codes.decode())
+
+
+def test_integers_of_any_size_are_summed_exactly() -> None:
+    """The largest products there are, of one sign: a sum that saturated anywhere would show."""
+    for bits in (7, 8):
+        weight = Weight(bits, 32, 256, 0, zero=False, scale_dtype=torch.float32)
+        for value in (-(1 << (bits - 1)), (1 << (bits - 1)) - 1):
+            weight.values_NK.fill_(value)
+            weight.codes = native.pack_codes(weight.values_NK, bits)
+            for x in (torch.full((3, 256), 127.0), torch.full((3, 256), -127.0)):
+                for path in library.paths():
+                    found = weight.run(x, numerics="int8-token", path=path)
+                    assert relative(found, x.double() @ weight.dense().T) < 1e-6, (bits, value, path)
+
+
+def test_a_checkpoint_with_int8_activations_runs_on_it() -> None:
+    for grid in (IntGrid(bits=8), IntGrid(bits=8, group_size=64), IntGrid(bits=4, group_size=32)):
+        problem = Problem(format="int-quantized", grid=grid, N=70, K=192, activations="int8")
+        assert choose(problem)[1] is NativeDynamic
+        assert Native.refuses(problem) and NativeDynamic.refuses(replace(problem, activations="none"))
+        weight = torch.randn(70, 192)
+        codes = quantized(grid, weight, grid.fit(weight))
+        for M in (1, 5, 33):
+            x = torch.randn(M, 192)
+            found = NativeDynamic.run(x, NativeDynamic.pack(codes, problem), problem)
+            wanted = Reference.run(x, problem.stored.encode(codes), problem)
+            assert relative(found, wanted.double()) < 1e-4, (grid, M)
 
 
 def test_it_can_be_traced_into_a_graph() -> None:
