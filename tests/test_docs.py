@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from aerogel.cli.app import main
+from aerogel.kernels.gemm import cpu_table
 from aerogel.quantize import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -57,9 +58,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=2000)), "utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("AEROGEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path))
     known, modules = dict(METHODS), set(sys.modules)
     yield tmp_path
+    cpu_table.table.cache_clear()
     METHODS.clear()
     METHODS.update(known)
     for name in set(sys.modules) - modules:

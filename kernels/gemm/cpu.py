@@ -17,14 +17,16 @@ Shape legend: M tokens, N out features, K in features, G groups along K.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
+from aerogel.kernels.gemm import cpu_table
 from aerogel.kernels.native import library
-from aerogel.kernels.problem import Kernel, Layout, Problem
+from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
 from aerogel.pack import bits, native
 from aerogel.pack.format import Activations, Shapes, take
 from aerogel.quantize.grids import Codes
@@ -132,6 +134,37 @@ class Native(Kernel):
         )
 
     @classmethod
+    def tune(cls, problem: Problem, tokens: Sequence[int]) -> Tuned | None:
+        """Times every instruction-set path and number of threads of this machine on a random weight of the problem's shape."""
+        grid = problem.integer
+        if grid is None or cls.refuses(problem) is not None:
+            return None
+        G = 1 if grid.group_size is None else -(-problem.K // grid.group_size)
+        low = -(1 << (grid.bits - 1))
+        zero = None if grid.symmetric else torch.zeros(problem.N, G, dtype=torch.int8)
+        values = torch.randint(low, -low, (problem.N, problem.K), dtype=torch.int8)
+        codes = Codes(values_NK=values, scale_NG=torch.rand(problem.N, G).to(grid.scale_dtype), zero_NG=zero, grid=grid)
+        layout = cls.pack(codes, problem)
+        copies = min(16, -(-cpu_table.COPY_BYTES // layout["codes"].nbytes))
+        held = [layout["codes"], *(layout["codes"].clone() for _ in range(copies - 1))]
+        group, numerics = grid.group_size or 0, library.NUMERICS[cls.numerics]
+        entries = {}
+        for M in sorted({cpu_table.token_class(M) for M in tokens}):
+            x = torch.randn(M, problem.K).to(problem.dtype)
+
+            def run(turn: int, how: cpu_table.Choice, x: Tensor = x) -> Tensor:
+                path, weight = library.PATHS.index(how.path), held[turn % copies]
+                return linear(
+                    x, weight, layout["scale"], layout.get("zero"), None, problem.N, group, numerics, path, how.threads
+                )
+
+            entries[M] = cpu_table.entry_of(*cpu_table.fastest(run, cpu_table.candidates()))
+        shape = (numerics, grid.bits, group, problem.N, problem.K)
+        kept = cpu_table.save({cpu_table.key_of(*shape, M): entry for M, entry in entries.items()})
+        found = {M: f"{entry['us']} us, {entry['choice']}" for M, entry in entries.items()}
+        return Tuned(found=found, kept=kept)
+
+    @classmethod
     def run(cls, x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """One call of the library; as an operator of torch while a graph is being compiled."""
         function = torch.ops.aerogel.native_linear if torch.compiler.is_compiling() else linear
@@ -193,8 +226,8 @@ def linear(
         bias_N: [N] of any of the three types, or None.
         N, group: out features; columns that share a scale, 0 for all.
         numerics: a value of `library.NUMERICS`.
-        path: an index of `library.PATHS`, -1 for the best this machine has.
-        threads: torch's number of threads unless given.
+        path: an index of `library.PATHS`, -1 for what `cpu_table` has for this machine, else the best.
+        threads: torch's number of threads unless given, or what `cpu_table` has where the path is open too.
 
     Raises:
         BadInput: tensors whose sizes, types or alignment do not agree. Nothing has been read then.
@@ -235,6 +268,10 @@ def structs(
         raise BadInput(f"a CPU matmul wants uint8 codes and float tensors, found {codes.dtype}, {scale.dtype}, {x_MK.dtype}")
     if bias_N is not None and (bias_N.dtype not in kinds or not bias_N.is_contiguous()):
         raise BadInput(f"a CPU matmul wants a contiguous bias in a float type, found {bias_N.dtype}; cast it")
+    if path < 0 and threads is None:
+        chosen = cpu_table.choice_for(numerics, codes.shape[-1] // 64, group, N, K, M)
+        if chosen is not None:
+            path, threads = library.PATHS.index(chosen.path), chosen.threads
     weight = library.Weight(
         codes.data_ptr(),
         scale.data_ptr(),

@@ -160,7 +160,13 @@ def test_tune_asks_the_kernel_that_runs_each_layer(aerogel, monkeypatch: pytest.
     assert row["kept"].endswith("table.json")
 
 
-def test_tune_takes_the_layers_of_a_compressed_model(aerogel, recipe: Path, tiny: Path) -> None:
+def test_tune_takes_the_layers_of_a_compressed_model(
+    aerogel, recipe: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    from aerogel.kernels.gemm import cpu_table
+
+    monkeypatch.setenv("AEROGEL_CACHE", str(tmp_path / "cache"))
+    request.addfinalizer(cpu_table.table.cache_clear)
     assert aerogel("tune", tiny).code == 2
     assert aerogel("compress", tiny, "-r", recipe, "-o", "out").code == 0
     found = aerogel("tune", "out", "--json", "-", "--device", "cpu")
