@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2-135M through the CPU kernels, against the same weights computed in float32.
 
-    python benchmarks/cpu_perplexity.py --windows 8 --length 512 --out benchmarks/results/cpu_perplexity.json
+    python benchmarks/cpu_perplexity.py --folder FOLDER --windows 8 --length 512
 
 One checkpoint (round to nearest, 4 bits, groups of 64) is run in several ways on the same windows of text:
 
@@ -12,6 +12,8 @@ One checkpoint (round to nearest, 4 bits, groups of 64) is run in several ways o
 Everything but the linears is torch's in every way. For each: perplexity relative to the reference, with the error paired by
 window, and the mean KL divergence from it, which shows how far the distributions are apart where perplexities happen to agree.
 The text is the package's default evaluation text; windows do not overlap and begin as the tokenizer has it.
+
+What was measured of a window is kept in FOLDER, with the checkpoint: called again, the script goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,29 @@ def log_probabilities(model: Any, ids_T: Tensor) -> Tensor:
     return torch.log_softmax(model(ids_T[None]).logits[0, :-1].float(), -1)
 
 
-def measure(models: dict[str, Any], ids_WT: Tensor) -> dict[str, dict[str, Any]]:
-    losses: dict[str, list[float]] = {name: [] for name in models}
-    kl: dict[str, list[float]] = {name: [] for name in models}
+def window_of(models: dict[str, Any], ids_T: Tensor) -> dict[str, tuple[float, float]]:
+    """Mean loss and KL from the reference of each way."""
+    reference = log_probabilities(models[REFERENCE], ids_T)
+    rows = {}
+    for name, model in models.items():
+        found = reference if name == REFERENCE else log_probabilities(model, ids_T)
+        loss = -found.gather(1, ids_T[1:, None]).double().mean().item()
+        rows[name] = (loss, divergence(reference, found).double().mean().item())
+    return rows
+
+
+def measure(models: dict[str, Any], ids_WT: Tensor, place: Path) -> dict[str, dict[str, Any]]:
     for window, ids_T in enumerate(ids_WT):
-        reference = log_probabilities(models[REFERENCE], ids_T)
-        for name, model in models.items():
-            found = reference if name == REFERENCE else log_probabilities(model, ids_T)
-            losses[name].append(-found.gather(1, ids_T[1:, None]).double().mean().item())
-            kl[name].append(divergence(reference.double(), found.double()).mean().item())
-        sofar = "  ".join(f"{name} {sum(values) / len(values):.6f}" for name, values in losses.items())
-        sys.stderr.write(f"window {window + 1} of {len(ids_WT)}: mean loss {sofar}\n")
+        file = place / f"window{window}x{len(ids_T)}.json"
+        if not file.is_file():
+            file.write_text(json.dumps(window_of(models, ids_T)), "utf-8")
+        sys.stderr.write(f"window {window + 1} of {len(ids_WT)}\n")
+    return summary([json.loads((place / f"window{i}x{ids_WT.shape[1]}.json").read_text("utf-8")) for i in range(len(ids_WT))])
+
+
+def summary(rows: list[dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
+    losses = {name: [row[name][0] for row in rows] for name in rows[0]}
+    kl = {name: [row[name][1] for row in rows] for name in rows[0]}
     mean = lambda values: sum(values) / len(values)  # noqa: E731
     return {
         name: {
@@ -81,7 +94,7 @@ def measure(models: dict[str, Any], ids_WT: Tensor) -> dict[str, dict[str, Any]]
             "kl": mean(kl[name]),
             "loss_by_window": losses[name],
         }
-        for name in models
+        for name in losses
     }
 
 
@@ -90,18 +103,19 @@ def main() -> int:
     parser.add_argument("--model", default=None, help="a checkpoint or GGUF file, the demo's unless given")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint and the windows' results are kept")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_perplexity.json")
     given = parser.parse_args()
     from smollm2 import gguf
 
     source = resolve(given.model or gguf())
-    with tempfile.TemporaryDirectory() as folder:
-        compress(source, RECIPE, Path(folder) / "packed", device="cpu")
-        export_dense(Path(folder) / "packed", Path(folder) / "dense")
-        tokens = load_tokens(
-            "default", tokenizer_of(source), rows=given.windows, length=given.length, seed=None, purpose="evaluation"
-        )
-        rows = measure(ways(Path(folder)), tokens.ids)
+    if not (given.folder / "dense").is_dir():
+        compress(source, RECIPE, given.folder / "packed", device="cpu", overwrite=True)
+        export_dense(given.folder / "packed", given.folder / "dense")
+    tokens = load_tokens(
+        "default", tokenizer_of(source), rows=given.windows, length=given.length, seed=None, purpose="evaluation"
+    )
+    rows = measure(ways(given.folder), tokens.ids, given.folder)
     for name, row in rows.items():
         error = row["increase_se"] or 0.0
         sys.stdout.write(f"{name:18} {row['perplexity']:9.4f} {row['increase']:+9.4%} ± {error:.4%}  KL {row['kl']:.2e}\n")
