@@ -1,15 +1,21 @@
-"""`aerogel export PATH -o OUT`: a quantized checkpoint as another one."""
+"""`aerogel export PATH -o OUT`: a checkpoint as another one."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from aerogel.cli import options
 from aerogel.cli.output import session
 
-To = Annotated[str, typer.Option("--to", metavar="FORMAT", help="dense: ordinary weights that any tool loads.")]
+KINDS = {
+    "dense": "ordinary weights that any tool loads",
+    "coded": "the same weights, entropy coded: lossless, smaller on disk",
+    "plain": "entropy coding undone",
+}
+WORDS = "; ".join(f"{name}: {what}" for name, what in KINDS.items())
+To = Annotated[str, typer.Option("--to", metavar="FORMAT", help=f"{WORDS}.")]
 Layout = Annotated[
     str | None,
     typer.Option(
@@ -31,22 +37,50 @@ def command(
     overwrite: options.Overwrite = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write a quantized checkpoint with dense weights, or in another layout; every bit stays what the kernels compute with."""
+    """Write a checkpoint in another form: dense weights, another layout, or entropy coded; every bit stays what it was."""
     with session(json=json, quiet=quiet, debug=debug) as output:
         from aerogel.errors import BadInput
         from aerogel.model.source import resolve
 
-        if to != "dense":
-            raise BadInput(f"unknown export format '{to}'; known: dense")
+        if to not in KINDS:
+            raise BadInput(f"unknown export format '{to}'; known: {', '.join(KINDS)}")
         from aerogel.model.pipeline import pick_device
-        from aerogel.pack.export import export_dense, export_layout
+        from aerogel.pack import export
 
         source = resolve(model)
+        result: dict[str, Any] = {"model": str(model), "out": str(out), "to": to}
         if layout is not None:
-            found = export_layout(source, out, layout, device=pick_device(device), overwrite=overwrite)
+            found = export.export_layout(source, out, layout, device=pick_device(device), overwrite=overwrite)
             output.show(f"{out}: {model} in the layout {found}")
-            output.result({"model": str(model), "out": str(out), "layout": found})
-            return
-        export_dense(source, out, overwrite=overwrite)
-        output.show(f"{out}: dense weights of {model}")
-        output.result({"model": str(model), "out": str(out), "to": to})
+            result = {"model": str(model), "out": str(out), "layout": found}
+        elif to == "coded":
+            rows = [saving.as_row() for saving in export.export_coded(source, out, overwrite=overwrite)[1]]
+            output.show(coding_table(rows))
+            output.show(f"{out}: entropy coded weights of {model}")
+            result["tensors"] = rows
+        elif to == "plain":
+            export.export_plain(source, out, overwrite=overwrite)
+            output.show(f"{out}: weights of {model} without entropy coding")
+        else:
+            export.export_dense(source, out, overwrite=overwrite)
+            output.show(f"{out}: dense weights of {model}")
+        output.result(result)
+
+
+def coding_table(rows: list[dict[str, Any]]) -> Any:
+    """What coding saved, by type of number, largest first."""
+    from rich.table import Table
+
+    table = Table(title="Entropy coding", title_justify="left", box=None, pad_edge=False)
+    for column in ("tensors of", "count", "bytes", "coded", "share", "entropy, bits per symbol"):
+        table.add_column(column, justify="left" if column == "tensors of" else "right")
+    kinds = sorted({row["dtype"] for row in rows})
+    for kind in kinds:
+        mine = [row for row in rows if row["dtype"] == kind]
+        before, after = (sum(row[key] for row in mine) for key in ("bytes", "coded_bytes"))
+        mean = sum(row["entropy_bits"] * row["bytes"] for row in mine) / before
+        width = "exponent" if kind == "bfloat16" else "byte"
+        table.add_row(kind, str(len(mine)), f"{before:,}", f"{after:,}", f"{after / before:.1%}", f"{mean:.2f} of 8 ({width})")
+    if not rows:
+        table.add_row("nothing", "0", "", "", "", "no tensor would save 2 %")
+    return table

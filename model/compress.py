@@ -27,6 +27,7 @@ from aerogel.eval.machine import machine, versions
 from aerogel.eval.memory import peak_bytes
 from aerogel.kernels import layouts
 from aerogel.model.calibration import Tokens, load_tokens
+from aerogel.model.entropy import Saving
 from aerogel.model.journal import Journal, fingerprint, restore, weights_digest, work_folder
 from aerogel.model.plan import plan_structure, stored_dtype
 from aerogel.model.progress import Progress, silent
@@ -38,6 +39,7 @@ from aerogel.model.structure import Structure, discover
 from aerogel.model.walk import Job, Part, Walk
 from aerogel.model.writer import assemble, disk_errors, index_of, shard, write_json
 from aerogel.pack.config import quantization_config
+from aerogel.pack.export import export_coded
 from aerogel.recipes.assign import assign
 from aerogel.recipes.schema import Recipe
 from aerogel.recipes.stages import StageSpec
@@ -257,6 +259,7 @@ class _Run:
         self._write_config(final, rows)
         self._write_tensors(final, [journal.tensors_file(name) for name in ["outer", *names]])
         self._count_bytes(final, rows)
+        savings = self._entropy_code(journal) if self.recipe.pack.entropy else []
         described = self.recipe.as_dict()
         report = {
             "aerogel": versions()["aerogel"],
@@ -267,7 +270,8 @@ class _Run:
             "calibration": self._calibration_facts(tokens),
             "blocks": rows,
             "experts": [{"block": row["index"], **facts} for row in rows for facts in row.get("experts", [])],
-            **self._tensor_table(final, rows),
+            "entropy": [saving.as_row() for saving in savings],
+            **self._tensor_table(final, rows, {saving.name: saving.before - saving.after for saving in savings}),
         }
         with disk_errors(final):
             (final / "recipe.yaml").write_text(yaml.safe_dump(described, sort_keys=False), "utf-8")
@@ -300,6 +304,17 @@ class _Run:
         for row in (row for part in rows for row in part["layers"] if row["bits"] is not None):
             row["bytes"] = sizes[row["name"]]
             row["bits_per_weight"] = 8 * row["bytes"] / weights[row["name"]]
+
+    def _entropy_code(self, journal: Journal) -> list[Saving]:
+        """Codes the final folder without loss, in its own place."""
+        coded = journal.work / "coded"
+        with disk_errors(coded):
+            shutil.rmtree(coded, ignore_errors=True)
+        savings = export_coded(journal.final, coded)[1]
+        with disk_errors(coded):
+            shutil.rmtree(journal.final)
+            coded.rename(journal.final)
+        return savings
 
     def _calibration_facts(self, tokens: Tokens | None) -> dict[str, Any] | None:
         if tokens is None:
@@ -344,8 +359,8 @@ class _Run:
             )
         write_json(final / "config.json", config)
 
-    def _tensor_table(self, final: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Every tensor of the source with its fate and real bytes, and the totals."""
+    def _tensor_table(self, final: Path, rows: list[dict[str, Any]], saved: Mapping[str, int]) -> dict[str, Any]:
+        """Every tensor of the source with its fate and real bytes, and the totals. `saved`: bytes by stored tensor."""
         layers = {row["name"]: row for part in rows for row in part["layers"]}
         by_tensor: dict[str, list[dict[str, Any]]] = {}
         for m in self.structure.matrices:
@@ -355,8 +370,8 @@ class _Run:
         table = []
         for planned in self.plan["tensors"]:
             mine = by_tensor.get(planned["name"], [])
-            size = sum(row["bytes"] for row in mine) if mine else planned["bytes"]
-            table.append({**planned, "bytes": size})
+            size = sum(row["bytes"] - _saved(row["name"], saved) for row in mine) if mine else planned["bytes"]
+            table.append({**planned, "bytes": size - saved.get(planned["name"], 0) * (not mine)})
         weights = [row for row in table if row["fate"] == "compressed"]
         counted = sum(math.prod(row["shape"]) for row in weights)
         source = self.structure.reader.nbytes
@@ -371,6 +386,11 @@ class _Run:
                 "files": sorted(path.name for path in final.iterdir()),
             },
         }
+
+
+def _saved(layer: str, saved: Mapping[str, int]) -> int:
+    """Bytes that coding saved on the tensors of a layer."""
+    return sum(saved.get(f"{layer}.{local}", 0) for local in ("weight", "weight_packed"))
 
 
 def _zero_share(layers: Mapping[str, Mapping[str, Any]]) -> float:

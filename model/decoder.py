@@ -127,7 +127,7 @@ class Decoder(WeightConverter):  # type: ignore[misc, unused-ignore]
         layer = model.get_submodule(item.module)
         if not isinstance(layer, Linear) or item.scheme is None:
             raise RunFailed(f"{item.module} was to stay packed but is a {type(layer).__name__}; please report this model")
-        tensors = _local(item, held)
+        tensors = self.source.opened(_local(item, held))
         outliers = Outliers.read(tensors)
         kept: dict[str, Any] = {}
         if outliers is not None:

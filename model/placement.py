@@ -130,13 +130,22 @@ class _Planner:
                 homeless.append(name)
             else:
                 found.setdefault(placement.parameter, []).append(placement)
-        used = {tensor for tensors in groups.values() for tensor in tensors.values()}
+        plain = self.source.plain_groups(self.header)
+        for name in sorted(plain, key=dot_natural_key):
+            parameter, pattern = self._target(name)
+            if parameter not in self.wanted:
+                homeless.append(name)
+                continue
+            found.setdefault(parameter, []).append(
+                Placement(name=name, tensors=plain[name], scheme=None, parameter=parameter, pattern=pattern)
+            )
+        used = {tensor for tensors in [*groups.values(), *plain.values()] for tensor in tensors.values()}
         shared = {parameter for parameter, items in found.items() if items[0].pattern is not None}
         for name in self._others(used) if shared else ():
             parameter, pattern = self._target(name)
             if parameter in shared:
-                plain = Placement(name=name, tensors={"": name}, scheme=None, parameter=parameter, pattern=pattern)
-                found[parameter].append(plain)
+                beside = Placement(name=name, tensors={"": name}, scheme=None, parameter=parameter, pattern=pattern)
+                found[parameter].append(beside)
         for items in found.values():
             items.sort(key=lambda item: dot_natural_key(item.name))
         rules = {p: self.by_pattern[items[0].pattern] for p, items in found.items() if items[0].pattern is not None}
@@ -252,6 +261,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 def decoded(placement: Placement, source: Source, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """The dense tensor of one placement, as a dense checkpoint's disk has it: [N, K], or [K, N] where transposed."""
     if placement.scheme is None:
-        return tensors[""].to(dtype)
+        return source.opened(tensors)[""].to(dtype)
+    tensors = source.opened(tensors)
     weight = with_outliers(source.columns(placement.name, tensors, placement.scheme).dense(dtype), tensors, placement.name)
     return weight.T.contiguous() if placement.transposed else weight

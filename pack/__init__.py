@@ -22,5 +22,7 @@ SOURCES: dict[str, str] = {
     "modelopt": "aerogel.pack.modelopt:ModelOpt",
     "auto-round": "aerogel.pack.auto_round:auto_round",
     "bitnet": "aerogel.pack.bitnet:Bitnet",
+    "entropy": "aerogel.model.entropy:EntropyCoded",
 }
-"""`quant_method` of a config.json to what makes the reader of its checkpoints, an `aerogel.pack.source.Source`."""
+"""`quant_method` of a config.json (`entropy` where it has such an entry) to what makes the reader of its checkpoints, an
+`aerogel.pack.source.Source`."""

@@ -14,7 +14,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from aerogel.errors import BadInput
 from aerogel.kernels import layouts
+from aerogel.model.entropy import (
+    MARK,
+    Saving,
+    coded_parts,
+    coded_tensors,
+    coding_config,
+    decoded_tensor,
+    plain_config,
+    split_name,
+)
 from aerogel.model.placement import Placement, decoded, make_plan
 from aerogel.model.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
 from aerogel.model.writer import disk_errors, write_json, write_tensors
@@ -56,6 +66,7 @@ def export_dense(path: str | Path, out: str | Path, *, overwrite: bool = False, 
     """
     path, out = Path(path), Path(out)
     config = _config(path)
+    _check_quantized(path, config)
     source = open_source(config.pop("quantization_config"))
     with _draft(path, out, overwrite) as draft:
         _write_shards(_tensors(path, source, config), draft, shard_bytes)
@@ -95,6 +106,9 @@ def export_layout(
 
     path, out, layout = Path(path), Path(out), layouts.for_this_machine(layout)
     config, reader = _config(path), CheckpointReader(path)
+    _check_quantized(path, config)
+    if "entropy" in config["quantization_config"]:
+        raise BadInput(f"{path} is entropy coded, which no kernel reads; write it plain first (`aerogel export --to plain`)")
     words = config["quantization_config"].get("layout")
     found = words["name"] if words else layouts.PORTABLE
     if found == layout:
@@ -113,6 +127,67 @@ def export_layout(
         with disk_errors(out):
             _copy_rest(path, draft, LEFT_BEHIND, (*LEFT_BEHIND_NAMES, PORTABLE_INDEX))
     return layout
+
+
+def export_coded(
+    path: str | Path, out: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
+) -> tuple[Path, list[Saving]]:
+    """Entropy codes the checkpoint in `path`, dense or compressed, into `out`; `export_plain` gives the same bytes back.
+
+    Returns:
+        `out`, and what was saved on each tensor that was coded.
+
+    Raises:
+        BadInput: a checkpoint whose config has no place for it, or that is coded already. RunFailed: the disk.
+    """
+    path, out = Path(path), Path(out)
+    config = _config(path)
+    config["quantization_config"] = coding_config(config.get("quantization_config"))
+    reader, savings = CheckpointReader(path), []
+
+    def parts() -> Iterator[tuple[str, Tensor]]:
+        for name in reader.names:
+            tensors, saving = coded_tensors(name, reader.read(name))
+            if saving is not None:
+                savings.append(saving)
+            yield from tensors.items()
+
+    _write(path, out, config, parts(), overwrite, shard_bytes)
+    return out, savings
+
+
+def export_plain(path: str | Path, out: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Undoes `export_coded`: the same tensors under the same names, bit for bit. Errors as there."""
+    path, out = Path(path), Path(out)
+    config = _config(path)
+    below = plain_config(config.pop("quantization_config", None) or {})
+    if below is not None:
+        config["quantization_config"] = below
+    reader = CheckpointReader(path)
+    coded = coded_parts(reader.names)
+    first = {min(parts.values()): base for base, parts in coded.items()}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in reader.names:
+            if name in first:
+                held = {part.removeprefix(MARK): reader.read(stored) for part, stored in coded[first[name]].items()}
+                yield first[name], decoded_tensor(held, first[name])
+            elif split_name(name) is None:
+                yield name, reader.read(name)
+
+    _write(path, out, config, tensors(), overwrite, shard_bytes)
+    return out
+
+
+def _write(
+    path: Path, out: Path, config: dict[str, Any], tensors: Iterator[tuple[str, Tensor]], overwrite: bool, shard_bytes: int
+) -> None:
+    """A checkpoint in `out` of these tensors and this config, every other file as in `path`."""
+    with _draft(path, out, overwrite) as draft:
+        _write_shards(tensors, draft, shard_bytes)
+        write_json(draft / "config.json", config)
+        with disk_errors(out):
+            _copy_rest(path, draft, LEFT_BEHIND, LEFT_BEHIND_NAMES)
 
 
 @contextlib.contextmanager
@@ -141,9 +216,12 @@ def _config(path: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((path / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} holds no readable config.json ({error}); give the folder of a checkpoint") from error
+    return config
+
+
+def _check_quantized(path: Path, config: Mapping[str, Any]) -> None:
     if not config.get("quantization_config"):
         raise BadInput(f"{path} has no quantization_config, so it is dense already; there is nothing to export")
-    return config
 
 
 def _tensors(path: Path, source: Source, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -153,12 +231,14 @@ def _tensors(path: Path, source: Source, config: dict[str, Any]) -> Iterator[tup
     plan = make_plan(skeleton(path, config["model_type"]), reader.entries, source, reader.read)
     placed = {item.name: item for items in plan.placements.values() for item in items if item.scheme is not None}
     groups = source.groups(reader.entries)
-    for name in plan.homeless:
+    for name in (name for name in plan.homeless if name in groups):
         # The architecture does not use it, yet the dense original had it.
         header = {local: reader.entry(tensor).dtype for local, tensor in groups[name].items()}
         scheme = source.scheme((name,), header, ("Linear",))
         placed[name] = Placement(name=name, tensors=groups[name], scheme=scheme, parameter="", dense_name=f"{name}.weight")
-    owner = {tensor: name for name, tensors in groups.items() for tensor in tensors.values()}
+    plain = source.plain_groups(reader.entries)
+    apart = {min(parts.values()): name for name, parts in plain.items()}
+    owner = {tensor: name for name, tensors in [*groups.items(), *plain.items()] for tensor in tensors.values()}
     stacks: dict[str, list[Placement]] = {}
     for item in placed.values():
         if item.stack is not None:
@@ -167,6 +247,10 @@ def _tensors(path: Path, source: Source, config: dict[str, Any]) -> Iterator[tup
     for tensor in reader.names:
         if tensor not in owner:
             yield tensor, reader.read(tensor)
+            continue
+        if owner[tensor] in plain:
+            if tensor in apart:
+                yield apart[tensor], source.opened({k: reader.read(v) for k, v in plain[apart[tensor]].items()})[""]
             continue
         item = placed[owner[tensor]]
         if item.dense_name not in done:

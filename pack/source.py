@@ -89,6 +89,14 @@ class Source(ABC):
         """As `read`, for sources that must know which weight it is."""
         return self.read(tensors, scheme)
 
+    def plain_groups(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Tensors that are not packed but stored in parts: {name of the dense tensor: {local name: tensor name}}. None."""
+        return {}
+
+    def opened(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one weight as `read` and the format want them, by local name; "" is one that is not packed."""
+        return dict(tensors)
+
     def groups(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         """Packed weights among tensor names: {weight name: {local name: tensor name}}, in order of appearance."""
         found: dict[str, dict[str, str]] = {}
@@ -105,7 +113,7 @@ def open_source(config: Mapping[str, Any]) -> Source:
     Raises:
         NotServed: a `quant_method`, or something in the config, that aerogel does not read; the message names it.
     """
-    method = str(config.get("quant_method"))
+    method = "entropy" if config.get("entropy") else str(config.get("quant_method"))
     if method not in SOURCES:
         raise NotServed(f"quant_method {method!r} is not read by aerogel; it reads {', '.join(sorted(SOURCES))}")
     source: Source = load(SOURCES[method])(config)

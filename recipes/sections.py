@@ -86,6 +86,11 @@ class Pack(Section):
     dtype: Literal["source", "float16", "bfloat16", "float32"] = Field(
         default="source", description="type of the weights that are kept, and of the scales"
     )
+    entropy: bool = Field(
+        default=False,
+        description="code what is stored without loss (docs/methods/entropy.md); `stages` may then be empty. Loads in"
+        " aerogel only; `aerogel export --to plain` undoes it",
+    )
 
 
 class Perplexity(Section):

@@ -113,7 +113,9 @@ def default_format(method: str) -> str:
 def parse_stages(document: Document) -> tuple[StageSpec, ...]:
     """The resolved `stages:` of a document. Raises `BadInput` naming the place and the nearest word that exists."""
     stages = document.tree.get("stages")
-    if not isinstance(stages, list) or not stages:
+    pack = document.tree.get("pack")
+    lossless = isinstance(pack, dict) and pack.get("entropy") is True
+    if not isinstance(stages, list) or not (stages or lossless):
         found = "found none" if "stages" not in document.tree else f"found {describe(stages)}"
         raise document.problem(("stages",), f"must list at least one stage ({', '.join(STAGE_KINDS)}), {found}")
     return tuple(_parse_stage(document, index, entry) for index, entry in enumerate(stages))
