@@ -10,8 +10,8 @@ s q with s = max|w| / (2^k - 1).
 
 Whether it pays: a k_w x k_x product needs k_w k_x passes of one-bit operations. Hopper has no one-bit matrix instruction any
 more (mma b1 is taken apart into logic and popc), and popc runs 16 lanes of 32 bits a cycle and SM, 512 bit products, against
-8192 int8 products of its tensor cores (1979 Tops at 1.83 GHz on 132 SMs, two operations each): even one bit by one bit is
-sixteen times slower than int8, so there is no GPU kernel here. Its place is the exact reference, and machines without a fast
+4096 int8 products of its tensor cores (1979 Tops at 1.83 GHz on 132 SMs, two operations each): even one bit by one bit is
+eight times slower than int8, so there is no GPU kernel here. Its place is the exact reference, and machines without a fast
 int8 product.
 
 Shape legend: M tokens, N out features, K in features, W words of 32 bits, k planes.
