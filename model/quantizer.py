@@ -7,7 +7,6 @@ is loaded by then: the base classes. What needs models is imported where it is u
 from __future__ import annotations
 
 import logging
-import time
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -171,6 +170,7 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Checks that every packed weight arrived, then lets each layer choose its kernel."""
+        from aerogel.kernels.ahead import compile_ahead
         from aerogel.kernels.decode.merge import merge, merging_wanted
         from aerogel.kernels.experts import ExpertLinear
         from aerogel.kernels.linear import Linear
@@ -184,7 +184,7 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
             if isinstance(module, Linear | ExpertLinear) and module.device.type != "meta" and module.kernel_name is None:
                 module.prepare()
         _say_conversions(model)
-        _compile(model)
+        compile_ahead(model, FIRST_TOKENS)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -211,21 +211,6 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     def is_trainable(self) -> bool:
         """Kernels have no backward pass."""
         return False
-
-
-def _compile(model: PreTrainedModel) -> None:
-    """Compiles what decoding and a long prompt will run, now and at once instead of one by one later; says so."""
-    from aerogel.kernels.cuda.nvrtc import Compiled, cache_folder, listening
-    from aerogel.kernels.linear import Linear
-
-    fresh: list[Compiled] = []
-    started = time.perf_counter()
-    with listening(lambda done: None if done.cached else fresh.append(done)):
-        for kernel, weights in Linear.by_kernel(model).items():
-            kernel.warm(weights, FIRST_TOKENS)
-    if fresh:
-        seconds = time.perf_counter() - started
-        logger.warning("compiled %d kernels for this GPU in %.1f s, kept in %s", len(fresh), seconds, cache_folder())
 
 
 def _say_conversions(model: PreTrainedModel) -> None:

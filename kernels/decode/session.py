@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from aerogel.kernels.ahead import compile_ahead
 from aerogel.kernels.decode import ops
 from aerogel.kernels.decode.attention import attending
 from aerogel.kernels.decode.fuse import fuse
@@ -67,11 +68,14 @@ class Session:
         self.operators = 0
         self.seconds = 0.0
         self._program: Any = None
+        self._compiled: set[int] = set()
         self._graphs: dict[Sampling, tuple[torch.cuda.CUDAGraph, torch.Generator]] = {}
         self._generator = torch.Generator(model.device)
 
     def fill(self, ids_BT: Tensor, start_B: Tensor) -> Tensor:
         """Reads the prompts into the slots; logits of their last tokens [B, V]."""
+        compile_ahead(self.model, {self.batch, ids_BT.numel()} - self._compiled)
+        self._compiled |= {self.batch, ids_BT.numel()}
         self.cache.mode = "fill"
         padded = bool(start_B.any())
         valid_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None] >= start_B[:, None]
