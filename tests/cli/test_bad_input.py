@@ -83,7 +83,7 @@ RECIPES = {
     "method missing": (GOOD.replace("method: rtn, ", ""), ["stages.0.quantize.method", "missing", "gptq"]),
     "bits missing": (GOOD.replace("bits: 4, ", ""), ["stages.0.quantize.bits", "missing"]),
     "bits too many": (GOOD.replace("bits: 4", "bits: 9"), ["stages.0.quantize.bits", "at most 8", "9"]),
-    "bits too few": (GOOD.replace("bits: 4", "bits: 1"), ["stages.0.quantize.bits", "at least 2", "1"]),
+    "bits too few": (GOOD.replace("bits: 4", "bits: 1"), ["stages.0.quantize.bits", "between 2 and 8", "found 1"]),
     "bits as text": (GOOD.replace("bits: 4", "bits: '4'"), ["stages.0.quantize.bits", "whole number", "'4' (text)"]),
     "bits as fraction": (GOOD.replace("bits: 4", "bits: 4.5"), ["stages.0.quantize.bits", "whole number", "4.5"]),
     "group of nothing": (GOOD.replace("16", "0"), ["stages.0.quantize.group_size", "at least 1"]),
@@ -92,7 +92,7 @@ RECIPES = {
     "symmetric as word": (GOOD.replace("16", "16, symmetric: yes"), ["symmetric", "true or false", "'yes'"]),
     "unknown format": (GOOD.replace("rtn", "rtn, format: fp9"), ["stages.0.quantize.format", "'fp9'", "'fp8'"]),
     "unknown activations": (GOOD.replace("rtn", "rtn, activations: int4"), ["activations", "'int4'", "'int8'"]),
-    "activations that no format stores": (GOOD.replace("rtn", "rtn, activations: int8"), ["stages.0.quantize", "activations"]),
+    "activations that no format stores": (GOOD.replace("rtn", "rtn, activations: fp8"), ["stages.0.quantize", "activations"]),
     "pack format that refuses": (f"{GOOD}pack: {{format: float-quantized}}\n", ["stages.0.quantize", "float-quantized"]),
     "sparsity above one": (
         "aerogel: 1\nstages:\n  - prune: {method: magnitude, sparsity: 1.5}\n",

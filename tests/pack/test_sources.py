@@ -200,7 +200,7 @@ def test_layers_without_a_group_and_configs_that_are_not_served() -> None:
         source.scheme(("a",), {"weight_packed": torch.int32}, ("Linear",))
     base = ct_config(IntGrid(bits=4))
     for config, word in [
-        ({"quant_method": "bitnet"}, "bitnet"),
+        ({"quant_method": "quip"}, "quip"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "marlin"),
         ({"quant_method": "gptq", "bits": 5}, "5 bits"),
         ({"quant_method": "awq", "version": "gemv"}, "gemv"),
