@@ -73,7 +73,8 @@ class Bcq:
         if layer.mask_NK is not None:
             raise BadInput(f"{layer.name} is pruned, and bit planes cannot hold zeros; write method: gptq with format: int")
         grid = self.grid
-        assert isinstance(grid, PlaneGrid)
+        if not isinstance(grid, PlaneGrid):
+            raise BadInput(f"bcq works on bit planes, not on a {type(grid).__name__}; write format: planes")
         importance_K = second_moment(layer, "bcq (weighted)").diagonal() if self.weighted else None
         w_NK = layer.weight_NK.float()
         codes = quantized(grid, w_NK, fit_planes(grid, w_NK, importance_K, self.rounds))

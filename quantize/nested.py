@@ -96,7 +96,8 @@ class Nested:
 def joined(codes: Codes, plane: Codes) -> Codes:
     """Planes with one more plane behind them."""
     grid = codes.grid
-    assert isinstance(grid, PlaneGrid)
+    if not isinstance(grid, PlaneGrid):
+        raise BadInput(f"joining planes works on bit planes, not on a {type(grid).__name__}; write format: planes")
     wider = replace(grid, bits=grid.bits + 1)
     return Codes(
         values_NK=(codes.values_NK << 1) | plane.values_NK,

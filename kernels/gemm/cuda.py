@@ -292,12 +292,13 @@ def _refuses_grid(grid: Grid) -> str | None:
     return None
 
 
-def _refuses_machine() -> str | None:
+def _refuses_machine(least: tuple[int, int] = LEAST_CAPABILITY) -> str | None:
     if not torch.cuda.is_available():
         return "needs an NVIDIA GPU that torch can use, and there is none"
     capability = torch.cuda.get_device_capability()
-    if torch.version.hip is not None or capability < LEAST_CAPABILITY:
-        return f"needs an NVIDIA GPU of compute capability 8.0 or newer, this one is {capability[0]}.{capability[1]}"
+    if torch.version.hip is not None or capability < least:
+        wanted, found = (f"{major}.{minor}" for major, minor in (least, capability))
+        return f"needs an NVIDIA GPU of compute capability {wanted} or newer, this one is {found}"
     from aerogel.kernels.cuda.nvrtc import compiler
 
     compiler()  # its ImportError is the reason

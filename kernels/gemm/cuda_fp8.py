@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from aerogel.kernels.gemm import cuda
 from aerogel.kernels.gemm.cuda_quantize import E4M3, Quantizer
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.quantize.grids import Codes, Fp8Grid
@@ -70,7 +71,7 @@ class CudaFp8(Kernel):
             return f"gives bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
         if problem.N % 16 or problem.K % 16:
             return f"N and K must be multiples of 16, found {problem.N} and {problem.K}"
-        return _refuses_machine()
+        return cuda._refuses_machine(LEAST_CAPABILITY)
 
     @staticmethod
     def runs_stored(problem: Problem) -> bool:
@@ -97,15 +98,3 @@ class CudaFp8(Kernel):
         """One call of the operator."""
         y_MN: Tensor = torch.ops.aerogel.fp8_linear.default(x_MK, layout["weight"], layout["scale_N"], bias_N)
         return y_MN
-
-
-def _refuses_machine() -> str | None:
-    if not torch.cuda.is_available():
-        return "needs an NVIDIA GPU that torch can use, and there is none"
-    capability = torch.cuda.get_device_capability()
-    if torch.version.hip is not None or capability < LEAST_CAPABILITY:
-        return f"needs an NVIDIA GPU of compute capability 8.9 or newer, this one is {capability[0]}.{capability[1]}"
-    from aerogel.kernels.cuda.nvrtc import compiler
-
-    compiler()  # its ImportError is the reason
-    return None
