@@ -11,8 +11,10 @@ T tables, E = 16 or 256 entries.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ from aerogel.errors import BadInput
 from aerogel.pack import bits as stream
 from aerogel.pack import tiles
 from aerogel.quantize.grids import Codes, Fp8Grid, Grid, IntGrid
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -63,6 +68,13 @@ class TileWeight:
         held = (self.codes, self.scale, self.zero, self.table, self.pick)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """All that a choice of kernels may depend on: shapes and types, not where the tensors lie."""
+        held = (self.codes, self.scale, self.zero, self.table, self.pick)
+        facts = (None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in held)
+        return (self.N, self.K, self.group_size, *facts)
+
     def check(self) -> None:
         """Raises `BadInput` where shapes or dtypes contradict each other."""
         R, C = tiles.tile_counts(self.N, self.K)
@@ -93,6 +105,20 @@ class TileWeight:
             return False
         tables_fit = table.shape[0] <= 256 if self.pick is not None else table.shape[0] in (1, R * 16)
         return tables_fit and table.shape[1] == 1 << self.bits and self.bits in (4, 8)
+
+
+def per_kind(choice: Callable[Concatenate[TileWeight, P], T]) -> Callable[Concatenate[TileWeight, P], T]:
+    """Remembers a function of a weight that looks at its kind only: a model has hundreds of weights of a handful of kinds."""
+    found: dict[tuple[object, ...], T] = {}
+
+    @functools.wraps(choice)
+    def remembered(weight: TileWeight, *rest: P.args, **named: P.kwargs) -> T:
+        key = (weight.kind, rest, tuple(named.items()))
+        if key not in found:
+            found[key] = choice(weight, *rest, **named)
+        return found[key]
+
+    return remembered
 
 
 def e4m3_table(device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -23,7 +23,7 @@ from aerogel.errors import RunFailed
 from aerogel.kernels.cuda.tensor_map import LARGEST_BOX
 from aerogel.kernels.gemm.cuda import Runner
 from aerogel.kernels.gemm.cuda_few import SCALE_NUMBER, table_kind
-from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 
 SOURCE = "wgmma.cu"
 FEW_TOKENS = 16
@@ -118,53 +118,88 @@ def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str,
     }
 
 
-def shared_bytes(weight: TileWeight, config: Config) -> int:
-    """Dynamic shared memory of a launch, laid out as the source does."""
+class Space(NamedTuple):
+    """Bytes of dynamic shared memory, laid out as the source does: stages of x and w, or in their place the sums that blocks
+    of a cluster exchange; and what stands beside them."""
+
+    x_stage: int
+    w_stage: int
+    sums: int
+    beside: int
+
+    def total(self, x_stages: int, w_stages: int) -> int:
+        """Bytes of a launch with so many stages, each with two barriers."""
+        return max(x_stages * self.x_stage + w_stages * self.w_stage, self.sums) + self.beside + 16 * (x_stages + w_stages)
+
+
+def space(weight: TileWeight, config: Config) -> Space:
+    """What a launch needs, whatever the number of stages."""
     scale, zero = side_bytes(weight)
     touched = config.row_tiles * window(weight.group_size, config.w_tiles) if weight.group_size else 0
-    stage = config.row_tiles * config.w_tiles * 256 * weight.bits + touched * scale + ceil_divide(touched * zero, 128) * 128
-    x_stage = config.tokens * (256 if config.batch == 8 else 128)
-    rings = config.x_stages * x_stage + config.w_stages * stage
     threads, pieces = 128 * config.warpgroups, config.blocks * config.tokens // 16
-    sums = ceil_divide(pieces, config.split) * config.split * threads * 32 if config.split > 1 else 0
     tables = 0
     if weight.table is not None:
         tables = config.row_tiles * 16 if table_kind(weight) == 2 else weight.table.shape[0]
     out = 4 * config.warpgroups * min(config.tokens, 64) * 32
-    return max(rings, sums) + out + tables * (2 << weight.bits) + 8 * (2 * config.x_stages + 2 * config.w_stages + 2)
+    return Space(
+        x_stage=config.tokens * (256 if config.batch == 8 else 128),
+        w_stage=config.row_tiles * config.w_tiles * 256 * weight.bits
+        + touched * scale
+        + ceil_divide(touched * zero, 128) * 128,
+        sums=ceil_divide(pieces, config.split) * config.split * threads * 32 if config.split > 1 else 0,
+        beside=out + tables * (2 << weight.bits) + 16,
+    )
+
+
+def shared_bytes(weight: TileWeight, config: Config) -> int:
+    """Dynamic shared memory of a launch."""
+    return space(weight, config).total(config.x_stages, config.w_stages)
 
 
 def fits(weight: TileWeight, config: Config) -> bool:
     """Whether the configuration can run the weight at all."""
-    boxes = config.w_tiles * 32 * weight.bits <= LARGEST_BOX and window(weight.group_size, config.w_tiles) * 16 <= LARGEST_BOX
-    cut = config.tokens % (16 * min(config.share, 2)) == 0 and config.cluster <= 8
-    depth = config.lead < config.x_stages and config.lead <= 2 * config.w_stages * config.w_tiles
     return (
-        boxes
-        and cut
-        and depth
-        and config.split <= weight.codes.shape[1]
+        _cuts(weight, config)
+        and _deep_enough(config, config.x_stages, config.w_stages)
         and shared_bytes(weight, config) * config.resident <= SHARED_LIMIT
     )
 
 
+def _cuts(weight: TileWeight, config: Config) -> bool:
+    """What does not depend on the number of stages."""
+    boxes = config.w_tiles * 32 * weight.bits <= LARGEST_BOX and window(weight.group_size, config.w_tiles) * 16 <= LARGEST_BOX
+    even = config.tokens % (16 * min(config.share, 2)) == 0 and config.cluster <= 8
+    return boxes and even and config.split <= weight.codes.shape[1]
+
+
+def _deep_enough(config: Config, x_stages: int, w_stages: int) -> bool:
+    return config.lead < x_stages and config.lead <= 2 * w_stages * config.w_tiles
+
+
+@per_kind
 def deepest(weight: TileWeight, config: Config) -> Config | None:
     """The configuration with as many stages as fit: equally deep rings, at most 12 tiles of columns. None when none fit."""
-    tiles_a_stage = 1.0 if config.batch == 8 else 0.5
-    best: tuple[float, Config] | None = None
-    for w_stages in range(2, 13):
-        for x_stages in range(2 if config.batch == 8 else 3, 25):
-            tried = replace(config, x_stages=x_stages, w_stages=w_stages)
-            if not fits(weight, tried):
-                continue
-            x_depth, w_depth = x_stages * tiles_a_stage, w_stages * config.w_tiles
-            score = min(x_depth, w_depth, 12) - 0.1 * abs(x_depth - w_depth) - 0.001 * (x_stages + w_stages)
-            if best is None or score > best[0]:
-                best = (score, tried)
-    return None if best is None else best[1]
+    if not _cuts(weight, config):
+        return None
+    needs, room = space(weight, config), SHARED_LIMIT // config.resident
+    tiles_a_stage, least = (1.0, 2) if config.batch == 8 else (0.5, 3)
+
+    def score(stages: tuple[int, int]) -> float:
+        x_depth, w_depth = stages[0] * tiles_a_stage, stages[1] * config.w_tiles
+        return min(x_depth, w_depth, 12) - 0.1 * abs(x_depth - w_depth) - 0.001 * sum(stages)
+
+    depths = [
+        (x_stages, w_stages)
+        for w_stages in range(2, 13)
+        for x_stages in range(least, 25)
+        if needs.total(x_stages, w_stages) <= room and _deep_enough(config, x_stages, w_stages)
+    ]
+    best = max(depths, key=score, default=None)
+    return None if best is None else replace(config, x_stages=best[0], w_stages=best[1])
 
 
-def candidates(weight: TileWeight, M: int) -> list[Config]:
+@per_kind
+def candidates(weight: TileWeight, M: int) -> tuple[Config, ...]:
     """Cuts worth a measurement or an estimate, each with the deepest rings that fit."""
     found: list[Config] = []
     for tokens, warpgroups, blocks, resident in CUTS:
@@ -179,7 +214,7 @@ def candidates(weight: TileWeight, M: int) -> list[Config]:
                 if config is not None:
                     found.append(config)
                     break
-    return found
+    return tuple(found)
 
 
 CUTS = (
@@ -222,6 +257,7 @@ CLUSTERS = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
 """Clusters by size that an H100 runs at once: they live inside groups of 14 to 18 multiprocessors."""
 
 
+@per_kind
 def choose_config(weight: TileWeight, M: int, multiprocessors: int) -> Config | None:
     """The cut with the least estimated time; None when none can run the weight."""
     found = candidates(weight, M)
