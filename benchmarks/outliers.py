@@ -1,6 +1,9 @@
-"""What sparse outliers add to the time of a packed linear on the CPU.
+"""What sparse outliers, or with `--columns` kept columns, add to the time of a packed linear on the CPU.
 
     python benchmarks/outliers.py --out benchmarks/results/outliers.json
+    python benchmarks/outliers.py --columns --out benchmarks/results/columns.json
+
+Columns stand beside int8 weights with int8 activations, outliers beside 4 bits; a share counts weights or inputs.
 
 Medians; within a round the linear runs once without and once with its outliers, on weights that rotate over more than the
 last-level cache, and the ratio is the median of the rounds' ratios.
@@ -15,6 +18,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +26,42 @@ import torch
 
 from aerogel.eval.machine import machine, versions
 from aerogel.kernels.linear import Linear
-from aerogel.kernels.outliers import OutlierLinear, Sidecar
+from aerogel.kernels.sidecars import SidecarLinear
+from aerogel.quantize.columns import Columns
 from aerogel.quantize.grids import Codes, IntGrid
 from aerogel.quantize.outliers import Outliers
 
+Maker = Callable[[int, int, float, int], tuple[Linear, SidecarLinear]]
 CACHE = 96 << 20
 GRID = IntGrid(bits=4, group_size=128, scale_dtype=torch.bfloat16)
 
 
-def pair(N: int, K: int, share: float, seed: int) -> tuple[Linear, OutlierLinear]:
+def pair(N: int, K: int, share: float, seed: int) -> tuple[Linear, SidecarLinear]:
     """The same codes without outliers and with."""
     random = torch.Generator().manual_seed(seed)
     values = torch.randint(-8, 8, (N, K), dtype=torch.int8, generator=random)
     codes = Codes(values_NK=values, scale_NG=torch.rand(N, K // 128, generator=random).bfloat16(), grid=GRID)
     outliers = Outliers.of(torch.randn(N, K, generator=random), torch.rand(N, K, generator=random) < share)
-    kept = OutlierLinear.from_codes(codes, dtype=torch.bfloat16)
-    kept.weight_outliers = Sidecar(outliers)
+    kept = SidecarLinear.from_codes(codes, dtype=torch.bfloat16)
+    kept.keep(outliers.tensors())
     return Linear.from_codes(codes, dtype=torch.bfloat16), kept
 
 
-def measure(N: int, K: int, M: int, share: float, seconds: float) -> dict[str, Any]:
+def pair_of_columns(N: int, K: int, share: float, seed: int) -> tuple[Linear, SidecarLinear]:
+    """The same int8 codes without columns and with."""
+    random = torch.Generator().manual_seed(seed)
+    values = torch.randint(-127, 128, (N, K), dtype=torch.int8, generator=random)
+    grid = IntGrid(bits=8, scale_dtype=torch.bfloat16)
+    codes = Codes(values_NK=values, scale_NG=torch.rand(N, 1, generator=random).bfloat16(), grid=grid)
+    index_C = torch.randperm(K, generator=random)[: round(share * K)]
+    kept = SidecarLinear.from_codes(codes, activations="int8", dtype=torch.bfloat16)
+    kept.keep(Columns.of(torch.randn(N, K, generator=random), index_C).tensors())
+    return Linear.from_codes(codes, activations="int8", dtype=torch.bfloat16), kept
+
+
+def measure(N: int, K: int, M: int, share: float, seconds: float, make: Maker) -> dict[str, Any]:
     """Microseconds without and with, and their ratio."""
-    pairs = [pair(N, K, share, seed) for seed in range(max(2, -(-CACHE // (N * K // 2))))]
+    pairs = [make(N, K, share, seed) for seed in range(max(2, -(-CACHE // (N * K // 2))))]
     x_MK = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16()
     times: list[tuple[float, float]] = []
     end, turn = time.perf_counter() + seconds, 0
@@ -58,7 +76,7 @@ def measure(N: int, K: int, M: int, share: float, seconds: float) -> dict[str, A
             times.append((taken[0], taken[1]))
     plain, kept = (statistics.median(column) * 1e6 for column in zip(*times, strict=True))
     ratio = statistics.median(b / a for a, b in times)
-    row = {"N": N, "K": K, "M": M, "share": share, "plain_us": round(plain, 1), "outliers_us": round(kept, 1)}
+    row = {"N": N, "K": K, "M": M, "share": share, "plain_us": round(plain, 1), "with_us": round(kept, 1)}
     return {**row, "ratio": round(ratio, 3), "kernel": pairs[0][0].kernel_name, "rounds": len(times)}
 
 
@@ -69,6 +87,7 @@ def main() -> None:
     options.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128])
     options.add_argument("--shares", nargs="+", type=float, default=[0.0045, 0.01])
     options.add_argument("--seconds", type=float, default=4)
+    options.add_argument("--columns", action="store_true")
     options.add_argument("--out", type=Path)
     chosen = options.parse_args()
     rows = []
@@ -77,7 +96,7 @@ def main() -> None:
             N, K = map(int, shape.split("x"))
             for M in chosen.tokens:
                 for share in chosen.shares:
-                    rows.append(measure(N, K, M, share, chosen.seconds))
+                    rows.append(measure(N, K, M, share, chosen.seconds, pair_of_columns if chosen.columns else pair))
                     print(rows[-1], flush=True)
     if chosen.out:
         held = {"command": " ".join(sys.argv), "machine": machine(), "versions": versions(), "rows": rows}

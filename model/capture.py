@@ -32,6 +32,7 @@ class Accumulator:
     def __init__(self, k: int, *, cross: bool, device: torch.device) -> None:
         self.tokens = self.skipped = 0
         self.second_KK = torch.zeros(k, k, device=device)
+        self.peak_K = torch.zeros(k, device=device)
         self.cross_KK = torch.zeros(k, k, device=device) if cross else None
 
     def add(self, x: Tensor, x_dense: Tensor | None = None) -> None:
@@ -48,6 +49,8 @@ class Accumulator:
                 self.skipped += int((~good).sum())
                 x_TK, dense_TK = x_TK[good], dense_TK[good] if dense_TK is not None else None
             self.tokens += len(x_TK)
+            if len(x_TK):
+                self.peak_K = torch.maximum(self.peak_K, x_TK.abs().amax(0))
             k = x_TK.shape[1]
             for begin in range(0, k, PANEL):
                 panel = x_TK[:, begin : begin + PANEL]
@@ -72,5 +75,6 @@ class Accumulator:
             tokens=self.tokens,
             second_moment_KK=self.second_KK,
             cross_moment_KK=self.cross_KK,
+            peak_K=self.peak_K,
             skipped=self.skipped,
         )

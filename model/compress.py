@@ -351,9 +351,9 @@ class _Run:
                 if spec.kind == "quantize"
             ]
             ignore = [m.name for m in self.structure.matrices if m.name not in coded and m.kind in ("Linear", "Conv1D")]
-            # Only aerogel can put back together what no other loader expects: transposed weights, expert stacks, outliers.
+            # Only aerogel can put back together what no other loader expects: transposed weights, expert stacks, sidecars.
             special = any(m.transposed or m.index is not None or m.kind == "Embedding" for m in matrices)
-            special |= any(spec.keeps_outliers for m in matrices for spec in self.assigned[m.name])
+            special |= any(spec.keeps for m in matrices for spec in self.assigned[m.name])
             config["quantization_config"] = quantization_config(
                 grids, ignore, wanted=self.recipe.pack.format, method="aerogel" if special else "compressed-tensors"
             )

@@ -24,7 +24,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.experts import ExpertLinear, replace_experts, stacked
 from aerogel.kernels.linear import Linear, stored_shapes
-from aerogel.kernels.outliers import CHILD, OutlierLinear
+from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.model.experts import Stack
 from aerogel.model.native import CODES
 from aerogel.model.placement import Placement, Plan, decoded, features
@@ -33,7 +33,7 @@ from aerogel.pack.config import format_of
 from aerogel.pack.source import Source
 from aerogel.quantize.codes import Codes
 from aerogel.quantize.codes import stacked as params_below
-from aerogel.quantize.outliers import NAMES, Outliers
+from aerogel.quantize import sidecars
 
 
 class PlainNames(WeightRenaming):  # type: ignore[misc, unused-ignore]
@@ -128,12 +128,10 @@ class Decoder(WeightConverter):  # type: ignore[misc, unused-ignore]
         if not isinstance(layer, Linear) or item.scheme is None:
             raise RunFailed(f"{item.module} was to stay packed but is a {type(layer).__name__}; please report this model")
         tensors = self.source.opened(_local(item, held))
-        outliers = Outliers.read(tensors)
         kept: dict[str, Any] = {}
-        if outliers is not None:
-            outliers.check(layer.out_features, layer.in_features, item.name)
-            kept = {f"{item.module}.{CHILD}.{part}": tensor for part, tensor in vars(outliers).items()}
-            tensors = {name: tensor for name, tensor in tensors.items() if name not in NAMES}
+        for child, sidecar in sidecars.read(tensors, layer.out_features, layer.in_features, item.name).items():
+            kept |= {f"{item.module}.{child}.{part}": tensor for part, tensor in vars(sidecar).items()}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in sidecars.NAMES}
         shapes = stored_shapes(item.scheme, layer.out_features, layer.in_features)
         if {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} != shapes:
             columns = self.source.columns(item.name, tensors, item.scheme)
@@ -174,10 +172,10 @@ def _joined(parts: list[Codes]) -> Codes:
     return parts[0] if len(parts) == 1 else Codes.of(torch.cat([part.values_NK for part in parts]), params, parts[0].grid)
 
 
-def replace_linear(model: PreTrainedModel, item: Placement, bias_on_disk: bool, outliers: int | None = None) -> None:
+def replace_linear(model: PreTrainedModel, item: Placement, bias_on_disk: bool, beside: Mapping[str, Entry]) -> None:
     """Puts an empty `kernels.Linear` in the place of the linear that `item` belongs to, and unties it if it was tied.
 
-    outliers: how many weights are kept beside its codes, None where the checkpoint has none for it.
+    beside: what the checkpoint has beside its codes, by local name.
     """
     old = model.get_submodule(item.module)
     N, K = features(old)
@@ -185,10 +183,11 @@ def replace_linear(model: PreTrainedModel, item: Placement, bias_on_disk: bool, 
     bias = getattr(old, "bias", None) is not None or bias_on_disk
     if item.scheme is None:
         raise RunFailed(f"{item.name} has no scheme; please report this checkpoint")
-    if outliers is None:
+    if not beside:
         made = Linear(K, N, item.scheme, bias=bias, dtype=weight.dtype, device="meta")
     else:
-        made = OutlierLinear(K, N, item.scheme, outliers=outliers, bias=bias, dtype=weight.dtype, device="meta")
+        empty = {local: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for local, entry in beside.items()}
+        made = SidecarLinear(K, N, item.scheme, beside=empty, bias=bias, dtype=weight.dtype, device="meta")
     model.set_submodule(item.module, made)
     # Some models initialise their children's `weight` by name, which a packed linear does not have. Its values come from
     # the file in any case, and transformers leaves a module alone that says it is initialised.

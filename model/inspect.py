@@ -11,7 +11,7 @@ from typing import Any
 from aerogel.errors import BadInput
 from aerogel.model.reader import CheckpointReader
 from aerogel.model.source import resolve
-from aerogel.quantize.outliers import NAMES as OUTLIERS
+from aerogel.quantize.sidecars import NAMES as SIDECARS
 
 REPORT = "aerogel_report.json"
 ARCHITECTURE_KEYS = (
@@ -29,7 +29,7 @@ ARCHITECTURE_KEYS = (
 PACKED = (
     *("weight_packed", "qweight", "weight_scale", "scales", "qzeros", "weight_zero_point", "weight_shape", "g_idx"),
     *("weight_global_scale", "weight_scale_2", "weight_pick", "weight_table", "weight_factor"),
-    *OUTLIERS,
+    *SIDECARS,
 )
 """Local names of tensors that belong to a quantized weight."""
 

@@ -9,16 +9,17 @@ rounds afterwards honours it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from aerogel.pack.format import Format
     from aerogel.quantize.grids import Codes
-    from aerogel.quantize.outliers import Outliers
+    from aerogel.quantize.sidecars import Sidecar
 
 Need = Literal["second_moment", "cross_moment"]
 """What a stage asks calibration for; the walk accumulates only what some stage of that layer declares in `needs`."""
@@ -32,22 +33,25 @@ class Stats:
     second_moment_KK: sum of x x^T over tokens, float32 [K, K], or None when no stage needs it.
     cross_moment_KK: sum of (x_dense - x) x^T, float32 [K, K]; x_dense is the input that the uncompressed model would
         have given. GPTAQ's mismatch term; None unless a stage needs it.
+    peak_K: largest |x| of each input, float32 [K], beside every second moment.
     skipped: tokens left out because a value was not finite.
     """
 
     tokens: int
     second_moment_KK: Tensor | None = None
     cross_moment_KK: Tensor | None = None
+    peak_K: Tensor | None = None
     skipped: int = 0
 
     def __add__(self, other: Stats) -> Stats:
-        def merged(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            return a + b if a is not None and b is not None else a if b is None else b
+        def merged(a: Tensor | None, b: Tensor | None, how: Callable[[Tensor, Tensor], Tensor] = torch.add) -> Tensor | None:
+            return how(a, b) if a is not None and b is not None else a if b is None else b
 
         return Stats(
             tokens=self.tokens + other.tokens,
             second_moment_KK=merged(self.second_moment_KK, other.second_moment_KK),
             cross_moment_KK=merged(self.cross_moment_KK, other.cross_moment_KK),
+            peak_K=merged(self.peak_K, other.peak_K, torch.maximum),
             skipped=self.skipped + other.skipped,
         )
 
@@ -60,8 +64,8 @@ class Layer:
     weight_NK: float32 [N, K], always the weight as it now stands: dense, masked, or decoded from `codes`.
     stats: what calibration accumulated for its input, or None for methods that need no data.
     mask_NK: bool [N, K], True where the weight is kept; None when nothing was pruned. Zeros under the mask stay zero.
-    codes: the quantized weight, whose `decode()` equals `weight_NK`, outliers apart; None when not quantized.
-    outliers: weights that are kept beside the codes, None when there are none.
+    codes: the quantized weight, whose `decode()` equals `weight_NK`, sidecars apart; None when not quantized.
+    sidecars: weights that are kept beside the codes.
     tokens: how many calibration tokens its input was seen with; 0 without data. Set when the statistics are let go.
     loss: relative output error tr(D H D^T) / tr(W H W^T) of this layer against the weight it came with, or None.
     notes: facts for the report, such as {"damping": 0.01, "retries": 0}. Plain JSON values only.
@@ -72,15 +76,17 @@ class Layer:
     stats: Stats | None = None
     mask_NK: Tensor | None = None
     codes: Codes | None = None
-    outliers: Outliers | None = None
+    sidecars: tuple[Sidecar, ...] = ()
     tokens: int = 0
     loss: float | None = None
     notes: Mapping[str, object] = field(default_factory=dict)
 
     def tensors(self, form: type[Format]) -> dict[str, Tensor]:
-        """What is stored for codes and outliers, by local name; nothing when there are no codes."""
+        """What is stored for codes and sidecars, by local name; nothing when there are no codes."""
         local = {} if self.codes is None else form.encode(self.codes)
-        return local if self.outliers is None else {**local, **self.outliers.tensors()}
+        for sidecar in self.sidecars:
+            local = {**local, **sidecar.tensors()}
+        return local
 
     def with_(self, **changes: object) -> Layer:
         """A copy with `changes` applied; `notes` are merged instead of replaced."""

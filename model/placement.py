@@ -31,9 +31,9 @@ from aerogel.model.reader import Entry
 from aerogel.pack.config import format_of
 from aerogel.pack.scheme import Scheme
 from aerogel.pack.source import Source, UnevenGroups, order_of
-from aerogel.quantize.outliers import NAMES as OUTLIERS
-from aerogel.quantize.outliers import with_outliers
 from aerogel.quantize.planes import PlaneGrid
+from aerogel.quantize.sidecars import NAMES as SIDECARS
+from aerogel.quantize.sidecars import with_sidecars
 
 NUMBERED = re.compile(r"(?P<stem>.+)\.(?P<number>\d+)\.(?P<leaf>[^.]+)")
 
@@ -169,8 +169,8 @@ class _Planner:
             made: str | dict[str, Stack]
             if not all(self._in_order(item) for item in items):
                 made = "columns stand in another order (activation order)"
-            elif any(item.tensors.keys() & set(OUTLIERS) for item in items):
-                made = "they have outliers"
+            elif any(item.tensors.keys() & set(SIDECARS) for item in items):
+                made = "weights are kept beside their codes"
             else:
                 made = stacks_of(self.model, path, parameters, rules)
             if isinstance(made, str):
@@ -263,5 +263,5 @@ def decoded(placement: Placement, source: Source, tensors: Mapping[str, Tensor],
     if placement.scheme is None:
         return source.opened(tensors)[""].to(dtype)
     tensors = source.opened(tensors)
-    weight = with_outliers(source.columns(placement.name, tensors, placement.scheme).dense(dtype), tensors, placement.name)
+    weight = with_sidecars(source.columns(placement.name, tensors, placement.scheme).dense(dtype), tensors, placement.name)
     return weight.T.contiguous() if placement.transposed else weight

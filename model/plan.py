@@ -25,7 +25,6 @@ from aerogel.kernels import layouts
 from aerogel.kernels.linear import problem_of, stored_shapes
 from aerogel.pack.config import choose_format
 from aerogel.pack.scheme import Scheme
-from aerogel.quantize.outliers import Outliers
 from aerogel.recipes.assign import assign, matches
 from aerogel.recipes.schema import Recipe
 from aerogel.recipes.stages import StageSpec
@@ -145,13 +144,13 @@ def stored_bytes(spec: StageSpec, n: int, k: int, recipe: Recipe, dtype: torch.d
     scheme = Scheme(format=name, grid=grid, activations=spec.activations, layout=layout)
     if layout is not None:
         reason = layouts.owner(layout).refuses_layout(problem_of(scheme, n, k, dtype))
-        if spec.keeps_outliers:
-            reason = "has no place for outliers"
+        if spec.keeps:
+            reason = "has no place for weights kept beside it"
         if reason is not None:
             raise BadInput(f"a weight cannot be stored as {layout}: it {reason}; change the stage or write `layout: portable`")
     shapes = stored_shapes(scheme, n, k)
-    if spec.keeps_outliers:
-        shapes = {**shapes, **Outliers.shapes(n, k, spec.stage.keep.count(n, k))}
+    if spec.keeps:
+        shapes = {**shapes, **spec.stage.shapes(n, k)}
     return sum(math.prod(shape) * kind.itemsize for shape, kind in shapes.values())
 
 

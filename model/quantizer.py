@@ -19,7 +19,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from aerogel.errors import BadInput, RunFailed
 from aerogel.pack.scheme import NotServed
 from aerogel.pack.source import Source, open_source
-from aerogel.quantize.outliers import NAMES as OUTLIERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,12 +131,12 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         """Replaces every linear that stays packed, and keeps the plan for the weights."""
         from aerogel.model.decoder import Decoder, pack_experts, read_entry, replace_linear
         from aerogel.model.placement import make_plan
+        from aerogel.quantize.sidecars import NAMES as SIDECARS
 
         plan = make_plan(model, self.header, self.source, lambda name: read_entry(self.header[name]))
         for item in plan.packed():
-            value = item.tensors.get(OUTLIERS[-1])
-            outliers = None if value is None else self.header[value].shape[0]
-            replace_linear(model, item, f"{item.name}.bias" in self.header, outliers)
+            beside = {local: self.header[name] for local, name in item.tensors.items() if local in SIDECARS}
+            replace_linear(model, item, f"{item.name}.bias" in self.header, beside)
         for parameter, stack in plan.stacks.items():
             pack_experts(model, parameter, stack)
         for name, reason in plan.unpacked.items():

@@ -36,7 +36,7 @@ from aerogel.model.writer import Table, portable_order, shard_names, write_json,
 from aerogel.pack.config import format_of
 from aerogel.pack.scheme import Scheme
 from aerogel.pack.source import Source, open_source
-from aerogel.quantize.outliers import NAMES as OUTLIERS
+from aerogel.quantize.sidecars import NAMES as SIDECARS
 
 PORTABLE_INDEX = "portable.index.json"
 """The index of the portable checkpoint that a native one was made of, where that had several files."""
@@ -214,8 +214,8 @@ def _weight(
     index = item.tensors.get(source.index)
     if index is not None and entries[index].shape not in ((), (0,)):
         raise BadInput(f"{item.name} has its columns in activation order, which native layouts do not keep; leave it portable")
-    if OUTLIERS[0] in item.tensors:
-        raise BadInput(f"{item.name} has outliers, which native layouts have no place for; leave it portable")
+    if item.tensors.keys() & set(SIDECARS):
+        raise BadInput(f"{item.name} has weights beside its codes, which native layouts have no place for; leave it portable")
     N, K = features(model.get_submodule(item.module))
     after = replace(item.scheme, layout=layout)
     reason = layouts.owner(layout).refuses_layout(problem_of(after, N, K, dtype))

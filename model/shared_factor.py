@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from aerogel.quantize.sidecars import Keeping
 from aerogel.quantize.tables import TableGrid
 from aerogel.recipes.stages import StageSpec
 
@@ -41,4 +42,6 @@ def with_factor(spec: StageSpec, factors: Factors) -> StageSpec:
     grid = two_level_grid([spec])
     if grid is None or grid not in factors:
         return spec
-    return replace(spec, stage=replace(spec.stage, grid=grid.pinned(factors[grid])))
+    pinned = grid.pinned(factors[grid])
+    stage = spec.stage.on(pinned) if isinstance(spec.stage, Keeping) else replace(spec.stage, grid=pinned)
+    return replace(spec, stage=stage)

@@ -279,6 +279,7 @@ class BlockStatistics:
             for expert in experts:
                 sums[name, expert].tokens = 0
                 sums[name, expert].second_KK.zero_()
+                sums[name, expert].peak_K.zero_()
             plain = module.forward
 
             def forward(*args: Any, plain: Any = plain, name: str = name, experts: Any = experts, **kwargs: Any) -> Any:

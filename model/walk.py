@@ -30,7 +30,7 @@ from aerogel.model.structure import Matrix, Structure
 from aerogel.model.tape import Slot
 from aerogel.pack.config import choose_format
 from aerogel.pack.format import Format
-from aerogel.quantize.outliers import with_outliers
+from aerogel.quantize.sidecars import with_sidecars
 from aerogel.recipes.stages import StageSpec
 
 
@@ -248,7 +248,7 @@ class Walk:
             return layer.with_(weight_NK=self.job.kept(layer.weight_NK).float(), stats=None, tokens=tokens)
         form = self._format(matrix)
         local = layer.tensors(form)
-        stored = with_outliers(form.decode(local, layer.codes.grid), local, matrix.name)
+        stored = with_sidecars(form.decode(local, layer.codes.grid), local, matrix.name)
         if not torch.equal(stored, layer.weight_NK):
             raise RunFailed(
                 f"{matrix.name}: what would be stored does not decode to what the solver returned; this is a mistake in"
@@ -376,7 +376,7 @@ class Walk:
             if local:
                 spec = self._spec(m)
                 weight_NK = self._format(m).decode(local, spec.stage.grid)  # type: ignore[union-attr]
-                sources.put(m, with_outliers(weight_NK, local, m.name).to(self.device))
+                sources.put(m, with_sidecars(weight_NK, local, m.name).to(self.device))
         self.runner.fetch = sources.fetch
         block = self.runner.load_block(index)
         for batch in range(self.batches):

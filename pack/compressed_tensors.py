@@ -24,7 +24,7 @@ from aerogel.pack.format import take
 from aerogel.pack.scheme import NOT_SERVED, NotServed, Scheme, parse_group
 from aerogel.pack.source import Columns, Source, arranged, integer_grid, scale_dtype
 from aerogel.quantize.grids import Fp8Grid, IntGrid
-from aerogel.quantize.outliers import NAMES as OUTLIERS
+from aerogel.quantize.sidecars import NAMES as SIDECARS
 
 
 class CompressedTensors(Source):
@@ -47,7 +47,7 @@ class CompressedTensors(Source):
         self._format = config.get("format")
         self._schemes = {name: parse_group(group, self._format) for name, group in groups.items()}
         local_names = (format_of(scheme.format).names for scheme in self._schemes.values())
-        self.suffixes = frozenset({self.index, *OUTLIERS}).union(*local_names)
+        self.suffixes = frozenset({self.index, *SIDECARS}).union(*local_names)
 
     def scheme(self, names: Sequence[str], header: Mapping[str, torch.dtype], class_names: Sequence[str]) -> Scheme:
         """The scheme of the group that claims the weight; with a single group, that one."""

@@ -4,9 +4,8 @@
 
 A group's range is set by its largest weight. EasyQuant (Tang et al. 2024, arXiv 2403.02775) takes the weights beyond n
 standard deviations out, keeps them exact and fits the range to what remains; SqueezeLLM (Kim et al. 2024, arXiv
-2306.07629) takes out those whose rounding would cost most. Here both are a rule that picks, and a wrapper around any
-method: the method sees the weight without its outliers, and a mask that forbids it to use their places. GPTQ honours a
-mask inside its recursion, so errors of other columns spread around the outliers, which stay what they are.
+2306.07629) takes out those whose rounding would cost most. Here both are a rule that picks; the method that chooses codes sees
+what is left (`sidecars.Keeping`).
 
 Ranges need no code of their own: `clip: mse`, the default of round to nearest, searches them for what remains, where
 EasyQuant descends on the same loss with Adam.
@@ -19,17 +18,19 @@ Shape legend: N out features, K in features, E outliers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from aerogel.errors import BadInput, RunFailed
+from aerogel.errors import BadInput
 from aerogel.model.layer import Layer, Need
-from aerogel.quantize.problem import relative_loss, second_moment
-from aerogel.quantize.rtn import weight_error
+from aerogel.quantize.problem import second_moment
+
+if TYPE_CHECKING:
+    from aerogel.pack.format import Shapes
 
 PREFIX = "weight_outlier_"
 """What the names of stored outliers begin with, beside the packed weight's own tensors."""
@@ -59,22 +60,16 @@ class Outliers:
         start_N1 = torch.zeros(N + 1, dtype=torch.int32, device=w_NK.device)
         start_N1[1:] = mask_NK.sum(1).cumsum(0)
         column_E = mask_NK.nonzero()[:, 1].to(torch.int16 if K <= NARROW else torch.int32)
-        return Outliers(start_N1=start_N1, column_E=column_E, value_E=_narrowed(value_E))
+        return Outliers(start_N1=start_N1, column_E=column_E, value_E=narrowed(value_E))
 
     @staticmethod
-    def shapes(N: int, K: int, E: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(N: int, K: int, E: int) -> Shapes:
         """The stored tensors by local name; the values may be float16 as well."""
         return {
             f"{PREFIX}start": ((N + 1,), torch.int32),
             f"{PREFIX}column": ((E,), torch.int16 if K <= NARROW else torch.int32),
             f"{PREFIX}value": ((E,), torch.bfloat16),
         }
-
-    @staticmethod
-    def empty(N: int, K: int, E: int, device: torch.device | str | None = None) -> Outliers:
-        """The tensors of E outliers with nothing in them yet."""
-        start, column, value = (torch.zeros(s, dtype=d, device=device) for s, d in Outliers.shapes(N, K, E).values())
-        return Outliers(start_N1=start, column_E=column, value_E=value)
 
     @staticmethod
     def read(tensors: Mapping[str, Tensor]) -> Outliers | None:
@@ -108,17 +103,8 @@ class Outliers:
         return w_NK
 
 
-def with_outliers(w_NK: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """A decoded weight with the outliers that are stored beside it, if any, in their places. `w_NK` itself is changed."""
-    outliers = Outliers.read(tensors)
-    if outliers is None:
-        return w_NK
-    N, K = w_NK.shape
-    outliers.check(N, K, name)
-    return outliers.put(w_NK)
-
-
-def _narrowed(values: Tensor) -> Tensor:
+def narrowed(values: Tensor) -> Tensor:
+    """Values in whichever of bfloat16 and float16 loses less."""
     candidates = [values.to(torch.bfloat16), values.to(torch.float16)]
     errors = [float((candidate.float() - values.float()).abs().sum()) for candidate in candidates]
     return candidates[0] if not errors[1] < errors[0] else candidates[1]
@@ -145,6 +131,11 @@ class Keep:
         if self.outlier_sigma <= 0:
             raise BadInput(f"outlier_sigma must be positive, found {self.outlier_sigma}")
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The second moment where outliers are ranked by it."""
+        return frozenset({"second_moment"} if self.outliers == "sensitivity" else ())
+
     def count(self, N: int, K: int) -> int:
         """How many weights are kept; with `sigma`, the most that can be."""
         return math.ceil(self.outlier_share * N * K)
@@ -165,57 +156,3 @@ class Keep:
         found = best.indices[best.values > 0] if self.outliers == "sigma" or layer.mask_NK is not None else best.indices
         chosen[found] = True
         return chosen.view_as(w_NK)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Keeping:
-    """Stage `Layer -> Layer`: `method` on what is left when the outliers that `keep` picks are taken out."""
-
-    method: Any
-    keep: Keep
-
-    def __post_init__(self) -> None:
-        if getattr(self.method, "gptaq", False):
-            raise BadInput("outliers cannot be kept with gptaq, which moves the weights before it solves; write gptaq: false")
-
-    @property
-    def grid(self) -> Any:
-        """The method's."""
-        return self.method.grid
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """The method's, and the second moment where outliers are ranked by it."""
-        own: frozenset[Need] = frozenset({"second_moment"} if self.keep.outliers == "sensitivity" else ())
-        return own | frozenset(getattr(self.method, "needs", ()))
-
-    def __call__(self, layer: Layer) -> Layer:
-        """The layer with codes and outliers."""
-        return self.call_group((layer,))[0]
-
-    def call_group(self, layers: Sequence[Layer]) -> list[Layer]:
-        """Several layers, handed to the method together where it takes several."""
-        masks = [self.keep.choose(layer) for layer in layers]
-        kept = [Outliers.of(layer.weight_NK, mask) for layer, mask in zip(layers, masks, strict=True)]
-        rest = [_without(layer, mask) for layer, mask in zip(layers, masks, strict=True)]
-        many = getattr(self.method, "call_group", None)
-        solved = many(rest) if many is not None else [self.method(layer) for layer in rest]
-        return [_with(*parts) for parts in zip(layers, solved, kept, strict=True)]
-
-
-def _without(layer: Layer, mask_NK: Tensor) -> Layer:
-    """The layer less its outliers. What 16 bits could not hold of them is nobody's: a code there would be added to S."""
-    free_NK = ~mask_NK if layer.mask_NK is None else layer.mask_NK & ~mask_NK
-    return layer.with_(weight_NK=layer.weight_NK.masked_fill(mask_NK, 0), mask_NK=free_NK)
-
-
-def _with(layer: Layer, solved: Layer, found: Outliers) -> Layer:
-    if bool(solved.weight_NK[found.places()].any()):
-        raise RunFailed(f"{layer.name}: the format has no code for 0, so outliers cannot be added to it; leave outliers out")
-    weight_NK = found.put(solved.weight_NK.clone())
-    stats = layer.stats
-    known = stats is not None and stats.second_moment_KK is not None and stats.tokens > 0
-    loss = relative_loss(layer.weight_NK, weight_NK, stats.second_moment_KK) if known else None  # type: ignore[union-attr, arg-type]
-    share = found.value_E.numel() / weight_NK.numel()
-    notes = {"outliers": found.value_E.numel(), "outlier_share": share, **weight_error(layer, weight_NK)}
-    return replace(solved, weight_NK=weight_NK, mask_NK=layer.mask_NK, outliers=found, loss=loss).with_(notes=notes)

@@ -76,6 +76,9 @@ grows by those bytes. It can be calibrated (`gptq`) as well as rounded, but neit
 """
 
 
+BESIDE = {"outliers": "keep", "columns": "columns"}
+"""Title of what any quantize stage may keep beside its codes -> its key in `stages.KEEP`."""
+
 MEANINGS = {
     "bits": "bits per weight, 2 to 8",
     "sparsity": "share of weights to set to zero, between 0 and 1",
@@ -94,7 +97,7 @@ def reference() -> str:
     for kind in STAGE_KINDS:
         for name, cls in methods(kind).items():
             parts.append(_options(f"### {kind}: {name}", load(cls), frozenset({"grid"})))
-    parts += [_options("### quantize: outliers", load(KEEP), frozenset()), HEAD_STAGE]
+    parts += [_options(f"### quantize: {title}", load(KEEP[key]), frozenset()) for title, key in BESIDE.items()] + [HEAD_STAGE]
     sections: dict[str, type[BaseModel]] = {
         "pack": Pack,
         "evaluate": Evaluate,

@@ -26,8 +26,8 @@ from aerogel.recipes.problems import first_problem
 Kind = Literal["prune", "scale", "quantize"]
 Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)]
 Activations = Literal["none", "int8", "fp8"]
-KEEP = "aerogel.quantize.outliers:Keep"
-"""What every quantize stage may ask of weights that are kept beside its codes."""
+KEEP = {"keep": "aerogel.quantize.outliers:Keep", "columns": "aerogel.quantize.columns:KeepColumns"}
+"""What every quantize stage may ask of weights that are kept beside its codes, by the field of `sidecars.Keeping`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,9 @@ class StageSpec:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def keeps_outliers(self) -> bool:
+    def keeps(self) -> bool:
         """Whether weights are kept beside the codes, which only aerogel loads."""
-        return bool(self.options.get("outliers", "none") != "none")
+        return any(self.options.get(rule, "none") != "none" for rule in ("outliers", "columns"))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -99,7 +99,9 @@ def stage_model(kind: str, method: str, grid: str | None) -> type[BaseModel]:
     }
     if grid is not None:
         keys |= {"activations": (Activations, "none"), "format": (Literal[tuple(GRIDS)], default_format(method))}
-        keys |= options(load(GRIDS[grid])) | options(load(KEEP))
+        keys |= options(load(GRIDS[grid]))
+        for kept in KEEP.values():
+            keys |= options(load(kept))
     name = f"{kind} ({method}, {grid})" if grid else f"{kind} ({method})"
     return option_model(name, keys | options(load(methods(kind)[method]), without=frozenset({"grid"})))
 
@@ -150,6 +152,8 @@ def _spec(document: Document, key: Key, kind: str, checked: dict[str, Any]) -> S
     for name in ("targets", "ignore"):
         for position, pattern in enumerate(shared[name]):
             _check_pattern(document, (*key, name, position), pattern)
+    if checked.get("columns") == "dynamic" and activations == "none":
+        raise document.problem((*key, "columns"), "dynamic is for rounded inputs; write activations: int8, or another rule")
     try:
         stage = _build_stage(kind, shared["method"], checked)
     except BadInput as error:
@@ -172,9 +176,9 @@ def _build_stage(kind: str, method: str, checked: dict[str, Any]) -> Any:
     own = {name: checked[name] for name in options(cls, without=frozenset({"grid"}))}
     if kind == "quantize":
         own["grid"] = _build_grid(checked)
-        keep = load(KEEP)(**{name: checked[name] for name in options(load(KEEP))})
-        if keep.outliers != "none":
-            return load("aerogel.quantize.outliers:Keeping")(method=cls(**own), keep=keep)
+        rules = {key: load(kept)(**{name: checked[name] for name in options(load(kept))}) for key, kept in KEEP.items()}
+        if rules["keep"].outliers != "none" or rules["columns"].columns != "none":
+            return load("aerogel.quantize.sidecars:Keeping")(method=cls(**own), **rules)
     return cls(**own)
 
 

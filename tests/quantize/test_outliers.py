@@ -10,8 +10,9 @@ from aerogel.errors import BadInput, RunFailed
 from aerogel.model.layer import Layer, Stats
 from aerogel.quantize.gptq import Gptq
 from aerogel.quantize.grids import IntGrid
-from aerogel.quantize.outliers import Keep, Keeping, Outliers
+from aerogel.quantize.outliers import Keep, Outliers
 from aerogel.quantize.rtn import RoundToNearest
+from aerogel.quantize.sidecars import Keeping
 
 GRID = IntGrid(bits=4, group_size=None)
 
@@ -25,6 +26,12 @@ def heavy(N: int = 24, K: int = 80) -> Tensor:
     return w_NK.bfloat16().float()
 
 
+def outliers_of(layer: Layer) -> Outliers:
+    (found,) = layer.sidecars
+    assert isinstance(found, Outliers)
+    return found
+
+
 def with_statistics(w_NK: Tensor) -> Layer:
     x_TK = torch.randn(400, w_NK.shape[1], generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 3, w_NK.shape[1])
     return Layer(name="any", weight_NK=w_NK, stats=Stats(tokens=400, second_moment_KK=x_TK.T @ x_TK))
@@ -35,12 +42,13 @@ def test_outliers_are_exact_and_the_rest_is_better(method: RoundToNearest | Gptq
     layer = with_statistics(heavy())
     plain = method(layer)
     kept = Keeping(method=method, keep=Keep(outliers="sigma", outlier_share=0.02))(layer)
-    assert kept.outliers is not None and kept.codes is not None
-    places = kept.outliers.places()
+    assert kept.codes is not None
+    outliers = outliers_of(kept)
+    places = outliers.places()
     assert len(places[0]) >= 12
     assert torch.equal(kept.weight_NK[places], layer.weight_NK[places])
     assert not kept.codes.decode()[places].any()
-    assert torch.equal(kept.outliers.put(kept.codes.decode()), kept.weight_NK)
+    assert torch.equal(outliers.put(kept.codes.decode()), kept.weight_NK)
     assert kept.loss is not None and plain.loss is not None
     # Twenty-five standard deviations in a row leave one or two codes for all others.
     assert kept.loss < plain.loss / 4
@@ -52,9 +60,8 @@ def test_gptq_sees_outliers_as_right() -> None:
     keep = Keep(outliers="sigma", outlier_share=0.02)
     method = Gptq(grid=GRID, refit=0)
     inside = Keeping(method=method, keep=keep)(layer)
-    assert inside.outliers is not None
     after = method(layer)
-    put = inside.outliers.put(after.weight_NK.clone())
+    put = outliers_of(inside).put(after.weight_NK.clone())
     h_KK = layer.stats.second_moment_KK  # type: ignore[union-attr]
     lost = [float((((layer.weight_NK - w) @ h_KK) * (layer.weight_NK - w)).sum()) for w in (inside.weight_NK, put)]
     assert lost[0] < lost[1]
@@ -76,7 +83,7 @@ def test_pruned_weights_are_no_outliers_and_stay_zero() -> None:
     mask_NK = torch.rand(w_NK.shape, generator=torch.Generator().manual_seed(2)) > 0.5
     layer = Layer(name="any", weight_NK=w_NK * mask_NK, mask_NK=mask_NK)
     result = Keeping(method=RoundToNearest(grid=GRID), keep=Keep(outliers="sigma", outlier_sigma=1.0))(layer)
-    assert result.outliers is not None and len(result.outliers.value_E) > 0
+    assert len(outliers_of(result).value_E) > 0
     assert not result.weight_NK[~mask_NK].any()
     assert torch.equal(result.mask_NK, mask_NK)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Outliers through a whole run: stored beside the codes, loaded, traced, exported, resumed; plan knows their bytes."""
+"""Outliers and kept columns through a whole run: stored beside the codes, loaded, traced, exported, resumed; plan knows their bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import aerogel
 from aerogel.errors import BadInput
 from aerogel.kernels.decode.loop import Decoder
 from aerogel.kernels.linear import Linear
-from aerogel.kernels.outliers import OutlierLinear
+from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.model.compress import compress
 from aerogel.model.plan import plan
 from aerogel.pack.export import export_dense
@@ -38,7 +38,7 @@ def test_compressed_loaded_and_exported(kind: str, tmp_path: Path) -> None:
     planned = plan(dense, chosen)["size"]
     assert planned["bits_per_weight"] == pytest.approx(report["size"]["bits_per_weight"], rel=1e-9)
     model = aerogel.load(tmp_path / "out")
-    kept = [module for module in model.modules() if isinstance(module, OutlierLinear)]
+    kept = [module for module in model.modules() if isinstance(module, SidecarLinear)]
     assert len(kept) == sum(len(block["layers"]) for block in report["blocks"])
     exported = AutoModelForCausalLM.from_pretrained(export_dense(tmp_path / "out", tmp_path / "again"), dtype="auto")
     assert error(logits(model), logits(exported)) < 2e-5
@@ -52,11 +52,37 @@ def test_compressed_loaded_and_exported(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found, wanted, rtol=2**-11, atol=0)
 
 
+COLUMNS: dict[str, dict[str, Any]] = {
+    "gptq": {"method": "gptq", "bits": 4, "group_size": 16, "columns": "largest", "column_share": 0.05},
+    "int8": {"method": "rtn", "bits": 8, "activations": "int8", "columns": "largest", "column_share": 0.05},
+    "dynamic": {"method": "rtn", "bits": 8, "activations": "int8", "columns": "dynamic", "column_threshold": 1.5},
+    "both": {"method": "rtn", "bits": 4, "columns": "largest", "outliers": "sigma", "outlier_sigma": 2.0},
+    "nvfp4": {"method": "rtn", "format": "nvfp4", "columns": "largest"},
+}
+
+
+@pytest.mark.parametrize("options", COLUMNS.values(), ids=COLUMNS)
+def test_columns_compressed_loaded_generated_and_exported(options: dict[str, Any], tmp_path: Path) -> None:
+    dense = zoo.save("llama", tmp_path / "dense")
+    chosen = recipe(ids_file(tmp_path), {"quantize": options})
+    report = compress(dense, chosen, tmp_path / "out")
+    planned = plan(dense, chosen)["size"]
+    if options.get("outliers") is None:  # of outliers by sigma, plan knows the most
+        assert planned["bits_per_weight"] == pytest.approx(report["size"]["bits_per_weight"], rel=1e-9)
+    model: Any = aerogel.load(tmp_path / "out")
+    assert any(isinstance(module, SidecarLinear) for module in model.modules())
+    exported = AutoModelForCausalLM.from_pretrained(export_dense(tmp_path / "out", tmp_path / "again"), dtype="auto")
+    assert error(logits(model), logits(exported)) < (2e-2 if "activations" in options else 2e-5)
+    model.generation_config.eos_token_id = None
+    expected = model.generate(IDS[:1], max_new_tokens=8, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :].tolist()
+    assert [token for (token,) in Decoder(model, "fused").stream([IDS[0]], 8)] == expected
+
+
 def test_same_numbers_where_siblings_would_be_merged(tmp_path: Path) -> None:
     dense = zoo.save("llama", tmp_path / "dense")
     compress(dense, recipe(None, stage("rtn", outliers="sigma", outlier_sigma=2.0)), tmp_path / "out")
     plain, merged = aerogel.load(tmp_path / "out"), aerogel.load(tmp_path / "out", merge=True)
-    assert not any(isinstance(m, Linear) and not isinstance(m, OutlierLinear) for m in plain.modules())
+    assert not any(isinstance(m, Linear) and not isinstance(m, SidecarLinear) for m in plain.modules())
     assert torch.equal(logits(plain), logits(merged))
 
 
@@ -74,5 +100,5 @@ def test_traced_steps_add_them_too(loop: Any, tmp_path: Path) -> None:
 
 def test_refused_where_there_is_no_place(tmp_path: Path) -> None:
     dense = zoo.save("llama", tmp_path / "dense")
-    with pytest.raises(BadInput, match="no place for outliers"):
+    with pytest.raises(BadInput, match="no place for weights kept beside"):
         compress(dense, recipe(None, stage("rtn", outliers="sigma"), pack={"layout": "native-cpu"}), tmp_path / "out")

@@ -1,0 +1,144 @@
+"""What may stand beside codes, whatever the codes are, and the stage that takes it out before codes are chosen.
+
+    W = codes + the sidecars        where a sidecar holds a weight the code is 0, so that nothing is added twice
+
+A sidecar is a frozen dataclass of tensors with `shapes`, `read`, `tensors`, `check` and `put`; `SIDECARS` lists them, and
+everything else (storing, loading, planning, exporting) goes over that list. Any method solves what remains: it sees the
+weight without what is kept, and a mask that forbids it to use those places, which GPTQ honours inside its recursion.
+
+Shape legend: N out features, K in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import BadInput, RunFailed
+from aerogel.model.layer import Layer, Need
+from aerogel.quantize import columns as kept_columns
+from aerogel.quantize import outliers as sparse_outliers
+from aerogel.quantize.columns import Columns, KeepColumns
+from aerogel.quantize.outliers import Keep, Outliers
+from aerogel.quantize.problem import relative_loss
+from aerogel.quantize.rtn import weight_error
+
+if TYPE_CHECKING:
+    from aerogel.pack.format import Shapes
+
+Sidecar = Outliers | Columns
+SIDECARS: dict[str, type[Outliers] | type[Columns]] = {"weight_outliers": Outliers, "weight_columns": Columns}
+"""Name of the module that runs a sidecar (`kernels/sidecars.py`) -> its class."""
+NAMES = (*sparse_outliers.NAMES, *kept_columns.NAMES)
+"""Local names of everything that a sidecar stores beside a packed weight."""
+
+
+def read(tensors: Mapping[str, Tensor], N: int, K: int, name: str) -> dict[str, Sidecar]:
+    """The sidecars among the tensors of a packed weight [N, K]. Raises `BadInput` for those of another weight."""
+    found: dict[str, Sidecar] = {}
+    for key, kind in SIDECARS.items():
+        sidecar = kind.read(tensors)
+        if sidecar is not None:
+            sidecar.check(N, K, name)
+            found[key] = sidecar
+    return found
+
+
+def with_sidecars(w_NK: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """A decoded weight with what is stored beside it, if anything, in its place. `w_NK` itself is changed."""
+    for sidecar in read(tensors, *w_NK.shape, name).values():
+        sidecar.put(w_NK)
+    return w_NK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """Stage `Layer -> Layer`: `method` on what is left when outliers and columns are taken out."""
+
+    method: Any
+    keep: Keep = Keep()  # noqa: RUF009  (frozen)
+    columns: KeepColumns = KeepColumns()  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        if getattr(self.method, "gptaq", False):
+            raise BadInput(
+                "outliers and columns cannot be kept with gptaq, which moves the weights before it solves; write gptaq: false"
+            )
+
+    @property
+    def grid(self) -> Any:
+        """The method's."""
+        return self.method.grid
+
+    def on(self, grid: Any) -> Keeping:
+        """The same stage on another grid."""
+        return replace(self, method=replace(self.method, grid=grid))
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The method's, and those of the rules."""
+        return self.keep.needs | self.columns.needs | frozenset(getattr(self.method, "needs", ()))
+
+    def shapes(self, N: int, K: int) -> Shapes:
+        """What is stored beside the codes of a weight [N, K]; where the data decide, the most that can be."""
+        found: Shapes = {}
+        if self.keep.outliers != "none":
+            found |= Outliers.shapes(N, K, self.keep.count(N, K))
+        if self.columns.columns != "none":
+            found |= Columns.shapes(N, self.columns.count(K))
+        return found
+
+    def __call__(self, layer: Layer) -> Layer:
+        """The layer with codes and sidecars."""
+        return self.call_group((layer,))[0]
+
+    def call_group(self, layers: Sequence[Layer]) -> list[Layer]:
+        """Several layers, handed to the method together where it takes several."""
+        taken = [self._take(layer) for layer in layers]
+        rest = [_without(layer, mask) for layer, (mask, _) in zip(layers, taken, strict=True)]
+        many = getattr(self.method, "call_group", None)
+        solved = many(rest) if many is not None else [self.method(layer) for layer in rest]
+        return [_with(*parts, *held) for *parts, held in zip(layers, solved, taken, strict=True)]
+
+    def _take(self, layer: Layer) -> tuple[Tensor, tuple[Sidecar, ...]]:
+        """Where weights are kept, bool [N, K], and what keeps them. No weight is kept twice."""
+        w_NK = layer.weight_NK if layer.mask_NK is None else layer.weight_NK * layer.mask_NK
+        mask_NK = torch.zeros_like(w_NK, dtype=torch.bool)
+        found: list[Sidecar] = []
+        if self.columns.columns != "none":
+            index_C = self.columns.choose(layer)
+            mask_NK[:, index_C] = True
+            found.append(self.columns.columns_of(w_NK, index_C))
+        if self.keep.outliers != "none":
+            sparse_NK = self.keep.choose(_without(layer, mask_NK) if bool(mask_NK.any()) else layer)
+            mask_NK |= sparse_NK
+            found.append(Outliers.of(w_NK, sparse_NK))
+        return mask_NK, tuple(found)
+
+
+def _without(layer: Layer, mask_NK: Tensor) -> Layer:
+    """The layer less what is kept. What 16 bits could not hold of it is nobody's: a code there would be added to it."""
+    free_NK = ~mask_NK if layer.mask_NK is None else layer.mask_NK & ~mask_NK
+    return layer.with_(weight_NK=layer.weight_NK.masked_fill(mask_NK, 0), mask_NK=free_NK)
+
+
+def _with(layer: Layer, solved: Layer, mask_NK: Tensor, found: tuple[Sidecar, ...]) -> Layer:
+    if bool(solved.weight_NK[mask_NK].any()):
+        raise RunFailed(f"{layer.name}: the format has no code for 0, so nothing can be kept beside it; leave that out")
+    weight_NK = solved.weight_NK.clone()
+    for sidecar in found:
+        sidecar.put(weight_NK)
+    stats = layer.stats
+    known = stats is not None and stats.second_moment_KK is not None and stats.tokens > 0
+    loss = relative_loss(layer.weight_NK, weight_NK, stats.second_moment_KK) if known else None  # type: ignore[union-attr, arg-type]
+    notes: dict[str, object] = dict(weight_error(layer, weight_NK))
+    for sidecar in found:
+        if isinstance(sidecar, Outliers):
+            notes |= {"outliers": sidecar.value_E.numel(), "outlier_share": sidecar.value_E.numel() / weight_NK.numel()}
+        else:
+            notes |= {"columns": len(sidecar.index_C), "column_share": len(sidecar.index_C) / weight_NK.shape[1]}
+    return replace(solved, weight_NK=weight_NK, mask_NK=layer.mask_NK, sidecars=found, loss=loss).with_(notes=notes)
