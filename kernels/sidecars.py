@@ -152,8 +152,8 @@ class SidecarLinear(Linear):
 
     def keep(self, beside: Mapping[str, Tensor]) -> Self:
         """Takes the sidecars among these tensors."""
-        for key, kind in SIDECARS.items():
-            sidecar = kind.read(beside)
+        for key, read_one in SIDECARS.items():
+            sidecar = read_one(beside)
             if sidecar is not None:
                 self.add_module(key, PRODUCTS[key](sidecar))
         return self
@@ -162,10 +162,7 @@ class SidecarLinear(Linear):
         """[..., in_features] -> [..., out_features], in x's dtype."""
         x_MK = x.reshape(-1, self.in_features)
         columns, outliers = (self._modules.get(key) for key in ("weight_columns", "weight_outliers"))
-        if columns is None:
-            y_MN = super().forward(x_MK)
-        else:
-            y_MN = self._beside_columns(columns, x_MK)  # type: ignore[arg-type]
+        y_MN = self._beside_columns(columns, x_MK) if isinstance(columns, ColumnProduct) else super().forward(x_MK)
         if outliers is not None:
             y_MN = outliers(y_MN, x_MK)
         return y_MN.reshape(*x.shape[:-1], self.out_features)

@@ -31,9 +31,9 @@ from aerogel.model.placement import Placement, Plan, decoded, features
 from aerogel.model.reader import Entry, read_header
 from aerogel.pack.config import format_of
 from aerogel.pack.source import Source
+from aerogel.quantize import sidecars
 from aerogel.quantize.codes import Codes
 from aerogel.quantize.codes import stacked as params_below
-from aerogel.quantize import sidecars
 
 
 class PlainNames(WeightRenaming):  # type: ignore[misc, unused-ignore]

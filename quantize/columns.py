@@ -85,9 +85,7 @@ class Columns:
         fits = self.value_NC.shape == (N, len(index_C)) and self.threshold_1.shape == (1,) and bool(self.threshold_1 >= 0)
         fits = fits and bool((index_C.diff() > 0).all())
         if not fits or (len(index_C) and not 0 <= int(index_C[0]) <= int(index_C[-1]) < K):
-            raise BadInput(
-                f"the kept columns of {name} are not those of a [{N}, {K}] weight; the file is damaged, get it again"
-            )
+            raise BadInput(f"the columns of {name} are not those of a [{N}, {K}] weight; the file is damaged, get it again")
 
     def put(self, w_NK: Tensor) -> Tensor:
         """`w_NK` with the columns in their places. `w_NK` itself is changed."""

@@ -11,7 +11,7 @@ Shape legend: N out features, K in features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     from aerogel.pack.format import Shapes
 
 Sidecar = Outliers | Columns
-SIDECARS: dict[str, type[Outliers] | type[Columns]] = {"weight_outliers": Outliers, "weight_columns": Columns}
-"""Name of the module that runs a sidecar (`kernels/sidecars.py`) -> its class."""
+SIDECARS: dict[str, Callable[[Mapping[str, Tensor]], Sidecar | None]] = {
+    "weight_outliers": Outliers.read,
+    "weight_columns": Columns.read,
+}
+"""Name of the module that runs a sidecar (`kernels/sidecars.py`) -> what reads it from stored tensors, None without any."""
 NAMES = (*sparse_outliers.NAMES, *kept_columns.NAMES)
 """Local names of everything that a sidecar stores beside a packed weight."""
 
@@ -40,8 +43,8 @@ NAMES = (*sparse_outliers.NAMES, *kept_columns.NAMES)
 def read(tensors: Mapping[str, Tensor], N: int, K: int, name: str) -> dict[str, Sidecar]:
     """The sidecars among the tensors of a packed weight [N, K]. Raises `BadInput` for those of another weight."""
     found: dict[str, Sidecar] = {}
-    for key, kind in SIDECARS.items():
-        sidecar = kind.read(tensors)
+    for key, read_one in SIDECARS.items():
+        sidecar = read_one(tensors)
         if sidecar is not None:
             sidecar.check(N, K, name)
             found[key] = sidecar
@@ -102,7 +105,7 @@ class Keeping:
         rest = [_without(layer, mask) for layer, (mask, _) in zip(layers, taken, strict=True)]
         many = getattr(self.method, "call_group", None)
         solved = many(rest) if many is not None else [self.method(layer) for layer in rest]
-        return [_with(*parts, *held) for *parts, held in zip(layers, solved, taken, strict=True)]
+        return [_with(layer, found, *held) for layer, found, held in zip(layers, solved, taken, strict=True)]
 
     def _take(self, layer: Layer) -> tuple[Tensor, tuple[Sidecar, ...]]:
         """Where weights are kept, bool [N, K], and what keeps them. No weight is kept twice."""

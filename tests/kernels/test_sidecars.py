@@ -13,8 +13,8 @@ from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.model.layer import Layer, Stats
 from aerogel.pack.format import MATMUL_TOLERANCE, Activations
 from aerogel.pack.scheme import Scheme
-from aerogel.quantize.grids import IntGrid
 from aerogel.quantize.columns import KeepColumns
+from aerogel.quantize.grids import IntGrid
 from aerogel.quantize.outliers import Keep, Outliers
 from aerogel.quantize.rtn import RoundToNearest
 from aerogel.quantize.sidecars import Keeping

@@ -1,4 +1,4 @@
-"""Outliers and kept columns through a whole run: stored beside the codes, loaded, traced, exported, resumed; plan knows their bytes."""
+"""Outliers and kept columns through a whole run: stored beside the codes, loaded, traced, exported; plan knows their bytes."""
 
 from __future__ import annotations
 
