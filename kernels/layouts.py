@@ -82,15 +82,17 @@ def cut(kernel: type[Kernel], layout: Layout, start: int, stop: int) -> dict[str
     return {name: tensor if name in kernel.shared else tensor[first:last] for name, tensor in layout.items()}
 
 
-def packed(kernel: type[Kernel], member: Member, problem: Problem) -> dict[str, Tensor]:
+def packed(kernel: type[Kernel], member: Member, problem: Problem, *, overwrite: bool = False) -> dict[str, Tensor]:
     """The layout of one weight; see `stacked`."""
-    found = stacked(kernel, [member], problem)
+    found = stacked(kernel, [member], problem, overwrite=overwrite)
     if found is None:
         raise RunFailed(f"{kernel.__name__} gave other shared tensors for other rows; this is a mistake in aerogel, report it")
     return found
 
 
-def stacked(kernel: type[Kernel], members: Sequence[Member], problem: Problem) -> dict[str, Tensor] | None:
+def stacked(
+    kernel: type[Kernel], members: Sequence[Member], problem: Problem, *, overwrite: bool = False
+) -> dict[str, Tensor] | None:
     """The layout of the members' weights stacked along N.
 
     Tensors that lie in this layout already are taken as they are: as one view where they follow one another in main memory,
@@ -100,6 +102,8 @@ def stacked(kernel: type[Kernel], members: Sequence[Member], problem: Problem) -
         kernel: whose layout.
         members: the weights, top to bottom.
         problem: of the whole.
+        overwrite: a single member's own memory may be used, where rows take as many bytes in both layouts: the largest
+            matrix of a model would else need its size again. What the member held is lost then.
 
     Returns:
         Tensors by name; None where the layout cannot be stacked: a member that does not fill its last tile and is not the
@@ -113,6 +117,7 @@ def stacked(kernel: type[Kernel], members: Sequence[Member], problem: Problem) -
     if not in_rows:
         return kernel.pack(members[0].codes_of_rows(0, members[0].out_features), problem)
     made: dict[str, Tensor] = {}
+    room = list(members[0].held().values()) if overwrite and len(members) == 1 else []
     at = 0
     for member in members:
         step = _rows_at_once(member, problem.device)
@@ -121,7 +126,7 @@ def stacked(kernel: type[Kernel], members: Sequence[Member], problem: Problem) -
             part = _rows(kernel, member, start, stop, problem)
             if stop - start == problem.N:
                 return part
-            if not _place(kernel, part, made, at, problem):
+            if not _place(kernel, part, made, at, problem, room):
                 return None
             at += -(-(stop - start) // kernel.rows)
     return made
@@ -168,7 +173,7 @@ def _rows(kernel: type[Kernel], member: Member, start: int, stop: int, problem: 
     return kernel.pack(member.codes_of_rows(start, stop), problem) if made is None else made
 
 
-def _place(kernel: type[Kernel], part: Layout, made: dict[str, Tensor], at: int, problem: Problem) -> bool:
+def _place(kernel: type[Kernel], part: Layout, made: dict[str, Tensor], at: int, problem: Problem, room: list[Tensor]) -> bool:
     """Puts a piece into the whole, which is made at the first one. False where a shared tensor is not the same."""
     for name, tensor in part.items():
         if name in kernel.shared:
@@ -176,10 +181,22 @@ def _place(kernel: type[Kernel], part: Layout, made: dict[str, Tensor], at: int,
                 return False
             continue
         if name not in made:
-            tiles = -(-problem.N // kernel.rows)
-            made[name] = torch.empty(tiles, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+            made[name] = _memory((-(-problem.N // kernel.rows), *tensor.shape[1:]), tensor, room)
         made[name][at : at + tensor.shape[0]] = tensor
     return True
+
+
+def _memory(shape: tuple[int, ...], like: Tensor, room: list[Tensor]) -> Tensor:
+    """An empty tensor, in the memory of one of `room` (which is taken out) where one has exactly as many bytes.
+
+    Rows a..b then lie in the same bytes as rows a..b of what was there, which have been read when they are written.
+    """
+    nbytes = torch.Size(shape).numel() * like.element_size()
+    for index, old in enumerate(room):
+        if old.nbytes == nbytes and old.is_contiguous() and old.dim() > 0:
+            del room[index]
+            return old.view(-1).view(torch.uint8).view(like.dtype).view(shape)
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def _rows_at_once(member: Member, device: str) -> int:

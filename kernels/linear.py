@@ -135,8 +135,13 @@ class Linear(nn.Module):
         """Where the weight is."""
         return next(buffer.device for buffer in self._tensors().values())
 
-    def prepare(self, dtype: torch.dtype | None = None) -> Self:
+    def prepare(self, dtype: torch.dtype | None = None, *, overwrite: bool = False) -> Self:
         """Chooses the kernel for activations of `dtype` and brings the weight into its layout.
+
+        Args:
+            dtype: the one planned for, unless given.
+            overwrite: on a GPU, the weight's own memory is used for the new layout where that is possible; nobody else may
+                hold these tensors.
 
         Raises:
             BadInput: the stored shape is not this layer's.
@@ -153,7 +158,8 @@ class Linear(nn.Module):
         self.kernel_name, self._kernel = choose(problem)
         self._problem = problem
         if not self.runs_as_stored:
-            self.fill(layouts.packed(self._kernel, self, problem))
+            overwrite = overwrite and problem.device == "cuda"  # on a CPU they may be pages of a file
+            self.fill(layouts.packed(self._kernel, self, problem, overwrite=overwrite))
         return self
 
     @property

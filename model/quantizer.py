@@ -180,7 +180,11 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         if merging_wanted():
             merge(model)
         for module in model.modules():
-            if isinstance(module, Linear | ExpertLinear) and module.device.type != "meta" and module.kernel_name is None:
+            if not isinstance(module, Linear | ExpertLinear) or module.device.type == "meta" or module.kernel_name is not None:
+                continue
+            if isinstance(module, Linear):
+                module.prepare(overwrite=True)  # nobody else has seen these tensors yet
+            else:
                 module.prepare()
         _say_conversions(model)
         compile_ahead(model, FIRST_TOKENS)

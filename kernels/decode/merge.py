@@ -212,9 +212,9 @@ class Part(Linear):
         """Where the weight is."""
         return self._whole[0].device
 
-    def prepare(self, dtype: torch.dtype | None = None) -> Part:
+    def prepare(self, dtype: torch.dtype | None = None, *, overwrite: bool = False) -> Part:
         """Prepares the whole."""
-        self._whole[0].prepare(dtype)
+        self._whole[0].prepare(dtype, overwrite=overwrite)
         self.kernel_name = self._whole[0].kernel_name
         return self
 

@@ -1,13 +1,14 @@
 """The small operations between the matmuls of a decode step, each in one launch, and what they mean in plain torch.
 
 A step has about forty small operations per layer, each of which reads and writes a few kilobytes: on a GPU they cost two
-microseconds each for nothing, on a CPU as much for the interpreter. Four operations do all of it:
+microseconds each for nothing, on a CPU as much for the interpreter. Five operations do all of it:
 
     attend        rotates q and k, puts k and v into their slots, attends over the filled slots
                   q' = q cos + rot(q) sin,  o = sum_s softmax_s(scale q' k_s) v_s,  s in [max(start, n-window+1), n]
     add_rms_norm  h = a + b,  y = w h / sqrt(mean(h^2) + eps)
     rms_norm      y = w x / sqrt(mean(x^2) + eps)
     gate          y = act(g) u,  act = silu or gelu
+    rotate        q' = q cos + rot(q) sin, where a prompt is read (`reading`)
 
 They round where the model's own code rounds (every product of a rotation, the activation before the product), so that
 greedy tokens stay the same. The functions here are the definition, and what runs where there is nothing better; the
@@ -36,15 +37,16 @@ SCHEMAS = {
     "add_rms_norm": "(Tensor a, Tensor b, Tensor weight, float eps, bool round_first) -> (Tensor, Tensor)",
     "rms_norm": "(Tensor x, Tensor weight, float eps, bool round_first) -> Tensor",
     "gate": "(Tensor g, Tensor u, str act) -> Tensor",
+    "rotate": "(Tensor x, Tensor cos, Tensor sin) -> Tensor",
 }
 """Operators in the namespace `aerogel`, as torch.library wants them."""
 
 
-def rotate(x: Tensor, cos_B1D: Tensor, sin_B1D: Tensor) -> Tensor:
-    """x [B, H, 1, D] turned by the angles of its position: x cos + [-x2, x1] sin."""
+def rotate(x: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
+    """x [B, H, T, D] turned by the angles of its positions, [B, T, D] or [1, T, D]: x cos + [-x2, x1] sin."""
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return x * cos_B1D[:, None] + turned * sin_B1D[:, None]
+    return x * cos_BTD[:, None] + turned * sin_BTD[:, None]
 
 
 def attend(
@@ -127,7 +129,10 @@ FAKES: dict[str, Any] = {
     "add_rms_norm": lambda a, b, *rest: (torch.empty_like(a), torch.empty_like(a)),
     "rms_norm": lambda x, *rest: torch.empty_like(x),
     "gate": lambda g, u, act: torch.empty_like(g, memory_format=torch.contiguous_format),
+    "rotate": lambda x, cos, sin: x.new_empty(len(x), x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2),
 }
+COMPILED = frozenset({"attend", "add_rms_norm", "rms_norm", "gate"})
+"""Those that the compiled CPU library has."""
 
 
 def missing(device: torch.device) -> str | None:
@@ -152,7 +157,7 @@ def on_cpu(name: str) -> Any:
 
     def run(*args: Any) -> Any:
         if not chosen:
-            compiled = library.missing() is None
+            compiled = name in COMPILED and library.missing() is None
             chosen.append(load(f"aerogel.kernels.decode.native_ops:{name}") if compiled else globals()[name])
         return chosen[0](*args)
 

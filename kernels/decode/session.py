@@ -31,6 +31,7 @@ from aerogel.kernels.decode.attention import attending
 from aerogel.kernels.decode.fuse import fuse
 from aerogel.kernels.decode.lower import lower, straight
 from aerogel.kernels.decode.merge import Part
+from aerogel.kernels.decode.reading import Parts, parts_of
 from aerogel.kernels.decode.sample import Sampling, pick
 from aerogel.kernels.decode.slots import Mode, SlotCache, State
 from aerogel.kernels.decode.trace import CannotTrace, Program, clean, trace
@@ -69,6 +70,7 @@ class Session:
         self.seconds = 0.0
         self._program: Any = None
         self._compiled: set[int] = set()
+        self._parts: Parts | None = None
         self._graphs: dict[Sampling, tuple[torch.cuda.CUDAGraph, torch.Generator]] = {}
         self._generator = torch.Generator(model.device)
 
@@ -80,7 +82,11 @@ class Session:
         padded = bool(start_B.any())
         valid_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None] >= start_B[:, None]
         positions = (valid_BT.long().cumsum(-1) - 1).clamp_min(0)
-        return self._forward(ids_BT, positions, valid_BT if padded else None, self.cache)
+        if self._parts is None:
+            fused = self.model.device.type == "cuda" and ops.missing(self.model.device) is None
+            self._parts = parts_of(self.model) if fused else Parts()
+        with self._parts.replaced():
+            return self._forward(ids_BT, positions, valid_BT if padded else None, self.cache)
 
     def _forward(self, ids: Tensor, positions: Tensor, valid: Tensor | None, cache: Any) -> Tensor:
         given: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}

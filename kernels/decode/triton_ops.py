@@ -307,3 +307,29 @@ def gate(g: Tensor, u: Tensor, act: str) -> Tensor:
         a, b, y, a.stride(0), b.stride(0), N, ACT=act, TILE=tile, num_warps=2, **_launch(g.device)
     )
     return y
+
+
+@triton.jit
+def _rotate(
+    x_ptr, cos_ptr, sin_ptr, y_ptr, x_b, x_h, x_t, angle_b, T,
+    H: tl.constexpr, H_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    _begin(EARLY)
+    t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    h, d = tl.arange(0, H_PAD), tl.arange(0, D_PAD)
+    angle = b * angle_b + t * D
+    y = _turned(x_ptr + b * x_b + t * x_t, cos_ptr + angle, sin_ptr + angle, h, x_h, D, D_PAD, h < H, True)
+    tl.store(y_ptr + ((b * T + t) * H + h)[:, None] * D + d[None, :], y, mask=(h < H)[:, None] & (d < D)[None, :])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `ops.rotate`; heads of a token lie side by side in the result."""
+    B, H, T, D = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    y = x.new_empty(B, T, H, D)
+    _rotate[T, B](
+        x, cos, sin, y, x.stride(0), x.stride(1), x.stride(2), 0 if len(cos) == 1 else T * D, T,
+        H=H, H_PAD=triton.next_power_of_2(H), D=D, D_PAD=triton.next_power_of_2(D), num_warps=4, **_launch(x.device),
+    )  # fmt: skip
+    return y.transpose(1, 2)

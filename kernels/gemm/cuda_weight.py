@@ -111,13 +111,13 @@ def per_kind(choice: Callable[Concatenate[TileWeight, P], T]) -> Callable[Concat
     """Remembers a function of a weight that looks at its kind only: a model has hundreds of weights of a handful of kinds."""
     found: dict[tuple[object, ...], T] = {}
 
-    @functools.wraps(choice)
-    def remembered(weight: TileWeight, *rest: P.args, **named: P.kwargs) -> T:
+    def remembered(weight: TileWeight, /, *rest: P.args, **named: P.kwargs) -> T:
         key = (weight.kind, rest, tuple(named.items()))
         if key not in found:
             found[key] = choice(weight, *rest, **named)
         return found[key]
 
+    functools.update_wrapper(remembered, choice)
     return remembered
 
 

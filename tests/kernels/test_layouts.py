@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aerogel.errors import BadInput
 from aerogel.kernels import layouts
-from aerogel.kernels.linear import problem_of
+from aerogel.kernels.linear import Linear, problem_of
 from aerogel.kernels.problem import Kernel, Problem
 from aerogel.pack.config import choose_format
 from aerogel.pack.scheme import Scheme
@@ -108,6 +108,22 @@ def test_stacked_weights_are_the_weight_of_all_rows(name: str, grid: Any) -> Non
     same(stacked, kernel.pack(codes, found))
     uneven = [part(codes, 0, 44), part(codes, 44, 300)]
     assert layouts.stacked(kernel, [Rows(item) for item in uneven], found) is None, "44 rows end inside a tile"
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "K", "reused"), [(4, True, 256, 2), (4, False, 256, 2), (8, True, 200, 1)])
+def test_a_weight_can_change_its_layout_in_its_own_memory(
+    bits: int, symmetric: bool, K: int, reused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = IntGrid(bits=bits, group_size=32, symmetric=symmetric, scale_dtype=torch.float16)
+    kernel, found = problem("native-cuda", grid, 304, K)
+    monkeypatch.setattr(layouts, "CODES_AT_ONCE", dict.fromkeys(("cpu", "cuda"), 64 * K))
+    codes = drawn(grid, 304, K)
+    layer = Linear(K, 304, Scheme(format=found.format, grid=grid))
+    layer.fill({name: tensor.clone() for name, tensor in choose_format(grid).encode(codes).items()})
+    before = {tensor.data_ptr() for tensor in layer.held().values()}
+    made = layouts.packed(kernel, layer, found, overwrite=True)
+    same(made, kernel.pack(codes, found))
+    assert len(before & {tensor.data_ptr() for tensor in made.values()}) == reused
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

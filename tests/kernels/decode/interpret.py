@@ -29,6 +29,10 @@ def main() -> int:
             worst = max(
                 worst, distance(triton_ops.gate(pair[..., :N], pair[..., N:], act), ops.gate(pair[..., :N], pair[..., N:], act))
             )
+    for B, H, T, D in ((1, 4, 5, 16), (2, 3, 4, 24)):
+        x, cos, sin = torch.randn(B, T, 2 * H, D)[:, :, :H].transpose(1, 2), torch.randn(B, T, D), torch.randn(1, T, D)
+        worst = max(worst, distance(triton_ops.rotate(x, cos, sin.expand(B, -1, -1)), ops.rotate(x, cos, sin)))
+        worst = max(worst, distance(triton_ops.rotate(x, sin, sin), ops.rotate(x, sin, sin)))
     print(f"worst relative distance {worst:.2g}")
     return int(not worst < 2e-6)
 

@@ -13,6 +13,7 @@ from tests.zoo import build
 from aerogel.kernels.decode import ops
 from aerogel.kernels.decode.loop import Decoder
 from aerogel.kernels.decode.merge import merge
+from aerogel.kernels.decode.reading import parts_of
 from aerogel.kernels.decode.sample import Sampling
 from aerogel.kernels.gemm.cuda_tune import random_weight
 from aerogel.kernels.gemm.cuda_weight import TileWeight
@@ -50,6 +51,26 @@ def test_norms_and_gates_equal_plain_torch(N: int, dtype: torch.dtype) -> None:
     for act in ("silu", "gelu", "gelu_tanh"):
         g, u = pair[..., :N], pair[..., N:]
         assert distance(torch.ops.aerogel.gate(g, u, act), ops.gate(g.double(), u.double(), act)) < BUDGET[dtype]
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_a_rotated_prompt_equals_plain_torch(dtype: torch.dtype) -> None:
+    for B, H, T, D in ((1, 32, 65, 128), (3, 5, 7, 80)):
+        x = torch.randn(B, T, 2 * H, D, device="cuda").to(dtype)[:, :, :H].transpose(1, 2)
+        cos, sin = torch.randn(2, B, T, D, device="cuda").to(dtype)
+        assert torch.equal(torch.ops.aerogel.rotate(x, cos, sin), ops.rotate(x, cos, sin))
+        assert torch.equal(torch.ops.aerogel.rotate(x, cos[:1], sin[:1]), ops.rotate(x, cos[:1], sin[:1]))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt_oss"])
+def test_a_prompt_read_with_our_parts_has_the_models_logits(name: str) -> None:
+    model, ids = build(name).cuda().bfloat16(), torch.randint(3, 100, (2, 70), generator=torch.Generator().manual_seed(0))
+    parts = parts_of(model)
+    assert parts.forwards and parts.rotations
+    with torch.no_grad():
+        expected = model(ids.cuda()).logits
+        with parts.replaced():
+            assert distance(model(ids.cuda()).logits, expected) < BUDGET[torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma2", "gpt2", "opt", "mixtral", "gpt_oss", "mamba2"])

@@ -50,7 +50,7 @@ def test_norms_and_gates_round_as_the_models_do(dtype: torch.dtype) -> None:
         assert torch.equal(ops.gate(x, y, act), getattr(torch.nn.functional, act)(x) * y)
 
 
-@pytest.mark.parametrize("name", ["attend", "add_rms_norm", "rms_norm", "gate"])
+@pytest.mark.parametrize("name", ["attend", "add_rms_norm", "rms_norm", "gate", "rotate"])
 def test_operators_keep_the_promises_of_their_schemas(name: str) -> None:
     x, w = torch.randn(2, 1, 16), torch.randn(16)
     samples: dict[str, tuple[Any, ...]] = {
@@ -58,6 +58,7 @@ def test_operators_keep_the_promises_of_their_schemas(name: str) -> None:
         "add_rms_norm": (x, x + 1, w, 1e-5, True),
         "rms_norm": (x, w, 1e-5, False),
         "gate": (x, x + 1, "silu"),
+        "rotate": (torch.randn(2, 3, 5, 16), torch.randn(2, 5, 16), torch.randn(2, 5, 16)),
     }
     operator = getattr(torch.ops.aerogel, name).default
     torch.library.opcheck(operator, samples[name], test_utils=("test_schema",))
