@@ -8,7 +8,8 @@ Measured per shape (the linears of Llama-3-8B and 70B, N out x K in features), w
     us        our operator: median over replays of a CUDA graph that goes round over >= 200 MB of copies of the weight
     dense     torch's bfloat16 matmul in the same way, in the same run
     floor     a kernel that only reads as many bytes as codes and scales have, in the same way, in the same run
-    peer      the best W4A16 kernel of nine measured on another H100 (figures below), times dense here / dense there
+    peer      the best W4A16 kernel of nine measured on another H100 (figures below), times dense here / dense there, or of
+              those that --peers measures beside ours in this run (`gpu_peers.py`), whichever is faster
 
 Groups of 128, symmetric, bfloat16 scales and activations. Rows say which implementation ran. The summary holds the geometric
 mean and the least of peer / us, the shares of the floor, and the gain of fewer bits over our own four.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_peers import PEERS, version_of
 from torch import Tensor
 
 from aerogel.kernels.cuda import nvrtc
@@ -187,6 +189,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2, 1])
     parser.add_argument("--implementation", default="auto")
+    parser.add_argument("--peers", nargs="*", default=[], choices=sorted(PEERS))
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which no further shape is begun")
     asked = parser.parse_args()
     started, rows = time.perf_counter(), []
@@ -194,6 +197,8 @@ def main() -> None:
         N, K = map(int, shape.split("x"))
         dense = dense_microseconds(N, K, tuple(asked.tokens))
         there = {M: pair for M, *pair in zip(TOKENS, *THERE.get(shape, ((), ())), strict=False)}
+        beside = {name: PEERS[name][1](N, K, tuple(asked.tokens)) for name in asked.peers}
+        torch.cuda.empty_cache()
         for bits in asked.bits:
             if bits < 4 and shape not in NARROW_SHAPES:
                 continue
@@ -206,9 +211,13 @@ def main() -> None:
             for row in found:
                 M = row["M"]
                 row |= {"floor": floor, "dense": dense[M]}
-                if bits == 4 and M in there:
-                    row["peer"] = there[M][1] * dense[M] / there[M][0]
+                if bits == 4:
+                    row |= {name: us[M] for name, us in beside.items()}
+                    scaled = [there[M][1] * dense[M] / there[M][0]] if M in there else []
+                    peers = [*scaled, *(us[M] for us in beside.values())]
+                    row |= {"peer": min(peers)} if peers else {}
                 peer = f" peer/ours {row['peer'] / row['us']:.2f}" if "peer" in row else ""
+                peer += "".join(f" {name} {us[M]:.1f}" for name, us in beside.items() if bits == 4)
                 print(f"{shape} W{bits} M={M:<5}{row['us']:8.2f} us {row['by']:6} floor {floor / row['us']:.0%}"
                       f" dense/ours {dense[M] / row['us']:.2f}{peer} err {row['error']:.1e}", flush=True)  # fmt: skip
             rows += found
@@ -216,7 +225,8 @@ def main() -> None:
     result = {
         "command": " ".join(["python", *sys.argv]),
         "machine": {"gpu": facts.name, "multiprocessors": facts.multi_processor_count, "cpu": platform.processor()},
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "nvrtc": nvrtc.compiler().version},
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "nvrtc": nvrtc.compiler().version}
+        | {name: version_of(PEERS[name][0]) for name in asked.peers},
         "summary": summary(rows),
         "rows": rows,
     }
