@@ -53,7 +53,8 @@ def read(tensors: Mapping[str, Tensor], N: int, K: int, name: str) -> dict[str, 
 
 def with_sidecars(w_NK: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """A decoded weight with what is stored beside it, if anything, in its place. `w_NK` itself is changed."""
-    for sidecar in read(tensors, *w_NK.shape, name).values():
+    N, K = w_NK.shape
+    for sidecar in read(tensors, N, K, name).values():
         sidecar.put(w_NK)
     return w_NK
 
