@@ -27,13 +27,14 @@ from aerogel.kernels.linear import Linear, stored_shapes
 from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.model.experts import Stack
 from aerogel.model.native import CODES
-from aerogel.model.placement import Placement, Plan, decoded, features
+from aerogel.model.placement import Placement, Plan, decoded, features, of_expert
 from aerogel.model.reader import Entry, read_header
 from aerogel.pack.config import format_of
 from aerogel.pack.source import Source
 from aerogel.quantize import sidecars
-from aerogel.quantize.codes import Codes
+from aerogel.quantize.codes import Codes, Grid
 from aerogel.quantize.codes import stacked as params_below
+from aerogel.quantize.tables import without_factor
 
 
 class PlainNames(WeightRenaming):  # type: ignore[misc, unused-ignore]
@@ -153,7 +154,7 @@ class Decoder(WeightConverter):  # type: ignore[misc, unused-ignore]
 
         def stored(expert: int) -> dict[str, Tensor]:
             parts = [items[place] for place in stack.parts[expert]]
-            codes = _joined([self.source.read(_local(item, held), stack.scheme).codes for item in parts])
+            codes = _joined([self._codes(item, held, expert) for item in parts], stack.scheme.grid)
             if codes.values_NK.shape != (stack.n, stack.k):
                 raise BadInput(
                     f"{parts[0].name} is packed as part of {list(codes.values_NK.shape)}, the model wants"
@@ -163,9 +164,16 @@ class Decoder(WeightConverter):  # type: ignore[misc, unused-ignore]
 
         return {f"{parameter}.{name}": tensor for name, tensor in stacked(stored, stack.experts).items()}
 
+    def _codes(self, item: Placement, held: Mapping[str, Tensor], expert: int) -> Codes:
+        if item.scheme is None:
+            raise RunFailed(f"{item.name} has no scheme; please report this checkpoint")
+        tensors = _local(item, held)
+        return self.source.read(of_expert(tensors, expert) if item.whole else tensors, item.scheme).codes
 
-def _joined(parts: list[Codes]) -> Codes:
-    """The rows of several weights on one grid, one after the other."""
+
+def _joined(parts: list[Codes], grid: Grid) -> Codes:
+    """The rows of several weights, one after the other, on `grid`: their own, or the one whose scales hold their factors."""
+    parts = [part if part.grid == grid else without_factor(part, grid) for part in parts]
     params = params_below(parts)
     if params is None:
         raise RunFailed("the matrices of one expert have tables or factors that differ; please report this checkpoint")

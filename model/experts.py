@@ -36,6 +36,7 @@ class Stack:
 
     experts, n, k: its shape as E matrices [N, K]. scheme: of all of them.
     parts: for each expert the places, in the list of placements, of the matrices that make its rows one after the other.
+        The one place there is, where its tensors hold all experts.
     """
 
     experts: int
@@ -143,6 +144,8 @@ def _stack(items: Sequence[Any], value: Tensor, transposed: bool, rule: WeightCo
     if first.grid.shared_rows != 1:
         return "scales are shared by several rows"
     E, n, k = value.shape[0], value.shape[2 if transposed else 1], value.shape[1 if transposed else 2]
+    if items[0].whole:
+        return Stack(E, n, k, first, [[0]] * E)
     each, rest = divmod(len(items), E)
     if rest or each == 0 or n % each:
         return f"{len(items)} matrices do not make {E} experts of {n} rows"

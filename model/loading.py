@@ -15,6 +15,7 @@ Shape legend: N out features, K in features.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -79,6 +80,9 @@ def load(
         raise BadInput(f"{path} is not a checkpoint transformers can read ({first_line(error)})") from error
     bits = _BITS.get() if bits is None else bits
     stored = getattr(config, "quantization_config", None)
+    beside = Path(path) / "hf_quant_config.json"
+    if stored is None and beside.is_file():  # where ModelOpt once put it, and only there
+        config.quantization_config = {"quant_method": "modelopt", **json.loads(beside.read_text("utf-8"))}
     if bits is not None and stored is not None:
         config.quantization_config = narrowed(stored, bits)
     name = (config.architectures or [""])[0]

@@ -1,15 +1,16 @@
 """Where the packed weights of a checkpoint go in the transformers model, decided from headers alone.
 
 For each packed weight on disk the name its dense weight would have is sent through transformers' renaming rules, as any
-tensor's is. That leads to one of four places:
+tensor's is. That leads to one of five places:
 
     a linear's weight      the linear is replaced by `kernels.Linear` and stays packed (a GPT-2 Conv1D as well)
     a part of a parameter  experts that transformers fuses into one 3-D parameter: decoded, and handed to its own rule
     a slice of a stack     `...experts.E.gate_up_proj` where the model has `...experts.gate_up_proj` [E, ., .]: decoded, stacked
+    a whole stack          `...experts.gate_up_proj` with all experts in its tensors (gpt-oss)
     any other parameter    decoded
 
-Nothing here reads a weight. The one exception are column indices (GPTQ's g_idx, K integers each): whether their groups
-are even decides whether a linear can stay packed.
+Nothing here reads a weight. Read are column indices (GPTQ's g_idx, K integers each), since whether their groups are even
+decides whether a linear can stay packed, and the factors of two-level scales, which must agree where gate and up are joined.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ from transformers.pytorch_utils import Conv1D
 from aerogel.errors import BadInput
 from aerogel.model.experts import Stack, stacks_of
 from aerogel.model.reader import Entry
-from aerogel.pack.config import format_of
+from aerogel.pack.config import choose_format, format_of
 from aerogel.pack.scheme import Scheme
 from aerogel.pack.source import Source, UnevenGroups, order_of
 from aerogel.quantize.planes import PlaneGrid
 from aerogel.quantize.sidecars import NAMES as SIDECARS
 from aerogel.quantize.sidecars import with_sidecars
+from aerogel.quantize.tables import TableGrid
 
+FACTORS = ("weight_scale_2", "weight_global_scale", "weight_factor")
+"""Local names of the one number that scales in eight bits are multiplied or divided by."""
 NUMBERED = re.compile(r"(?P<stem>.+)\.(?P<number>\d+)\.(?P<leaf>[^.]+)")
 
 
@@ -51,6 +55,7 @@ class Placement:
     transposed: whether the disk of the dense model has it as [K, N].
     stack: its index in a stack of matrices on disk, or None.
     dense_name: the tensor's name in a dense checkpoint of this model.
+    whole: whether its tensors hold all experts of a layer, along their first axis.
     expert: whether it stays packed as one of a layer's experts, see `Plan.stacks`.
     """
 
@@ -63,6 +68,7 @@ class Placement:
     transposed: bool = False
     stack: int | None = None
     dense_name: str = ""
+    whole: bool = False
     expert: bool = False
 
     @property
@@ -97,7 +103,7 @@ def make_plan(model: PreTrainedModel, header: Mapping[str, Entry], source: Sourc
         model: on the meta device, still dense.
         header: the entries of all tensors on disk.
         source: reads this kind of checkpoint.
-        read: gives a tensor by its name on disk; called for column indices only.
+        read: gives a tensor by its name on disk; called for column indices and factors only.
 
     Returns:
         The plan; `homeless` lists packed weights that the model has no place for.
@@ -176,8 +182,25 @@ class _Planner:
             if isinstance(made, str):
                 unpacked[path] = made
             else:
-                stacks |= made
+                stacks |= {parameter: self._one_factor(stack, parameters[parameter]) for parameter, stack in made.items()}
         return stacks, unpacked
+
+    def _one_factor(self, stack: Stack, items: list[Placement]) -> Stack:
+        """The stack, on a grid with wider scales where matrices that are joined (gate and up) have factors that differ."""
+        grid = stack.scheme.grid
+        if not isinstance(grid, TableGrid) or not grid.two_level or all(len(places) == 1 for places in stack.parts):
+            return stack
+        factors = [[self._factor(items[place]) for place in places] for places in stack.parts]
+        if all(one == parts[0] for parts in factors for one in parts):
+            return stack
+        wide = replace(grid, scale_dtype=torch.float32)
+        return replace(stack, scheme=Scheme(format=choose_format(wide).name, grid=wide))
+
+    def _factor(self, item: Placement) -> float:
+        local = next((local for local in FACTORS if local in item.tensors), None)
+        if local is None:
+            raise BadInput(f"{item.name} has none of {', '.join(FACTORS)}; the checkpoint is not whole, get it again")
+        return float(self.read(item.tensors[local]))
 
     def _in_order(self, item: Placement) -> bool:
         index = item.tensors.get(self.source.index)
@@ -198,7 +221,11 @@ class _Planner:
     def _place(self, name: str, tensors: Mapping[str, str]) -> Placement | None:
         dense_name = f"{name}.weight"
         parameter, pattern = self._target(dense_name)
-        stack = None
+        stack, whole = None, False
+        if parameter not in self.wanted:
+            parameter, pattern = self._target(name)
+            whole = parameter in self.wanted and self.wanted[parameter].ndim == 3
+            dense_name = name if whole else dense_name
         if parameter not in self.wanted:
             numbered = NUMBERED.fullmatch(name)
             if numbered is None:
@@ -210,17 +237,18 @@ class _Planner:
         owner = self.model.get_submodule(parameter.rpartition(".")[0])
         scheme = self._scheme(name, tensors, parameter, owner)
         tensors = _wanted(tensors, scheme)
-        transposed = isinstance(owner, Conv1D) if stack is None else bool(getattr(owner, "is_transposed", False))
+        transposed = bool(getattr(owner, "is_transposed", False)) if whole or stack is not None else isinstance(owner, Conv1D)
         return Placement(
             name=name,
             tensors=tensors,
             scheme=scheme,
             parameter=parameter,
             pattern=pattern,
-            packed=stack is None and pattern is None and self._stays_packed(tensors, scheme, parameter, owner),
+            packed=not whole and stack is None and pattern is None and self._stays_packed(tensors, scheme, parameter, owner),
             transposed=transposed,
             stack=stack,
             dense_name=dense_name,
+            whole=whole,
         )
 
     def _scheme(self, name: str, tensors: Mapping[str, str], parameter: str, owner: nn.Module) -> Scheme:
@@ -249,6 +277,11 @@ def _wanted(tensors: Mapping[str, str], scheme: Scheme) -> Mapping[str, str]:
     return {local: name for local, name in tensors.items() if local in read}
 
 
+def of_expert(tensors: Mapping[str, Tensor], expert: int) -> dict[str, Tensor]:
+    """The tensors of one expert among those of a whole stack."""
+    return {local: tensor[expert] for local, tensor in tensors.items()}
+
+
 def features(module: nn.Module) -> tuple[int, int]:
     """(N, K) of an `nn.Linear` or a Conv1D."""
     if isinstance(module, Conv1D):
@@ -259,9 +292,14 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 def decoded(placement: Placement, source: Source, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """The dense tensor of one placement, as a dense checkpoint's disk has it: [N, K], or [K, N] where transposed."""
+    """The dense tensor of one placement, as a dense checkpoint's disk has it: [N, K], or [K, N] where transposed; [E, ., .] of
+    a whole stack."""
     if placement.scheme is None:
         return source.opened(tensors)[""].to(dtype)
     tensors = source.opened(tensors)
+    if placement.whole:
+        one = replace(placement, whole=False)
+        experts = range(len(next(iter(tensors.values()))))
+        return torch.stack([decoded(one, source, of_expert(tensors, e), dtype) for e in experts])
     weight = with_sidecars(source.columns(placement.name, tensors, placement.scheme).dense(dtype), tensors, placement.name)
     return weight.T.contiguous() if placement.transposed else weight

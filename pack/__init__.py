@@ -22,6 +22,7 @@ SOURCES: dict[str, str] = {
     "modelopt": "aerogel.pack.modelopt:ModelOpt",
     "auto-round": "aerogel.pack.auto_round:auto_round",
     "bitnet": "aerogel.pack.bitnet:Bitnet",
+    "mxfp4": "aerogel.pack.gpt_oss:GptOss",
     "entropy": "aerogel.model.entropy:EntropyCoded",
 }
 """`quant_method` of a config.json (`entropy` where it has such an entry) to what makes the reader of its checkpoints, an

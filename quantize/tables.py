@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Self
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
-from aerogel.quantize.codes import Params, check_group_size, grouped, row_slices
+from aerogel.quantize.codes import Codes, Grid, Params, check_group_size, grouped, row_slices
 from aerogel.quantize.levels import Levels
 from aerogel.quantize.ranges import Search, Step, curvature_blocks, group_cost, search_steps
 from aerogel.quantize.rounder import Rounder
@@ -343,3 +343,14 @@ def _blocks(w_NK: Tensor, mask_NK: Tensor | None, size: int, tall: int) -> Itera
 def _levels_on(grid: TableGrid, table: int, device: torch.device, dtype: torch.dtype) -> Levels:
     """One table of a grid, ready for lookups on a device."""
     return Levels.of(grid.tables[table]).to(device, dtype)
+
+
+def without_factor(codes: Codes, grid: Grid) -> Codes:
+    """The same weight, bit for bit, with its factor multiplied into scales of float32.
+
+    Raises:
+        BadInput: `grid` is not the codes' own with `scale_dtype` float32.
+    """
+    if not isinstance(codes.grid, TableGrid) or grid != replace(codes.grid, scale_dtype=torch.float32):
+        raise BadInput(f"{codes.grid} with its factor in its scales is not {grid}")
+    return replace(codes, scale_NG=codes.effective_scale().float(), factor=None, grid=grid)

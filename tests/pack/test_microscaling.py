@@ -90,8 +90,37 @@ def test_modelopt_is_read_exactly() -> None:
     assert torch.equal(stored.decode(stored.encode(found.codes), scheme.grid), wanted)
     with pytest.raises(BadInput, match="weight_scale"):
         source.scheme(("m.q_proj",), {"weight": torch.uint8, "weight_scale_2": torch.float32}, ("Linear",))
-    with pytest.raises(NotServed, match="FP8"):
-        open_source({"quant_method": "modelopt", "quant_algo": "FP8"})
+    with pytest.raises(NotServed, match="pre_quant_scale"):
+        source.scheme(("m.q_proj",), dict.fromkeys((*held, "pre_quant_scale"), torch.float32), ("Linear",))
+    with pytest.raises(NotServed, match="W4A8_AWQ"):
+        open_source({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"})
+
+
+FP8_SCALES = {"FP8": (), "FP8_PER_CHANNEL_PER_TOKEN": (130,), "FP8_PB_WO": (2, 1, 3, 1)}
+
+
+@pytest.mark.parametrize("algorithm", FP8_SCALES)
+def test_fp8_of_modelopt_is_read_exactly(algorithm: str) -> None:
+    weight = torch.randn(130, 300).to(torch.float8_e4m3fn)
+    scale = torch.rand(FP8_SCALES[algorithm]) + 0.5
+    source = open_source({"quant_method": "modelopt", "quantization": {"quant_algo": algorithm}})
+    held = {"weight": weight, "weight_scale": scale, "input_scale": torch.tensor(0.1)}
+    scheme = source.scheme(("a",), {local: t.dtype for local, t in held.items()}, ("Linear",))
+    assert scheme.activations == ("fp8" if "TOKEN" in algorithm else "none")
+    spread = scale.reshape(2, 3).repeat_interleave(128, 0).repeat_interleave(128, 1)[:130, :300] if "PB" in algorithm else scale
+    wanted = weight.float() * (spread[:, None] if spread.dim() == 1 else spread)
+    assert torch.equal(source.read(held, scheme).dense(), wanted)
+    with pytest.raises(BadInput, match="weight_scale"):
+        source.read({**held, "weight_scale": torch.ones(7)}, scheme)
+
+
+def test_mixed_modelopt_goes_by_layer() -> None:
+    layers = {"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "NVFP4", "group_size": 16}}
+    source = open_source({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
+    header = {"weight": torch.uint8, "weight_scale": torch.float32, "weight_scale_2": torch.float32}
+    assert [source.scheme((name,), header, ("Linear",)).format for name in "ab"] == ["float-quantized", "table-packed"]
+    with pytest.raises(BadInput, match="quantized_layers"):
+        source.scheme(("c",), header, ("Linear",))
 
 
 def test_blocks_of_gpt_oss_are_the_same_numbers() -> None:
