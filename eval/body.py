@@ -33,7 +33,7 @@ LARGEST_IN_MEMORY = 2 << 30
 def vocabulary_of(model: PreTrainedModel) -> int:
     """Rows of the input embedding."""
     embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
+    return int(embedding.num_embeddings)
 
 
 class Recorded:

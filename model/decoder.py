@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from aerogel.errors import BadInput, RunFailed
+from aerogel.kernels.embedding import PackedEmbedding
 from aerogel.kernels.experts import ExpertLinear, replace_experts, stacked
 from aerogel.kernels.linear import Linear, stored_shapes
 from aerogel.kernels.sidecars import SidecarLinear
@@ -201,9 +202,11 @@ def replace_linear(model: PreTrainedModel, item: Placement, bias_on_disk: bool, 
     # the file in any case, and transformers leaves a module alone that says it is initialised.
     model.get_submodule(item.module.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
     if model.all_tied_weights_keys.pop(item.parameter, None) is not None:
-        # A packed head has its own tensors, so the embedding stays dense and alone.
+        # A packed head has its own tensors: the embedding stays dense and alone, or reads the head's.
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False
+    if item.embedding is not None:
+        model.set_submodule(item.embedding, PackedEmbedding(made))
 
 
 def pack_experts(model: PreTrainedModel, parameter: str, stack: Stack) -> None:

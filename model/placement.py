@@ -57,6 +57,7 @@ class Placement:
     dense_name: the tensor's name in a dense checkpoint of this model.
     whole: whether its tensors hold all experts of a layer, along their first axis.
     expert: whether it stays packed as one of a layer's experts, see `Plan.stacks`.
+    embedding: path of the embedding that looks up rows of it, where it is a tied head; None for any other weight.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Placement:
     dense_name: str = ""
     whole: bool = False
     expert: bool = False
+    embedding: str | None = None
 
     @property
     def module(self) -> str:
@@ -237,6 +239,10 @@ class _Planner:
         owner = self.model.get_submodule(parameter.rpartition(".")[0])
         scheme = self._scheme(name, tensors, parameter, owner)
         tensors = _wanted(tensors, scheme)
+        head = self._head_of(owner, parameter) if stack is None and pattern is None else None
+        if head is not None and self._stays_packed(tensors, scheme, head, self.model.get_submodule(head.rpartition(".")[0])):
+            path = parameter.rpartition(".")[0]
+            return Placement(name=name, tensors=tensors, scheme=scheme, parameter=head, packed=True, embedding=path)
         transposed = bool(getattr(owner, "is_transposed", False)) if whole or stack is not None else isinstance(owner, Conv1D)
         return Placement(
             name=name,
@@ -250,6 +256,15 @@ class _Planner:
             dense_name=dense_name,
             whole=whole,
         )
+
+    def _head_of(self, owner: nn.Module, parameter: str) -> str | None:
+        """The parameter of the output head that is tied to this embedding, if a packed weight can serve both."""
+        plain = isinstance(owner, nn.Embedding) and type(owner).forward is nn.Embedding.forward and owner.max_norm is None
+        head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
+        tied = [name for name, stored in (self.model.all_tied_weights_keys or {}).items() if stored == parameter]
+        if not plain or head is None or len(tied) != 1:
+            return None
+        return tied[0] if self.model.get_submodule(tied[0].rpartition(".")[0]) is head else None
 
     def _scheme(self, name: str, tensors: Mapping[str, str], parameter: str, owner: nn.Module) -> Scheme:
         header = {local: self.header[tensor].dtype for local, tensor in tensors.items()}

@@ -71,8 +71,7 @@ def siblings(model: PreTrainedModel) -> list[list[str]]:
 
         return answer
 
-    weight: Any = model.get_input_embeddings().weight
-    ids_11 = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
+    ids_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     with _replaced({module: stand_in(name, module) for name, module in linears.items()}), torch.inference_mode():
         model(input_ids=ids_11, use_cache=False)
     return [names for names in seen.values() if len(names) > 1]

@@ -4,9 +4,9 @@ On a CPU a step of a small model is bound by what lies between the matmuls: thre
 looks up a dozen addresses. But every tensor of a step has the same shape at every step, so each gets its place in memory
 once, its operation becomes a C struct with those addresses, and the whole run of structs is handed over at once.
 
-    packed linears on the CPU's own kernel, norms, gates, attention      an entry of a native run
+    packed linears and embeddings, norms, gates, attention                an entry of a native run
     views                                                                nothing: they were taken once, of the same memory
-    everything else (embedding, angles, a dense head)                    called from Python between two runs, result copied
+    everything else (a dense embedding or head, angles)                  called from Python between two runs, result copied
 
 What cannot be treated so (an operator that writes into its argument, a tensor that moves) refuses with the reason, and the
 step runs as the plain function it was. The result is the same memory at every step and is handed out as a copy.
@@ -24,12 +24,13 @@ from torch import Tensor, fx
 
 from aerogel.kernels.decode import native_ops
 from aerogel.kernels.decode.trace import CannotTrace, Seen
+from aerogel.kernels.embedding import PackedEmbedding, wanted
 from aerogel.kernels.gemm import cpu_lookup
 from aerogel.kernels.gemm.cpu import Native, structs
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 
-KINDS = {"gemm": 0, "attend": 1, "norm": 2, "gate": 3, "lookup": 4}
+KINDS = {"gemm": 0, "attend": 1, "norm": 2, "gate": 3, "lookup": 4, "rows": 5}
 _OWN = {getattr(torch.ops.aerogel, name).default: name for name in ("attend", "add_rms_norm", "rms_norm", "gate")}
 FEWEST = 8
 """Native operations below which the plain function is as good."""
@@ -97,6 +98,9 @@ class NativeProgram:
         module = getattr(target, "module", None) or getattr(target, "__self__", None)
         if isinstance(module, Linear):
             result = self._linear(node, module, args[0])
+            return result if result is not None else self._python(node, args, kwargs)
+        if isinstance(module, PackedEmbedding):
+            result = self._rows(node, module, args[0])
             return result if result is not None else self._python(node, args, kwargs)
         if target in _OWN:
             result = getattr(self, f"_{_OWN[target]}")(node, *args, **kwargs)
@@ -173,6 +177,14 @@ class NativeProgram:
         call = cpu_lookup.call_of(rows, bias, y, cpu_lookup.numerics_of(rows.dtype))
         library.check(library.library().aerogel_native_lookup_check(ctypes.byref(weight)), "a weight of tables")
         self._queue("lookup", weight, call, layout, bias, rows, y)
+        return y
+
+    def _rows(self, node: fx.Node, module: PackedEmbedding, ids: Tensor) -> Tensor | None:
+        weight = module.weight()
+        if weight is None or ids.dtype != torch.int64 or not ids.is_contiguous():
+            return None
+        y = _place(node)
+        self._queue("rows", weight, wanted(ids, y), module.head.held(), ids, y)
         return y
 
     def _rms_norm(self, node: fx.Node, x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor | None:

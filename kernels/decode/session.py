@@ -35,6 +35,7 @@ from aerogel.kernels.decode.reading import Parts, parts_of
 from aerogel.kernels.decode.sample import Sampling, pick
 from aerogel.kernels.decode.slots import Mode, SlotCache, State
 from aerogel.kernels.decode.trace import CannotTrace, Program, clean, trace
+from aerogel.kernels.embedding import PackedEmbedding
 from aerogel.kernels.linear import Linear
 from aerogel.lazy import load
 
@@ -148,8 +149,10 @@ class Session:
                 return self._forward(token_B1, position_B1, valid_BL if mode == "mask" else None, self.cache)
 
         try:
-            linears = [module for module in self.model.modules() if isinstance(module, Linear) and not isinstance(module, Part)]
-            graph = trace(step, *self._arguments(), whole={module: straight(module) for module in linears})
+            modules = [module for module in self.model.modules() if not isinstance(module, Part)]
+            whole: dict[Any, Callable[[Tensor], Tensor]] = {m: straight(m) for m in modules if isinstance(m, Linear)}
+            whole |= {m: m.straight() for m in modules if isinstance(m, PackedEmbedding)}
+            graph = trace(step, *self._arguments(), whole=whole)
         finally:
             self.cache.state = self.state
         self.fused = {} if ops.missing(self.model.device) else fuse(graph)

@@ -272,19 +272,7 @@ def structs(
         chosen = cpu_table.choice_for(numerics, codes.shape[-1] // 64, group, N, K, M)
         if chosen is not None:
             path, threads = library.PATHS.index(chosen.path), chosen.threads
-    weight = library.Weight(
-        codes.data_ptr(),
-        scale.data_ptr(),
-        None if zero is None else zero.data_ptr(),
-        codes.nbytes,
-        scale.nbytes,
-        0 if zero is None else zero.nbytes,
-        N,
-        K,
-        group,
-        codes.shape[-1] // 64,
-        kinds[scale.dtype],
-    )
+    weight = weight_of(codes, scale, zero, N, K, group)
     call = library.Call(
         x_MK.data_ptr(),
         None if bias_N is None else bias_N.data_ptr(),
@@ -300,6 +288,23 @@ def structs(
         threads or torch.get_num_threads(),
     )
     return weight, call
+
+
+def weight_of(codes: Tensor, scale: Tensor, zero: Tensor | None, N: int, K: int, group: int) -> library.Weight:
+    """The struct of a weight [N, K] in this layout: valid while its tensors live."""
+    return library.Weight(
+        codes.data_ptr(),
+        scale.data_ptr(),
+        None if zero is None else zero.data_ptr(),
+        codes.nbytes,
+        scale.nbytes,
+        0 if zero is None else zero.nbytes,
+        N,
+        K,
+        group,
+        codes.shape[-1] // 64,
+        library.TYPES[scale.dtype],
+    )
 
 
 def _operator(

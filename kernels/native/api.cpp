@@ -5,6 +5,7 @@
 
 #include "paths.h"
 #include "pool.h"
+#include "rows.h"
 
 using namespace aerogel;
 
@@ -58,7 +59,7 @@ thread_local volatile uint64_t kept_sum;  // what a reader found: without a use 
 
 }  // namespace
 
-int32_t aerogel_native_version() { return 5; }
+int32_t aerogel_native_version() { return 6; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });
@@ -85,6 +86,17 @@ int32_t aerogel_native_gemm(const Weight* weight, const Call* call) {
     Call bounded = *call;
     bounded.threads = call->threads < 1 ? 1 : call->threads > kMostThreads ? kMostThreads : call->threads;
     return run(*weight, bounded);
+}
+
+int32_t aerogel_native_rows(const Weight* weight, const Rows* wanted) {
+    const Status status = check_weight(*weight);
+    if (status != kDone) return status;
+    if (!known_type(wanted->type)) return kBadType;
+    if (wanted->count < 0 || wanted->count > (int64_t{1} << 28)) return kBadShape;
+    const int64_t size = type_size(wanted->type);
+    if (wanted->to_bytes != wanted->count * weight->columns * size) return kTruncatedActivations;
+    if (misaligned(wanted->to, size) || misaligned(wanted->ids, sizeof(int64_t))) return kMisaligned;
+    return decode_rows(*weight, *wanted);
 }
 
 int32_t aerogel_native_attend(const Attend* a) {
@@ -123,6 +135,9 @@ int32_t aerogel_native_program(const Operation* operations, int64_t count, int64
             case kAttend: status = aerogel_native_attend(static_cast<const Attend*>(each.arguments)); break;
             case kLookup:
                 status = aerogel_native_lookup(static_cast<const Lookup*>(each.arguments), static_cast<const Call*>(each.more));
+                break;
+            case kRows:
+                status = aerogel_native_rows(static_cast<const Weight*>(each.arguments), static_cast<const Rows*>(each.more));
                 break;
             case kNorm: status = aerogel_native_norm(static_cast<const Norm*>(each.arguments)); break;
             case kGate: status = aerogel_native_gate(static_cast<const Gate*>(each.arguments)); break;

@@ -31,6 +31,9 @@ PUBLIC int32_t aerogel_native_lookup_check(const aerogel::Lookup* weight);
 PUBLIC int32_t aerogel_native_lookup_decode(const aerogel::Lookup* weight, int64_t first, int64_t count, int32_t threads,
                                             void* to, int64_t bytes);
 
+// Rows of a weight, decoded: an embedding. Returns a Status, kNoSuchRow for an id that is no row.
+PUBLIC int32_t aerogel_native_rows(const aerogel::Weight* weight, const aerogel::Rows* wanted);
+
 // Small operations of a decode step on the best path of this machine; arguments: step_structs.h. Return a Status.
 PUBLIC int32_t aerogel_native_attend(const aerogel::Attend* arguments);
 PUBLIC int32_t aerogel_native_norm(const aerogel::Norm* arguments);

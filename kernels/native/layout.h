@@ -45,6 +45,7 @@ enum Status : int32_t {
     kTruncatedActivations = 10,
     kOutOfMemory = 11,
     kBadTable = 12,
+    kNoSuchRow = 13,
 };
 
 struct Weight {

@@ -16,7 +16,7 @@ import torch
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.native.build import FOLDER, LIBRARY
 
-VERSION = 5
+VERSION = 6
 """Of the C interface: structs, codes and layout."""
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -36,6 +36,7 @@ STATUS = {
     9: "this machine or this build has no such instruction-set path",
     10: "activations, result or bias have another size than the shapes imply",
     12: "the tables have another size than their number implies, or a group picks one that is not there",
+    13: "a row is asked for that is not there",
 }
 OUT_OF_MEMORY = 11
 
@@ -74,6 +75,16 @@ class Call(ctypes.Structure):
     ]
 
 
+class Rows(ctypes.Structure):
+    """Rows of a packed weight that are wanted, decoded."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("ids", "to")),
+        *((name, ctypes.c_int64) for name in ("count", "to_bytes")),
+        ("type", ctypes.c_int32),
+    ]
+
+
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
@@ -91,6 +102,7 @@ def _load() -> ctypes.CDLL | str:
     if version != VERSION:
         return f"was compiled from other sources (version {version}, wanted {VERSION}); reinstall aerogel"
     library.aerogel_native_gemm.argtypes = [ctypes.POINTER(Weight), ctypes.POINTER(Call)]
+    library.aerogel_native_rows.argtypes = [ctypes.POINTER(Weight), ctypes.POINTER(Rows)]
     library.aerogel_native_lookup.argtypes = [ctypes.POINTER(Lookup), ctypes.POINTER(Call)]
     library.aerogel_native_lookup_check.argtypes = [ctypes.POINTER(Lookup)]
     library.aerogel_native_lookup_decode.argtypes = [

@@ -34,13 +34,20 @@ struct Gate {
     int32_t type;
 };
 
-// One operation of a program: a matmul (Weight or Lookup, and Call) or one of the above.
-enum Kind : int32_t { kGemm = 0, kAttend = 1, kNorm = 2, kGate = 3, kLookup = 4 };
+struct Rows {
+    const int64_t* ids;  // [count]: rows of a weight
+    void* to;            // [count, columns]
+    int64_t count, to_bytes;
+    int32_t type;
+};
+
+// One operation of a program: a matmul (Weight or Lookup, and Call), rows of a weight (Weight and Rows) or one of the above.
+enum Kind : int32_t { kGemm = 0, kAttend = 1, kNorm = 2, kGate = 3, kLookup = 4, kRows = 5 };
 
 struct Operation {
     int32_t kind, reserved;
     const void* arguments;
-    const void* more;  // the Call of a matmul
+    const void* more;  // the Call or Rows beside a weight
 };
 
 }  // namespace aerogel

@@ -1,0 +1,61 @@
+// Rows of a packed weight as numbers, (u - 2^(bits-1) - zero) * scale: what an embedding looks up.
+//
+// A token needs one row of many, a few hundred codes, so they are taken one by one and without special instructions.
+#define UNIT rows
+#include "rows.h"
+
+#include "vector.h"
+
+namespace aerogel {
+namespace {
+
+using namespace rows;
+
+// Codes u of the 32 columns of a tile, of the row that lies in `lane` of its strip; the limbs are those of layout.h.
+void tile_codes(const uint8_t* tile, int64_t lane, int bits, int32_t (&u)[kTile]) {
+    memset(u, 0, sizeof u);
+    int value = 0;
+    for (int width : {8, 4, 2, 1}) {
+        if (bits == 8 ? width != 8 : width == 8 || !(bits & width)) continue;
+        const int per = 8 / width;
+        for (int k = 0; k < kTile; ++k) {
+            const int step = k / 4;
+            const int byte = tile[kVector * (step / per) + 4 * lane + k % 4];
+            u[k] |= (byte >> (width * (step % per)) & ((1 << width) - 1)) << value;
+        }
+        tile += kVector * width;
+        value += width;
+    }
+}
+
+void decode_row(const Weight& weight, int64_t row, void* to, int64_t at, int32_t type) {
+    const int64_t strip = row / kStrip, lane = row % kStrip, tiles = ceil_div(weight.columns, kTile);
+    const int64_t group = weight.group ? weight.group : weight.columns, groups = ceil_div(weight.columns, group);
+    const uint8_t* codes = static_cast<const uint8_t*>(weight.codes) + strip * tiles * kVector * weight.bits;
+    for (int64_t begin = 0; begin < weight.columns; begin += kTile, codes += kVector * weight.bits) {
+        int32_t u[kTile];
+        float value[kTile];
+        tile_codes(codes, lane, weight.bits, u);
+        const int count = static_cast<int>(weight.columns - begin < kTile ? weight.columns - begin : kTile);
+        for (int first = 0; first < count; first += 16) {  // whose columns share a group
+            const int64_t factor = (strip * groups + (begin + first) / group) * kStrip + lane;
+            const float scale = read_float(weight.scale, factor, weight.scale_type);
+            const int32_t zero = weight.zero ? static_cast<const int8_t*>(weight.zero)[factor] : 0;
+            const int32_t offset = (1 << (weight.bits - 1)) + zero;
+            for (int k = first; k < first + 16; ++k) value[k] = static_cast<float>(u[k] - offset) * scale;
+            store_floats(to, at + begin + first, type, value + first, count - first < 16 ? count - first : 16);
+        }
+    }
+}
+
+}  // namespace
+
+Status decode_rows(const Weight& weight, const Rows& wanted) {
+    for (int64_t i = 0; i < wanted.count; ++i) {
+        if (wanted.ids[i] < 0 || wanted.ids[i] >= weight.rows) return kNoSuchRow;
+    }
+    for (int64_t i = 0; i < wanted.count; ++i) decode_row(weight, wanted.ids[i], wanted.to, i * weight.columns, wanted.type);
+    return kDone;
+}
+
+}  // namespace aerogel
