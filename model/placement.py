@@ -239,10 +239,18 @@ class _Planner:
         owner = self.model.get_submodule(parameter.rpartition(".")[0])
         scheme = self._scheme(name, tensors, parameter, owner)
         tensors = _wanted(tensors, scheme)
-        head = self._head_of(owner, parameter) if stack is None and pattern is None else None
+        head = self._head_of(owner, parameter) if stack is None and pattern is None and not whole else None
         if head is not None and self._stays_packed(tensors, scheme, head, self.model.get_submodule(head.rpartition(".")[0])):
             path = parameter.rpartition(".")[0]
-            return Placement(name=name, tensors=tensors, scheme=scheme, parameter=head, packed=True, embedding=path)
+            return Placement(
+                name=name,
+                tensors=tensors,
+                scheme=scheme,
+                parameter=head,
+                packed=True,
+                dense_name=dense_name,
+                embedding=path,
+            )
         transposed = bool(getattr(owner, "is_transposed", False)) if whole or stack is not None else isinstance(owner, Conv1D)
         return Placement(
             name=name,

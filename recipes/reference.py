@@ -73,6 +73,9 @@ stages:
 head that is tied to the embedding is untied: it gets packed tensors of its own, the embedding stays as it is, and
 config.json says `tie_word_embeddings: false`. `plan` and the report list it as `was tied to the embedding`; the checkpoint
 grows by those bytes. It can be calibrated (`gptq`) as well as rounded, but neither scaled nor, while tied, only pruned.
+
+Where the two are tied, `targets: [Embedding]` is the better choice (as in `w4-cpu`): one packed weight serves both, the
+embedding looks its rows up in the head's codes, and the checkpoint shrinks. Such a checkpoint loads in aerogel only.
 """
 
 

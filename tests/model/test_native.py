@@ -17,6 +17,8 @@ from tests.model.tiny import GPTQ, RTN, digest, ids_file, recipe
 from transformers import AutoModelForCausalLM
 
 from aerogel.errors import BadInput
+from aerogel.kernels.decode.loop import Decoder
+from aerogel.kernels.embedding import PackedEmbedding
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 from aerogel.model.compress import REPORT_NAME, compress
@@ -269,3 +271,41 @@ def test_recipes_say_what_is_wrong() -> None:
     with pytest.raises(BadInput, match="native-cuda"):
         recipe(None, RTN, pack={"layout": "nativ-cuda"})
     assert Recipe.load("w4-fast", ["pack.layout=native"]).pack.layout == "native"
+
+
+@compiled
+@pytest.mark.parametrize("layout", ["portable", "native-cpu"])
+def test_a_packed_embedding_serves_the_tied_head(tmp_path: Path, layout: str) -> None:
+    dense = zoo.save("qwen3", tmp_path / "dense", dtype=torch.float32)
+    embedding = {"quantize": {"method": "rtn", "bits": 8, "group_size": 16, "targets": ["Embedding"], "ignore": []}}
+    compress(dense, recipe(None, RTN, embedding, pack={"layout": layout}), tmp_path / "out")
+    names = {entry.name for entry in CheckpointReader(tmp_path / "out")}
+    assert not any(name.startswith("lm_head") or name == "model.embed_tokens.weight" for name in names)
+    model = load(tmp_path / "out", merge=True)
+    assert isinstance(model.get_input_embeddings(), PackedEmbedding) and isinstance(model.get_output_embeddings(), Linear)
+    largest = max(tensor.numel() for tensor in [*model.parameters(), *model.buffers()] if tensor.is_floating_point())
+    assert largest < 128 * 32, "something dense of the table's size is held"
+    export_dense(tmp_path / "out", tmp_path / "decoded")
+    found, wanted = logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "decoded"))
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@compiled
+def test_a_packed_embedding_is_part_of_the_compiled_step(tmp_path: Path) -> None:
+    dense = zoo.save("qwen3", tmp_path / "dense", dtype=torch.float32)
+    embedding = {"quantize": {"method": "rtn", "bits": 8, "group_size": 16, "targets": ["Embedding"], "ignore": []}}
+    compress(dense, recipe(None, RTN, embedding), tmp_path / "out")
+    model = load(tmp_path / "out", merge=True)
+    prompt = torch.tensor([3, 14, 15])
+    plain, fused = Decoder(model, "plain"), Decoder(model)
+    assert list(fused.stream([prompt], 8)) == list(plain.stream([prompt], 8))
+    assert fused.session is not None and fused.session.not_native is None
+
+
+def test_a_scaled_embedding_is_decoded_as_before(tmp_path: Path) -> None:
+    dense = zoo.save("gemma3_text", tmp_path / "dense", dtype=torch.float32)
+    embedding = {"quantize": {"method": "rtn", "bits": 8, "group_size": 16, "targets": ["Embedding"], "ignore": []}}
+    compress(dense, recipe(None, embedding), tmp_path / "out")
+    model = load(tmp_path / "out")
+    export_dense(tmp_path / "out", tmp_path / "decoded")
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "decoded")))
