@@ -123,3 +123,6 @@ class _Pruner:
     def column(self, i: int, target_N: Tensor, out: Tensor) -> None:
         """Kept values as they are, zero for the others."""
         torch.mul(target_N, self.mask_KN[i], out=out)
+
+    def at_once(self) -> None:
+        """No: what is kept is decided as columns come."""

@@ -196,3 +196,6 @@ class _Updated:
         self.rounder.column(i, target_N, out)
         if self.mask_KN is not None:
             out.mul_(self.mask_KN[i])
+
+    def at_once(self) -> None:
+        """No: scales change between the groups of a sweep."""

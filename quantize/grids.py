@@ -18,9 +18,9 @@ Shape legend: N out features, K in features, G groups along K, g members of a gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ from aerogel.quantize.codes import (
 from aerogel.quantize.ranges import Search, Step, curvature_blocks, search_steps
 from aerogel.quantize.rounder import Rounder
 from aerogel.quantize.scales import check_wide, rounded
+
+if TYPE_CHECKING:
+    from aerogel.kernels.rounding.columns import Columns
 
 __all__ = [
     "BLOCK",
@@ -166,7 +169,7 @@ class IntGrid:
 
     def rounder(self, params: Params, N: int, K: int, dtype: torch.dtype = torch.float32) -> Rounder:
         """Column-wise rounding with these scales."""
-        return Rounder(self, self.step(params, dtype), N, K)
+        return IntRounder(self, self.step(params, dtype), N, K)
 
     def encode(self, w_NK: Tensor, params: Params) -> Tensor:
         """Nearest codes, int8 [N, K]."""
@@ -193,6 +196,14 @@ class IntGrid:
             scale = params.scale_NG[rows].float().repeat_interleave(size, 1)[:, :K]
             zero = None if params.zero_NG is None else params.zero_NG[rows].float().repeat_interleave(size, 1)[:, :K]
             yield rows, x_NK[rows], scale, zero
+
+
+class IntRounder(Rounder):
+    """Snaps columns to integers times their scales."""
+
+    def at_once(self, order: Sequence[int], mask_KN: Tensor | None) -> Columns | None:
+        """As in `Rounder`."""
+        return self._columns(order, mask_KN)
 
 
 @dataclass(frozen=True, kw_only=True)

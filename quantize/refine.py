@@ -16,12 +16,16 @@ Shape legend: N out features, K in features, G groups; transposed [K, N] as in `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from aerogel.quantize.rounder import Rounder
 from aerogel.quantize.sweep import sweep
+
+if TYPE_CHECKING:
+    from aerogel.kernels.rounding.columns import Columns
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class OnGrid:
         self.rounder.column(self.order[i], target_N, out)
         if self.mask_KN is not None:
             out.mul_(self.mask_KN[i])
+
+    def at_once(self) -> Columns | None:
+        """The rounder's, where it has it."""
+        return self.rounder.at_once(self.order, self.mask_KN)
 
 
 def row_losses(d_KN: Tensor, h_KK: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Shape legend: N out features, K in features, G groups along K.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from aerogel.quantize.ranges import Step
 
 if TYPE_CHECKING:
+    from aerogel.kernels.rounding.columns import Columns
     from aerogel.quantize.codes import Grid, Params
+    from aerogel.quantize.levels import Levels
 
 
 class Rounder:
@@ -42,6 +45,22 @@ class Rounder:
     def column(self, column: int, w_N: Tensor, out: Tensor) -> Tensor:
         """Nearest grid values of one column, written to `out`."""
         return self.grid.snap(w_N, self._steps[column // self.size], out)
+
+    def at_once(self, order: Sequence[int], mask_KN: Tensor | None) -> Columns | None:
+        """What decides a run of columns in one launch, with the scales as they are now; None where there is no such thing
+        for this grid or device. `order`: the natural column of each place; `mask_KN`: in that order.
+        """
+        return None
+
+    def _columns(
+        self, order: Sequence[int], mask_KN: Tensor | None, tables: Levels | None = None, per_row: bool = False
+    ) -> Columns | None:
+        from aerogel.kernels.rounding.columns import Columns, missing
+
+        scale = self._steps[0].scale
+        if missing(scale.device, scale.dtype):
+            return None
+        return Columns.of(self._steps, self.size, order, mask_KN, tables, per_row=per_row)
 
     def replace(self, group: int, step_N: Step) -> None:
         """Other scales for one group; columns already snapped with the old ones are the caller's business."""

@@ -15,17 +15,21 @@ Descent: q_i is optimal given *all* other columns when it is q_i + (H d)_i / H_i
 
 Everything is [K, N], so a column is one contiguous run. Sums over earlier columns are taken when a column is due
 (left-looking), block by block: a matrix product for blocks of 128 and 32 columns, a matrix-vector product inside.
-Cost: N K^2 multiply-adds and about six small operations per column.
+Cost: N K^2 multiply-adds and about six small operations per column; on a GPU one launch per 32 columns where the chooser
+has it (`kernels/rounding`).
 
 Shape legend: N out features, K in features; X_KN is a weight transposed; L is [K, K], rows are read left of the diagonal.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from aerogel.kernels.rounding.columns import Columns
 
 BLOCK = 128
 INNER = 32
@@ -39,6 +43,9 @@ class Chooser(Protocol):
 
     def column(self, i: int, target_N: Tensor, out: Tensor) -> None:
         """Write the chosen values of column i to `out`."""
+
+    def at_once(self) -> Columns | None:
+        """What decides whole runs of columns in place of `column`, if there is such a thing here."""
 
 
 def sweep(base_KN: Tensor, reference_KN: Tensor, lower_KK: Tensor, chooser: Chooser, *, segment: int = BLOCK) -> Tensor:
@@ -66,6 +73,7 @@ class _State:
     def __init__(self, target: Tensor, reference: Tensor, lower: Tensor, chooser: Chooser, segment: int) -> None:
         self.target, self.reference, self.lower = target, reference, lower
         self.chooser, self.segment = chooser, segment
+        self.at_once = chooser.at_once()
         self.chosen = torch.empty_like(target)
         self.error = torch.empty_like(target)
 
@@ -84,9 +92,12 @@ class _State:
         return None
 
     def _columns(self, start: int, stop: int) -> None:
+        if self.at_once is not None:
+            return self.at_once(start, stop, self.target, self.reference, self.lower, self.chosen, self.error)
         for i in range(start, stop):
             target_N, chosen_N = self.target[i], self.chosen[i]
             if i > start:
                 target_N.addmv_(self.error[start:i].T, self.lower[i, start:i])
             self.chooser.column(i, target_N, chosen_N)
             torch.sub(self.reference[i], chosen_N, out=self.error[i])
+        return None

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from aerogel.quantize.levels import Levels
 from aerogel.quantize.ranges import Search, Step, curvature_blocks, group_cost, search_steps
 from aerogel.quantize.rounder import Rounder
 from aerogel.quantize.scales import DIGITS, as_stored, name_of, numbers_of_byte, rounded
+
+if TYPE_CHECKING:
+    from aerogel.kernels.rounding.columns import Columns
 
 BLOCK = 128
 """Outputs and inputs that share a scale where scales are per block."""
@@ -297,6 +300,10 @@ class TableRounder(Rounder):
             held = self._tables if isinstance(step.pick, int) else self._tables.pick(step.pick)
             nearest_N = held.nearest(units_N[:, None])[:, 0]
         return out.copy_(nearest_N.float() * step.scale.float())
+
+    def at_once(self, order: Sequence[int], mask_KN: Tensor | None) -> Columns | None:
+        """As in `Rounder`."""
+        return self._columns(order, mask_KN, self._tables, per_row=self._learned)
 
     def replace(self, group: int, step_N: Step) -> None:
         """Other scales for one group. Raises `BadInput` for fitted tables, which have none."""

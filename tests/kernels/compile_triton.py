@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aerogel.kernels.gemm import triton_words
+from aerogel.kernels.rounding.triton_columns import ROWS, columns_kernel
 
 TARGETS: dict[str, tuple[GPUTarget, int]] = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
@@ -44,6 +45,17 @@ def build(target: GPUTarget, bits: int, config: triton_words.Config) -> triton.c
     return triton.compile(source, target=target, options={"num_warps": config.warps, "num_stages": config.stages})
 
 
+def build_columns(target: GPUTarget, mode: int) -> triton.compiler.CompiledKernel:
+    """`columns_kernel` for masked columns, as a launch would build it."""
+    constants = {"MODE": mode, "BITS": 4, "MASKED": True, "RANGES": mode == 0, "ROWS": ROWS}
+    types = {"order_ptr": "*i32", "pick_ptr": "*i64", "low": "fp32", "high": "fp32"}
+    names = columns_kernel.arg_names
+    signature = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
+    signature |= types | dict.fromkeys(constants, "constexpr")
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    return triton.compile(ASTSource(columns_kernel, signature, constexprs), target=target, options={"num_warps": 1})
+
+
 def main(names: list[str]) -> int:
     wrong = 0
     for name in names or TARGETS:
@@ -55,6 +67,10 @@ def main(names: list[str]) -> int:
             shared = made.metadata.shared
             wrong += moved != 0 or shared > most
             print(f"{name} {bits} bits: {shared} bytes of shared memory, {moved} layouts converted in the loop")
+        for mode in range(4):
+            shared = build_columns(target, mode).metadata.shared
+            wrong += shared > 0
+            print(f"{name} columns, mode {mode}: {shared} bytes of shared memory")
     return int(wrong > 0)
 
 

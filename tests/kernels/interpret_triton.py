@@ -8,6 +8,7 @@ import sys
 import torch
 from tests.kernels.expert_weights import BOUND as GROUPED_BOUND
 from tests.kernels.expert_weights import FP8, GRIDS, experts_of, routing, wanted_of
+from tests.kernels.rounding_cases import failures, force
 from tests.kernels.word_weights import KINDS, applies, bound, error, weight_of
 
 from aerogel.kernels.experts import stacked
@@ -101,9 +102,15 @@ def grouped() -> list[str]:
     return failed
 
 
+def rounding() -> list[str]:
+    """Sweeps of a solver, columns decided in runs against columns decided one by one."""
+    force()
+    return failures("cpu")
+
+
 def main() -> int:
     torch.manual_seed(0)
-    failed = [*widths(), *shapes(), *not_numbers(), *compiled(), *grouped()]
+    failed = [*widths(), *shapes(), *not_numbers(), *compiled(), *grouped(), *rounding()]
     print("\n".join(failed) or "as float64 says")
     return int(bool(failed))
 
