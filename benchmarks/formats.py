@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import queue
 import shutil
 import sys
@@ -206,7 +205,7 @@ def main() -> int:
         device=given.device,
         samples=given.samples,
         windows=given.windows,
-        threads=max(1, len(os.sched_getaffinity(0)) // max(1, jobs)),
+        threads=max(1, torch.get_num_threads() // max(1, jobs)),
         end=end,
     )
     processes = [context.Process(target=work, args=(task, wanted, done)) for _ in range(jobs)]
