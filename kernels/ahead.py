@@ -28,6 +28,8 @@ def compile_ahead(model: nn.Module, tokens: Iterable[int]) -> None:
     fresh: list[Compiled] = []
     started = time.perf_counter()
     wanted = sorted({count for count in tokens if count > 0})
+    if not wanted:
+        return
     with listening(lambda done: None if done.cached else fresh.append(done)):
         for kernel, weights in Linear.by_kernel(model).items():
             try:

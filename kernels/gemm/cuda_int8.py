@@ -137,21 +137,38 @@ def tiles_linear_int8(
         return y.zero_() if bias is None else y.copy_(bias.expand(M, N))
     zero_at = 0 if zero is None else zero.data_ptr()
     key = (codes.data_ptr(), scale.data_ptr(), zero_at, row_scale.data_ptr(), M, K, N, group_size, x.dtype, scale.dtype)
+    if x.get_device() == torch._C._cuda_getDevice():
+        return _multiply(x, codes, scale, zero, row_scale, bias, group_size, y, key)
     with torch.cuda.device(x.device):
-        if M > FEW_TOKENS:
-            if key not in _plans:
-                held = TileWeight(codes=codes, scale=scale, zero=zero, table=None, pick=None, group_size=group_size, N=N, K=K)
-                held.check()
-                if len(_plans) >= cuda.MOST_PLANS:
-                    _plans.clear()
-                _plans[key] = many_tokens(held, row_scale, M, x.dtype)
-            runner = _plans[key]
-            if runner is not None:
-                runner(x, bias, y)
-                return y
-        columns = -(-K // 16) * 16
-        rounded = Quantizer(dtype=x.dtype, device=x.device, output=ROUNDED, columns=columns)(x)[0]
-        return cuda.tiles_linear(rounded[:, :K].contiguous(), codes, scale, zero, None, None, bias, group_size, N)
+        return _multiply(x, codes, scale, zero, row_scale, bias, group_size, y, key)
+
+
+def _multiply(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    y: Tensor,
+    key: tuple[object, ...],
+) -> Tensor:
+    (M, K), N = x.shape, y.shape[1]
+    if M > FEW_TOKENS:
+        if key not in _plans:
+            held = TileWeight(codes=codes, scale=scale, zero=zero, table=None, pick=None, group_size=group_size, N=N, K=K)
+            held.check()
+            if len(_plans) >= cuda.MOST_PLANS:
+                _plans.clear()
+            _plans[key] = many_tokens(held, row_scale, M, x.dtype)
+        runner = _plans[key]
+        if runner is not None:
+            runner(x, bias, y)
+            return y
+    columns = -(-K // 16) * 16
+    rounded = Quantizer(dtype=x.dtype, device=x.device, output=ROUNDED, columns=columns)(x)[0]
+    return cuda.tiles_linear(rounded[:, :K].contiguous(), codes, scale, zero, None, None, bias, group_size, N)
 
 
 def _fake(

@@ -6,10 +6,16 @@ Shape legend: M tokens, K in features.
 from __future__ import annotations
 
 import ctypes
+import functools
+import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from aerogel.kernels.cuda.launch import Launch
 
 SOURCE, KERNEL, THREADS = "quantize.cu", "quantize_tokens", 256
 INT8, E4M3, ROUNDED = 0, 1, 2
@@ -44,9 +50,6 @@ class Quantizer:
 
         A token with an infinity or a NaN gets a scale that is not finite, and so does all that is computed with it.
         """
-        from aerogel.kernels.cuda.launch import Launch
-        from aerogel.kernels.cuda.sources import function
-
         M, K = x_MK.shape
         if K % 8 or x_MK.data_ptr() % 16 or not x_MK.is_contiguous():
             x_MK = torch.nn.functional.pad(x_MK, (0, -K % 8)).contiguous()
@@ -54,16 +57,27 @@ class Quantizer:
         kind = (torch.int8, torch.float8_e4m3fn, x_MK.dtype)[self.output]
         codes = torch.empty(M, self.columns, dtype=kind, device=x_MK.device)
         scale = torch.empty(M, dtype=torch.float32, device=x_MK.device)
-        macros = {"OUTPUT": self.output, "FP16": int(self.dtype == torch.float16), "PERMUTED": int(self.permuted)}
-        arguments = Arguments(
-            x=x_MK.data_ptr(),
-            codes=codes.data_ptr(),
-            scale=scale.data_ptr(),
-            fixed=None if fixed is None else fixed.data_ptr(),
-            K=K,
-            x_stride=x_MK.shape[1],
-            columns=self.columns,
-        )
-        launch = Launch(function(SOURCE, KERNEL, macros, self.device), arguments, grid=(M,), block=THREADS)
-        launch(torch._C._cuda_getCurrentRawStream(self.device.index))
+        launch = _launch(self, M)
+        with _LOCK:
+            arguments: Any = launch.arguments
+            arguments.x, arguments.codes, arguments.scale = x_MK.data_ptr(), codes.data_ptr(), scale.data_ptr()
+            arguments.fixed = None if fixed is None else fixed.data_ptr()
+            arguments.K, arguments.x_stride = K, x_MK.shape[1]
+            launch(torch._C._cuda_getCurrentRawStream(self.device.index))
         return codes, scale
+
+
+_LOCK = threading.Lock()
+"""Held from filling a launch's arguments until it is queued."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(quantizer: Quantizer, M: int) -> Launch:
+    """The kernel for M tokens; its addresses are filled in by each call."""
+    from aerogel.kernels.cuda.launch import Launch
+    from aerogel.kernels.cuda.sources import function
+
+    fp16 = quantizer.dtype == torch.float16
+    macros = {"OUTPUT": quantizer.output, "FP16": int(fp16), "PERMUTED": int(quantizer.permuted)}
+    kernel = function(SOURCE, KERNEL, macros, quantizer.device)
+    return Launch(kernel, Arguments(columns=quantizer.columns), grid=(M,), block=THREADS)
