@@ -22,7 +22,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow-test gpu-test peer-test native native-sanitize native-aarch64 check bench install clean
+.PHONY: help demo test slow-test gpu-test gpu-sanitize peer-test native native-sanitize native-aarch64 check bench install clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -45,6 +45,13 @@ slow-test: .venv/.tools ## tests that take more than a minute each
 
 gpu-test: .venv/.tools ## tests that need a CUDA device
 	$(OFFLINE) $(BIN)/python -m pytest -q -m gpu
+
+# compute-sanitizer comes with CUDA's toolkit.
+gpu-sanitize: .venv/.tools ## the CUDA kernels under compute-sanitizer: memory errors, then races in shared memory
+	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	  $(BIN)/python tests/kernels/gpu_sanitize.py
+	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 1 \
+	  $(BIN)/python tests/kernels/gpu_sanitize.py 3 4 8
 
 peer-test: .venv/.tools $(PEERS:%=.venv-peers/%/.made) ## other tools make checkpoints, each in its own environment; we read them
 	$(OFFLINE) OMP_NUM_THREADS=1 AEROGEL_PEERS=.venv-peers/made $(BIN)/python -m pytest -q -m peers

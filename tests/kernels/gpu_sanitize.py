@@ -1,0 +1,107 @@
+"""Every CUDA kernel at small ragged shapes, to be run under compute-sanitizer: `make gpu-sanitize`.
+
+Buffers come from the driver one by one (PYTORCH_NO_CUDA_MEMORY_CACHING), so that a byte beyond one of them is an error, and
+results are compared with a dense product, so that nothing passes by not running.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from aerogel.kernels.gemm import cuda, cuda_int8
+from aerogel.kernels.gemm.cuda_dense import dequantize
+from aerogel.kernels.gemm.cuda_few import Config as FewConfig
+from aerogel.kernels.gemm.cuda_few import Plan as FewPlan
+from aerogel.kernels.gemm.cuda_quantize import E4M3, INT8, ROUNDED, Quantizer
+from aerogel.kernels.gemm.cuda_tune import random_weight
+from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.kernels.gemm.cuda_wgmma import Config, deepest
+from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
+
+N, K = 200, 712
+KINDS = ((128, "none"), (32, "integer"), (0, "float"))
+TOKENS = (1, 5, 16, 33)
+FEW = (
+    FewConfig(ring=False, row_tiles=2, k_warps=4),
+    FewConfig(ring=True, row_tiles=2, k_warps=4, stages=3),
+    FewConfig(ring=True, row_tiles=1, k_warps=2, stages=2, x_resident=True, cluster=2),
+)
+MANY = (
+    Config(tokens=32, x_stages=4, w_stages=2),
+    Config(tokens=32, blocks=2, split=3, x_stages=4, w_stages=2),
+    Config(tokens=64, share=2, split=2, x_stages=4, w_stages=2, batch=8),
+    Config(tokens=48, resident=2, batch=2, x_stages=3, w_stages=2),
+)
+Case = tuple[str, Callable[[Tensor, Tensor], object], int]
+
+
+def cases(weight: TileWeight, every_cut: bool) -> Iterator[Case]:
+    """(what it is, the run, tokens) of each implementation that takes the weight; every cut of them where asked."""
+    dtype, capability = torch.bfloat16, torch.cuda.get_device_capability()
+    for M in TOKENS:
+        for found in cuda.implementations():
+            if found.refuses(weight, M, dtype, capability) is None:
+                runner = found.plan(weight, M, dtype)
+                yield f"{found.name} M={M}", lambda x, y, run=runner: run(x, None, y), M
+    hopper = capability[0] == 9
+    for few in FEW if every_cut else ():
+        if not few.ring or hopper:
+            for M in (3, 16):
+                yield f"{few}", lambda x, y, run=FewPlan(weight, few, M, dtype): run(x, None, y), M
+    for many in MANY if every_cut and hopper else ():
+        config = deepest(weight, many)
+        if config is not None:
+            yield f"{config}", lambda x, y, run=Plan(weight, config, 70, dtype): run(x, None, y), 70
+
+
+def main() -> int:
+    """0 when every result is right."""
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
+        raise SystemExit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: buffers must end where they end")
+    widths = [int(bits) for bits in sys.argv[1:]] or list(range(1, 9))
+    wrong = count = 0
+    for bits in widths:
+        for group, zero in KINDS:
+            weight = random_weight(N, K, bits, group, "cuda", zero=zero)
+            reference = dequantize(weight, torch.bfloat16)
+            for name, run, M in cases(weight, every_cut=bits in (3, 4, 8)):
+                x = torch.randn(M, K, device="cuda").bfloat16()
+                y = torch.full((M, N), torch.nan, device="cuda", dtype=torch.bfloat16)
+                run(x, y)
+                wanted = (x @ reference.T).float()
+                error = float((y.float() - wanted).norm() / wanted.norm())
+                count += 1
+                if not error < 1e-2:
+                    wrong += 1
+                    print(f"{bits} bits, groups of {group}, zero {zero}: {name} is off by {error:.2g}", flush=True)
+    wrong += rounded()
+    print(f"{count} matmuls, {wrong} wrong", flush=True)
+    return int(wrong > 0)
+
+
+def rounded() -> int:
+    """Activations of 8 bits: how many results are wrong."""
+    x, wrong = torch.randn(70, K, device="cuda").bfloat16(), 0
+    for output in (INT8, E4M3, ROUNDED):
+        codes, scale = Quantizer(dtype=x.dtype, device=x.device, output=output, columns=-(-K // 16) * 16)(x)
+        back = codes.float()[:, :K] * (1 if output == ROUNDED else scale[:, None])
+        wrong += not float((back - x.float()).norm() / x.float().norm()) < 5e-2
+    for bits, group in ((4, 128), (8, 0)):
+        weight = random_weight(N, K, bits, group, "cuda")
+        r, y = cuda_int8.row_scale(weight), torch.full((70, N), torch.nan, device="cuda", dtype=torch.bfloat16)
+        config = cuda_int8.cut(weight, 128, 1, 1, 2)
+        run = cuda_int8.many_tokens(weight, r, 70, torch.bfloat16, config)
+        if run is not None:
+            run(x, None, y)
+            wanted = (x @ dequantize(weight, torch.bfloat16).T).float()
+            wrong += not float((y.float() - wanted).norm() / wanted.norm()) < 3e-2
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())
