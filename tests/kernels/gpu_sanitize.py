@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from aerogel.kernels.gemm import cuda, cuda_int8
 from aerogel.kernels.gemm.cuda_dense import dequantize
@@ -37,7 +36,7 @@ MANY = (
     Config(tokens=64, share=2, split=2, x_stages=4, w_stages=2, batch=8),
     Config(tokens=48, resident=2, batch=2, x_stages=3, w_stages=2),
 )
-Case = tuple[str, Callable[[Tensor, Tensor], object], int]
+Case = tuple[str, cuda.Runner, int]
 
 
 def cases(weight: TileWeight, every_cut: bool) -> Iterator[Case]:
@@ -46,17 +45,16 @@ def cases(weight: TileWeight, every_cut: bool) -> Iterator[Case]:
     for M in TOKENS:
         for found in cuda.implementations():
             if found.refuses(weight, M, dtype, capability) is None:
-                runner = found.plan(weight, M, dtype)
-                yield f"{found.name} M={M}", lambda x, y, run=runner: run(x, None, y), M
+                yield f"{found.name} M={M}", found.plan(weight, M, dtype), M
     hopper = capability[0] == 9
     for few in FEW if every_cut else ():
         if not few.ring or hopper:
             for M in (3, 16):
-                yield f"{few}", lambda x, y, run=FewPlan(weight, few, M, dtype): run(x, None, y), M
+                yield f"{few}", FewPlan(weight, few, M, dtype), M
     for many in MANY if every_cut and hopper else ():
         config = deepest(weight, many)
         if config is not None:
-            yield f"{config}", lambda x, y, run=Plan(weight, config, 70, dtype): run(x, None, y), 70
+            yield f"{config}", Plan(weight, config, 70, dtype), 70
 
 
 def main() -> int:
@@ -72,7 +70,7 @@ def main() -> int:
             for name, run, M in cases(weight, every_cut=bits in (3, 4, 8)):
                 x = torch.randn(M, K, device="cuda").bfloat16()
                 y = torch.full((M, N), torch.nan, device="cuda", dtype=torch.bfloat16)
-                run(x, y)
+                run(x, None, y)
                 wanted = (x @ reference.T).float()
                 error = float((y.float() - wanted).norm() / wanted.norm())
                 count += 1
