@@ -28,6 +28,7 @@ from aerogel.eval.memory import peak_bytes
 from aerogel.kernels import layouts
 from aerogel.model.calibration import Tokens, load_tokens
 from aerogel.model.entropy import Saving
+from aerogel.model.granularity import adaptive_sizes, sized
 from aerogel.model.journal import Journal, fingerprint, restore, weights_digest, work_folder
 from aerogel.model.plan import plan_structure, stored_dtype
 from aerogel.model.progress import Progress, silent
@@ -149,9 +150,11 @@ class _Run:
         self.structure, self.recipe, self.device = structure, recipe, device
         stored = stored_dtype(structure, recipe)
         specs = [spec.at(str(stored).removeprefix("torch.")) for spec in recipe.stages]
-        self.assigned: dict[str, list[StageSpec]] = assign(specs, structure.modules)
+        assigned = assign(specs, structure.modules)
+        sizes = adaptive_sizes(structure, assigned)
+        self.assigned: dict[str, list[StageSpec]] = sized(assigned, sizes)
         # The plan raises whatever would go wrong later: formats that cannot store a grid, patterns, shapes.
-        self.plan = plan_structure(structure, recipe)
+        self.plan = plan_structure(structure, recipe, sizes)
         self.kept_dtype = None if recipe.pack.dtype == "source" else stored
         self.compute = _compute_dtype(recipe.calibration.compute, stored, device)
 

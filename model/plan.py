@@ -23,6 +23,7 @@ import torch
 from aerogel.errors import BadInput
 from aerogel.kernels import layouts
 from aerogel.kernels.linear import problem_of, stored_shapes
+from aerogel.model.granularity import Sizes, adaptive_sizes, sized
 from aerogel.pack.config import choose_format
 from aerogel.pack.scheme import Scheme
 from aerogel.recipes.assign import assign, matches
@@ -57,9 +58,10 @@ def plan(model: str | Path, recipe: Recipe | str | Path | Mapping[str, Any]) -> 
     return {"model": str(model), **plan_structure(structure, checked)}
 
 
-def plan_structure(structure: Structure, recipe: Recipe) -> dict[str, Any]:
-    """As `plan`, for a structure that was already discovered."""
+def plan_structure(structure: Structure, recipe: Recipe, sizes: Sizes | None = None) -> dict[str, Any]:
+    """As `plan`, for a structure that was already discovered. `sizes`: group sizes that were decided by the weights already."""
     assigned = assign(recipe.stages, structure.modules)
+    assigned = sized(assigned, adaptive_sizes(structure, assigned) if sizes is None else sizes)
     _check_outside(structure, assigned)
     _check_stacks(structure, assigned)
     dtype = stored_dtype(structure, recipe)

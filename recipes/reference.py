@@ -24,7 +24,7 @@ from aerogel.recipes.options import ScaleType, options
 from aerogel.recipes.overrides import STAGE_KINDS
 from aerogel.recipes.schema import Recipe, shipped
 from aerogel.recipes.sections import Bench, Calibration, Evaluate, Gate, Pack, Perplexity
-from aerogel.recipes.stages import KEEP, StageSpec, methods
+from aerogel.recipes.stages import GRANULARITY, KEEP, StageSpec, methods
 
 HEAD = """# Recipes
 
@@ -100,7 +100,8 @@ def reference() -> str:
     for kind in STAGE_KINDS:
         for name, cls in methods(kind).items():
             parts.append(_options(f"### {kind}: {name}", load(cls), frozenset({"grid"})))
-    parts += [_options(f"### quantize: {title}", load(KEEP[key]), frozenset()) for title, key in BESIDE.items()] + [HEAD_STAGE]
+    parts += [_options(f"### quantize: {title}", load(KEEP[key]), frozenset()) for title, key in BESIDE.items()]
+    parts += [_options("### quantize: granularity", load(GRANULARITY), frozenset()), HEAD_STAGE]
     sections: dict[str, type[BaseModel]] = {
         "pack": Pack,
         "evaluate": Evaluate,

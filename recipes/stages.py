@@ -29,6 +29,9 @@ Activations = Literal["none", "int8", "fp8"]
 KEEP = {"keep": "aerogel.quantize.outliers:Keep", "columns": "aerogel.quantize.columns:KeepColumns"}
 """What every quantize stage may ask of weights that are kept beside its codes, by the field of `sidecars.Keeping`."""
 
+GRANULARITY = "aerogel.quantize.granularity:Granularity"
+"""How a stage whose format has groups decides their size."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
@@ -54,6 +57,22 @@ class StageSpec:
     def keeps(self) -> bool:
         """Whether weights are kept beside the codes, which only aerogel loads."""
         return any(self.options.get(rule, "none") != "none" for rule in ("outliers", "columns"))
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the group size is decided by each weight."""
+        return self.options.get("granularity") == "adaptive"
+
+    @property
+    def granularity(self) -> Any:
+        """The rule that decides the group size."""
+        cls = load(GRANULARITY)
+        return cls(**{name: self.options[name] for name in options(cls)})
+
+    def sized(self, group_size: int | None) -> StageSpec:
+        """The same stage with this group size for good."""
+        fixed = {**self.options, "group_size": group_size, "granularity": "fixed"}
+        return replace(self, options=fixed, stage=_build_stage(self.kind, self.method_name, fixed))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -102,6 +121,8 @@ def stage_model(kind: str, method: str, grid: str | None) -> type[BaseModel]:
         keys |= options(load(GRIDS[grid]))
         for kept in KEEP.values():
             keys |= options(load(kept))
+        if "group_size" in keys:
+            keys |= options(load(GRANULARITY))
     name = f"{kind} ({method}, {grid})" if grid else f"{kind} ({method})"
     return option_model(name, keys | options(load(methods(kind)[method]), without=frozenset({"grid"})))
 
@@ -154,7 +175,11 @@ def _spec(document: Document, key: Key, kind: str, checked: dict[str, Any]) -> S
             _check_pattern(document, (*key, name, position), pattern)
     if checked.get("columns") == "dynamic" and activations == "none":
         raise document.problem((*key, "columns"), "dynamic is for rounded inputs; write activations: int8, or another rule")
+    if checked.get("granularity") == "adaptive" and checked["group_size"] is None:
+        raise document.problem((*key, "group_size"), "is the smallest group where granularity is adaptive; write a number")
     try:
+        if "granularity" in checked:
+            load(GRANULARITY)(**{name: checked[name] for name in options(load(GRANULARITY))})
         stage = _build_stage(kind, shared["method"], checked)
     except BadInput as error:
         guilty = [name for name in checked if re.search(rf"\b{name}\b", str(error))]
