@@ -13,6 +13,7 @@ KINDS = {
     "dense": "ordinary weights that any tool loads",
     "coded": "the same weights, entropy coded: lossless, smaller on disk",
     "plain": "entropy coding undone",
+    "bitnet": "ternary weights in BitNet's layout, for transformers",
 }
 WORDS = "; ".join(f"{name}: {what}" for name, what in KINDS.items())
 To = Annotated[str, typer.Option("--to", metavar="FORMAT", help=f"{WORDS}.")]
@@ -37,7 +38,7 @@ def command(
     overwrite: options.Overwrite = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write a checkpoint in another form: dense weights, another layout, or entropy coded; every bit stays what it was."""
+    """Write a checkpoint in another form: dense, in another layout, entropy coded, for BitNet; no code or weight changes."""
     with session(json=json, quiet=quiet, debug=debug) as output:
         from aerogel.errors import BadInput
         from aerogel.model.source import resolve
@@ -61,6 +62,11 @@ def command(
         elif to == "plain":
             export.export_plain(source, out, overwrite=overwrite)
             output.show(f"{out}: weights of {model} without entropy coding")
+        elif to == "bitnet":
+            from aerogel.pack.to_bitnet import export_bitnet
+
+            export_bitnet(source, out, overwrite=overwrite)
+            output.show(f"{out}: ternary weights of {model} as BitNet packs them")
         else:
             export.export_dense(source, out, overwrite=overwrite)
             output.show(f"{out}: dense weights of {model}")

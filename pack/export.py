@@ -65,8 +65,8 @@ def export_dense(path: str | Path, out: str | Path, *, overwrite: bool = False, 
         RunFailed: the disk.
     """
     path, out = Path(path), Path(out)
-    config = _config(path)
-    _check_quantized(path, config)
+    config = read_config(path)
+    check_quantized(path, config)
     source = open_source(config.pop("quantization_config"))
     with _draft(path, out, overwrite) as draft:
         _write_shards(_tensors(path, source, config), draft, shard_bytes)
@@ -105,8 +105,8 @@ def export_layout(
     from aerogel.model.relayout import PORTABLE_INDEX, keep_index, to_native, to_portable
 
     path, out, layout = Path(path), Path(out), layouts.for_this_machine(layout)
-    config, reader = _config(path), CheckpointReader(path)
-    _check_quantized(path, config)
+    config, reader = read_config(path), CheckpointReader(path)
+    check_quantized(path, config)
     if "entropy" in config["quantization_config"]:
         raise BadInput(f"{path} is entropy coded, which no kernel reads; write it plain first (`aerogel export --to plain`)")
     words = config["quantization_config"].get("layout")
@@ -141,7 +141,7 @@ def export_coded(
         BadInput: a checkpoint whose config has no place for it, or that is coded already. RunFailed: the disk.
     """
     path, out = Path(path), Path(out)
-    config = _config(path)
+    config = read_config(path)
     config["quantization_config"] = coding_config(config.get("quantization_config"))
     reader, savings = CheckpointReader(path), []
 
@@ -152,14 +152,14 @@ def export_coded(
                 savings.append(saving)
             yield from tensors.items()
 
-    _write(path, out, config, parts(), overwrite, shard_bytes)
+    write_checkpoint(path, out, config, parts(), overwrite, shard_bytes)
     return out, savings
 
 
 def export_plain(path: str | Path, out: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> Path:
     """Undoes `export_coded`: the same tensors under the same names, bit for bit. Errors as there."""
     path, out = Path(path), Path(out)
-    config = _config(path)
+    config = read_config(path)
     below = plain_config(config.pop("quantization_config", None) or {})
     if below is not None:
         config["quantization_config"] = below
@@ -175,11 +175,11 @@ def export_plain(path: str | Path, out: str | Path, *, overwrite: bool = False, 
             elif split_name(name) is None:
                 yield name, reader.read(name)
 
-    _write(path, out, config, tensors(), overwrite, shard_bytes)
+    write_checkpoint(path, out, config, tensors(), overwrite, shard_bytes)
     return out
 
 
-def _write(
+def write_checkpoint(
     path: Path, out: Path, config: dict[str, Any], tensors: Iterator[tuple[str, Tensor]], overwrite: bool, shard_bytes: int
 ) -> None:
     """A checkpoint in `out` of these tensors and this config, every other file as in `path`."""
@@ -211,7 +211,8 @@ def _draft(path: Path, out: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a checkpoint. Raises `BadInput` where there is none."""
     try:
         config: dict[str, Any] = json.loads((path / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -219,7 +220,8 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _check_quantized(path: Path, config: Mapping[str, Any]) -> None:
+def check_quantized(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises `BadInput` for a dense checkpoint."""
     if not config.get("quantization_config"):
         raise BadInput(f"{path} has no quantization_config, so it is dense already; there is nothing to export")
 
