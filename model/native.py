@@ -34,7 +34,7 @@ ALIGNMENT = 64
 """Bytes: a vector of the widest CPU, and a cache line."""
 CODES: dict[str, str] = {"native-cpu": "codes", "native-cuda": "tile_codes"}
 SCALES: dict[str, str] = {"native-cpu": "scale", "native-cuda": "tile_scale"}
-OTHERS = ("zero", "tile_zero", "tile_table", "tile_pick", "stored_scale", "stored_factor")
+OTHERS = ("zero", "tile_zero", "tile_table", "tile_pick", "tile_factor", "stored_scale", "stored_factor")
 LOCAL_NAMES = frozenset({*CODES.values(), *SCALES.values(), *OTHERS})
 """Local names of the tensors of native weights."""
 

@@ -18,7 +18,11 @@
 // tiles and added to each tile's sum. The price is cancellation in float32: powers of up to 2^7 against weights of a unit or
 // two, about 1e-5 relative. (Three bits as two such products, one per limb, were slower: the matrix unit is then the limit.)
 //
-// Defines used: BITS, FP16, TABLE (0 none, 1 one table, 2 one per row, 3 picked per group), ZERO, SCALE, GROUP.
+// e2m1 floats (FLOATS) lie in their words as a bfloat16 wants them (pack/float_tiles.py): turned and masked they are the
+// number times 2^-126, and one product brings them to size. Where a group's scale is a byte, that product is with
+// the scale: 2 significant bits times at most 4, which is exact, and no sum needs scaling any more (SCALED).
+//
+// Defines used: BITS, FP16, TABLE (0 none, 1 one table, 2 one per row, 3 picked per group), FLOATS, ZERO, SCALE, GROUP.
 
 #pragma once
 #include "machine.cuh"
@@ -29,7 +33,7 @@ constexpr int EXPONENT_BIAS = FP16 ? 15 : 127;
 constexpr int MOST_EXPONENT = FP16 ? 15 : 127;
 constexpr int WORDS = 2 * BITS;  // 32-bit words of one tile in a lane
 constexpr int TILE_BYTES = 256 * BITS;
-constexpr int CENTRE = TABLE ? 0 : 1 << (BITS - 1);
+constexpr int CENTRE = TABLE || FLOATS ? 0 : 1 << (BITS - 1);
 
 constexpr u32 both(u32 half) { return half * 0x00010001u; }
 constexpr u32 power_of_two(int e) { return (u32)(e + EXPONENT_BIAS) << MANTISSA; }
@@ -51,6 +55,7 @@ constexpr int limb_word(int l) { return l == 0 ? 0 : limb_word(l - 1) + 2 * limb
 constexpr int RUN = GROUP == 0 ? 128 : GROUP % 128 == 0 ? 128 : GROUP % 64 == 0 ? 64 : GROUP % 32 == 0 ? 32 : 16;
 constexpr int RUNS = 128 / RUN;  // runs of columns with one scale in a tile
 constexpr bool FOLDED = !TABLE && BITS <= 2 && RUN >= 64;
+constexpr bool SCALED = FLOATS && (SCALE == 3 || (SCALE == 4 && !FP16));
 
 // ---- Where a field lies ----------------------------------------------------------------------------------------------
 // Fields of one limb follow each other in a half word. `least` keeps a heavy limb's power inside float16's range, and powers
@@ -106,6 +111,21 @@ INLINE void folded_offsets(int s, u32* a) {
   UNROLL for (int i = 0; i < 4; i++) a[i] = both(minus(power_of_limb<0>(s, i) + CENTRE));
 }
 
+// The A fragment of step s of e2m1 floats: `upper` multiplies row g, `lower` row g + 8, both a pair of 16-bit numbers that
+// takes FLOAT_SHRINK back. As float16 the magnitude moves three bits up, which adding it seven times does.
+constexpr int FLOAT_SHRINK = FP16 ? 14 : 126;  // a register before the product is the number times 2^-FLOAT_SHRINK
+INLINE void decode_floats(u32 word, u32 upper, u32 lower, u32* a) {
+  constexpr u32 place = 0x81C081C0u;
+  a[0] = word & place;
+  a[1] = (word << 6) & place;
+  a[2] = __funnelshift_r(word, word, 4) & place;
+  a[3] = and_or(word >> 6, 0x01000100u, (word << 2) & 0x80C080C0u);
+  UNROLL for (int i = 0; i < 4; i++) {
+    if constexpr (FP16) a[i] += (a[i] & 0x01C001C0u) * 7;
+    a[i] = multiply_pairs(a[i], i & 1 ? lower : upper);
+  }
+}
+
 // The A fragment of step s through a table of 16-bit numbers in shared memory: `upper` for row g, `lower` for row g + 8.
 INLINE void decode_table(const u32* words, int s, u32 upper, u32 lower, u32* a) {
   UNROLL for (int i = 0; i < 4; i++) {
@@ -154,12 +174,24 @@ INLINE void load_words_from_shared(const u8* tile, int lane, u32* words) {
 
 // ---- Scales and zero points ------------------------------------------------------------------------------------------
 // Of a run of groups of one row tile: [group][16 rows] scales, then zero points, then table numbers.
-constexpr int SCALE_BYTES = SCALE == 2 ? 4 : 2;                        // SCALE: 0 bfloat16, 1 float16, 2 float32
+// SCALE: 0 bfloat16, 1 float16, 2 float32, 3 e5m3 without subnormals, 4 e8m0; the last two are bytes.
+constexpr int SCALE_BYTES = SCALE >= 3 ? 1 : SCALE == 2 ? 4 : 2;
 constexpr int ZERO_BYTES = ZERO == 0 ? 0 : ZERO == 1 ? 1 : SCALE_BYTES;  // ZERO: 0 none, 1 uint8, 2 as the scales
 constexpr int PICK_BYTES = TABLE == 3 ? 1 : 0;
+constexpr int E5M3_BIAS = 10;
 INLINE float read_scale(const u8* p, int i) {
+  if constexpr (SCALE == 4) return __uint_as_float((u32)p[i] << 23);  // the least, 2^-127, becomes 0
+  // The bits of 2^-127 * the number, brought to size by a product: so a byte of 0 is 0.
+  if constexpr (SCALE == 3) return __uint_as_float((u32)p[i] << 20) * __uint_as_float((254 - E5M3_BIAS) << 23);
   if constexpr (SCALE == 2) return ((const float*)p)[i];
   return SCALE == 1 ? from_fp16(((const u16*)p)[i]) : from_bf16(((const u16*)p)[i]);
+}
+// A scale as a pair for `decode_floats`: times 2^(FLOAT_SHRINK - SCALED_SHRINK), the most that the type holds.
+constexpr int SCALED_SHRINK = 8;
+INLINE u32 scale_pair(const u8* p, int i) {
+  constexpr int digits = SCALE == 3 ? 3 : 0, own_bias = SCALE == 3 ? E5M3_BIAS : 127;
+  constexpr int bias = FLOAT_SHRINK - SCALED_SHRINK + EXPONENT_BIAS - own_bias;
+  return p[i] * both(1u << (MANTISSA - digits)) + both((u32)bias << MANTISSA);
 }
 INLINE float read_zero(const u8* p, int i) {
   if constexpr (ZERO == 1) return (float)p[i];

@@ -18,6 +18,7 @@ struct Arguments {
   const u8* zero;    // the same, or null
   const u16* table;  // [tables][2^BITS] in the activations' type, or null
   const u8* pick;    // [row tile][group][16], or null
+  const float* factor;  // of all scales, or null
   u16* dense;        // [rows][K]
   int rows, K, first_tile, k_tiles, groups, tables;
 };
@@ -41,12 +42,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize(const __grid
   if constexpr (TABLE) __syncthreads();
   if (tile >= p.k_tiles) return;
 
+  const float factor = SCALE >= 3 && p.factor ? *p.factor : 1.0f;
   u32 words[WORDS];
   load_words_from_global(p.codes + (row_tile * p.k_tiles + tile) * TILE_BYTES, lane, words);
   UNROLL for (int run = 0; run < RUNS; run++) {
     const size_t place = (row_tile * p.groups + min(group_of(tile, run), p.groups - 1)) * 16;
     const u8* scales = p.scale + place * SCALE_BYTES;
-    const float scale[2] = {read_scale(scales, g), read_scale(scales, g + 8)};
+    const float scale[2] = {read_scale(scales, g) * factor, read_scale(scales, g + 8) * factor};
     float zero[2] = {0, 0};
     if constexpr (ZERO) {
       zero[0] = read_zero(p.zero + place * ZERO_BYTES, g) - CENTRE;
@@ -59,6 +61,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize(const __grid
       u32 a[4];
       if constexpr (TABLE)
         decode_table(words, s, upper, lower, a);
+      else if constexpr (FLOATS)
+        decode_floats(words[s], both(power_of_two(FLOAT_SHRINK)), both(power_of_two(FLOAT_SHRINK)), a);
       else
         decode_integers(words, s, a);
       UNROLL for (int i = 0; i < 4; i++)

@@ -47,6 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) few_registers(cons
   const int slot_bytes = p.M * TOKEN_BYTES + ROW_TILES * Side<1>::bytes;
   const u32 slots = shared_address(shared) + table_bytes + warp * 2 * slot_bytes, sides = p.M * TOKEN_BYTES;
   const Rows rows = rows_of(p, first_tile);
+  const float factor = factor_of(p);
   allow_next_kernel();
   int tile = warp;
   u32 words[ROW_TILES][WORDS], next[ROW_TILES][WORDS];
@@ -87,5 +88,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) few_registers(cons
   float* partials = (float*)(shared + table_bytes);
   store_partials(partials, p, 0, warp, acc);
   __syncthreads();
-  finish(partials, p, first_tile, threadIdx.x);
+  finish(partials, p, factor, first_tile, threadIdx.x);
 }

@@ -129,6 +129,7 @@ INLINE void renew_tables(const Arguments& p, const Room& room, int block, int fi
 INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, row_warp = warp / K_WARPS, slice = warp % K_WARPS;
   const int total = share.row_blocks * share.stages;
+  const float factor = factor_of(p);
   const u32 own = room.x + warp * 2 * p.M * TOKEN_BYTES, tables = shared_address(room.tables);
   int fetched = 0, next_tile = share.first_tile + slice;
   auto fetch_own = [&] {  // this warp's columns of x for the next turn: round and round along K
@@ -169,7 +170,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
     store_partials(room.partials, p, row_warp, slice, acc);
     barrier_of(1, THREADS);
     if (X_RESIDENT && block == 0) wait_for_previous_kernel();
-    finish(room.partials, p, first_row_tile, threadIdx.x);
+    finish(room.partials, p, factor, first_row_tile, threadIdx.x);
   }
 }
 

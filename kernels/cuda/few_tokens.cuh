@@ -32,6 +32,7 @@ struct Arguments {
   const u8* zero;    // the same, or null
   const u16* table;  // [tables][2^BITS] in the activations' type, or null
   const u8* pick;    // [row tile][group][16], or null
+  const float* factor;  // of all scales, or null
   const u16* x;      // [M][x_stride], 16-byte aligned, x_stride a multiple of 8; zero in the columns from K to x_columns
   const u16* bias;   // [N] in the activations' type, or null
   u16* y;            // [M][N]
@@ -108,17 +109,28 @@ INLINE void multiply_tile(const u32* words, const u8* side, int tile, int first,
       upper += number[g] * (2 << BITS), lower += number[g + 8] * (2 << BITS);
     }
     float part[TOKEN_TILES][4] = {};
+    u32 upper_unit = both(power_of_two(FLOAT_SHRINK)), lower_unit = upper_unit;
+    if constexpr (SCALED) {
+      upper_unit = scale_pair(side, group * 16 + g), lower_unit = scale_pair(side, group * 16 + g + 8);
+      UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) part[n][j] = acc[n][j];
+    }
     UNROLL for (int step = 0; step < RUN / 16; step++) {
       const int s = run * (RUN / 16) + step;
       u32 a[4];
       if constexpr (TABLE)
         decode_table(words, s, upper, lower, a);
+      else if constexpr (FLOATS)
+        decode_floats(words[s], upper_unit, lower_unit, a);
       else if constexpr (FOLDED)
         decode_folded(words, s, a);
       else
         decode_integers(words, s, a);
       UNROLL for (int n = 0; n < TOKEN_TILES; n++)
         matrix_multiply(part[n], a, x.fragments[n][2 * s], x.fragments[n][2 * s + 1], part[n]);
+    }
+    if constexpr (SCALED) {
+      UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) acc[n][j] = part[n][j];
+      continue;
     }
     float zero[2] = {0, 0}, scale[2] = {1, 1};
     if constexpr (ZERO) {
@@ -145,15 +157,21 @@ INLINE void store_partials(float* partials, const Arguments& p, int row_warp, in
   }
 }
 
-INLINE void store_output(const Arguments& p, int first_tile, int row, int token, float sum) {
+INLINE void store_output(const Arguments& p, int first_tile, int row, int token, float factor, float sum) {
   const int n = first_tile * 16 + row;
   if (n >= p.N) return;
+  if constexpr (SCALE >= 3) sum *= factor;
   if constexpr (GROUP == 0) sum *= read_scale(p.scale, n);
   if (p.bias) sum += from_half(p.bias[n]);
   p.y[(size_t)token * p.N + n] = to_half(sum);
 }
 
-INLINE void finish(float* partials, const Arguments& p, int first_tile, int thread) {
+// What every output is multiplied by where scales are bytes: asked for at a kernel's start, since its end waits for it.
+INLINE float factor_of(const Arguments& p) {
+  return SCALE >= 3 ? (p.factor ? *p.factor : 1.0f) * (SCALED ? 1 << SCALED_SHRINK : 1) : 1.0f;
+}
+
+INLINE void finish(float* partials, const Arguments& p, float factor, int first_tile, int thread) {
   const int count = p.M * BLOCK_ROWS;
 #if CLUSTER > 1
   float* sums = partials + K_WARPS * p.M * PARTIAL_STRIDE;
@@ -165,7 +183,7 @@ INLINE void finish(float* partials, const Arguments& p, int first_tile, int thre
 #if CLUSTER > 1
     sums[i] = sum;
 #else
-    store_output(p, first_tile, row, token, sum);
+    store_output(p, first_tile, row, token, factor, sum);
 #endif
   }
 #if CLUSTER > 1
@@ -173,7 +191,7 @@ INLINE void finish(float* partials, const Arguments& p, int first_tile, int thre
   for (int i = cluster_rank() * THREADS + thread; i < count; i += CLUSTER * THREADS) {
     float sum = 0;
     UNROLL for (int rank = 0; rank < CLUSTER; rank++) sum += load_from_block(shared_address(sums + i), rank);
-    store_output(p, first_tile, i % BLOCK_ROWS, i / BLOCK_ROWS, sum);
+    store_output(p, first_tile, i % BLOCK_ROWS, i / BLOCK_ROWS, factor, sum);
   }
   cluster_meet();  // nobody leaves while another still reads its sums
 #endif

@@ -8,9 +8,10 @@
 // Four instructions for two weights. A width that is no power of two is stored as limbs of 4, 2 and 1 bits: each more
 // limb costs a shift and an and-or. 8 bits overflow bfloat16's mantissa: their two limbs are joined by an exact
 // multiply-add. Floating zero points go through float32: (u - z) * s is then rounded once, whatever z is. Codes that stand
-// for the entries of a table of 16 or 256 numbers are looked up in shared memory, one 16-bit load each.
+// for the entries of a table of 16 or 256 numbers are looked up in shared memory, one 16-bit load each. e2m1 floats (FLOATS)
+// lie in their words as pack/float_tiles.py says: masked they are the number times a power of two, which the scale takes back.
 //
-// Set from outside: BITS 1..8; GROUP columns that share a scale (0: all of them); ACTIVATION, SCALE, ZERO, TABLE below.
+// Set from outside: BITS 1..8; GROUP columns that share a scale (0: all of them); FLOATS; ACTIVATION, SCALE, ZERO, TABLE below.
 
 #pragma once
 #include "hopper.cuh"
@@ -19,7 +20,7 @@
 #define INT8 0
 #endif
 
-enum Number { BF16 = 0, FP16 = 1, FP32 = 2 };
+enum Number { BF16 = 0, FP16 = 1, FP32 = 2, E5M3 = 3, E8M0 = 4 };  // the last two for scales: kernels/gemm/block_scales.py
 enum Zero { SYMMETRIC = 0, INTEGER = 1, FLOATING = 2 };
 enum Table { UNIFORM = 0, ONE_TABLE = 1, TABLE_PER_ROW = 2, TABLE_PER_GROUP = 3 };
 
@@ -74,15 +75,27 @@ FN float high_of(u32 pair) {
 
 // ---- scales and zero points ----------------------------------------------------------------------------------------------
 
-constexpr int SCALE_SIZE = SCALE == FP32 ? 4 : 2;
+constexpr int SCALE_SIZE = SCALE >= E5M3 ? 1 : SCALE == FP32 ? 4 : 2;
 constexpr int SCALE_BYTES = 16 * SCALE_SIZE;  // the scales of 16 rows for one group
 // Beside them lie zero points, or the numbers of the tables.
 constexpr int ZERO_BYTES = TABLE == TABLE_PER_GROUP ? 16 : ZERO == SYMMETRIC ? 0 : ZERO == INTEGER ? 16 : SCALE_BYTES;
 constexpr int ENTRY_BYTES = 2;
 constexpr int TABLE_SIZE = ENTRY_BYTES << BITS;
 
+// A float's register is the number times 2^-FLOAT_SHRINK; a scale of a byte takes that back but for 2^-SCALED_SHRINK, exactly.
+constexpr bool SCALED_FLOATS = FLOATS && (SCALE == E5M3 || (SCALE == E8M0 && ACTIVATION == BF16));
+constexpr int E5M3_BIAS = 10, FLOAT_SHRINK = ACTIVATION == BF16 ? 126 : 14, SCALED_SHRINK = 8;
+constexpr int MANTISSA = ACTIVATION == BF16 ? 7 : 10, EXPONENT_BIAS = ACTIVATION == BF16 ? 127 : 15;
+FN u32 scale_pair(const u8* scales, int row) {
+    constexpr int digits = SCALE == E5M3 ? 3 : 0, own_bias = SCALE == E5M3 ? E5M3_BIAS : 127;
+    constexpr int bias = FLOAT_SHRINK - SCALED_SHRINK + EXPONENT_BIAS - own_bias;
+    return scales[row] * both(1u << (MANTISSA - digits)) + both((u32)bias << MANTISSA);
+}
+
 // Entry `index` of numbers stored in the scales' type.
 FN float stored_number(const u8* numbers, int index) {
+    if constexpr (SCALE == E8M0) return __uint_as_float((u32)numbers[index] << 23);
+    if constexpr (SCALE == E5M3) return __uint_as_float((u32)numbers[index] << 20) * __uint_as_float((254 - E5M3_BIAS) << 23);
     if constexpr (SCALE == FP32) return ((const float*)numbers)[index];
     const u16 raw = ((const u16*)numbers)[index];
     return SCALE == BF16 ? __uint_as_float((u32)raw << 16) : float_of_half(raw);
@@ -107,7 +120,8 @@ FN void read_group(GroupOf2Rows& group, const u8* scales, const u8* zeros, u32 t
         if (ZERO == INTEGER) group.zero[h] = zero_pair(zeros[r]);
         if (ZERO == SYMMETRIC) group.zero[h] = zero_pair(CENTRE);
         if (ZERO != FLOATING && scaled) {
-            if constexpr (SCALE == ACTIVATION) group.scale[h] = both(((const u16*)scales)[r]);
+            if constexpr (SCALED_FLOATS) group.scale[h] = scale_pair(scales, r);
+            else if constexpr (SCALE == ACTIVATION) group.scale[h] = both(((const u16*)scales)[r]);
             else group.scale[h] = pair_of(stored_number(scales, r), stored_number(scales, r));
         }
         if (ZERO == FLOATING) {
@@ -162,6 +176,15 @@ FN u32 integers(const Codes& codes, int s, int i, u32 zero) {
     return pair_fma(high, both(0x4180), low);
 }
 
+// Register i of a word of e2m1 floats, times 2^-FLOAT_SHRINK.
+FN u32 placed_float(u32 word, int i) {
+    constexpr u32 place = 0x81C081C0u;
+    const u32 turned = i == 1 ? word << 6 : i == 2 ? __funnelshift_r(word, word, 4) : word;
+    u32 v = i == 3 ? and_or(word >> 6, 0x01000100u, (word << 2) & 0x80C080C0u) : turned & place;
+    if (ACTIVATION == FP16) v += (v & 0x01C001C0u) * 7;  // three bits up
+    return v;
+}
+
 // The two table entries of register i at step s.
 FN u32 looked_up(const Codes& codes, int s, int i, u32 table) {
     u32 entry[2];
@@ -183,7 +206,11 @@ typedef GroupOf2Rows Group;
 FN void decode(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group, bool scaled) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        if constexpr (TABLE != UNIFORM) {
+        if constexpr (FLOATS) {
+            const u32 placed = placed_float(codes.four[0][s], i);
+            const u32 number = SCALED_FLOATS ? placed : pair_mul(placed, both((FLOAT_SHRINK + EXPONENT_BIAS) << MANTISSA));
+            a[i] = scaled ? pair_mul(number, group.scale[i % 2]) : number;
+        } else if constexpr (TABLE != UNIFORM) {
             const u32 pair = looked_up(codes, s, i, group.table[i % 2]);
             a[i] = scaled ? pair_mul(pair, group.scale[i % 2]) : pair;
         } else if constexpr (ZERO == FLOATING) {

@@ -64,6 +64,19 @@ INLINE u32 add_pairs(u32 a, u32 b) {
   return d;
 }
 
+// Both halves of a * b, one rounding each.
+INLINE u32 multiply_pairs(u32 a, u32 b) {
+  u32 d;
+#if FP16
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#elif __CUDA_ARCH__ >= 900
+  asm("mul.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#else
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));  // plus -0 keeps the sign of 0
+#endif
+  return d;
+}
+
 INLINE float from_bf16(u16 v) { return __uint_as_float((u32)v << 16); }
 INLINE float from_fp16(u16 v) {
   float d;

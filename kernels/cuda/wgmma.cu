@@ -41,9 +41,9 @@ FN void stream_weights(const Arguments& p, const Barriers& barriers, const Work&
             barrier_wait(barriers.w_empty(ring.slot), ring.phase ^ 1);
             barrier_expect(full, CODES_STAGE + SCALES_STAGE + ZEROS_STAGE);
             copy_box_once(stage, &p.codes, k * (TILE_BYTES / 8), row_tile, full, policy);
-            if (GROUPED) copy_box_once(stage + CODES_STAGE, &p.scales, k * 128 / SPAN * 16, row_tile, full, policy);
+            if (GROUPED) copy_box_once(stage + AT_SCALES, &p.scales, k * 128 / SPAN * 16, row_tile, full, policy);
             if (ZEROS_STAGE > 0)
-                copy_box_once(stage + CODES_STAGE + SCALES_STAGE, &p.zeros, k * 128 / SPAN * 16, row_tile, full, policy);
+                copy_box_once(stage + AT_ZEROS, &p.zeros, k * 128 / SPAN * 16, row_tile, full, policy);
         }
     }
 }
@@ -123,8 +123,8 @@ struct Consumer {
             if (step % HALF == 0) read_codes(codes[b], stage + (tile * W_TILES + k - k0) * TILE_BYTES, step / HALF, lane);
             if (GROUPED && (step == 0 || (SPAN % 128 != 0 && (128 % SPAN != 0 || STEP * step % SPAN == 0)))) {
                 const int at = tile * WINDOW + (k * 128 + STEP * step) / SPAN - k0 * 128 / SPAN;
-                read_group(group[b], stage + CODES_STAGE + at * SCALE_BYTES,
-                           stage + CODES_STAGE + SCALES_STAGE + at * ZERO_BYTES, AT_TABLES, lane / 4, true);
+                read_group(group[b], stage + AT_SCALES + at * SCALE_BYTES, stage + AT_ZEROS + at * ZERO_BYTES, AT_TABLES, lane / 4,
+                           true);
             }
             decode(a[b][step % BATCH], codes[b], step % HALF, group[b], GROUPED);
         }
@@ -240,12 +240,13 @@ struct Consumer {
         release_weights(), w.advance();
     }
 
-    // Scale (where it is per channel) and bias of the lane's two rows.
+    // What multiplies the sums of the lane's two rows (a scale per channel, or what all scales of a byte lack), and their bias.
     FN void row_numbers(int block, float (&factor)[2], float (&bias)[2]) const {
+        const float common = (SCALED_FLOATS ? 1 << SCALED_SHRINK : 1) * (SCALE >= E5M3 && p.factor ? *p.factor : 1.0f);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const int row = (tile_row + row_tile(block)) * 16 + lane / 4 + 8 * h;
-            factor[h] = row >= p.N ? 1.0f : INT8 ? p.row_scale[row] : GROUPED ? 1.0f : stored_number(p.scale, row);
+            factor[h] = row >= p.N ? 1.0f : INT8 ? p.row_scale[row] : GROUPED ? common : stored_number(p.scale, row);
             bias[h] = p.bias && row < p.N ? low_of(p.bias[row]) : 0.0f;
         }
     }

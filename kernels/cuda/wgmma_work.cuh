@@ -33,7 +33,8 @@ constexpr int X_STAGE = X_STEPS / 4 * X_BOX;
 constexpr int CODES_STAGE = ROW_TILES * W_TILES * TILE_BYTES;
 constexpr int SCALES_STAGE = GROUPED ? ROW_TILES * WINDOW * SCALE_BYTES : 0;
 constexpr int ZEROS_STAGE = GROUPED ? ROW_TILES * WINDOW * ZERO_BYTES : 0;
-constexpr int W_STAGE = CODES_STAGE + SCALES_STAGE + up_to(ZEROS_STAGE, 128);
+constexpr int AT_SCALES = CODES_STAGE, AT_ZEROS = AT_SCALES + up_to(SCALES_STAGE, 128);
+constexpr int W_STAGE = AT_ZEROS + up_to(ZEROS_STAGE, 128);
 
 constexpr int PIECES = BLOCKS * TOKENS / 16;  // of a warp's sums: 16 rows x 16 tokens
 constexpr int SUMS = SPLIT > 1 ? up_to(PIECES, SPLIT) * CONSUMERS * 32 : 0;
@@ -55,6 +56,7 @@ struct alignas(64) Arguments {
     TensorMap zeros;   // likewise; or the numbers of the groups' tables
     const u8 *scale, *zero;
     const u16* table;  // [TABLES, 2^BITS] in the activations' type; TABLES = rows, padded to tiles, where each has its own
+    const float* factor;  // of all scales, or null
     const u16* bias;
     u16* y;
     const float *row_scale, *token_scale;  // of integer sums (INT8): W = w8 * row_scale, x = x8 * token_scale

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
-from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
+from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, of_floats, tensors_of
 from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
 from aerogel.lazy import load
 from aerogel.pack import tiles
@@ -82,6 +82,8 @@ def tiles_linear(
     bias: Tensor | None,
     group_size: int,
     N: int,
+    floats: bool = False,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """`aerogel::tiles_linear` on CUDA: x [M, K] bf16 or fp16 -> [M, N]. See `TileWeight` for the other arguments.
 
@@ -103,11 +105,16 @@ def tiles_linear(
         0 if zero is None else zero.data_ptr(),
         0 if table is None else table.data_ptr(),
         0 if pick is None else pick.data_ptr(),
+        0 if factor is None else factor.data_ptr(),
         codes.shape[2],
+        floats,
     )
     runner = _plans.get(key)
     if runner is None:
-        held = TileWeight(codes=codes, scale=scale, zero=zero, table=table, pick=pick, group_size=group_size, N=N, K=K)
+        held = TileWeight(
+            codes=codes, scale=scale, zero=zero, table=table, pick=pick, group_size=group_size, N=N, K=K,
+            floats=floats, factor=factor,
+        )  # fmt: skip
         runner = _plan(held, x, key)
     if x.get_device() == torch._C._cuda_getDevice():
         runner(x, bias, y)
@@ -140,6 +147,8 @@ def _fake(
     bias: Tensor | None,
     group_size: int,
     N: int,
+    floats: bool = False,
+    factor: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], N)
 
@@ -147,7 +156,7 @@ def _fake(
 _library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "tiles_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? table, Tensor? pick, Tensor? bias,"
-    " int group_size, int N) -> Tensor",
+    " int group_size, int N, bool floats=False, Tensor? factor=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("tiles_linear", tiles_linear, "CUDA")  # type: ignore[no-untyped-call]
@@ -252,6 +261,8 @@ class Cuda(Kernel):
             bias_N,
             problem.grid.group_size or 0,
             problem.N,
+            of_floats(problem.grid),
+            layout.get("tile_factor"),
         )
         return y_MN
 
@@ -267,6 +278,8 @@ def tile_weight(layout: Layout, problem: Problem) -> TileWeight:
         group_size=problem.grid.group_size or 0,
         N=problem.N,
         K=problem.K,
+        floats=of_floats(problem.grid),
+        factor=layout.get("tile_factor"),
     )
 
 

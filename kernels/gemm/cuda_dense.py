@@ -28,7 +28,7 @@ class Arguments(ctypes.Structure):
     """`Arguments` of dequantize.cu, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table", "pick", "dense")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table", "pick", "factor", "dense")),
         *((name, ctypes.c_int) for name in ("rows", "K", "first_tile", "k_tiles", "groups", "tables")),
     ]
 
@@ -54,6 +54,7 @@ class Dequantizer:
             "zero": None if weight.zero is None else weight.zero.data_ptr(),
             "table": None if table is None else table.data_ptr(),
             "pick": None if weight.pick is None else weight.pick.data_ptr(),
+            "factor": None if weight.factor is None else weight.factor.data_ptr(),
             "K": weight.K,
             "k_tiles": self._k_tiles,
             "groups": weight.groups,

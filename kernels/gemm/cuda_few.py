@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from aerogel.kernels.gemm.block_scales import E5M3, E8M0
 from aerogel.kernels.gemm.cuda import Runner
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
@@ -28,15 +29,14 @@ MOST_TOKENS = 96
 MOST_TABLE_BYTES = 48 << 10
 SHARED_LIMIT = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10, 12: 99 << 10}
 """Shared memory of a block in bytes, by the major compute capability; the least of the generation's devices."""
-SCALE_NUMBER = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-SCALE_BYTES = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
+SCALE_NUMBER = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, E5M3: 3, E8M0: 4}
 
 
 class Arguments(ctypes.Structure):
     """`Arguments` of few_tokens.cuh, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table", "pick", "x", "bias", "y")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table", "pick", "factor", "x", "bias", "y")),
         *(
             (name, ctypes.c_int)
             for name in ("M", "N", "x_stride", "x_columns", "row_tiles", "k_tiles", "groups", "tables", "stages")
@@ -114,6 +114,7 @@ def decoder_defines(weight: TileWeight, dtype: torch.dtype) -> dict[str, int]:
         "SCALE": SCALE_NUMBER[weight.scale.dtype],
         "ZERO": zero,
         "TABLE": table_kind(weight),
+        "FLOATS": int(weight.floats),
         "GROUP": weight.group_size,
     }
 
@@ -136,7 +137,7 @@ def table_bytes(weight: TileWeight, row_tiles: int) -> int:
 def side_bytes(weight: TileWeight, columns: int) -> int:
     """Bytes beside the codes for one row tile of `columns` columns."""
     zero = 0 if weight.zero is None else weight.zero.element_size()
-    each = SCALE_BYTES[weight.scale.dtype] + zero + (weight.pick is not None)
+    each = weight.scale.element_size() + zero + (weight.pick is not None)
     return group_run(weight.group_size, columns) * 16 * each
 
 
@@ -264,6 +265,7 @@ class Plan:
             zero=None if weight.zero is None else weight.zero.data_ptr(),
             table=None if self._table is None else self._table.data_ptr(),
             pick=None if weight.pick is None else weight.pick.data_ptr(),
+            factor=None if weight.factor is None else weight.factor.data_ptr(),
             M=M,
             N=weight.N,
             x_stride=self._columns,

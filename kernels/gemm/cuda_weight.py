@@ -2,8 +2,10 @@
 
     W[n, k] = (u[n, k] - z) * s            integers; z = 2^(b-1) where there is no zero point
     W[n, k] = table[u[n, k]] * s           any 16 or 256 numbers; one table, one per row, or one of several per group
+    W[n, k] = e2m1(u[n, k]) * s            floats, which need no table: their bits are those of a wider float
 
-with s, z and the table's number those of row n and of k's group. `pack/tiles.py` says where each bit of u lies.
+with s, z and the table's number those of row n and of k's group; s may be a byte (`block_scales`), and is then multiplied by
+the weight's factor where there is one. `pack/tiles.py` says where each bit of u lies, `pack/float_tiles.py` for floats.
 
 Shape legend: N out features, K in features, R = ceil(N / 16) row tiles, C = ceil(K / 128) k tiles, G groups along K,
 T tables, E = 16 or 256 entries.
@@ -20,9 +22,13 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
+from aerogel.kernels.gemm.block_scales import BYTES, STORED, stored_bytes, tile_bytes
 from aerogel.pack import bits as stream
 from aerogel.pack import tiles
+from aerogel.pack.float_tiles import pack_float_tiles, unpack_float_tiles
+from aerogel.quantize.formats.floats import float_numbers
 from aerogel.quantize.grids import Codes, Fp8Grid, Grid, IntGrid
+from aerogel.quantize.tables import TableGrid
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,12 +41,14 @@ class TileWeight:
     """Tensors and shape of one weight.
 
     codes: uint8 [R, C, 256 * bits], see `pack.tiles`.
-    scale: fp16, bf16 or fp32 [R, G, 16].
+    scale: fp16, bf16 or fp32 [R, G, 16]; or bytes of a type in `block_scales.BYTES`, for tables and floats.
     zero: uint8 (the integer z_u), or float in the scale's dtype (its value), [R, G, 16]; None when symmetric or a table.
     table: fp16, bf16 or fp32 [T, E]: T is 1, or N rounded up to row tiles (one per row), or anything with `pick`.
     pick: uint8 [R, G, 16], the number of the table of each group and row; None otherwise.
     group_size: a multiple of 16, or 0 for one scale per row (G = 1).
     N, K: the weight's own shape.
+    floats: the codes are e2m1 floats in the order of `pack.float_tiles`.
+    factor: fp32 scalar that multiplies every scale, for scales of bytes; None for 1.
     """
 
     codes: Tensor
@@ -51,6 +59,8 @@ class TileWeight:
     group_size: int
     N: int
     K: int
+    floats: bool = False
+    factor: Tensor | None = None
 
     @property
     def bits(self) -> int:
@@ -83,12 +93,18 @@ class TileWeight:
         found = {
             "codes": self.codes.dtype == torch.uint8 and tuple(self.codes.shape) == (R, C, 256 * self.bits),
             "group_size": self.group_size >= 0 and self.group_size % 16 == 0,
-            "scale": self.scale.dtype in SCALE_DTYPES and tuple(self.scale.shape) == per_group,
+            "scale": self.scale.dtype in (*SCALE_DTYPES, *BYTES) and tuple(self.scale.shape) == per_group,
             "zero": self.zero is None
             or (self.zero.dtype in (torch.uint8, self.scale.dtype) and tuple(self.zero.shape) == per_group),
             "table": self.table is None or self._table_fits(R),
             "pick": self.pick is None or (self.pick.dtype == torch.uint8 and tuple(self.pick.shape) == per_group),
+            "floats": not self.floats or (self.bits == 4 and self.zero is None and self.table is None),
+            "factor": self.factor is None or (self.factor.dtype == torch.float32 and self.factor.numel() == 1),
         }
+        if self.scale.dtype in BYTES:
+            found["scale"] &= self.group_size > 0 and (self.floats or self.table is not None)
+        else:
+            found["factor"] = self.factor is None
         held = (self.codes, self.scale, self.zero, self.table, self.pick)
         found["strides"] = all(tensor is None or tensor.is_contiguous() for tensor in held)
         wrong = [name for name, right in found.items() if not right]
@@ -150,47 +166,78 @@ def tensors_of(codes: Codes, pack: Callable[[Tensor, int], Tensor] = tiles.pack_
     raise BadInput(f"codes on a {type(grid).__name__} have no tile layout; it holds integers, e4m3 floats and tables")
 
 
+def of_floats(grid: Grid) -> bool:
+    """Whether codes on this grid are e2m1 floats, which are decoded by arithmetic."""
+    return isinstance(grid, TableGrid) and grid.bits == 4 and not grid.learned and grid.numbers() == (float_numbers("e2m1"),)
+
+
 def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
-    """Codes into a table. Scales are tiled as float32 with the factor multiplied in, which is exact; what they were stored
-    as, `stored_scale` and `stored_factor`, stays beside them where that is another type."""
+    """Codes into a table. Scales in e4m3 and e8m0 stay bytes, with the factor beside them; other narrow ones are tiled as
+    float32 with the factor multiplied in, which is exact, and what they were stored as stays beside them."""
     N = codes.values_NK.shape[0]
     shared, table_TE = codes.grid.shared_rows or N, codes.table_TE
     if table_TE is None:
         raise BadInput("codes into a table need the table, and there is none")
-    narrow = codes.scale_NG.dtype in SCALE_DTYPES and codes.factor is None
-    scale = codes.scale_NG if narrow else codes.effective_scale()
-    layout = {
-        "tile_codes": pack(codes.values_NK, codes.grid.bits),
-        "tile_scale": tiles.pack_rows_of_tiles(scale.repeat_interleave(shared, 0)[:N]),
-        "tile_table": table_TE,
-    }
+    values, layout = codes.values_NK, _scale_tensors(codes, shared, N)
+    if of_floats(codes.grid):
+        return layout | {"tile_codes": pack_float_tiles(_nothing_without_scale(codes, shared))}
+    layout |= {"tile_codes": pack(values, codes.grid.bits), "tile_table": table_TE}
     if codes.table_per_row:
         layout["tile_table"] = torch.nn.functional.pad(table_TE, (0, 0, 0, -N % tiles.ROWS))
     if codes.pick_NG is not None:
         layout["tile_pick"] = tiles.pack_rows_of_tiles(codes.pick_NG.repeat_interleave(shared, 0)[:N])
+    return layout
+
+
+def _scale_tensors(codes: Codes, shared: int, N: int) -> dict[str, Tensor]:
+    """tile_scale with whatever is needed beside it."""
+    scale = codes.scale_NG
+    made = tile_bytes(scale) if scale.dtype in STORED and codes.grid.group_size is not None else None
+    if made is not None:
+        rows = made.view(torch.uint8).repeat_interleave(shared, 0)[:N]
+        layout = {"tile_scale": tiles.pack_rows_of_tiles(rows).view(made.dtype)}
+        if codes.factor is not None:
+            layout["tile_factor"] = codes.factor.float().reshape(())
+        return layout
+    narrow = scale.dtype in SCALE_DTYPES and codes.factor is None
+    held = scale if narrow else codes.effective_scale()
+    layout = {"tile_scale": tiles.pack_rows_of_tiles(held.repeat_interleave(shared, 0)[:N])}
     if not narrow:
-        layout["stored_scale"] = codes.scale_NG
+        layout["stored_scale"] = scale
     if codes.factor is not None:
         layout["stored_factor"] = codes.factor
     return layout
+
+
+def _nothing_without_scale(codes: Codes, shared: int) -> Tensor:
+    """The codes, 0 in groups whose e4m3 scale is 0: the kernels' byte 0 is a small number where floats are multiplied."""
+    values, scale = codes.values_NK, codes.scale_NG
+    if scale.dtype != torch.float8_e4m3fn or scale.is_meta or bool(scale.view(torch.uint8).all()):
+        return values
+    N, K = values.shape
+    kept = (scale.view(torch.uint8) != 0).repeat_interleave(shared, 0)[:N].repeat_interleave(codes.grid.group_size or K, 1)
+    return values * kept[:, :K]
 
 
 def _table_codes(layout: Mapping[str, Tensor], values: Tensor, grid: Grid) -> Codes:
     """The inverse of `_table_tensors`, exactly."""
     N = values.shape[0]
     first_rows = slice(None, None, grid.shared_rows or N)
-    pick = layout.get("tile_pick")
-    table_TE = layout["tile_table"]
-    per_row = pick is None and len(table_TE) > 1
-    scale = layout.get("stored_scale")
+    pick, table_TE = layout.get("tile_pick"), layout.get("tile_table")
+    if table_TE is None and isinstance(grid, TableGrid):
+        table_TE = grid.tables.to(values.device)
+    per_row = pick is None and table_TE is not None and len(table_TE) > 1
+    scale, held = layout.get("stored_scale"), layout["tile_scale"]
     if scale is None:
-        scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], N)[first_rows].contiguous()
+        raw = held.view(torch.uint8) if held.dtype in BYTES else held
+        scale = tiles.unpack_rows_of_tiles(raw, N)[first_rows].contiguous()
+        scale = stored_bytes(scale.view(held.dtype)) if held.dtype in BYTES else scale
     return Codes(
         values_NK=values,
         scale_NG=scale,
-        table_TE=table_TE[:N] if per_row else table_TE,
+        table_TE=table_TE[:N] if per_row and table_TE is not None else table_TE,
         pick_NG=None if pick is None else tiles.unpack_rows_of_tiles(pick, N)[first_rows].contiguous(),
-        factor=layout.get("stored_factor"),
+        factor=layout.get("stored_factor", layout.get("tile_factor")),
         grid=grid,
     )
 
@@ -203,7 +250,7 @@ def codes_of(
     unpack: Callable[[Tensor, int, int, int], Tensor] = tiles.unpack_tiles,
 ) -> Codes:
     """The inverse of `tensors_of`, exactly; `unpack` inverts its `pack`."""
-    values = unpack(layout["tile_codes"], grid.bits, N, K)
+    values = (unpack_float_tiles if of_floats(grid) else unpack)(layout["tile_codes"], grid.bits, N, K)
     if not isinstance(grid, IntGrid | Fp8Grid):
         return _table_codes(layout, values, grid)
     scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], N)

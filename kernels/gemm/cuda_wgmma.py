@@ -99,6 +99,7 @@ def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str,
         "SCALE": SCALE_NUMBER[weight.scale.dtype],
         "ZERO": zero,
         "TABLE": table_kind(weight),
+        "FLOATS": int(weight.floats),
         "TABLES": weight.table.shape[0] if weight.table is not None and table_kind(weight) != 2 else 1,
         "TOKENS": config.tokens,
         "ACCUMULATORS": config.tokens // 2,
@@ -144,7 +145,7 @@ def space(weight: TileWeight, config: Config) -> Space:
     return Space(
         x_stage=config.tokens * (256 if config.batch == 8 else 128),
         w_stage=config.row_tiles * config.w_tiles * 256 * weight.bits
-        + touched * scale
+        + ceil_divide(touched * scale, 128) * 128
         + ceil_divide(touched * zero, 128) * 128,
         sums=ceil_divide(pieces, config.split) * config.split * threads * 32 if config.split > 1 else 0,
         beside=out + tables * (2 << weight.bits) + 16,

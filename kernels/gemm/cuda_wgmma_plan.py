@@ -34,9 +34,9 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_uint64 * 16) for name in ("x_map", "codes_map", "scales_map", "zeros_map")),
-        *((name, ctypes.c_void_p) for name in ("scale", "zero", "table", "bias", "y", "row_scale", "token_scale")),
+        *((name, ctypes.c_void_p) for name in ("scale", "zero", "table", "factor", "bias", "y", "row_scale", "token_scale")),
         *((name, ctypes.c_int) for name in ("M", "N", "y_stride", "row_tiles", "k_tiles", "token_span")),
-        ("padding", ctypes.c_uint64 * 6),  # the source's struct is aligned to 64 bytes
+        ("padding", ctypes.c_uint64 * 5),  # the source's struct is aligned to 64 bytes
     ]
 
 
@@ -101,6 +101,7 @@ class Plan:
             scale=weight.scale.data_ptr(),
             zero=None if beside is None else beside.data_ptr(),
             table=None if self._table is None else self._table.data_ptr(),
+            factor=None if weight.factor is None else weight.factor.data_ptr(),
             row_scale=None if row_scale is None else row_scale.data_ptr(),
             M=M,
             N=weight.N,
@@ -199,4 +200,6 @@ def rows_of(weight: TileWeight, start: int, stop: int) -> TileWeight:
         group_size=weight.group_size,
         N=stop - start,
         K=weight.K,
+        floats=weight.floats,
+        factor=weight.factor,
     )

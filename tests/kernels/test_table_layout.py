@@ -8,10 +8,12 @@ import pytest
 import torch
 from tests.quantize.test_tables import GRIDS, weight
 
+from aerogel.kernels.gemm.block_scales import tile_numbers
 from aerogel.kernels.gemm.cuda_weight import codes_of, tensors_of
 from aerogel.pack import tiles
+from aerogel.pack.float_tiles import unpack_float_tiles
 from aerogel.quantize.codes import Codes, quantized
-from aerogel.quantize.formats.floats import Float
+from aerogel.quantize.formats.kmeans import KMeans
 
 
 def same(a: Any, b: Any) -> bool:
@@ -27,15 +29,17 @@ def check(codes: Codes) -> None:
     for name in ("values_NK", "scale_NG", "table_TE", "pick_NG", "factor"):
         a, b = getattr(back, name), getattr(codes, name)
         assert same(a, b), name
-    scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], N).float()
+    scale = tiles.unpack_rows_of_tiles(tile_numbers(layout["tile_scale"]), N) * layout.get("tile_factor", torch.ones(()))
     g = torch.arange(K) // (codes.grid.group_size or K)
-    values = tiles.unpack_tiles(layout["tile_codes"], codes.grid.bits, N, K).long()
+    unpack = tiles.unpack_tiles if "tile_table" in layout else unpack_float_tiles
+    values = unpack(layout["tile_codes"], codes.grid.bits, N, K).long()
+    numbers = layout.get("tile_table", codes.table_TE)
     table = torch.zeros(N, K, dtype=torch.long)
     if codes.table_per_row:
         table = torch.arange(N)[:, None].expand(N, K)
     if "tile_pick" in layout:
         table = tiles.unpack_rows_of_tiles(layout["tile_pick"], N).long()[:, g]
-    assert torch.equal(layout["tile_table"][table, values] * scale[:, g], codes.decode())
+    assert torch.equal(numbers[table, values] * scale[:, g], codes.decode())
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -46,4 +50,4 @@ def test_layout_is_invertible_and_means_the_weight(grid: Any, shape: tuple[int, 
 
 def test_a_table_per_row() -> None:
     values = torch.randint(0, 16, (21, 40), dtype=torch.uint8)
-    check(Codes(values_NK=values, scale_NG=torch.ones(21, 1), table_TE=torch.randn(21, 16), grid=Float()))
+    check(Codes(values_NK=values, scale_NG=torch.ones(21, 1), table_TE=torch.randn(21, 16), grid=KMeans(bits=4)))

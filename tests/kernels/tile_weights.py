@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import torch
 
+from aerogel.kernels.gemm.block_scales import BYTES, tile_numbers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.pack import tiles
+from aerogel.pack.float_tiles import unpack_float_tiles
+from aerogel.quantize.formats.floats import float_numbers
 
 
 def dense64(weight: TileWeight) -> torch.Tensor:
     """The weight in float64, from the definition."""
     N, K, size = weight.N, weight.K, weight.group_size or weight.K
-    codes = tiles.unpack_tiles(weight.codes, weight.bits, N, K)
+    codes = (unpack_float_tiles if weight.floats else tiles.unpack_tiles)(weight.codes, weight.bits, N, K)
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         return tiles.unpack_rows_of_tiles(values, N).repeat_interleave(size, 1)[:, :K]
 
-    scale = spread(weight.scale).double()
+    scale = spread(tile_numbers(weight.scale)).double()
+    if weight.scale.dtype in BYTES and weight.factor is not None:
+        scale = scale * weight.factor.double()
+    if weight.floats:
+        return torch.tensor(float_numbers("e2m1"), dtype=torch.float64, device=codes.device)[codes.long()] * scale
     if weight.table is not None:
         table = weight.table.double()
         rows = torch.arange(N, device=table.device)[:, None]
