@@ -61,7 +61,9 @@ def tile_bytes(scale: Tensor) -> Tensor | None:
         return scale if scale.dtype == E8M0 else raw
     largest = int(raw.max()) if raw.numel() else 0
     if largest > (254 if scale.dtype == E8M0 else 126):
-        raise BadInput(f"a scale in {str(scale.dtype).removeprefix('torch.')} is negative or no number; quantize this weight again")
+        raise BadInput(
+            f"a scale in {str(scale.dtype).removeprefix('torch.')} is negative or no number; quantize this weight again"
+        )
     if scale.dtype == E8M0 and largest > MOST_E8M0:
         return None
     return scale if scale.dtype == E8M0 else _tables(scale.device)[0][raw.long()]

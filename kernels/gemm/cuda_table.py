@@ -2,8 +2,8 @@
 
 Entries are keyed by what decides the time: bits, kind of decoder, group size, N, K and the number of tokens. Tables are
 looked for in two places: beside this module (`cuda_NAME.json`, measured by us) and in the cache folder (measured on this
-machine by `tune`, with the device's name and the versions it was measured with; it wins). A weight that no table knows
-gets `default_config`.
+machine by `tune`, with the device's name and the versions it was measured with; it wins). A decoder that was not measured takes
+what was measured for integers of its width and shape; a weight that no table knows gets `default_config`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def token_class(M: int) -> int:
 
 def key_of(weight: TileWeight, M: int) -> str:
     """`4/g128/4096x14336/m4`: width, decoder and group class, shape, token class."""
-    kind = "t" if weight.table is not None else "z" if weight.zero is not None else ""
+    kind = "f" if weight.floats else "t" if weight.table is not None else "z" if weight.zero is not None else ""
     return f"{weight.bits}{kind}/g{weight.group_size}/{weight.N}x{weight.K}/m{token_class(M)}"
 
 
@@ -78,7 +78,9 @@ def config_for(weight: TileWeight, M: int) -> Config:
     """The configuration that runs M <= 16 tokens on the weight's device: from a table, else by rule."""
     facts = torch.cuda.get_device_properties(weight.codes.device)
     capability = (facts.major, facts.minor)
-    entry = table(facts.name).get(key_of(weight, M))
+    known = table(facts.name)
+    plain = f"{weight.bits}/g128/{weight.N}x{weight.K}/m{token_class(M)}"  # the next best: what reads nearly as many bytes
+    entry = known.get(key_of(weight, M), known.get(plain))
     if entry is not None:
         config = Config(**entry["config"])
         if fits(weight, config, M, capability, facts.multi_processor_count):

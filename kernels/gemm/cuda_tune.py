@@ -21,6 +21,7 @@ from aerogel.errors import RunFailed
 from aerogel.kernels.cuda import sources
 from aerogel.kernels.cuda.timing import copies, graph_microseconds
 from aerogel.kernels.gemm import cuda_table
+from aerogel.kernels.gemm.block_scales import E5M3, E8M0
 from aerogel.kernels.gemm.cuda_dense import dequantize
 from aerogel.kernels.gemm.cuda_few import Config, Plan, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
 from aerogel.kernels.gemm.cuda_weight import TileWeight
@@ -55,6 +56,21 @@ def random_weight(
     return TileWeight(codes=codes, scale=scale.bfloat16(), zero=held, table=None, pick=None, group_size=group_size, N=N, K=K)
 
 
+def random_numbers(N: int, K: int, name: str, group_size: int, device: torch.device | str, *, seed: int = 0) -> TileWeight:
+    """A weight of random codes of four bits that are no integers. name: `nvfp4` (e2m1, e4m3 scales and a factor), `mxfp4`
+    (e2m1, e8m0 scales), or `table` (any 16 numbers, bfloat16 scales)."""
+    plain = random_weight(N, K, 4, group_size, device, seed=seed)
+    generator = torch.Generator(device).manual_seed(seed + 1)
+    bytes_of = {"nvfp4": (E5M3, 8, 152), "mxfp4": (E8M0, 112, 124)}
+    if name == "table":
+        table = torch.randn(1, 16, device=device, generator=generator)
+        return replace(plain, table=table)
+    dtype, least, beyond = bytes_of[name]
+    scale = torch.randint(least, beyond, plain.scale.shape, device=device, generator=generator, dtype=torch.uint8).view(dtype)
+    factor = torch.full((), 2.0**-10, device=device) if name == "nvfp4" else None
+    return replace(plain, scale=scale, floats=True, factor=factor)
+
+
 def weight_copies(weight: TileWeight) -> list[TileWeight]:
     """The weight and enough copies of it that no cache holds them all."""
 
@@ -62,15 +78,13 @@ def weight_copies(weight: TileWeight) -> list[TileWeight]:
         return None if tensor is None else tensor.clone()
 
     return [weight] + [
-        TileWeight(
+        replace(
+            weight,
             codes=weight.codes.clone(),
             scale=weight.scale.clone(),
             zero=copy(weight.zero),
             table=copy(weight.table),
             pick=copy(weight.pick),
-            group_size=weight.group_size,
-            N=weight.N,
-            K=weight.K,
         )
         for _ in range(copies(weight.nbytes) - 1)
     ]

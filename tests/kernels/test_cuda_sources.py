@@ -360,7 +360,7 @@ def test_the_shipped_table_holds_configurations_that_fit() -> None:
         entries = json.loads(path.read_text("utf-8"))["entries"]
         assert len(entries) >= 60
         for key, entry in entries.items():
-            found = re.fullmatch(r"(\d)([tz]?)/g(\d+)/(\d+)x(\d+)/m(\d+)", key)
+            found = re.fullmatch(r"(\d)([tzf]?)/g(\d+)/(\d+)x(\d+)/m(\d+)", key)
             assert found is not None, key
             bits, _, size, N, K, M = (int(part) if part.isdigit() else part for part in found.groups())
             held = weight(N, K, bits, size)

@@ -1,0 +1,94 @@
+"""Scales of bytes: the rewriting is exact, and layouts of floats mean what their codes decode to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aerogel.errors import BadInput
+from aerogel.kernels.gemm.block_scales import E5M3, E8M0, MOST_E8M0, stored_bytes, tile_bytes, tile_numbers
+from aerogel.kernels.gemm.cuda_weight import codes_of, tensors_of
+from aerogel.pack.float_tiles import pack_float_tiles, unpack_float_tiles
+from aerogel.quantize.codes import Codes, quantized
+from aerogel.quantize.formats.floats import float_numbers
+from aerogel.quantize.formats.mx import Mx
+from aerogel.quantize.formats.nvfp4 import Nvfp4
+
+
+def test_every_e4m3_number_has_its_byte() -> None:
+    stored = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    made = tile_bytes(stored)
+    assert made is not None and made.dtype == E5M3
+    assert torch.equal(tile_numbers(made), stored.float())
+    assert torch.equal(stored_bytes(made).view(torch.uint8), stored.view(torch.uint8))
+    # As the kernels make a bfloat16 and a float32 of a byte.
+    bits = made[1:].int() * 16 + ((127 - 10) << 7)
+    assert torch.equal(bits.short().view(torch.bfloat16).float(), stored[1:].float())
+    assert torch.equal((made.int() << 20).view(torch.float32) * 2.0**117, stored.float())
+
+
+def test_e8m0_stays_as_it_is_while_small() -> None:
+    small = torch.arange(MOST_E8M0 + 1, dtype=torch.uint8).view(E8M0)
+    made = tile_bytes(small)
+    assert made is small and torch.equal(stored_bytes(small).view(torch.uint8), small.view(torch.uint8))
+    assert tile_bytes(torch.tensor([MOST_E8M0 + 1], dtype=torch.uint8).view(E8M0)) is None
+
+
+@pytest.mark.parametrize(("byte", "dtype"), [(0x7F, torch.float8_e4m3fn), (0xB8, torch.float8_e4m3fn), (0xFF, E8M0)])
+def test_what_is_no_scale_is_refused(byte: int, dtype: torch.dtype) -> None:
+    with pytest.raises(BadInput, match="negative or no number"):
+        tile_bytes(torch.tensor([8, byte], dtype=torch.uint8).view(dtype))
+
+
+def placed(word: torch.Tensor, register: int) -> torch.Tensor:
+    """What the kernels make of a word, int64 of 32 bits."""
+    left = (word << 6) & 0xFFFFFFFF
+    around = (word >> 4) | (word << 28) & 0xFFFFFFFF
+    split = (word << 2) & 0x80C080C0 | (word >> 6) & 0x01000100
+    return split if register == 3 else (word, left, around)[register] & 0x81C081C0
+
+
+def test_floats_come_into_place() -> None:
+    codes = torch.randint(0, 16, (16, 128), dtype=torch.uint8)
+    packed = pack_float_tiles(codes)
+    assert torch.equal(unpack_float_tiles(packed, 4, 16, 128), codes)
+    words = packed.view(torch.int32).long().reshape(2, 8, 4, 4) & 0xFFFFFFFF  # piece, g, t, step % 4
+    numbers = torch.tensor(float_numbers("e2m1"))[codes.long()]
+    for register in range(4):
+        both = placed(words, register)
+        for half in range(2):
+            bits = (both >> 16 * half) & 0xFFFF
+            found = torch.where(bits >= 1 << 15, bits - (1 << 16), bits).short().view(torch.bfloat16).float() * 2.0**126
+            s, t, g = torch.meshgrid(torch.arange(8), torch.arange(4), torch.arange(8), indexing="ij")
+            row, column = g + 8 * (register % 2), 16 * s + 8 * (register // 2) + 2 * t + half
+            assert torch.equal(found[s // 4, g, t, s % 4], numbers[row, column])
+
+
+@pytest.mark.parametrize("grid", [Nvfp4(), Mx()], ids=str)
+def test_groups_of_nothing_and_large_scales(grid: Nvfp4 | Mx) -> None:
+    w = torch.randn(32, 128)
+    w[:, 16:48] = 0
+    for scaled in (w, w * 1e30):
+        codes = quantized(grid, scaled, grid.fit(scaled))
+        layout = tensors_of(codes)
+        back: Codes = codes_of(layout, grid, 32, 128)
+        assert torch.equal(back.decode(), codes.decode())
+        narrow = grid == Nvfp4() or scaled is w
+        assert (layout["tile_scale"].dtype in (E5M3, E8M0)) is narrow and ("stored_scale" in layout) is not narrow
+
+
+def test_a_scale_of_nothing_takes_its_codes_along() -> None:
+    grid = Nvfp4()
+    codes = quantized(grid, torch.randn(16, 64), grid.fit(torch.randn(16, 64)))
+    scale = codes.scale_NG.view(torch.uint8).clone()
+    scale[3, 1] = 0
+    spoiled = Codes(
+        values_NK=codes.values_NK,
+        scale_NG=scale.view(torch.float8_e4m3fn),
+        table_TE=codes.table_TE,
+        factor=codes.factor,
+        grid=grid,
+    )
+    layout = tensors_of(spoiled)
+    assert not unpack_float_tiles(layout["tile_codes"], 4, 16, 64)[3, 16:32].any()
+    assert torch.equal(codes_of(layout, grid, 16, 64).decode(), spoiled.decode())
