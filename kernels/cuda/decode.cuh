@@ -13,12 +13,12 @@
 // which is exact for integer zero points, keeps float ones in float32, and costs one more matrix product (with a factor of
 // ones) for all row tiles together.
 //
-// One and two bits are bound by instructions, not by bytes, and go a step further (FOLDED): the powers of two are left in the
+// One to three bits are bound by instructions, not by bytes, and go a step further (FOLDED): the powers of two are left in the
 // factor, and what they add to the product, a fixed pattern of powers times x, is computed once per fragment of x for all row
-// tiles and added to each tile's sum. The price is cancellation in float32: powers of up to 2^7 against weights of a unit or
-// two, about 1e-5 relative. (Three bits as two such products, one per limb, were slower: the matrix unit is then the limit.)
+// tiles and added to each tile's sum. The price is cancellation in float32: powers of up to 2^7 against weights of a few
+// units, about 1e-5 relative. Three bits join their limbs first: the upper one is masked in above the lower one.
 //
-// e2m1 floats (FLOATS) lie in their words as a bfloat16 wants them (pack/float_tiles.py): turned and masked they are the
+// e2m1 floats (FLOATS) lie in their words as a bfloat16 wants them (pack/tile_orders.py): turned and masked they are the
 // number times 2^-126, and one product brings them to size. Where a group's scale is a byte, that product is with
 // the scale: 2 significant bits times at most 4, which is exact, and no sum needs scaling any more (SCALED).
 //
@@ -54,7 +54,7 @@ constexpr int limb_word(int l) { return l == 0 ? 0 : limb_word(l - 1) + 2 * limb
 
 constexpr int RUN = GROUP == 0 ? 128 : GROUP % 128 == 0 ? 128 : GROUP % 64 == 0 ? 64 : GROUP % 32 == 0 ? 32 : 16;
 constexpr int RUNS = 128 / RUN;  // runs of columns with one scale in a tile
-constexpr bool FOLDED = !TABLE && BITS <= 2 && RUN >= 64;
+constexpr bool FOLDED = !TABLE && BITS <= 3 && RUN >= 64;
 constexpr bool SCALED = FLOATS && (SCALE == 3 || (SCALE == 4 && !FP16));
 
 // ---- Where a field lies ----------------------------------------------------------------------------------------------
@@ -103,12 +103,26 @@ INLINE void decode_integers(const u32* words, int s, u32* a) {
   }
 }
 
+// Three bits. Register i of step s has its low bits at 8 (s % 2) + 2 i of one word, its high bit at 4 (s % 4) + i of another.
+// Two shifts of each word bring them together for all four registers, two bits further up for every other register.
+struct Joined {
+  static constexpr int least = MANTISSA - 7;
+  static constexpr int bit(int i) { return least + 2 * ((i + 1) / 2); }
+  static constexpr u32 power(int i) { return 1u << (MANTISSA - bit(i)); }
+  static INLINE u32 moved(u32 word, int right) { return right >= 0 ? word >> right : word << -right; }
+  static INLINE u32 raised(u32 low, u32 high, int s, int i) {
+    const u32 lower = moved(low, 8 * (s % 2) + 2 * i - bit(i)), upper = moved(high, 4 * (s % 4) + i - bit(i) - 2);
+    return and_or(upper, both(4u << bit(i)), and_or(lower, both(3u << bit(i)), both(power_of_two(MANTISSA - bit(i)))));
+  }
+};
+
 // The A fragment of step s with its powers of two still in it, and minus what these and the centre come to.
 INLINE void decode_folded(const u32* words, int s, u32* a) {
-  UNROLL for (int i = 0; i < 4; i++) a[i] = raised_limb<0>(words, s, i);
+  UNROLL for (int i = 0; i < 4; i++)
+    a[i] = BITS == 3 ? Joined::raised(words[s / 2], words[WORDS - 2 + s / 4], s, i) : raised_limb<0>(words, s, i);
 }
 INLINE void folded_offsets(int s, u32* a) {
-  UNROLL for (int i = 0; i < 4; i++) a[i] = both(minus(power_of_limb<0>(s, i) + CENTRE));
+  UNROLL for (int i = 0; i < 4; i++) a[i] = both(minus((BITS == 3 ? Joined::power(i) : power_of_limb<0>(s, i)) + CENTRE));
 }
 
 // The A fragment of step s of e2m1 floats: `upper` multiplies row g, `lower` row g + 8, both a pair of 16-bit numbers that
@@ -127,16 +141,30 @@ INLINE void decode_floats(u32 word, u32 upper, u32 lower, u32* a) {
 }
 
 // The A fragment of step s through a table of 16-bit numbers in shared memory: `upper` for row g, `lower` for row g + 8.
+// Codes of four bits lie in pairs: byte i of a word is register i.
 INLINE void decode_table(const u32* words, int s, u32 upper, u32 lower, u32* a) {
   UNROLL for (int i = 0; i < 4; i++) {
     u32 pair[2];
     UNROLL for (int e = 0; e < 2; e++) {
-      const int bit = 4 * i + 16 * e;  // of the low nibble; an entry is two bytes
+      const int bit = BITS == 8 ? 4 * i + 16 * e : 8 * i + 4 * e;  // of the low nibble; an entry is two bytes
       u32 offset = (bit ? words[s] >> (bit - 1) : words[s] << 1) & 0x1E;
       if constexpr (BITS == 8) offset |= (bit > 4 ? words[8 + s] >> (bit - 5) : words[8 + s] << (5 - bit)) & 0x1E0;
       pair[e] = load_shared_u16((i & 1 ? lower : upper) + offset);
     }
     a[i] = pair[0] | pair[1] << 16;
+  }
+}
+
+// The same with one load for both halves of a register: a table of all 256 pairs, and of each entry a copy for every lane, since
+// 32 lanes that look up 32 entries would else meet in the banks. 32 KB; `own` is this lane's copy of the first.
+constexpr int PAIR_BYTES = 256 * 32 * 4;
+INLINE void decode_pairs(u32 word, u32 own, u32* a) {
+  UNROLL for (int i = 0; i < 4; i++) a[i] = load_shared_u32(own + __byte_perm(word, 0, 0x4440 + i) * 128);
+}
+INLINE void fetch_pairs(const u16* table, u8* room, int thread, int threads) {
+  for (int i = thread; i < PAIR_BYTES / 16; i += threads) {
+    const u32 pair = table[i >> 3 & 15] | (u32)table[i >> 7] << 16;
+    ((uint4*)room)[i] = make_uint4(pair, pair, pair, pair);
   }
 }
 

@@ -43,7 +43,7 @@ INLINE void fetch_words(const Rows& rows, int tile, u32 (*words)[WORDS]) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) few_registers(const __grid_constant__ Arguments p) {
   const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, first_tile = blockIdx.x * ROW_TILES;
-  const int table_bytes = TABLE ? ((TABLE == 2 ? BLOCK_ROWS : p.tables) * (2 << BITS) + 15) & ~15 : 0;
+  const int table_bytes = table_room(p.tables);
   const int slot_bytes = p.M * TOKEN_BYTES + ROW_TILES * Side<1>::bytes;
   const u32 slots = shared_address(shared) + table_bytes + warp * 2 * slot_bytes, sides = p.M * TOKEN_BYTES;
   const Rows rows = rows_of(p, first_tile);
@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) few_registers(cons
     fetch_side(p, slots + sides, first_tile, tile);
     if (tile + WARPS < p.k_tiles) fetch_side(p, slots + slot_bytes + sides, first_tile, tile + WARPS);
   }
-  fetch_tables<BLOCK_ROWS>(p.table, p.tables, (u16*)shared, first_tile, threadIdx.x, THREADS);
+  fetch_tables_of_block(p.table, p.tables, shared, first_tile);
   if constexpr (TABLE) __syncthreads();
   wait_for_previous_kernel();
   if (tile < p.k_tiles) fetch_tokens(p, slots, tile);
@@ -74,8 +74,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) few_registers(cons
     load_tokens(slot, TOKEN_BYTES, p.M, x);
     const u8* side = shared + (slot - shared_address(shared)) + sides;
     UNROLL for (int r = 0; r < ROW_TILES; r++)
-      multiply_tile<1>(words[r], side + r * Side<1>::bytes, tile, group_of(tile, 0), p.groups, table_of(shared_address(shared), r, g),
-                       table_of(shared_address(shared), r, g + 8), x, acc[r]);
+      multiply_tile<1>(words[r], side + r * Side<1>::bytes, tile, group_of(tile, 0), p.groups, table_at(shared_address(shared), r, g),
+                       table_at(shared_address(shared), r, g + 8), x, acc[r]);
     __syncwarp();
     if (tile + 2 * WARPS < p.k_tiles) {
       fetch_side(p, slot + sides, first_tile, tile + 2 * WARPS);

@@ -41,16 +41,15 @@ INLINE Share share_of(const Arguments& p) {
 // Where things lie in shared memory.
 struct Room {
   u32 full, empty;  // barriers: a stage is filled, a stage is read
-  u16* tables;
-  u8* ring;
+  u8 *tables, *ring;
   u32 x, x_stride;  // x_stride: bytes from token to token where x is resident
   float* partials;
 };
 INLINE Room room_of(const Arguments& p, bool single) {
   Room r;
   r.full = shared_address(shared), r.empty = r.full + 8 * p.stages;
-  r.tables = (u16*)(shared + 256);
-  r.ring = shared + 256 + (TABLE ? ((TABLE == 2 ? BLOCK_ROWS : p.tables) * (2 << BITS) + 127) & ~127 : 0);
+  r.tables = shared + 256;
+  r.ring = shared + 256 + ((table_room(p.tables) + 127) & ~127);
   r.x = shared_address(r.ring) + p.stages * STAGE_BYTES;
   r.x_stride = (((p.k_tiles + K_WARPS - 1) / K_WARPS + CLUSTER - 1) / CLUSTER) * K_WARPS * 256 + 16;
   const int x_bytes = X_RESIDENT ? p.M * r.x_stride : WARPS * 2 * p.M * TOKEN_BYTES;
@@ -121,7 +120,7 @@ INLINE void renew_tables(const Arguments& p, const Room& room, int block, int fi
   if constexpr (TABLE) {
     if (block > 0 && TABLE != 2) return;
     if (block > 0) barrier_of(1, THREADS);
-    fetch_tables<BLOCK_ROWS>(p.table, p.tables, room.tables, first_tile, threadIdx.x, THREADS);
+    fetch_tables_of_block(p.table, p.tables, room.tables, first_tile);
     barrier_of(1, THREADS);
   }
 }
@@ -159,7 +158,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
           u32 words[WORDS];
           load_words_from_shared(place + row_tile * CODE_BYTES + slice * TILE_BYTES, lane, words);
           multiply_tile<K_WARPS>(words, place + BLOCK_TILES * CODE_BYTES + row_tile * SIDE_BYTES, tile, group_of(tile - slice, 0),
-                                 p.groups, table_of(tables, row_tile, g), table_of(tables, row_tile, g + 8), x, acc[r]);
+                                 p.groups, table_at(tables, row_tile, g), table_at(tables, row_tile, g + 8), x, acc[r]);
         }
       }
       __syncwarp();

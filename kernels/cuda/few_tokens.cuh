@@ -26,6 +26,20 @@ constexpr int WARPS = ROW_WARPS * K_WARPS;
 constexpr int THREADS = WARPS * 32;
 constexpr int PARTIAL_STRIDE = BLOCK_ROWS + 4;  // of one token: four tokens of a warp's store then fall into four banks
 
+// One table of 16 numbers is looked up in pairs; other tables number by number.
+constexpr bool PAIRED = TABLE == 1 && BITS == 4;
+INLINE int table_room(int tables) {
+  return PAIRED ? PAIR_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
+}
+INLINE void fetch_tables_of_block(const u16* table, int tables, u8* room, int first_tile) {
+  if constexpr (PAIRED)
+    fetch_pairs(table, room, threadIdx.x, THREADS);
+  else
+    fetch_tables<BLOCK_ROWS>(table, tables, (u16*)room, first_tile, threadIdx.x, THREADS);
+}
+// Where a lane finds the table of `row` in row tile `tile` of the block.
+INLINE u32 table_at(u32 room, int tile, int row) { return PAIRED ? room + (threadIdx.x & 31) * 4 : table_of(room, tile, row); }
+
 struct Arguments {
   const u8* codes;   // [row tile][k tile][256 * BITS]
   const u8* scale;   // [row tile][group][16]
@@ -117,7 +131,9 @@ INLINE void multiply_tile(const u32* words, const u8* side, int tile, int first,
     UNROLL for (int step = 0; step < RUN / 16; step++) {
       const int s = run * (RUN / 16) + step;
       u32 a[4];
-      if constexpr (TABLE)
+      if constexpr (PAIRED)
+        decode_pairs(words[s], upper, a);
+      else if constexpr (TABLE)
         decode_table(words, s, upper, lower, a);
       else if constexpr (FLOATS)
         decode_floats(words[s], upper_unit, lower_unit, a);

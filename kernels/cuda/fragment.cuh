@@ -9,7 +9,7 @@
 // limb costs a shift and an and-or. 8 bits overflow bfloat16's mantissa: their two limbs are joined by an exact
 // multiply-add. Floating zero points go through float32: (u - z) * s is then rounded once, whatever z is. Codes that stand
 // for the entries of a table of 16 or 256 numbers are looked up in shared memory, one 16-bit load each. e2m1 floats (FLOATS)
-// lie in their words as pack/float_tiles.py says: masked they are the number times a power of two, which the scale takes back.
+// lie in their words as pack/tile_orders.py says: masked they are the number times a power of two, which the scale takes back.
 //
 // Set from outside: BITS 1..8; GROUP columns that share a scale (0: all of them); FLOATS; ACTIVATION, SCALE, ZERO, TABLE below.
 
@@ -190,7 +190,7 @@ FN u32 looked_up(const Codes& codes, int s, int i, u32 table) {
     u32 entry[2];
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-        const int bit = 4 * i + 16 * e;
+        const int bit = BITS == 4 ? 8 * i + 4 * e : 4 * i + 16 * e;  // four bits lie in pairs: pack/tile_orders.py
         const u32 low = codes.four[0][s], high = codes.four[FOURS ? FOURS - 1 : 0][s];
         u32 offset = (bit ? low >> (bit - 1) : low << 1) & 0x1E;
         if (FOURS == 2) offset |= (bit > 4 ? high >> (bit - 5) : high << (5 - bit)) & 0x1E0;

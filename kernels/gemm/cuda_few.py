@@ -27,6 +27,7 @@ TOKENS = 16
 MOST_TOKENS = 96
 """Above this, decoding the whole weight and multiplying densely is faster than passing over it every 16 tokens."""
 MOST_TABLE_BYTES = 48 << 10
+PAIR_BYTES = 32 << 10
 SHARED_LIMIT = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10, 12: 99 << 10}
 """Shared memory of a block in bytes, by the major compute capability; the least of the generation's devices."""
 SCALE_NUMBER = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, E5M3: 3, E8M0: 4}
@@ -134,6 +135,11 @@ def table_bytes(weight: TileWeight, row_tiles: int) -> int:
     return (row_tiles * 16 if kind == 2 else weight.table.shape[0]) * (2 << weight.bits)
 
 
+def table_room(weight: TileWeight, row_tiles: int) -> int:
+    """The same as the few-token kernels keep them: of one table of 16 numbers all pairs, with a copy for each lane."""
+    return PAIR_BYTES if table_kind(weight) == 1 and weight.bits == 4 else table_bytes(weight, row_tiles)
+
+
 def side_bytes(weight: TileWeight, columns: int) -> int:
     """Bytes beside the codes for one row tile of `columns` columns."""
     zero = 0 if weight.zero is None else weight.zero.element_size()
@@ -146,7 +152,7 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     rows = config.block_tiles * 16
     k_tiles = weight.codes.shape[1]
     partials = config.k_warps * M * (rows + 4) * 4 + (M * rows * 4 if config.cluster > 1 else 0)
-    tables = table_bytes(weight, config.block_tiles)
+    tables = table_room(weight, config.block_tiles)
     if not config.ring:
         slots = config.warps * 2 * (M * 272 + config.row_tiles * side_bytes(weight, 128))
         return (tables + 15) // 16 * 16 + max(slots, partials)

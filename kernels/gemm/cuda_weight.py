@@ -5,7 +5,8 @@
     W[n, k] = e2m1(u[n, k]) * s            floats, which need no table: their bits are those of a wider float
 
 with s, z and the table's number those of row n and of k's group; s may be a byte (`block_scales`), and is then multiplied by
-the weight's factor where there is one. `pack/tiles.py` says where each bit of u lies, `pack/float_tiles.py` for floats.
+the weight's factor where there is one. `pack/tiles.py` says where each bit of u lies, `pack/tile_orders.py` for floats and
+for tables of 16.
 
 Shape legend: N out features, K in features, R = ceil(N / 16) row tiles, C = ceil(K / 128) k tiles, G groups along K,
 T tables, E = 16 or 256 entries.
@@ -25,7 +26,7 @@ from aerogel.errors import BadInput
 from aerogel.kernels.gemm.block_scales import BYTES, STORED, stored_bytes, tile_bytes
 from aerogel.pack import bits as stream
 from aerogel.pack import tiles
-from aerogel.pack.float_tiles import pack_float_tiles, unpack_float_tiles
+from aerogel.pack.tile_orders import FLOATS, PAIRS, Moves, pack_in_order, unpack_in_order
 from aerogel.quantize.formats.floats import float_numbers
 from aerogel.quantize.grids import Codes, Fp8Grid, Grid, IntGrid
 from aerogel.quantize.tables import TableGrid
@@ -47,7 +48,7 @@ class TileWeight:
     pick: uint8 [R, G, 16], the number of the table of each group and row; None otherwise.
     group_size: a multiple of 16, or 0 for one scale per row (G = 1).
     N, K: the weight's own shape.
-    floats: the codes are e2m1 floats in the order of `pack.float_tiles`.
+    floats: the codes are e2m1 floats.
     factor: fp32 scalar that multiplies every scale, for scales of bytes; None for 1.
     """
 
@@ -66,6 +67,11 @@ class TileWeight:
     def bits(self) -> int:
         """Bits of one code."""
         return self.codes.shape[2] // 256
+
+    @property
+    def order(self) -> Moves | None:
+        """How the bits of words are ordered; None as `pack/tiles.py` has it."""
+        return FLOATS if self.floats else PAIRS if self.table is not None and self.bits == 4 else None
 
     @property
     def groups(self) -> int:
@@ -180,8 +186,9 @@ def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[
         raise BadInput("codes into a table need the table, and there is none")
     values, layout = codes.values_NK, _scale_tensors(codes, shared, N)
     if of_floats(codes.grid):
-        return layout | {"tile_codes": pack_float_tiles(_nothing_without_scale(codes, shared))}
-    layout |= {"tile_codes": pack(values, codes.grid.bits), "tile_table": table_TE}
+        return layout | {"tile_codes": pack_in_order(_nothing_without_scale(codes, shared), FLOATS)}
+    packed = pack_in_order(values, PAIRS) if codes.grid.bits == 4 else pack(values, codes.grid.bits)
+    layout |= {"tile_codes": packed, "tile_table": table_TE}
     if codes.table_per_row:
         layout["tile_table"] = torch.nn.functional.pad(table_TE, (0, 0, 0, -N % tiles.ROWS))
     if codes.pick_NG is not None:
@@ -250,9 +257,12 @@ def codes_of(
     unpack: Callable[[Tensor, int, int, int], Tensor] = tiles.unpack_tiles,
 ) -> Codes:
     """The inverse of `tensors_of`, exactly; `unpack` inverts its `pack`."""
-    values = (unpack_float_tiles if of_floats(grid) else unpack)(layout["tile_codes"], grid.bits, N, K)
     if not isinstance(grid, IntGrid | Fp8Grid):
+        order = FLOATS if of_floats(grid) else PAIRS
+        packed = layout["tile_codes"]
+        values = unpack_in_order(packed, order, N, K) if grid.bits == 4 else unpack(packed, grid.bits, N, K)
         return _table_codes(layout, values, grid)
+    values = unpack(layout["tile_codes"], grid.bits, N, K)
     scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], N)
     if isinstance(grid, Fp8Grid):
         scale = scale[:: grid.shared_rows or N].contiguous()

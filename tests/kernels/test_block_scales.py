@@ -8,7 +8,7 @@ import torch
 from aerogel.errors import BadInput
 from aerogel.kernels.gemm.block_scales import E5M3, E8M0, MOST_E8M0, stored_bytes, tile_bytes, tile_numbers
 from aerogel.kernels.gemm.cuda_weight import codes_of, tensors_of
-from aerogel.pack.float_tiles import pack_float_tiles, unpack_float_tiles
+from aerogel.pack.tile_orders import FLOATS, PAIRS, pack_in_order, unpack_in_order
 from aerogel.quantize.codes import Codes, quantized
 from aerogel.quantize.formats.floats import float_numbers
 from aerogel.quantize.formats.mx import Mx
@@ -50,8 +50,8 @@ def placed(word: torch.Tensor, register: int) -> torch.Tensor:
 
 def test_floats_come_into_place() -> None:
     codes = torch.randint(0, 16, (16, 128), dtype=torch.uint8)
-    packed = pack_float_tiles(codes)
-    assert torch.equal(unpack_float_tiles(packed, 4, 16, 128), codes)
+    packed = pack_in_order(codes, FLOATS)
+    assert torch.equal(unpack_in_order(packed, FLOATS, 16, 128), codes)
     words = packed.view(torch.int32).long().reshape(2, 8, 4, 4) & 0xFFFFFFFF  # piece, g, t, step % 4
     numbers = torch.tensor(float_numbers("e2m1"))[codes.long()]
     for register in range(4):
@@ -62,6 +62,16 @@ def test_floats_come_into_place() -> None:
             s, t, g = torch.meshgrid(torch.arange(8), torch.arange(4), torch.arange(8), indexing="ij")
             row, column = g + 8 * (register % 2), 16 * s + 8 * (register // 2) + 2 * t + half
             assert torch.equal(found[s // 4, g, t, s % 4], numbers[row, column])
+
+
+def test_a_byte_holds_a_pair() -> None:
+    codes = torch.randint(0, 16, (16, 128), dtype=torch.uint8)
+    packed = pack_in_order(codes, PAIRS)
+    assert torch.equal(unpack_in_order(packed, PAIRS, 16, 128), codes)
+    pairs = packed.reshape(2, 8, 4, 4, 4)  # piece, g, t, step % 4, register
+    s, g, t, i = torch.meshgrid(torch.arange(8), torch.arange(8), torch.arange(4), torch.arange(4), indexing="ij")
+    row, column = g + 8 * (i % 2), 16 * s + 8 * (i // 2) + 2 * t
+    assert torch.equal(pairs[s // 4, g, t, s % 4, i], codes[row, column] | codes[row, column + 1] << 4)
 
 
 @pytest.mark.parametrize("grid", [Nvfp4(), Mx()], ids=str)
@@ -90,5 +100,5 @@ def test_a_scale_of_nothing_takes_its_codes_along() -> None:
         grid=grid,
     )
     layout = tensors_of(spoiled)
-    assert not unpack_float_tiles(layout["tile_codes"], 4, 16, 64)[3, 16:32].any()
+    assert not unpack_in_order(layout["tile_codes"], FLOATS, 16, 64)[3, 16:32].any()
     assert torch.equal(codes_of(layout, grid, 16, 64).decode(), spoiled.decode())

@@ -92,6 +92,34 @@ def test_decoding_is_exact_for_every_code_and_place(bits: int, dtype: torch.dtyp
             assert torch.equal(total, (codes - centre).double())
 
 
+@pytest.mark.parametrize(("dtype", "mantissa"), [(torch.bfloat16, 7), (torch.float16, 10)], ids=str)
+def test_three_bits_join_their_limbs(dtype: torch.dtype, mantissa: int) -> None:
+    """`Joined` of decode.cuh on real words: the number is a power of two and the code, exactly."""
+    codes = torch.randint(0, 8, (16, 128), dtype=torch.uint8)
+    packed = tiles.pack_tiles(codes, 3).flatten()
+    low = packed[:512].view(torch.int32).reshape(8, 4, 4).long() & 0xFFFFFFFF  # g, t, word
+    high = packed[512:].view(torch.int32).reshape(8, 4, 2).long() & 0xFFFFFFFF
+    least = mantissa - 7
+    bias = 127 if dtype == torch.bfloat16 else 15
+
+    def moved(word: torch.Tensor, right: int) -> torch.Tensor:
+        return word >> right if right >= 0 else (word << -right) & 0xFFFFFFFF
+
+    for s in range(8):
+        for i in range(4):
+            bit = least + 2 * ((i + 1) // 2)
+            assert bit + 3 <= mantissa
+            power = 1 << (mantissa - bit)
+            lower = moved(low[..., s // 2], 8 * (s % 2) + 2 * i - bit) & 0x10001 * (3 << bit)
+            upper = moved(high[..., s // 4], 4 * (s % 4) + i - bit - 2) & 0x10001 * (4 << bit)
+            both = lower | upper | 0x10001 * ((mantissa - bit + bias) << mantissa)
+            for half in range(2):
+                found = (both >> 16 * half & 0xFFFF).short().view(dtype).float() - power
+                row = torch.arange(8)[:, None] + 8 * (i % 2)
+                column = 16 * s + 8 * (i // 2) + 2 * torch.arange(4) + half
+                assert torch.equal(found, codes[row, column].float())
+
+
 # ---- sources ---------------------------------------------------------------------------------------------------------
 @needs_nvrtc
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)

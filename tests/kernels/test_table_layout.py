@@ -11,7 +11,7 @@ from tests.quantize.test_tables import GRIDS, weight
 from aerogel.kernels.gemm.block_scales import tile_numbers
 from aerogel.kernels.gemm.cuda_weight import codes_of, tensors_of
 from aerogel.pack import tiles
-from aerogel.pack.float_tiles import unpack_float_tiles
+from aerogel.pack.tile_orders import FLOATS, PAIRS, unpack_in_order
 from aerogel.quantize.codes import Codes, quantized
 from aerogel.quantize.formats.kmeans import KMeans
 
@@ -31,8 +31,9 @@ def check(codes: Codes) -> None:
         assert same(a, b), name
     scale = tiles.unpack_rows_of_tiles(tile_numbers(layout["tile_scale"]), N) * layout.get("tile_factor", torch.ones(()))
     g = torch.arange(K) // (codes.grid.group_size or K)
-    unpack = tiles.unpack_tiles if "tile_table" in layout else unpack_float_tiles
-    values = unpack(layout["tile_codes"], codes.grid.bits, N, K).long()
+    packed, order = layout["tile_codes"], PAIRS if "tile_table" in layout else FLOATS
+    four = codes.grid.bits == 4
+    values = (unpack_in_order(packed, order, N, K) if four else tiles.unpack_tiles(packed, codes.grid.bits, N, K)).long()
     numbers = layout.get("tile_table", codes.table_TE)
     table = torch.zeros(N, K, dtype=torch.long)
     if codes.table_per_row:

@@ -7,14 +7,17 @@ import torch
 from aerogel.kernels.gemm.block_scales import BYTES, tile_numbers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.pack import tiles
-from aerogel.pack.float_tiles import unpack_float_tiles
+from aerogel.pack.tile_orders import unpack_in_order
 from aerogel.quantize.formats.floats import float_numbers
 
 
 def dense64(weight: TileWeight) -> torch.Tensor:
     """The weight in float64, from the definition."""
     N, K, size = weight.N, weight.K, weight.group_size or weight.K
-    codes = (unpack_float_tiles if weight.floats else tiles.unpack_tiles)(weight.codes, weight.bits, N, K)
+    if weight.order is None:
+        codes = tiles.unpack_tiles(weight.codes, weight.bits, N, K)
+    else:
+        codes = unpack_in_order(weight.codes, weight.order, N, K)
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         return tiles.unpack_rows_of_tiles(values, N).repeat_interleave(size, 1)[:, :K]
