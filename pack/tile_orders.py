@@ -1,10 +1,10 @@
 """Tiles of four bits with the bits of each 32-bit word in the order that a decoder wants to cut them in.
 
-`pack/tiles.py` puts the codes of a register's two halves 16 bits apart, as integers need them. Two other decoders need less work
-where the same 32 bits lie otherwise.
+`pack/tiles.py` puts the codes of a register's two halves 16 bits apart, as integers need them. Two other decoders need less
+work where the same 32 bits lie otherwise.
 
-Floats, e2m1: a bfloat16 whose sign is bit 15 and whose bits 8..6 are the exponent and the mantissa of an e2m1 is that number times
-2^-126, subnormals included. With one rotation and one mask for register 0 to 2 of a step, and two of each for register 3, both
+Floats, e2m1: a bfloat16 whose sign is bit 15 and whose bits 8..6 are the exponent and the mantissa of an e2m1 is that number
+times 2^-126, subnormals included. With one rotation and one mask for register 0 to 2 of a step, and two of each for register 3, both
 halves of a register have their sign and magnitude in place:
 
     register    magnitude      sign                     both come into place by
@@ -13,7 +13,7 @@ halves of a register have their sign and magnitude in place:
     2           12..10         3 of the other half      4 to the right, around the end
     3           14, 5, 4       13                       2 to the left; bit 14 by 6 to the right
 
-Pairs, any 16 numbers: byte i holds both codes of register i, the lower half's in its low nibble, so that a byte looks up a pair.
+Pairs, any 16 numbers: byte i holds both codes of register i, the lower half's in its low nibble: a byte looks up a pair.
 
 Cost: eight or nine masks and rotations for eight codes, at packing.
 
