@@ -4,8 +4,8 @@
 work where the same 32 bits lie otherwise.
 
 Floats, e2m1: a bfloat16 whose sign is bit 15 and whose bits 8..6 are the exponent and the mantissa of an e2m1 is that number
-times 2^-126, subnormals included. With one rotation and one mask for register 0 to 2 of a step, and two of each for register 3, both
-halves of a register have their sign and magnitude in place:
+times 2^-126, subnormals included. With one rotation and one mask for register 0 to 2 of a step, and two of each for register
+3, both halves of a register have their sign and magnitude in place:
 
     register    magnitude      sign                     both come into place by
     0           8..6           15                       nothing
