@@ -11,7 +11,9 @@ its inputs, x' is x with these inputs at zero, so that they do not set the unit 
 the input as it is, also where the kernel rounds it. With a threshold (LLM.int8()) the columns depend on x: what is wanted is
 read back to the host in every call, which no CUDA graph can hold.
 
-Shape legend: M tokens, N out features, K in features, C kept columns, E outliers.
+Rows of more bits: one more packed linear of R outputs through whatever kernel serves it, added to those outputs.
+
+Shape legend: M tokens, N out features, K in features, C kept columns, E outliers, R rows of more bits.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.kernels.linear import Linear
+from aerogel.pack.format import Activations
 from aerogel.quantize.sidecars import SIDECARS, Sidecar
 
 with warnings.catch_warnings():
@@ -135,7 +138,27 @@ class ColumnProduct(Product):
         return index_C[here], value_NC[:, here]
 
 
-PRODUCTS: dict[str, type[Product]] = {"weight_outliers": OutlierProduct, "weight_columns": ColumnProduct}
+class RowProduct(Product):
+    """What some rows lack, as one more packed linear; its outputs are added to theirs."""
+
+    def ready(self, like: Linear) -> Self:
+        """Chooses the kernel for the activations of `like`, the linear beside which the rows are."""
+        activations: Activations = "int8" if like.scheme.activations == "int8" else "none"
+        linear = Linear.from_codes(self.sidecar.codes(), activations=activations, dtype=like.compute_dtype)  # type: ignore[union-attr]
+        self._ready = linear, self.sidecar.index_R.long()  # type: ignore[union-attr]
+        return self
+
+    def forward(self, y_MN: Tensor, x_MK: Tensor) -> Tensor:
+        """y with the rows' part added."""
+        linear, index_R = self._ready
+        return y_MN.index_add(1, index_R, linear(x_MK))
+
+
+PRODUCTS: dict[str, type[Product]] = {
+    "weight_outliers": OutlierProduct,
+    "weight_columns": ColumnProduct,
+    "weight_rows": RowProduct,
+}
 
 
 class SidecarLinear(Linear):
@@ -158,6 +181,14 @@ class SidecarLinear(Linear):
                 self.add_module(key, PRODUCTS[key](sidecar))
         return self
 
+    def prepare(self, dtype: torch.dtype | None = None, *, overwrite: bool = False) -> Self:
+        """As `Linear` does it, for rows of more bits as well."""
+        super().prepare(dtype, overwrite=overwrite)
+        for product in self._products():
+            if isinstance(product, RowProduct):
+                product.ready(self)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in x's dtype."""
         x_MK = x.reshape(-1, self.in_features)
@@ -165,6 +196,8 @@ class SidecarLinear(Linear):
         y_MN = self._beside_columns(columns, x_MK) if isinstance(columns, ColumnProduct) else super().forward(x_MK)
         if outliers is not None:
             y_MN = outliers(y_MN, x_MK)
+        if "weight_rows" in self._modules:
+            y_MN = self._modules["weight_rows"](y_MN, x_MK)  # type: ignore[misc]
         return y_MN.reshape(*x.shape[:-1], self.out_features)
 
     def _beside_columns(self, columns: ColumnProduct, x_MK: Tensor) -> Tensor:

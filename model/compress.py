@@ -28,6 +28,7 @@ from aerogel.eval.memory import peak_bytes
 from aerogel.kernels import layouts
 from aerogel.model.calibration import Tokens, load_tokens
 from aerogel.model.entropy import Saving
+from aerogel.model.gradients import Gradients, gradients_wanted, measure
 from aerogel.model.granularity import adaptive_sizes, sized
 from aerogel.model.journal import Journal, fingerprint, restore, weights_digest, work_folder
 from aerogel.model.plan import plan_structure, stored_dtype
@@ -226,6 +227,7 @@ class _Run:
             dtype=self.kept_dtype,
             experts_top_up=section.experts == "top_up",
             min_expert_tokens=section.min_expert_tokens,
+            gradients=self._gradients(journal, tokens),
         )
         if tokens is None:
             yield Walk(self.structure, None, job, None, 0, device=self.device)
@@ -248,6 +250,21 @@ class _Run:
                 for batch in range(len(batches)):
                     dense[batch] = activations[batch].clone()
             yield Walk(self.structure, runner, job, activations, len(batches), dense, self.device)
+
+    def _gradients(self, journal: Journal, tokens: Tokens | None) -> Gradients | None:
+        """What the loss feels of the weights, where a stage asks for it."""
+        if tokens is None or not gradients_wanted(self.assigned):
+            return None
+        section = self.recipe.calibration
+        return measure(
+            self.structure,
+            self.assigned,
+            tokens.ids[: section.gradient_samples],
+            self.device,
+            journal.work / "gradients",
+            seed=section.seed,
+            spill=journal.work if section.activations == "disk" else None,
+        )
 
     def finish(self, journal: Journal, tokens: Tokens | None, key: str, model: str) -> dict[str, Any]:
         """Makes the final folder from the finished parts; returns the part of the report that is stored in it."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from aerogel.quantize.grids import Codes
     from aerogel.quantize.sidecars import Sidecar
 
-Need = Literal["second_moment", "cross_moment"]
+Need = Literal["second_moment", "cross_moment", "row_loss", "fisher"]
 """What a stage asks calibration for; the walk accumulates only what some stage of that layer declares in `needs`."""
 
 
@@ -66,6 +66,9 @@ class Layer:
     mask_NK: bool [N, K], True where the weight is kept; None when nothing was pruned. Zeros under the mask stay zero.
     codes: the quantized weight, whose `decode()` equals `weight_NK`, sidecars apart; None when not quantized.
     sidecars: weights that are kept beside the codes.
+    rows_R: int64 [R], the rows that are to get more bits; None where nobody chose.
+    fisher_NK: mean squared gradient of each weight, float32 [N, K]; None unless a stage needs it.
+    target_NK: what the codes were to approach where the method moved it from `weight_NK` and rows get more bits; else None.
     tokens: how many calibration tokens its input was seen with; 0 without data. Set when the statistics are let go.
     loss: relative output error tr(D H D^T) / tr(W H W^T) of this layer against the weight it came with, or None.
     notes: facts for the report, such as {"damping": 0.01, "retries": 0}. Plain JSON values only.
@@ -77,6 +80,9 @@ class Layer:
     mask_NK: Tensor | None = None
     codes: Codes | None = None
     sidecars: tuple[Sidecar, ...] = ()
+    rows_R: Tensor | None = None
+    fisher_NK: Tensor | None = None
+    target_NK: Tensor | None = None
     tokens: int = 0
     loss: float | None = None
     notes: Mapping[str, object] = field(default_factory=dict)

@@ -64,6 +64,7 @@ def plan_structure(structure: Structure, recipe: Recipe, sizes: Sizes | None = N
     assigned = sized(assigned, adaptive_sizes(structure, assigned) if sizes is None else sizes)
     _check_outside(structure, assigned)
     _check_stacks(structure, assigned)
+    _check_gradients(structure, assigned)
     dtype = stored_dtype(structure, recipe)
     by_tensor: dict[str, list[Matrix]] = defaultdict(list)
     for matrix in structure.matrices:
@@ -120,6 +121,20 @@ def _check_stacks(structure: Structure, assigned: Mapping[str, list[StageSpec]])
             raise BadInput(
                 f"{sum(quantized)} of the {len(quantized)} experts in {tensor} are quantized; target all of them or none, since"
                 " they are stored together"
+            )
+
+
+def _check_gradients(structure: Structure, assigned: Mapping[str, list[StageSpec]]) -> None:
+    """A weight whose stage needs gradients is one plain parameter of a block, and no expert."""
+    for matrix in structure.matrices:
+        if not any(spec.needs & {"row_loss", "fisher"} for spec in assigned[matrix.name]):
+            continue
+        group = next((g for g in structure.groups if matrix.parameter in g.outputs), None)
+        plain = group is not None and len(group.sources) == 1 and matrix.index is None and matrix.expert is None
+        if matrix.block is None or not plain:
+            raise BadInput(
+                f"{matrix.name} has no gradient of its own (it lies outside the blocks, or the model joins it with others);"
+                " add it to ignore, or leave out what needs gradients (rows: loss, clip: fisher)"
             )
 
 

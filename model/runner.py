@@ -7,6 +7,7 @@ is a function from hidden states to hidden states, and only its own weights need
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aerogel.errors import BadInput
-from aerogel.model.naming import materialise, release
+from aerogel.model.naming import materialise, place, release
 from aerogel.model.structure import Structure
 from aerogel.model.tape import Finished
 from aerogel.model.trim import trim
@@ -98,13 +99,12 @@ class Runner:
         trim()
 
     def _outside(self, ids: Tensor, stubs: list[_Stub]) -> Any:
-        """The model's own forward with every block replaced by a stub."""
+        """The model's own forward with every block replaced by a stub. Gradients flow where they are switched on."""
         real = list(self.blocks)
         try:
             for i, stub in enumerate(stubs):
                 self.blocks[i] = stub
-            with torch.no_grad():
-                return self.model(input_ids=ids.to(self.device), use_cache=False)
+            return self.model(input_ids=ids.to(self.device), use_cache=False)
         except Finished:
             return None
         finally:
@@ -143,7 +143,8 @@ class Runner:
             found.append((hidden, args, kwargs))
             raise Finished
 
-        self._outside(ids[:, :8], [_Stub(note, False)] + [_Stub(note, False) for _ in list(self.blocks)[1:]])
+        with torch.no_grad():
+            self._outside(ids[:, :8], [_Stub(note, False)] + [_Stub(note, False) for _ in list(self.blocks)[1:]])
         hidden, args, kwargs = found[0]
         block = self.load_block(0)
         with torch.no_grad():
@@ -170,7 +171,8 @@ class Runner:
 
             return _Stub(note, self.as_tuple)
 
-        self._outside(ids, [stub(i) for i in range(last + 1)])
+        with torch.no_grad():
+            self._outside(ids, [stub(i) for i in range(last + 1)])
 
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """The hidden states behind `block`, which is block `index` or a copy of it, for hidden states [B, L, H]."""
@@ -179,6 +181,30 @@ class Runner:
             result = block(hidden, *args, **kwargs)
         output: Tensor = result[0] if isinstance(result, tuple) else result
         return output
+
+    def _behind(self, hidden: Tensor) -> Any:
+        """The model's forward from behind the last block on. The ids stand for nothing: every block passes on `hidden`."""
+        stubs = [_Stub(lambda h, a, k: hidden, self.as_tuple) for _ in self.blocks]
+        return self._outside(torch.zeros(hidden.shape[:2], dtype=torch.int64), stubs)
+
+    @contextlib.contextmanager
+    def whole_head(self) -> Iterator[None]:
+        """While open, everything outside the blocks is in memory, a tied head too, and `logits` can be asked for."""
+        groups = self.structure.outer_groups
+        materialise(self.model, groups, self.fetch, self.dtype)
+        for tied, stored in self.structure.tied.items():
+            place(self.model, tied, self.model.get_parameter(stored).data)
+        try:
+            yield
+        finally:
+            release(self.model, groups)
+            for tied, stored in self.structure.tied.items():
+                place(self.model, tied, self.model.get_parameter(stored).data)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits for hidden states [B, L, H] behind the last block, differentiable; see `whole_head`."""
+        found: Tensor = self._behind(hidden).logits
+        return found
 
     def epilogue(self, batch_hidden: Iterable[Tensor]) -> Iterator[Tensor]:
         """What arrives at the output head for each batch of hidden states behind the last block (final norm and all)."""
@@ -197,11 +223,10 @@ class Runner:
 
         for hidden in batch_hidden:
             seen.clear()
-            stubs = [_Stub(lambda h, a, k, value=hidden: value, self.as_tuple) for _ in self.blocks]  # type: ignore[misc]
             handle = head.register_forward_pre_hook(catch)
             try:
-                # The ids stand for nothing: every block passes on the hidden states that are given.
-                self._outside(torch.zeros(hidden.shape[:2], dtype=torch.int64), stubs)
+                with torch.no_grad():
+                    self._behind(hidden)
             finally:
                 handle.remove()
             yield seen[0]

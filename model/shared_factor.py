@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from aerogel.quantize.sidecars import Keeping
 from aerogel.quantize.tables import TableGrid
 from aerogel.recipes.stages import StageSpec
 
@@ -43,5 +42,5 @@ def with_factor(spec: StageSpec, factors: Factors) -> StageSpec:
     if grid is None or grid not in factors:
         return spec
     pinned = grid.pinned(factors[grid])
-    stage = spec.stage.on(pinned) if isinstance(spec.stage, Keeping) else replace(spec.stage, grid=pinned)
+    stage = spec.stage.on(pinned) if hasattr(spec.stage, "on") else replace(spec.stage, grid=pinned)
     return replace(spec, stage=stage)

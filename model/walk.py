@@ -19,6 +19,7 @@ from torch import Tensor
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.model.capture import Accumulator
+from aerogel.model.gradients import NEEDS, Gradients
 from aerogel.model.layer import Layer, Stats
 from aerogel.model.naming import Group, materialise
 from aerogel.model.reader import CheckpointReader
@@ -80,6 +81,7 @@ class Job:
     dtype: torch.dtype | None
     experts_top_up: bool
     min_expert_tokens: int
+    gradients: Gradients | None = None
 
     def kept(self, tensor: Tensor) -> Tensor:
         """A tensor that is not compressed, in the type the output is written in."""
@@ -217,7 +219,12 @@ class Walk:
 
     def _layer(self, matrix: Matrix, sources: Sources, stats: Stats | None) -> Layer:
         weight = matrix.take(sources.fetch(matrix.tensor)).to(torch.float32, copy=True).contiguous()
-        return Layer(name=matrix.name, weight_NK=weight, stats=stats)
+        layer = Layer(name=matrix.name, weight_NK=weight, stats=stats)
+        gradients, needs = self.job.gradients, {need for spec in self.job.stages[matrix.name] for need in spec.needs}
+        if gradients is None or not needs & NEEDS:
+            return layer
+        fisher = gradients.fisher(matrix) if "fisher" in needs else None
+        return layer.with_(rows_R=gradients.rows.get(matrix.name), fisher_NK=None if fisher is None else fisher.to(self.device))
 
     def _share_factors(self, matrices: list[Matrix], sources: Sources) -> None:
         """Decides the factors of this block's two-level scales."""
@@ -254,7 +261,7 @@ class Walk:
                 f"{matrix.name}: what would be stored does not decode to what the solver returned; this is a mistake in"
                 " aerogel, report it with the recipe"
             )
-        return layer.with_(stats=None, tokens=tokens)
+        return layer.with_(stats=None, fisher_NK=None, tokens=tokens)
 
     def _spec(self, matrix: Matrix) -> StageSpec | None:
         return next((s for s in self.job.stages[matrix.name] if s.kind == "quantize"), None)

@@ -87,7 +87,7 @@ class Grid(Protocol):
     def fit(
         self,
         w_NK: Tensor,
-        importance_K: Tensor | None = None,
+        importance: Tensor | None = None,
         mask_NK: Tensor | None = None,
         search: Search | str = "minmax",
         curvature_KK: Tensor | None = None,
@@ -209,6 +209,15 @@ def row_chunks(w_NK: Tensor, mask_NK: Tensor | None) -> Iterator[Tensor]:
     """Rows as float32, zero where pruned."""
     for rows in row_slices(*w_NK.shape):
         yield w_NK[rows].float() if mask_NK is None else w_NK[rows].float() * mask_NK[rows]
+
+
+def grouped_importance(importance: Tensor | None, N: int, K: int, size: int) -> Iterator[Tensor | None]:
+    """Importances for each of `row_slices`: [G, size, 1] of inputs [K] for all, [G, size, n] of weights [N, K], or None."""
+    if importance is not None and importance.dim() == 2:
+        yield from (grouped(importance[rows].float().T, size) for rows in row_slices(N, K))
+        return
+    shared = None if importance is None else grouped(importance.float()[:, None], size)
+    yield from (shared for _ in row_slices(N, K))
 
 
 def grouped(x_Kn: Tensor, size: int) -> Tensor:

@@ -33,7 +33,16 @@ from torch import Tensor
 from aerogel.errors import BadInput, RunFailed
 from aerogel.model.layer import Layer, Need
 from aerogel.quantize.codes import Codes, Params, rows_of, stacked
-from aerogel.quantize.problem import ROWS, Problem, check_weight, prepare, relative_loss, second_moment, toward_dense
+from aerogel.quantize.problem import (
+    ROWS,
+    Problem,
+    check_weight,
+    importance_of,
+    prepare,
+    relative_loss,
+    second_moment,
+    toward_dense,
+)
 from aerogel.quantize.ranges import Search
 from aerogel.quantize.refine import OnGrid, refine
 from aerogel.quantize.rounder import Rounder
@@ -49,7 +58,7 @@ class Gptq:
 
     grid: the numbers to choose from.
     clip: `none` spans every weight; `mse` searches the range with the least squared error; `hessian` weighs that error
-        by what the data say about each input.
+        by what the data say about each input; `fisher` by the mean squared gradient of each weight (needs gradients).
     groups: `static` fits all scales before the solve; `updated` fits each group when its turn comes, from the weights
         as they then are (needs act_order: false).
     act_order: solve the inputs with the largest activations first.
@@ -63,7 +72,7 @@ class Gptq:
     """
 
     grid: Grid
-    clip: Literal["none", "mse", "hessian"] = "hessian"
+    clip: Literal["none", "mse", "hessian", "fisher"] = "hessian"
     groups: Literal["static", "updated"] = "static"
     act_order: bool = True
     damping: float = 0.05
@@ -89,7 +98,8 @@ class Gptq:
     @property
     def needs(self) -> frozenset[Need]:
         """The statistics asked of calibration."""
-        return frozenset({"second_moment", "cross_moment"} if self.gptaq else {"second_moment"})
+        moments: set[Need] = {"second_moment", "cross_moment"} if self.gptaq else {"second_moment"}
+        return frozenset(moments | {"fisher"} if self.clip == "fisher" else moments)
 
     def __call__(self, layer: Layer) -> Layer:
         """The layer with codes. Raises `RunFailed` where calibration saw nothing of it, or H cannot be factored."""
@@ -124,7 +134,8 @@ class Gptq:
         elif self.gptaq:
             notes["gptaq"] = "not used: a routed expert's tokens cannot be paired"
         mask_NK = layer.mask_NK
-        fitted = self.grid.fit(target_NK, problem.importance_K, mask_NK, self._search)
+        importance = importance_of(layer, "gptq") if self.clip == "fisher" else problem.importance_K
+        fitted = self.grid.fit(target_NK, importance, mask_NK, self._search)
         chunks: list[tuple[Tensor, Params]] = []
         for start in range(0, len(target_NK), ROWS):
             rows = slice(start, min(len(target_NK), start + ROWS))
@@ -133,7 +144,9 @@ class Gptq:
             chunks.append(self._solve_rows(target_KN, mask_KN, rows_of(self.grid, fitted, rows), problem))
         codes = self._codes(chunks, fitted)
         weight_NK = codes.decode()
-        return layer.with_(weight_NK=weight_NK, codes=codes, loss=relative_loss(layer.weight_NK, weight_NK, h_KK), notes=notes)
+        loss = relative_loss(layer.weight_NK, weight_NK, h_KK)
+        wanted = target_NK if layer.rows_R is not None else None
+        return layer.with_(weight_NK=weight_NK, codes=codes, loss=loss, notes=notes, target_NK=wanted)
 
     @property
     def _search(self) -> Search:

@@ -32,6 +32,7 @@ from aerogel.quantize.codes import (
     Params,
     check_group_size,
     grouped,
+    grouped_importance,
     quantized,
     row_chunks,
     row_slices,
@@ -101,22 +102,24 @@ class IntGrid:
     def fit(
         self,
         w_NK: Tensor,
-        importance_K: Tensor | None = None,
+        importance: Tensor | None = None,
         mask_NK: Tensor | None = None,
         search: Search | str = "minmax",
         curvature_KK: Tensor | None = None,
     ) -> Params:
         """Scales (and zero points) for `w_NK`; see `ranges.Search` for what is minimised.
 
-        importance_K weighs the squared error of each input (diagonal of the second moment); curvature_KK replaces it by
-        the full quadratic form inside each group. Pruned weights (mask_NK False) count as the exact zeros they are.
+        importance weighs the squared error of each input, [K] (diagonal of the second moment), or of each weight, [N, K];
+        curvature_KK replaces it by the full quadratic form inside each group. Pruned weights (mask_NK False) count as the
+        exact zeros they are.
         """
         how = Search.of(search)
         N, K = w_NK.shape
         size = min(self.group_size or K, K)
-        weight = None if importance_K is None else grouped(importance_K.float()[:, None], size)
+        weights = grouped_importance(importance, N, K, size)
         curvature = None if curvature_KK is None else curvature_blocks(curvature_KK.float(), size)
-        parts = [search_steps(grouped(rows.T, size), self, how, weight, curvature) for rows in row_chunks(w_NK, mask_NK)]
+        chunks = zip(row_chunks(w_NK, mask_NK), weights, strict=True)
+        parts = [search_steps(grouped(rows.T, size), self, how, weight, curvature) for rows, weight in chunks]
         return self.params(Step.join(parts, lambda chunks: torch.cat(chunks, 1)), N, K)
 
     def step_of_range(self, low: Tensor, high: Tensor) -> Step:
@@ -244,7 +247,7 @@ class Fp8Grid:
     def fit(
         self,
         w_NK: Tensor,
-        importance_K: Tensor | None = None,
+        importance: Tensor | None = None,
         mask_NK: Tensor | None = None,
         search: Search | str = "minmax",
         curvature_KK: Tensor | None = None,

@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FEW, SMALL = 16, 4096
+"""Middles up to which, and values from which on, a CPU counts comparisons."""
+
 
 class Levels(NamedTuple):
     """Sorted numbers of one or many tables.
@@ -48,8 +51,10 @@ class Levels(NamedTuple):
         return Levels(self.numbers[tables], self.middles[tables], self.codes[tables])
 
     def places(self, x: Tensor) -> Tensor:
-        """Places of the nearest numbers among the sorted ones, int64. One table: x of any shape. Many: x [B..., m]."""
+        """Places of the nearest numbers among the sorted ones, int32 or int64. One table: x of any shape. Many: x [B..., m]."""
         if self.middles.dim() == 1:
+            if x.device.type == "cpu" and len(self.middles) < FEW and x.numel() > SMALL:
+                return _counted(x, self.middles)
             return torch.bucketize(x.contiguous(), self.middles)
         return torch.searchsorted(self.middles, x.contiguous())
 
@@ -62,4 +67,14 @@ class Levels(NamedTuple):
         return self._take(self.codes, self.places(x)).to(torch.uint8)
 
     def _take(self, held: Tensor, places: Tensor) -> Tensor:
-        return held[places] if held.dim() == 1 else held.gather(-1, places)
+        if held.dim() == 1:
+            return held.index_select(0, places.reshape(-1)).view(places.shape)
+        return held.gather(-1, places)
+
+
+def _counted(x: Tensor, middles: Tensor) -> Tensor:
+    """How many middles lie below each number, int32: a few vectorised comparisons cost a third of a binary search on a CPU."""
+    found = torch.zeros(x.shape, dtype=torch.int8)
+    for middle in middles.tolist():
+        found += x > middle
+    return found.int()

@@ -146,21 +146,23 @@ class PlaneGrid:
     def fit(
         self,
         w_NK: Tensor,
-        importance_K: Tensor | None = None,
+        importance: Tensor | None = None,
         mask_NK: Tensor | None = None,
         search: Search | str = "minmax",
         curvature_KK: Tensor | None = None,
     ) -> Params:
         """Scales by greedy fitting and, unless `search` is minmax, alternating refinement; see `bcq`.
 
-        importance_K weighs the squared error of each input; of curvature_KK the diagonal is used. Raises `BadInput` for a
-        mask: sums of signs cannot say zero in general.
+        importance [K] weighs the squared error of each input; of curvature_KK the diagonal is used. Raises `BadInput` for
+        importances of single weights, and for a mask: sums of signs cannot say zero in general.
         """
         from aerogel.quantize.bcq import ROUNDS, fit_planes
 
         if mask_NK is not None and not bool(mask_NK.all()):
             raise BadInput("bit planes cannot hold pruned weights at zero; prune with format: int, or do not prune")
-        weight_K = importance_K if curvature_KK is None else curvature_KK.diagonal()
+        if importance is not None and importance.dim() == 2:
+            raise BadInput("bit planes weigh errors by their inputs only; write clip: hessian or mse")
+        weight_K = importance if curvature_KK is None else curvature_KK.diagonal()
         return fit_planes(self, w_NK, weight_K, 0 if Search.of(search).kind == "minmax" else ROUNDS)
 
     def step_of_range(self, low: Tensor, high: Tensor) -> Step:

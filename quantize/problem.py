@@ -53,6 +53,19 @@ def second_moment(layer: Layer, method: str) -> Tensor:
     return h_KK
 
 
+def importance_of(layer: Layer, method: str) -> Tensor:
+    """The layer's Fisher diagonal as weights of errors, float32 [N, K]: zero nowhere, so that no weight is free.
+
+    Raises `RunFailed` naming the layer when there is none, or it is zero everywhere."""
+    fisher_NK = layer.fisher_NK
+    if fisher_NK is None:
+        raise RunFailed(f"{method} with clip: fisher needs gradients of {layer.name}, and there are none")
+    mean = float(fisher_NK.mean())
+    if not 0 < mean < float("inf"):
+        raise RunFailed(f"the loss does not depend on {layer.name}; leave it to clip: hessian")
+    return fisher_NK.float().clamp(min=1e-4 * mean)
+
+
 def check_weight(layer: Layer, method: str) -> None:
     """Raises `RunFailed` when the weight has values that no method can round or rank."""
     if not bool(torch.isfinite(layer.weight_NK).all()):

@@ -4,7 +4,7 @@ The widest range (min-max) rounds every weight by up to half a step. A narrower 
 all others more finely, and usually wins. For each group of weights this file tries ranges p * [low, high] on a grid of
 shrink factors p, and keeps the one with the least
 
-    sum_k a_k |Q(w_k) - w_k|^norm           importance a_k: 1, or the mean square of input k (diagonal of H)
+    sum_k a_k |Q(w_k) - w_k|^norm           importance a_k: 1, the mean square of input k (diagonal of H), or of each weight
     (Q(w) - w) H_gg (Q(w) - w)^T            `curvature`: the quadratic form of the group, so that errors may cancel
 
 The choice of scale by p-norm is GPTQ's `mse` option and EasyQuant's range optimisation; scoring the clip by the curvature
@@ -119,15 +119,15 @@ def search_steps(
     w_Ggn: Tensor,
     grid: Scales,
     how: Search,
-    weight_Gg1: Tensor | None = None,
+    weight_Ggn: Tensor | None = None,
     curvature_Ggg: Tensor | None = None,
 ) -> Step:
-    """The best scales found, [G, n]. `curvature_Ggg` takes the place of `weight_Gg1` when both are given."""
+    """The best scales found, [G, n]. `curvature_Ggg` takes the place of `weight_Ggn` when both are given."""
     low, high = w_Ggn.amin(1).clamp_(max=0), w_Ggn.amax(1).clamp_(min=0)
     best = grid.step_of_range(low, high)
     if how.kind == "minmax":
         return best
-    judge = _Judge(w_Ggn, grid, how, weight_Gg1, curvature_Ggg)
+    judge = _Judge(w_Ggn, grid, how, weight_Ggn, curvature_Ggg)
     cost = judge(best)
     for shrink in torch.linspace(1, how.shrink, how.steps).tolist():
         for candidate in _candidates(grid.step_of_range(low * shrink, high * shrink), how.signed):
@@ -145,11 +145,11 @@ def group_cost(
     grid: Scales,
     how: Search,
     step: Step,
-    weight_Gg1: Tensor | None = None,
+    weight_Ggn: Tensor | None = None,
     curvature_Ggg: Tensor | None = None,
 ) -> Tensor:
     """What the search minimises, for given scales, [G, n]."""
-    return _Judge(w_Ggn, grid, how, weight_Gg1, curvature_Ggg)(step)
+    return _Judge(w_Ggn, grid, how, weight_Ggn, curvature_Ggg)(step)
 
 
 def _candidates(step: Step, signed: bool) -> list[Step]:
@@ -168,10 +168,10 @@ class _Judge:
     """Cost of candidate scales on one chunk of weights; owns the work buffers."""
 
     def __init__(
-        self, w_Ggn: Tensor, grid: Scales, how: Search, weight_Gg1: Tensor | None, curvature_Ggg: Tensor | None
+        self, w_Ggn: Tensor, grid: Scales, how: Search, weight_Ggn: Tensor | None, curvature_Ggg: Tensor | None
     ) -> None:
         self.w, self.grid, self.norm = w_Ggn, grid, how.norm
-        self.weight, self.curvature = weight_Gg1, curvature_Ggg
+        self.weight, self.curvature = weight_Ggn, curvature_Ggg
         self.buffer = torch.empty_like(w_Ggn)
 
     def __call__(self, step: Step) -> Tensor:
@@ -181,6 +181,8 @@ class _Judge:
         powers = error.square_() if self.norm == 2 else error.abs_().pow_(self.norm)
         if self.weight is None:
             return powers.sum(1)
+        if self.weight.shape[2] > 1:
+            return powers.mul_(self.weight).sum(1)
         return torch.bmm(self.weight.transpose(1, 2), powers)[:, 0]
 
     def least_squares(self, step: Step) -> Tensor:

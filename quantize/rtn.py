@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from aerogel.errors import BadInput
 from aerogel.model.layer import Layer, Need
 from aerogel.quantize.grids import quantized
-from aerogel.quantize.problem import check_weight, relative_loss, second_moment
+from aerogel.quantize.problem import check_weight, importance_of, relative_loss, second_moment
 from aerogel.quantize.ranges import Search
 
 if TYPE_CHECKING:
@@ -27,33 +28,38 @@ class RoundToNearest:
     """Stage `Layer -> Layer`.
 
     grid: the numbers to choose from.
-    clip: `none` spans every weight, `mse` searches the range with the least error.
+    clip: `none` spans every weight, `mse` searches the range with the least error, `fisher` weighs each weight's error by its
+        mean squared gradient (needs gradients).
     weighted: weigh errors by the mean square of the input they meet; needs calibration.
     norm: power of the error in the search.
     signed_scales: let symmetric scales be negative where that puts the longer side of the range to use.
     """
 
     grid: Grid
-    clip: Literal["none", "mse"] = "mse"
+    clip: Literal["none", "mse", "fisher"] = "mse"
     weighted: bool = False
     norm: float = 2.0
     signed_scales: bool = True
 
     def __post_init__(self) -> None:
         Search(norm=self.norm)
+        if self.weighted and self.clip == "fisher":
+            raise BadInput("errors are weighed by inputs (weighted: true) or by gradients (clip: fisher); choose one")
 
     @property
     def needs(self) -> frozenset[Need]:
         """The statistics asked of calibration."""
-        return frozenset({"second_moment"} if self.weighted else ())
+        return frozenset({"second_moment"} if self.weighted else {"fisher"} if self.clip == "fisher" else ())
 
     def __call__(self, layer: Layer) -> Layer:
         """The layer with codes; its loss is known where it has statistics. Pruned weights stay zero."""
         check_weight(layer, "rtn")
-        importance_K = second_moment(layer, "rtn (weighted)").diagonal() if self.weighted else None
+        importance = second_moment(layer, "rtn (weighted)").diagonal() if self.weighted else None
+        if self.clip == "fisher":
+            importance = importance_of(layer, "rtn")
         search = Search(kind="minmax" if self.clip == "none" else "mse", norm=self.norm, signed=self.signed_scales)
         kept_NK = layer.weight_NK.float() if layer.mask_NK is None else layer.weight_NK.float() * layer.mask_NK
-        codes = quantized(self.grid, kept_NK, self.grid.fit(kept_NK, importance_K, None, search))
+        codes = quantized(self.grid, kept_NK, self.grid.fit(kept_NK, importance, None, search))
         weight_NK = codes.decode()
         return layer.with_(
             weight_NK=weight_NK, codes=codes, loss=known_loss(layer, weight_NK), notes=weight_error(layer, weight_NK)

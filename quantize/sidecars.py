@@ -1,6 +1,7 @@
 """What may stand beside codes, whatever the codes are, and the stage that takes it out before codes are chosen.
 
-    W = codes + the sidecars        where a sidecar holds a weight the code is 0, so that nothing is added twice
+    W = codes + the sidecars        where a sidecar holds a weight the code is 0, so that nothing is added twice; only rows of
+                                    more bits (`rows`) add to what is coded
 
 A sidecar is a frozen dataclass of tensors with `shapes`, `read`, `tensors`, `check` and `put`; `SIDECARS` lists them, and
 everything else (storing, loading, planning, exporting) goes over that list. Any method solves what remains: it sees the
@@ -22,21 +23,24 @@ from aerogel.errors import BadInput, RunFailed
 from aerogel.model.layer import Layer, Need
 from aerogel.quantize import columns as kept_columns
 from aerogel.quantize import outliers as sparse_outliers
+from aerogel.quantize import rows as finer_rows
 from aerogel.quantize.columns import Columns, KeepColumns
 from aerogel.quantize.outliers import Keep, Outliers
 from aerogel.quantize.problem import relative_loss
+from aerogel.quantize.rows import Rows
 from aerogel.quantize.rtn import weight_error
 
 if TYPE_CHECKING:
     from aerogel.pack.format import Shapes
 
-Sidecar = Outliers | Columns
+Sidecar = Outliers | Columns | Rows
 SIDECARS: dict[str, Callable[[Mapping[str, Tensor]], Sidecar | None]] = {
     "weight_outliers": Outliers.read,
     "weight_columns": Columns.read,
+    "weight_rows": Rows.read,
 }
 """Name of the module that runs a sidecar (`kernels/sidecars.py`) -> what reads it from stored tensors, None without any."""
-NAMES = (*sparse_outliers.NAMES, *kept_columns.NAMES)
+NAMES = (*sparse_outliers.NAMES, *kept_columns.NAMES, *finer_rows.NAMES)
 """Local names of everything that a sidecar stores beside a packed weight."""
 
 
@@ -143,6 +147,6 @@ def _with(layer: Layer, solved: Layer, mask_NK: Tensor, found: tuple[Sidecar, ..
     for sidecar in found:
         if isinstance(sidecar, Outliers):
             notes |= {"outliers": sidecar.value_E.numel(), "outlier_share": sidecar.value_E.numel() / weight_NK.numel()}
-        else:
+        elif isinstance(sidecar, Columns):
             notes |= {"columns": len(sidecar.index_C), "column_share": len(sidecar.index_C) / weight_NK.shape[1]}
     return replace(solved, weight_NK=weight_NK, mask_NK=layer.mask_NK, sidecars=found, loss=loss).with_(notes=notes)

@@ -145,27 +145,33 @@ class TableGrid:
     def fit(
         self,
         w_NK: Tensor,
-        importance_K: Tensor | None = None,
+        importance: Tensor | None = None,
         mask_NK: Tensor | None = None,
         search: Search | str = "minmax",
         curvature_KK: Tensor | None = None,
     ) -> Params:
         """Scales, and the table of each group where there are several; see `ranges.Search` for what is minimised.
 
-        importance_K weighs the squared error of each input; curvature_KK replaces it by the full quadratic form inside
-        each group. Pruned weights (mask_NK False) count as the exact zeros they are.
+        importance weighs the squared error of each input, [K], or of each weight, [N, K]; curvature_KK replaces it by the
+        full quadratic form inside each group. Pruned weights (mask_NK False) count as the exact zeros they are.
         """
         how = Search.of(search)
         if self.two_level and self.factor is None:
             kept = w_NK if mask_NK is None else w_NK * mask_NK
             grid = self.pinned(self.factor_for(float(kept.abs().max())))
-            return grid.fit(w_NK, importance_K, mask_NK, search, curvature_KK)
+            return grid.fit(w_NK, importance, mask_NK, search, curvature_KK)
         N, K = w_NK.shape
         size = min(self.group_size or K, K)
         tall = min(self.shared_rows or N, N)
-        weight = None if importance_K is None else grouped(importance_K.float()[:, None], size).repeat(1, tall, 1)
+        weight = None
+        if importance is not None and importance.dim() == 1:
+            weight = grouped(importance.float()[:, None], size).repeat(1, tall, 1)
         curvature = None if curvature_KK is None or tall > 1 else curvature_blocks(curvature_KK.float(), size)
-        parts = [self._search(chunk, how, weight, curvature) for chunk in _blocks(w_NK, mask_NK, size, tall)]
+        own = None if importance is None or importance.dim() == 1 else _blocks(importance, None, size, tall)
+        parts = [
+            self._search(chunk, how, weight if own is None else next(own), curvature)
+            for chunk in _blocks(w_NK, mask_NK, size, tall)
+        ]
         step = Step.join(parts, lambda chunks: torch.cat(chunks, 1))
         return self._params(step)
 

@@ -24,7 +24,7 @@ from aerogel.recipes.options import ScaleType, options
 from aerogel.recipes.overrides import STAGE_KINDS
 from aerogel.recipes.schema import Recipe, shipped
 from aerogel.recipes.sections import Bench, Calibration, Evaluate, Gate, Pack, Perplexity
-from aerogel.recipes.stages import GRANULARITY, KEEP, StageSpec, methods
+from aerogel.recipes.stages import BESIDE, GRANULARITY, StageSpec, methods
 
 HEAD = """# Recipes
 
@@ -79,8 +79,8 @@ embedding looks its rows up in the head's codes, and the checkpoint shrinks. Suc
 """
 
 
-BESIDE = {"outliers": "keep", "columns": "columns"}
-"""Title of what any quantize stage may keep beside its codes -> its key in `stages.KEEP`."""
+KEPT = {"outliers": "keep", "columns": "columns", "rows": "rows"}
+"""Title of what any quantize stage may have beside its codes -> its key in `stages.BESIDE`."""
 
 MEANINGS = {
     "bits": "bits per weight, 2 to 8",
@@ -100,7 +100,7 @@ def reference() -> str:
     for kind in STAGE_KINDS:
         for name, cls in methods(kind).items():
             parts.append(_options(f"### {kind}: {name}", load(cls), frozenset({"grid"})))
-    parts += [_options(f"### quantize: {title}", load(KEEP[key]), frozenset()) for title, key in BESIDE.items()]
+    parts += [_options(f"### quantize: {title}", load(BESIDE[key]), frozenset()) for title, key in KEPT.items()]
     parts += [_options("### quantize: granularity", load(GRANULARITY), frozenset()), HEAD_STAGE]
     sections: dict[str, type[BaseModel]] = {
         "pack": Pack,

@@ -69,6 +69,9 @@ class Calibration(Section):
         default="top_up",
         description="`top_up` shows all tokens to experts that were routed too few; `routed` shows only theirs",
     )
+    gradient_samples: Count = Field(
+        default=32, description="sequences that are run backwards where a stage needs gradients (rows: loss, clip: fisher)"
+    )
     min_expert_tokens: Count = Field(default=64, description="the run fails when an expert was calibrated on fewer tokens")
 
 

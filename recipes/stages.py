@@ -28,6 +28,10 @@ Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(stri
 Activations = Literal["none", "int8", "fp8"]
 KEEP = {"keep": "aerogel.quantize.outliers:Keep", "columns": "aerogel.quantize.columns:KeepColumns"}
 """What every quantize stage may ask of weights that are kept beside its codes, by the field of `sidecars.Keeping`."""
+MORE = "aerogel.quantize.rows:MoreBits"
+"""What every quantize stage may ask of rows that get more bits than the rest."""
+BESIDE = {**KEEP, "rows": MORE}
+"""All rules about what is stored beside codes."""
 
 GRANULARITY = "aerogel.quantize.granularity:Granularity"
 """How a stage whose format has groups decides their size."""
@@ -56,7 +60,7 @@ class StageSpec:
     @property
     def keeps(self) -> bool:
         """Whether weights are kept beside the codes, which only aerogel loads."""
-        return any(self.options.get(rule, "none") != "none" for rule in ("outliers", "columns"))
+        return any(self.options.get(rule, "none") != "none" for rule in ("outliers", "columns", "rows"))
 
     @property
     def adaptive(self) -> bool:
@@ -119,8 +123,8 @@ def stage_model(kind: str, method: str, grid: str | None) -> type[BaseModel]:
     if grid is not None:
         keys |= {"activations": (Activations, "none"), "format": (Literal[tuple(GRIDS)], default_format(method))}
         keys |= options(load(GRIDS[grid]))
-        for kept in KEEP.values():
-            keys |= options(load(kept))
+        for rule in BESIDE.values():
+            keys |= options(load(rule))
         if "group_size" in keys:
             keys |= options(load(GRANULARITY))
     name = f"{kind} ({method}, {grid})" if grid else f"{kind} ({method})"
@@ -201,10 +205,20 @@ def _build_stage(kind: str, method: str, checked: dict[str, Any]) -> Any:
     own = {name: checked[name] for name in options(cls, without=frozenset({"grid"}))}
     if kind == "quantize":
         own["grid"] = _build_grid(checked)
-        rules = {key: load(kept)(**{name: checked[name] for name in options(load(kept))}) for key, kept in KEEP.items()}
-        if rules["keep"].outliers != "none" or rules["columns"].columns != "none":
-            return load("aerogel.quantize.sidecars:Keeping")(method=cls(**own), **rules)
+        return _beside(cls(**own), checked)
     return cls(**own)
+
+
+def _beside(method: Any, checked: dict[str, Any]) -> Any:
+    """`method`, inside the stage that takes weights out before it or adds bits after it where the options ask for that."""
+    rules = {key: load(rule)(**{name: checked[name] for name in options(load(rule))}) for key, rule in BESIDE.items()}
+    more = rules.pop("rows")
+    keeps = rules["keep"].outliers != "none" or rules["columns"].columns != "none"
+    if more.rows == "none":
+        return load("aerogel.quantize.sidecars:Keeping")(method=method, **rules) if keeps else method
+    if keeps:
+        raise BadInput("rows of more bits go together with neither outliers nor columns; write rows: none, or leave those out")
+    return load("aerogel.quantize.rows:Refining")(method=method, more=more)
 
 
 def _build_grid(checked: dict[str, Any]) -> Any:

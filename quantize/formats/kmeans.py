@@ -4,9 +4,9 @@ Kim et al. 2023 (SqueezeLLM, arXiv 2306.07629): weights of one row are clustered
 
     sum_k f_k (w_k - c(w_k))^2
 
-with f the diagonal of the Fisher information there, and here whatever importance the method brings: the mean square of
-input k (`rtn` with `weighted: true`), or 1 / (H^-1)_kk, what an error there costs after all other inputs have adapted
-(`gptq`). Both say where the loss is sensitive; the Fisher diagonal would need gradients of the whole model.
+with f the diagonal of the Fisher information there, which `clip: fisher` of `rtn` and `gptq` brings (`model/gradients.py`), or
+another importance: the mean square of input k (`rtn` with `weighted: true`), or 1 / (H^-1)_kk, what an error there costs after
+all other inputs have adapted (`gptq`). These two need no gradients.
 No scale and no group: a table of float16 costs 2^b * 16 / K bits per weight, which is little for wide layers (0.06 at
 K = 4096 and 4 bits) and more than groups take where K is small (0.44 at K = 576).
 
@@ -67,7 +67,7 @@ class KMeans(TableGrid):
     def fit(
         self,
         w_NK: Tensor,
-        importance_K: Tensor | None = None,
+        importance: Tensor | None = None,
         mask_NK: Tensor | None = None,
         search: Search | str = "minmax",
         curvature_KK: Tensor | None = None,
@@ -76,7 +76,9 @@ class KMeans(TableGrid):
         tables = []
         for rows in row_slices(*w_NK.shape):
             w_nK = w_NK[rows].float().contiguous()
-            weight_nK = torch.ones_like(w_nK) if importance_K is None else importance_K.float().repeat(len(w_nK), 1)
+            weight_nK = torch.ones_like(w_nK)
+            if importance is not None:
+                weight_nK = importance[rows].float() if importance.dim() == 2 else importance.float().repeat(len(w_nK), 1)
             if mask_NK is not None:
                 w_nK, weight_nK = w_nK * mask_NK[rows], weight_nK * mask_NK[rows]
             table_nE = lloyd(w_nK, weight_nK, start(w_nK, weight_nK, 1 << self.bits), self.rounds)

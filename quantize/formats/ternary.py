@@ -54,14 +54,14 @@ class Ternary(IntGrid):
     def fit(
         self,
         w_NK: Tensor,
-        importance_K: Tensor | None = None,
+        importance: Tensor | None = None,
         mask_NK: Tensor | None = None,
         search: Search | str = "minmax",
         curvature_KK: Tensor | None = None,
     ) -> Params:
         """Scales; with `absmean` and `tensor` the data and the search change nothing."""
         if self.scales == "searched":
-            return super().fit(w_NK, importance_K, mask_NK, search, curvature_KK)
+            return super().fit(w_NK, importance, mask_NK, search, curvature_KK)
         N, K = w_NK.shape
         kept = (w_NK if mask_NK is None else w_NK * mask_NK).abs().float()
         size = min(self.group_size or K, K)

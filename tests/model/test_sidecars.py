@@ -58,6 +58,9 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "dynamic": {"method": "rtn", "bits": 8, "activations": "int8", "columns": "dynamic", "column_threshold": 1.5},
     "both": {"method": "rtn", "bits": 4, "columns": "largest", "outliers": "sigma", "outlier_sigma": 2.0},
     "nvfp4": {"method": "rtn", "format": "nvfp4", "columns": "largest"},
+    "rows": {"method": "gptq", "bits": 4, "group_size": 16, "gptaq": True, "rows": "loss", "row_share": 0.3},
+    "rows of int8": {"method": "rtn", "bits": 4, "activations": "int8", "rows": "loss", "row_share": 0.5, "row_bits": 8},
+    "rows of nvfp4": {"method": "rtn", "format": "nvfp4", "rows": "loss", "row_share": 0.3, "row_bits": 7},
 }
 
 
@@ -67,12 +70,14 @@ def test_columns_compressed_loaded_generated_and_exported(options: dict[str, Any
     chosen = recipe(ids_file(tmp_path), {"quantize": options})
     report = compress(dense, chosen, tmp_path / "out")
     planned = plan(dense, chosen)["size"]
-    if options.get("outliers") is None:  # of outliers by sigma, plan knows the most
-        assert planned["bits_per_weight"] == pytest.approx(report["size"]["bits_per_weight"], rel=1e-9)
+    # Of outliers by sigma plan knows the most, and of rows the sum but for what does not fill a row.
+    if options.get("outliers") is None:
+        near = 0.05 if "rows" in options else 1e-9
+        assert planned["bits_per_weight"] == pytest.approx(report["size"]["bits_per_weight"], rel=near)
     model: Any = aerogel.load(tmp_path / "out")
     assert any(isinstance(module, SidecarLinear) for module in model.modules())
     exported = AutoModelForCausalLM.from_pretrained(export_dense(tmp_path / "out", tmp_path / "again"), dtype="auto")
-    assert error(logits(model), logits(exported)) < (2e-2 if "activations" in options else 2e-5)
+    assert error(logits(model), logits(exported)) < (3e-2 if "activations" in options else 2e-5)
     model.generation_config.eos_token_id = None
     expected = model.generate(IDS[:1], max_new_tokens=8, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :].tolist()
     assert [token for (token,) in Decoder(model, "fused").stream([IDS[0]], 8)] == expected
