@@ -11,6 +11,7 @@ FORMATS: dict[str, str] = {
     "mxfp8-quantized": "aerogel.pack.microscaling:Mxfp8",
     "table-packed": "aerogel.pack.table_packed:TablePacked",
     "planes": "aerogel.pack.planes:Planes",
+    "complex-packed": "aerogel.pack.complex_packed:ComplexPacked",
 }
 """Format name to a `"module:Name"` string; each is a class that implements `aerogel.pack.format.Format`."""
 

@@ -24,6 +24,8 @@ GRIDS: dict[str, str] = {
     "bitmod": "aerogel.quantize.formats.bitmod:Bitmod",
     "kmeans": "aerogel.quantize.formats.kmeans:KMeans",
     "rf8": "aerogel.quantize.formats.rf8:Rf8",
+    "bipolar": "aerogel.quantize.formats.bipolar:Bipolar",
+    "complex": "aerogel.quantize.formats.complex:Complex",
     "ternary": "aerogel.quantize.formats.ternary:Ternary",
     "planes": "aerogel.quantize.planes:PlaneGrid",
 }

@@ -6,7 +6,7 @@ sign bit that would need a case of its own. Then the inner product of two such v
     sum_n w_n x_n = sum_ij 2^(i+j) (K - 2 popcount(W_i xor X_j)),     W_i, X_j the vectors of bits of planes i and j
 
 an exact integer (arbitrary-precision products on tensor cores: Ma et al. 2024, arXiv 2409.17870). A real weight is
-s q with s = max|w| / (2^k - 1).
+s q with s = max|w| / (2^k - 1). As a stored format: `formats/bipolar.py`.
 
 Whether it pays: a k_w x k_x product needs k_w k_x passes of one-bit operations. Hopper has no one-bit matrix instruction any
 more (mma b1 is taken apart into logic and popc), and popc runs 16 lanes of 32 bits a cycle and SM, 512 bit products, against
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from aerogel.errors import BadInput
 from aerogel.pack import bits as bitstream
+from aerogel.quantize.codes import Codes
+from aerogel.quantize.formats.bipolar import Bipolar
 
 WIDTHS = range(1, 9)
 
@@ -63,6 +65,33 @@ def product(x_kMW: Tensor, w_kNW: Tensor, K: int) -> Tensor:
             differing = popcount(x_MW[:, None] ^ w_NW[None]).sum(-1)
             y_MN += (K - 2 * differing) << (i + j)
     return y_MN
+
+
+def multiply(x_MK: Tensor, codes: Codes, bits: int) -> Tensor:
+    """x W^T with x rounded to bipolar integers of `bits` bits per token: the integer part exact, by counting bits.
+
+    Args:
+        x_MK: floats.
+        codes: a weight on `formats.bipolar.Bipolar` with one scale per output.
+        bits: of the activations, 1 to 8.
+
+    Returns:
+        float32 [M, N]: (q_x q_w^T) s_x s_w.
+
+    Raises:
+        BadInput: codes on another grid, or in groups.
+    """
+    if not isinstance(codes.grid, Bipolar) or codes.grid.group_size is not None:
+        raise BadInput(f"counting bits needs bipolar weights with one scale per output, found {codes.grid}")
+    q_MK, scale_M1 = bipolar(x_MK, bits)
+    w_kNW = planes_of(integers_of(codes), codes.grid.bits)
+    y_MN = product(planes_of(q_MK, bits), w_kNW, x_MK.shape[1])
+    return y_MN.float() * scale_M1 * codes.scale_NG.float().T
+
+
+def integers_of(codes: Codes) -> Tensor:
+    """The odd integers of stored codes, int16 [N, K]."""
+    return 2 * codes.values_NK.to(torch.int16) - ((1 << codes.grid.bits) - 1)
 
 
 def popcount(words: Tensor) -> Tensor:

@@ -9,22 +9,20 @@ parts on the one and of the imaginary parts on the other. The linear map is, wit
 and hence a real matrix over [a | b]: rows [u | v] above rows [v | -u], whose entries are 0 or a sign times one of the two
 scales. `real` gives it as ternary codes with one scale per half, which every kernel for integers runs.
 
-Codes: 0, 1, 2, 3 for 1, i, -1, -i. Stored: `weight_packed` int32 [N, ceil(2 K / 32)], `weight_scale` float32 [2] (real,
-imaginary), `weight_shape` int64 [2]. Cost: 2 bits per complex weight.
+Codes: 0, 1, 2, 3 for 1, i, -1, -i; two bits per complex weight. Files hold them as the format `complex` of a real matrix whose
+outputs and inputs are pairs (`formats/complex.py`).
 
 Shape legend: N out features, K in features, both complex.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
-from aerogel.pack import bits
 from aerogel.quantize.codes import Codes
 from aerogel.quantize.grids import IntGrid
 
@@ -51,25 +49,6 @@ class ComplexCodes:
         values = torch.cat([torch.cat([u, v], 1), torch.cat([v, -u], 1)])
         scale = torch.cat([self.scale_2.expand(N, 2), self.scale_2.flip(0).expand(N, 2)])
         return Codes(values_NK=values, scale_NG=scale.contiguous(), grid=IntGrid(bits=2, group_size=K))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As they are stored."""
-        return {
-            "weight_packed": bits.pack(self.values_NK, 2),
-            "weight_scale": self.scale_2,
-            "weight_shape": torch.tensor(self.values_NK.shape, dtype=torch.int64),
-        }
-
-    @staticmethod
-    def load(tensors: Mapping[str, Tensor]) -> ComplexCodes:
-        """The inverse of `tensors`. Raises `BadInput` for tensors that are missing or of another shape."""
-        missing = {"weight_packed", "weight_scale", "weight_shape"} - tensors.keys()
-        if missing:
-            raise BadInput(f"a complex weight lacks {', '.join(sorted(missing))}; the file is not whole")
-        N, K = tensors["weight_shape"].tolist()
-        if tensors["weight_packed"].shape[0] != N or tensors["weight_scale"].shape != (2,):
-            raise BadInput("the tensors of a complex weight do not fit its shape; the file is damaged")
-        return ComplexCodes(values_NK=bits.unpack(tensors["weight_packed"], 2, K), scale_2=tensors["weight_scale"].float())
 
 
 def quantize_complex(w_NK: Tensor) -> ComplexCodes:

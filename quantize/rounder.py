@@ -78,7 +78,8 @@ class Rounder:
         wanted = torch.where(stiffness_N > 0, gain_N / stiffness_N, torch.zeros_like(gain_N))
         scale = self.grid.store(step.scale * (1 + wanted.clamp_(min=-0.5)))
         change = scale / step.scale - 1
-        worse = change * (change * stiffness_N - 2 * gain_N) >= 0
+        # Said this way round, a scale of zero, whose change is no number, is left alone.
+        worse = ~(change * (change * stiffness_N - 2 * gain_N) < 0)
         scale, change = torch.where(worse, step.scale, scale), change.masked_fill_(worse, 0)
         self._steps[group] = step._replace(scale=scale)
         return change

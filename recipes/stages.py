@@ -75,8 +75,11 @@ class StageSpec:
 
     def sized(self, group_size: int | None) -> StageSpec:
         """The same stage with this group size for good."""
+        from aerogel.quantize.scales import name_of
+
         fixed = {**self.options, "group_size": group_size, "granularity": "fixed"}
-        return replace(self, options=fixed, stage=_build_stage(self.kind, self.method_name, fixed))
+        built = {**fixed, "scale_dtype": name_of(self.stage.grid.scale_dtype)}  # `at` may have decided it
+        return replace(self, options=fixed, stage=_build_stage(self.kind, self.method_name, built))
 
     @property
     def needs(self) -> frozenset[str]:

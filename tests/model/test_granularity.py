@@ -28,8 +28,8 @@ def stage(method: str = "rtn", **more: Any) -> dict[str, Any]:
     return {"quantize": {"method": method, "bits": 4, "group_size": 8, **gain, **more}}
 
 
-def with_a_loud_input(folder: Path, name: str = "llama") -> Path:
-    dense = zoo.save(name, folder / "dense")
+def with_a_loud_input(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    dense = zoo.save("llama", folder / "dense", dtype=dtype)
     held = load_file(dense / "model.safetensors")
     held[LOUD][:, 3] *= 50
     save_file(held, dense / "model.safetensors", metadata={"format": "pt"})
@@ -53,6 +53,14 @@ def test_each_weight_has_its_own_and_siblings_share(tmp_path: Path, method: str)
     assert {g["weights"]["group_size"] for g in config["config_groups"].values()} == {None, 8}
     compress(dense, chosen, tmp_path / "twice")
     assert digest(tmp_path / "out")["model.safetensors"] == digest(tmp_path / "twice")["model.safetensors"]
+
+
+def test_scales_have_the_checkpoint_s_type(tmp_path: Path) -> None:
+    dense, chosen = with_a_loud_input(tmp_path, torch.bfloat16), recipe(None, stage())
+    report = compress(dense, chosen, tmp_path / "out")
+    assert plan(dense, chosen)["size"]["bits_per_weight"] == pytest.approx(report["size"]["bits_per_weight"], rel=1e-9)
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for name, tensor in held.items() if name.endswith("weight_scale")} == {torch.bfloat16}
 
 
 def test_experts_of_a_layer_share(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ from aerogel.model.compress import compress
 from aerogel.model.loading import load
 from aerogel.pack.config import choose_format, quantization_config
 from aerogel.quantize.codes import quantized
+from aerogel.quantize.formats.bipolar import Bipolar
 from aerogel.quantize.formats.bitmod import Bitmod
+from aerogel.quantize.formats.complex import Complex
 from aerogel.quantize.formats.floats import Float
 from aerogel.quantize.formats.kmeans import KMeans
 from aerogel.quantize.formats.mx import Mx
@@ -32,6 +34,7 @@ from aerogel.quantize.formats.nvfp4 import Nvfp4
 
 LOADED: list[Any] = [Nvfp4(), Mx(), Mx(kind="e4m3"), Nf4(scale_dtype=torch.float8_e4m3fn), Bitmod(bits=3, group_size=16)]
 LOADED += [KMeans(bits=3), Float(kind="e5m2"), Nvfp4(scale_dtype=torch.uint8)]
+LOADED += [Bipolar(bits=4), Bipolar(bits=8), Complex()]
 
 
 @pytest.mark.parametrize("grid", LOADED, ids=str)

@@ -13,6 +13,7 @@ from aerogel.errors import BadInput
 from aerogel.pack import FORMATS
 from aerogel.pack.config import choose_format, find_group, format_of, matches, quantization_config
 from aerogel.pack.scheme import NotServed, parse_group
+from aerogel.quantize.formats.complex import Complex
 from aerogel.quantize.formats.mx import Mx
 from aerogel.quantize.formats.nvfp4 import Nvfp4
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid, quantized
@@ -29,8 +30,10 @@ TABLES = [grid for grid in test_tables.GRIDS if not isinstance(grid, Nvfp4 | Mx)
 GRIDS += [(grid, "table-packed") for grid in TABLES]
 GRIDS += [(Nvfp4(), "nvfp4-pack-quantized"), (Mx(), "mxfp4-pack-quantized"), (Mx(kind="e4m3"), "mxfp8-quantized")]
 GRIDS += [(grid, "planes") for grid in test_planes.GRIDS]
-SHAPES = [(1, 1), (1, 33), (5, 70), (32, 64), (129, 130)]
+GRIDS += [(Complex(), "complex-packed")]
+SHAPES = [(1, 1), (1, 33), (5, 70), (32, 64), (129, 130), (258, 130)]
 EVEN = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
+PAIRS = ("complex-packed",)
 
 
 def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -52,6 +55,10 @@ def test_round_trip_shapes_and_size(grid: Any, name: str, shape: tuple[int, int]
     if name in EVEN and K % 2:
         with pytest.raises(BadInput, match="table-packed"):
             format_of(name).encode(codes_of(grid, N, K))
+        return
+    if name in PAIRS and (N % 2 or K % 2):
+        with pytest.raises(BadInput, match="pairs"):
+            format_of(name).shapes(N, K, grid)
         return
     fmt, codes = format_of(name), codes_of(grid, N, K)
     tensors = fmt.encode(codes)
@@ -90,13 +97,13 @@ def test_pack_quantized_bytes_are_those_of_the_standard() -> None:
 @pytest.mark.parametrize(("grid", "name"), GRIDS, ids=str)
 def test_tensors_that_do_not_fit_the_config_are_refused(grid: Any, name: str) -> None:
     fmt = format_of(name)
-    tensors = fmt.encode(codes_of(grid, 5, 70))
+    tensors = fmt.encode(codes_of(grid, 6, 70))
     for missing in tensors:
         with pytest.raises(BadInput):
             fmt.to_codes({n: t for n, t in tensors.items() if n != missing}, grid)
     spoiled = "weight_scale" if "weight_scale" in tensors else "weight_table"
     with pytest.raises(BadInput, match=rf"{spoiled}|weight_packed"):
-        fmt.to_codes({**tensors, spoiled: torch.zeros(6, 9)}, grid)
+        fmt.to_codes({**tensors, spoiled: torch.zeros(7, 9)}, grid)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.quantize.conftest import MakeLayer
 
 from aerogel.errors import BadInput
-from aerogel.quantize.bipolar import WIDTHS, bipolar, planes_of, popcount, product
+from aerogel.kernels.linear import Linear
+from aerogel.model.layer import Layer
+from aerogel.quantize.bipolar import WIDTHS, bipolar, integers_of, multiply, planes_of, popcount, product
+from aerogel.quantize.codes import quantized
+from aerogel.quantize.formats.bipolar import Bipolar
+from aerogel.quantize.gptq import Gptq
 
 
 @pytest.mark.parametrize("x_bits", WIDTHS)
@@ -31,8 +37,46 @@ def test_rounding_takes_the_nearest_odd_number(bits: int) -> None:
     assert one.item() == 1 and bool((zeros.abs() == 1).all())
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_stored_codes_are_the_nearest_odd_integers_and_multiply_by_counting_bits(bits: int) -> None:
+    w_NK = torch.randn(9, 77)
+    grid = Bipolar(bits=bits)
+    codes = quantized(grid, w_NK, grid.fit(w_NK))
+    q_NK, scale_N1 = bipolar(w_NK, bits)
+    assert torch.equal(integers_of(codes), q_NK) and torch.equal(codes.scale_NG, scale_N1)
+    layer = Linear.from_codes(codes)
+    assert torch.equal(layer.dequantize(torch.float32), q_NK * scale_N1)
+    x_MK = torch.randn(4, 77)
+    q_MK, scale_M1 = bipolar(x_MK, 6)
+    found = multiply(x_MK, layer.columns().codes, 6)
+    wanted = (q_MK.long() @ q_NK.long().T).float() * scale_M1 * scale_N1.T
+    assert torch.equal(found, wanted)
+    torch.testing.assert_close(found, layer(q_MK * scale_M1), rtol=1e-4, atol=1e-3)
+
+
+def test_groups_of_zeros_stay_zero_and_single_ones_cannot(make_layer: MakeLayer) -> None:
+    grid = Bipolar(bits=3, group_size=16)
+    w_NK = torch.randn(4, 48)
+    w_NK[:, 16:32] = 0
+    codes = quantized(grid, w_NK, grid.fit(w_NK))
+    assert not codes.decode()[:, 16:32].any() and bool(codes.decode()[:, :16].all())
+    assert not codes.scale_NG[:, 1].any()
+    with pytest.raises(BadInput, match="no zero"):
+        grid.fit(w_NK, None, w_NK != 0)
+    layer = make_layer(8, 96)
+    layer = layer.with_(weight_NK=layer.weight_NK * (torch.arange(96) // 16 != 2))
+    solved = Gptq(grid=grid)(layer)
+    assert isinstance(solved, Layer) and solved.codes is not None
+    assert torch.equal(solved.codes.decode(), solved.weight_NK) and not solved.weight_NK[:, 32:48].any()
+
+
 def test_popcount_and_refusals() -> None:
     words = torch.tensor([0, 1, -1, -2147483648, 0x7FFFFFFF, 0x12345678], dtype=torch.int32)
     assert popcount(words).tolist() == [0, 1, 32, 1, 31, 13]
     with pytest.raises(BadInput):
         bipolar(torch.ones(1, 1), 9)
+    with pytest.raises(BadInput):
+        Bipolar(bits=9)
+    grouped = Bipolar(bits=3, group_size=2)
+    with pytest.raises(BadInput, match="one scale per output"):
+        multiply(torch.ones(1, 4), quantized(grouped, torch.ones(2, 4), grouped.fit(torch.ones(2, 4))), 3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from aerogel.quantize.codes import Codes, Params, quantized, rows_of, stacked
+from aerogel.quantize.formats.bipolar import Bipolar
 from aerogel.quantize.formats.bitmod import Bitmod
 from aerogel.quantize.formats.floats import Float
 from aerogel.quantize.formats.kmeans import KMeans
@@ -24,6 +25,7 @@ GRIDS += [Nf4(), Nf4(scale_dtype=torch.float8_e4m3fn), Nf4(scale_dtype=torch.flo
 GRIDS += [Mx(), Mx(kind="e4m3"), Nvfp4(), Nvfp4(scale_dtype=torch.uint8), Rf8()]
 GRIDS += [KMeans(rounds=10), KMeans(bits=2, scale_dtype=torch.float16)]
 GRIDS += [Bitmod(bits=3), Bitmod(group_size=32, scale_dtype=torch.float16)]
+GRIDS += [Bipolar(bits=bits, group_size=group) for bits, group in ((3, 32), (4, None), (8, None))]
 
 
 def weight(N: int, K: int, seed: int = 0) -> torch.Tensor:
