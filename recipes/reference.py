@@ -154,7 +154,7 @@ def _documented(cls: type) -> tuple[str, dict[str, str]]:
     names = {field.name for field in dataclasses.fields(cls)}
     flat = " ".join(rest.split())
     heads = [head for head in re.finditer(r"([a-z_0-9]+(?:, [a-z_0-9]+)*): ", flat) if set(head[1].split(", ")) <= names]
-    ends = [head.start() for head in heads[1:]] + [len(flat)]
+    ends = [*(head.start() for head in heads[1:]), len(flat)][: len(heads)]
     meanings: dict[str, str] = {}
     for head, end in zip(heads, ends, strict=True):
         meanings |= dict.fromkeys(head[1].split(", "), flat[head.end() : end].rstrip(" .;"))
