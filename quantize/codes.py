@@ -30,6 +30,8 @@ from aerogel.quantize.scales import scale_values
 
 CHUNK = 1 << 17
 """Elements of a chunk: two float32 work buffers of this size stay in the L2 cache of a current core."""
+GPU_CHUNK = 1 << 22
+"""The same on a GPU, where a chunk costs a hundred launches whatever its size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,25 +201,26 @@ def stacked(parts: Sequence[Params]) -> Params | None:
     )
 
 
-def row_slices(N: int, K: int) -> Iterator[slice]:
-    """Runs of rows of about `CHUNK` elements."""
-    rows = max(16, CHUNK // max(K, 1))
+def row_slices(w_NK: Tensor) -> Iterator[slice]:
+    """Runs of rows of about `CHUNK` elements, on a GPU `GPU_CHUNK`."""
+    N, K = w_NK.shape
+    rows = max(16, (CHUNK if w_NK.device.type == "cpu" else GPU_CHUNK) // max(K, 1))
     return (slice(start, min(N, start + rows)) for start in range(0, N, rows))
 
 
 def row_chunks(w_NK: Tensor, mask_NK: Tensor | None) -> Iterator[Tensor]:
     """Rows as float32, zero where pruned."""
-    for rows in row_slices(*w_NK.shape):
+    for rows in row_slices(w_NK):
         yield w_NK[rows].float() if mask_NK is None else w_NK[rows].float() * mask_NK[rows]
 
 
-def grouped_importance(importance: Tensor | None, N: int, K: int, size: int) -> Iterator[Tensor | None]:
+def grouped_importance(importance: Tensor | None, w_NK: Tensor, size: int) -> Iterator[Tensor | None]:
     """Importances for each of `row_slices`: [G, size, 1] of inputs [K] for all, [G, size, n] of weights [N, K], or None."""
     if importance is not None and importance.dim() == 2:
-        yield from (grouped(importance[rows].float().T, size) for rows in row_slices(N, K))
+        yield from (grouped(importance[rows].float().T, size) for rows in row_slices(w_NK))
         return
     shared = None if importance is None else grouped(importance.float()[:, None], size)
-    yield from (shared for _ in row_slices(N, K))
+    yield from (shared for _ in row_slices(w_NK))
 
 
 def grouped(x_Kn: Tensor, size: int) -> Tensor:

@@ -116,7 +116,7 @@ class IntGrid:
         how = Search.of(search)
         N, K = w_NK.shape
         size = min(self.group_size or K, K)
-        weights = grouped_importance(importance, N, K, size)
+        weights = grouped_importance(importance, w_NK, size)
         curvature = None if curvature_KK is None else curvature_blocks(curvature_KK.float(), size)
         chunks = zip(row_chunks(w_NK, mask_NK), weights, strict=True)
         parts = [search_steps(grouped(rows.T, size), self, how, weight, curvature) for rows, weight in chunks]
@@ -195,7 +195,7 @@ class IntGrid:
         """Rows of a matrix with their scales and zero points spread over the columns."""
         N, K = x_NK.shape
         size = min(self.group_size or K, K)
-        for rows in row_slices(N, K):
+        for rows in row_slices(x_NK):
             scale = params.scale_NG[rows].float().repeat_interleave(size, 1)[:, :K]
             zero = None if params.zero_NG is None else params.zero_NG[rows].float().repeat_interleave(size, 1)[:, :K]
             yield rows, x_NK[rows], scale, zero

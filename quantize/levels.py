@@ -31,8 +31,8 @@ class Levels(NamedTuple):
     @staticmethod
     def of(table: Tensor) -> Levels:
         """From numbers in the order of their codes, [B..., E]."""
-        numbers, codes = torch.sort(table, dim=-1, stable=True)
-        numbers = numbers.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        # NaN goes before sorting: on a GPU one with a sign comes first. Adding 0 makes both zeros the same number.
+        numbers, codes = torch.sort(table.nan_to_num(torch.inf, torch.inf, -torch.inf) + 0.0, dim=-1, stable=True)
         middles = numbers[..., :-1] * 0.5 + numbers[..., 1:] * 0.5
         # Between neighbouring floats the middle rounds to one of them; at the upper it would hide that one from itself.
         upper = numbers[..., 1:]

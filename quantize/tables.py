@@ -229,7 +229,7 @@ class TableGrid:
         N, K = w_NK.shape
         size = min(self.group_size or K, K)
         q_NK = torch.empty(N, K, dtype=torch.uint8, device=w_NK.device)
-        for rows in row_slices(N, K):
+        for rows in row_slices(w_NK):
             levels = Levels.of(self._levels(params, rows, N))
             values = _in_groups(w_NK[rows].float(), size)
             q_NK[rows] = levels.nearest_codes(values).flatten(1)[:, :K]
@@ -240,7 +240,7 @@ class TableGrid:
         N, K = q_NK.shape
         size = min(self.group_size or K, K)
         w_NK = torch.empty(N, K, dtype=torch.float32, device=q_NK.device)
-        for rows in row_slices(N, K):
+        for rows in row_slices(q_NK):
             levels_nGE = self._levels(params, rows, N)
             codes = _in_groups(q_NK[rows].long(), size)
             w_NK[rows] = levels_nGE.gather(-1, codes).flatten(1)[:, :K]
@@ -339,7 +339,7 @@ def _in_groups(x_nK: Tensor, size: int) -> Tensor:
 def _blocks(w_NK: Tensor, mask_NK: Tensor | None, size: int, tall: int) -> Iterator[Tensor]:
     """Weights as [G, members, n] where the members of a group are `size` inputs of `tall` outputs."""
     N, K = w_NK.shape
-    step = max(row.stop - row.start for row in row_slices(N, K))
+    step = max(row.stop - row.start for row in row_slices(w_NK))
     step = -(-step // tall) * tall
     for start in range(0, N, step):
         rows = w_NK[start : start + step].float()

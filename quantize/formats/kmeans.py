@@ -74,7 +74,7 @@ class KMeans(TableGrid):
     ) -> Params:
         """Tables for a weight. There is no scale to search, so `search` changes nothing."""
         tables = []
-        for rows in row_slices(*w_NK.shape):
+        for rows in row_slices(w_NK):
             w_nK = w_NK[rows].float().contiguous()
             weight_nK = torch.ones_like(w_nK)
             if importance is not None:
