@@ -193,7 +193,7 @@ class IntGrid:
 
     def _chunks(self, x_NK: Tensor, params: Params) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
         """Rows of a matrix with their scales and zero points spread over the columns."""
-        N, K = x_NK.shape
+        K = x_NK.shape[1]
         size = min(self.group_size or K, K)
         for rows in row_slices(x_NK):
             scale = params.scale_NG[rows].float().repeat_interleave(size, 1)[:, :K]
