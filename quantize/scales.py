@@ -69,6 +69,12 @@ def _positive(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]
     return numbers, numbers[:-1] * 0.5 + numbers[1:] * 0.5
 
 
+@cache
+def _least(dtype: torch.dtype) -> int:
+    """The smallest byte that is not zero; from the CPU, since asking a GPU would wait for it."""
+    return int(float(numbers_of_byte(dtype)[0]) == 0)
+
+
 def scale_values(scale: Tensor) -> Tensor:
     """Stored scales as float32 numbers."""
     if scale.dtype == torch.uint8 and not scale.is_meta:
@@ -104,6 +110,6 @@ def rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _nearest_byte(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8; never the byte of zero."""
-    numbers, middles = _positive(dtype, scale.device)
-    least = 1 if float(numbers[0]) == 0 else 0
+    _, middles = _positive(dtype, scale.device)
+    least = _least(dtype)
     return torch.bucketize(scale.float().abs().contiguous(), middles).clamp_(min=least).to(torch.uint8)

@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,12 @@ def test_the_report_page_names_every_key(place: Path) -> None:
     keys = {*report, *report["calibration"], *report["size"], *report["tensors"][0], *report["machine"]}
     keys |= {*report["blocks"][0], *report["blocks"][0]["layers"][0]}
     assert not [key for key in sorted(keys) if f"`{key}`" not in page and f"## {key}\n" not in page]
+
+
+def test_the_comparison_of_formats_is_what_was_measured() -> None:
+    spec = spec_from_file_location("formats_table", ROOT / "benchmarks" / "formats_table.py")
+    assert spec is not None and spec.loader is not None
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    text = script.PAGE.read_text("utf-8")
+    assert text == script.page(text), "run: python benchmarks/formats_table.py"
