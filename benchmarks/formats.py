@@ -204,7 +204,8 @@ def main() -> int:
     held: dict[str, Any] = {"machine": machine(), "versions": versions(), "rows": {}}
     if given.out.exists():
         held = json.loads(given.out.read_text())
-    held |= {"command": "python benchmarks/formats.py " + " ".join(sys.argv[1:]), "failed": {}}
+    command = f"--device {given.device} --jobs {given.jobs} --samples {given.samples} --windows {given.windows}"
+    held |= {"command": f"python benchmarks/formats.py MODEL --ids IDS --out OUT {command}", "failed": {}}
     context = multiprocessing.get_context("spawn")
     wanted, done = context.Queue(), context.Queue()
     pending = [n for n in FORMATS if n not in held["rows"] and any(word in n for word in given.only)]
