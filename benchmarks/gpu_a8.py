@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_a8.py --out benchmarks/results/gpu_a8.json            (about a minute of an H100)
 
-Microseconds, medians over replays of a CUDA graph that goes round over copies of the weight (200 MB and more), M tokens:
+Microseconds, medians over replays of a CUDA graph that goes round over copies of the weight (200 MB and more), and over three
+rounds in which all of these take turns; M tokens:
 
     dense     torch's bfloat16 matmul
     w4a8      4 bits in groups of 128, two-step integers, our matmul behind our quantizer
@@ -11,15 +12,18 @@ Microseconds, medians over replays of a CUDA graph that goes round over copies o
     int_mm    torch._int_mm alone, without rounding x and without scales
     scaled_mm torch._scaled_mm alone, without rounding x
 
-`--sweep` times every cut of the integer matmul instead, its quantizer left out.
+`--sweep` times every cut of the integer matmul instead, its quantizer left out, beside the 16-bit one.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ import torch
 from aerogel.kernels.cuda import sources
 from aerogel.kernels.cuda.timing import copies, graph_microseconds
 from aerogel.kernels.gemm import cuda_fp8, cuda_int8
-from aerogel.kernels.gemm.cuda_quantize import INT8, Quantizer
+from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_tune import random_weight, weight_copies
 from aerogel.kernels.gemm.cuda_wgmma import defines
 
@@ -37,37 +41,48 @@ SHAPES = ("4096x4096", "6144x4096", "28672x4096", "4096x14336", "57344x8192", "8
 TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def rotate(calls: list[Callable[[], Any]]) -> float:
-    return graph_microseconds(calls)
+ROUNDS = 3
+PAUSE = 0.03
+"""Seconds between measurements. A dense product draws all the power there is, and what is measured right behind it pays."""
+
+
+def medians(calls: dict[str, list[Callable[[], Any]]]) -> dict[str, float]:
+    """Microseconds of each, taken in turn, ROUNDS times."""
+    seen: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, each in calls.items():
+            time.sleep(PAUSE)
+            seen[name].append(graph_microseconds(each))
+    return {name: statistics.median(us) for name, us in seen.items()}
 
 
 def row(shape: str, M: int, held: dict[str, Any]) -> dict[str, Any]:
     N, K = map(int, shape.split("x"))
     x, y = torch.randn(M, K, device="cuda").bfloat16(), torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
-    found: dict[str, Any] = {"shape": shape, "M": M}
-    found["dense"] = rotate([lambda w=w: torch.mm(x, w.T, out=y) for w in held["dense"]])
-    for name in ("w4a8", "w8a8"):
-        calls = [
-            lambda w=w, r=r: cuda_int8.tiles_linear_int8(x, w.codes, w.scale, None, r, None, w.group_size, N)
-            for w, r in held[name]
-        ]
-        found[name] = rotate(calls)
-    found["fp8"] = rotate([lambda w=w: cuda_fp8.fp8_linear(x, w, held["scale"], None) for w in held["e4m3"]])
-    if M > 16:
-        x8 = torch.randint(-127, 128, (M, K), device="cuda", dtype=torch.int8)
-        found["int_mm"] = rotate([lambda w=w: torch._int_mm(x8, w.T) for w in held["int8"]])
-    xf, one = x.to(torch.float8_e4m3fn), torch.ones(M, 1, device="cuda")
-    found["scaled_mm"] = rotate(
-        [
-            lambda w=w: torch._scaled_mm(xf, w.T, scale_a=one, scale_b=held["scale"][None], out_dtype=torch.bfloat16)
+    x8, xf = torch.randint(-127, 128, (M, K), device="cuda", dtype=torch.int8), x.to(torch.float8_e4m3fn)
+    one, scale = torch.ones(M, 1, device="cuda"), held["scale"]
+
+    def packed(name: str) -> list[Callable[[], Any]]:
+        multiply = cuda_int8.tiles_linear_int8
+        return [lambda w=w, r=r: multiply(x, w.codes, w.scale, None, r, None, w.group_size, N) for w, r in held[name]]
+
+    calls: dict[str, list[Callable[[], Any]]] = {
+        "dense": [lambda w=w: torch.mm(x, w.T, out=y) for w in held["dense"]],
+        "w4a8": packed("w4a8"),
+        "w8a8": packed("w8a8"),
+        "fp8": [lambda w=w: cuda_fp8.fp8_linear(x, w, scale, None) for w in held["e4m3"]],
+        "scaled_mm": [
+            lambda w=w: torch._scaled_mm(xf, w.T, scale_a=one, scale_b=scale[None], out_dtype=torch.bfloat16)
             for w in held["e4m3"]
-        ]
-    )
-    best = min(found[name] for name in ("w4a8", "w8a8", "fp8"))
-    print(f"{shape} M={M:<5}" + " ".join(f"{k} {v:8.1f}" for k, v in found.items() if k not in ("shape", "M"))
-          + f"  dense/w4a8 {found['dense'] / found['w4a8']:.2f} /w8a8 {found['dense'] / found['w8a8']:.2f}"
-          f" /fp8 {found['dense'] / found['fp8']:.2f}", flush=True)  # fmt: skip
-    return found | {"best_over_dense": found["dense"] / best}
+        ],
+    }
+    if M > 16:
+        calls["int_mm"] = [lambda w=w: torch._int_mm(x8, w.T) for w in held["int8"]]
+    found = medians(calls)
+    over = {name: found["dense"] / found[name] for name in ("w4a8", "w8a8", "fp8")}
+    print(f"{shape} M={M:<5}" + " ".join(f"{name} {us:8.1f}" for name, us in found.items()) + "  dense over "
+          + " ".join(f"{name} {ratio:.2f}" for name, ratio in over.items()), flush=True)  # fmt: skip
+    return {"shape": shape, "M": M, **found, "best_over_dense": max(over.values())}
 
 
 def weights(shape: str) -> dict[str, Any]:
@@ -85,33 +100,44 @@ def weights(shape: str) -> dict[str, Any]:
 
 
 def sweep(shapes: list[str], tokens: list[int]) -> list[dict[str, Any]]:
-    """Each cut of the integer matmul for 4 bits in groups of 128, without the quantizer."""
-    from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
-
+    """Each cut of the integer matmul, without the quantizer; beside it the 16-bit matmul, and what each rounding costs."""
     rows = []
-    for shape in shapes:
+    for shape, (bits, group) in itertools.product(shapes, ((4, 128), (8, 0))):
         N, K = map(int, shape.split("x"))
-        held = [(w, cuda_int8.row_scale(w)) for w in weight_copies(random_weight(N, K, 4, 128, "cuda"))]
-        configs = [cuda_int8.cut(held[0][0], *numbers) for numbers in cuda_int8.CUTS]
-        macros = [defines(held[0][0], c, torch.bfloat16) | {"INT8": 1} for c in configs if c is not None]
+        held = [(w, cuda_int8.row_scale(w)) for w in weight_copies(random_weight(N, K, bits, group, "cuda"))]
+        configs = [c for numbers in cuda_int8.CUTS if (c := cuda_int8.cut(held[0][0], *numbers)) is not None]
+        macros = [defines(held[0][0], c, torch.bfloat16) | {"INT8": 1} for c in configs]
         sources.compile_ahead([("wgmma.cu", m) for m in macros], torch.cuda.get_device_capability(), workers=16)
         for M in tokens:
-            x = torch.randn(M, K, device="cuda").bfloat16()
-            y = torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
-            codes, scale = Quantizer(dtype=x.dtype, device=x.device, output=INT8, columns=K, permuted=True)(x)
-            rounding = graph_microseconds(
-                [lambda: Quantizer(dtype=x.dtype, device=x.device, output=INT8, columns=K, permuted=True)(x)] * 4  # noqa: B023
-            )
-            for config in configs:
-                if config is None or config.tokens >= 2 * M:
-                    continue
-                plans = [Plan(w, config, M, torch.bfloat16, row_scale=r) for w, r in held]
-                us = graph_microseconds([lambda p=p: p.launch(codes, scale, None, y) for p in plans])  # noqa: B023
-                guess = cuda_int8.microseconds(held[0][0], config, M, 132)
-                rows.append({"shape": shape, "M": M, "us": us, "guess": guess, "rounding": rounding, "config": str(config)})
-                print(f"{shape} M={M} tokens {config.tokens} blocks {config.blocks} share {config.share} batch {config.batch}"
-                      f" stages {config.x_stages}/{config.w_stages}: {us:.1f} us (guess {guess:.0f}, rounding {rounding:.1f})"
-                      f" {2 * M * N * K / us / 1e6:.0f} TOP/s", flush=True)  # fmt: skip
+            rows += sweep_row(shape, bits, held, configs, M)
+    return rows
+
+
+def sweep_row(shape: str, bits: int, held: list[Any], configs: list[Any], M: int) -> list[dict[str, Any]]:
+    from aerogel.kernels.gemm import cuda
+    from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
+
+    (N, K), (weight, _) = map(int, shape.split("x")), held[0]
+    x, y = torch.randn(M, K, device="cuda").bfloat16(), torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
+    how: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "columns": K}
+    quantizers = [Quantizer(output=INT8, permuted=True, **how), Quantizer(output=ROUNDED, **how)]
+    rounding, rounding16 = (graph_microseconds([lambda q=q: q(x)] * 4) for q in quantizers)
+    codes, scale = quantizers[0](x)
+    runners = [cuda.choose(w, M, x.dtype, (9, 0)).plan(w, M, x.dtype) for w, _ in held]
+    sixteen = graph_microseconds([lambda r=r: r(x, None, y) for r in runners])
+    facts = {"shape": shape, "bits": bits, "M": M, "sixteen": sixteen, "rounding": rounding, "rounding16": rounding16}
+    print(f"{shape} W{bits} M={M}: 16 bits {sixteen:.1f} us + {rounding16:.1f}, rounding to bytes {rounding:.1f}", flush=True)
+    rows = []
+    for config in configs:
+        if config.tokens >= 2 * M:
+            continue
+        plans = [Plan(w, config, M, torch.bfloat16, row_scale=r) for w, r in held]
+        us = graph_microseconds([lambda p=p: p.launch(codes, scale, None, y) for p in plans])
+        guess = cuda_int8.microseconds(weight, config, M, 132)
+        rows.append(facts | {"us": us, "guess": guess, "config": str(config)})
+        print(f"    tokens {config.tokens} blocks {config.blocks} share {config.share} batch {config.batch} stages"
+              f" {config.x_stages}/{config.w_stages}: {us:.1f} us (guess {guess:.0f}) {2 * M * N * K / us / 1e6:.0f} TOP/s",
+              flush=True)  # fmt: skip
     return rows
 
 

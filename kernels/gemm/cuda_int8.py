@@ -18,6 +18,7 @@ Shape legend: M tokens, N out features, K in features, R row tiles, C k tiles, G
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
@@ -25,22 +26,25 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from aerogel.kernels.gemm import cuda
+from aerogel.kernels.gemm import cuda, cuda_wgmma
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
-from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
+from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, per_kind, tensors_of
 from aerogel.kernels.gemm.cuda_wgmma import Config, ceil_divide, deepest
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.pack import tiles
 from aerogel.quantize.grids import Codes
 
 FEW_TOKENS = 96
-FULL = 0.75
-"""Share of the multiprocessors that the integer matmul must have work for: it does not split K, and 16 bits do."""
 LONGEST_K = (1 << 31) // (127 * 127)
 """More columns could carry a sum beyond int32."""
 TWO_STEP = 1.2e-2
 """Bound of the second rounding at 4 bits and fewer, relative Frobenius error of W, for groups whose scales differ tenfold."""
-CUTS = ((96, 2, 1, 2), (128, 2, 1, 2), (192, 1, 1, 2), (256, 1, 1, 2), (256, 1, 2, 4))
+CUTS = (
+    *((tokens, 1, 1, 4) for tokens in (64, 128, 160)),
+    *((tokens, 2, 1, 2) for tokens in (96, 128)),
+    *((tokens, 1, 1, 2) for tokens in (192, 256)),
+    (256, 1, 2, 4),
+)
 """(tokens, blocks of 64 rows of each warpgroup, blocks of a cluster that share x, steps at a time) that compile without spills
 and were the fastest at some size."""
 
@@ -73,27 +77,31 @@ def tiles_of(weight: TileWeight, config: Config, M: int) -> int:
 
 
 def microseconds(weight: TileWeight, config: Config, M: int, multiprocessors: int) -> float:
-    """Estimate of a launch's time, fitted on an H100: whole rounds of tiles, each of so many steps of 128 columns.
+    """Estimate of a launch's time, fitted on an H100 (8 % off as a rule): whole rounds of tiles, each of so many steps of 128
+    columns.
 
-    A step costs the tensor cores 2 cycles for 64 rows x 1 token, of which decoding hides a quarter; decoding costs by rows, and
-    where a fragment serves one block only, loads show.
+    A step costs the tensor cores by rows and tokens and decoding by rows, which overlap a little; where a fragment serves one
+    block of rows only, loads show.
     """
     rows = 16 * config.row_tiles
-    tensor = 0.73 * rows / 64 * config.tokens * 2
     work = (0.6 if weight.group_size == 0 else 1.0) * max(1, weight.bits.bit_count() if weight.bits < 8 else 1.5)
-    loads = 190 if config.blocks == 1 else 0
-    step = tensor + 3.6 * rows * work + loads * (0.4 if config.share > 1 else 1.0)
-    edge = 3000 + rows * config.tokens / 16
+    tensor, decode = 1.17 * rows / 64 * config.tokens, 3.77 * rows * work
+    step = math.pow(tensor**1.22 + decode**1.22, 1 / 1.22) + (185 if config.blocks == 1 else 0)
     rounds = ceil_divide(tiles_of(weight, config, M), multiprocessors)
-    return 3 + rounds * (weight.codes.shape[1] * step + edge) / 1.7e3
+    return rounds * (weight.codes.shape[1] * step + 0.27 * rows * config.tokens) / 1.7e3
 
 
+@per_kind
 def choose_config(weight: TileWeight, M: int, multiprocessors: int) -> Config | None:
-    """The cut with the least estimated time; None when the weight has too much beside its codes for any, or too few rows for
-    so few tokens."""
+    """The cut with the least estimated time; None when the weight has too much beside its codes for any, or when 16 bits are
+    faster: the integer matmul does not split K, and few rows with few tokens leave multiprocessors idle."""
     found = [config for numbers in CUTS if (config := cut(weight, *numbers)) is not None]
     best = min(found, key=lambda config: microseconds(weight, config, M, multiprocessors), default=None)
-    return None if best is None or tiles_of(weight, best, M) < FULL * multiprocessors else best
+    wide = cuda_wgmma.choose_config(weight, M, multiprocessors)
+    if best is None or wide is None:
+        return best
+    faster = microseconds(weight, best, M, multiprocessors) < cuda_wgmma.microseconds(weight, wide, M, multiprocessors)
+    return best if faster else None
 
 
 def many_tokens(weight: TileWeight, r: Tensor, M: int, dtype: torch.dtype, config: Config | None = None) -> Runner | None:

@@ -80,4 +80,5 @@ def _launch(quantizer: Quantizer, M: int) -> Launch:
     fp16 = quantizer.dtype == torch.float16
     macros = {"OUTPUT": quantizer.output, "FP16": int(fp16), "PERMUTED": int(quantizer.permuted)}
     kernel = function(SOURCE, KERNEL, macros, quantizer.device)
-    return Launch(kernel, Arguments(columns=quantizer.columns), grid=(M,), block=THREADS)
+    early = torch.cuda.get_device_capability(quantizer.device) >= (9, 0)
+    return Launch(kernel, Arguments(columns=quantizer.columns), grid=(M,), block=THREADS, early=early)

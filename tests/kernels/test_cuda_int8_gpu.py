@@ -135,7 +135,8 @@ def test_damage_stays_in_its_token() -> None:
     x[3, 5], x[17, 699], x[39, 0] = torch.inf, torch.nan, -torch.inf
     y = torch.empty(100, 300, device="cuda", dtype=torch.bfloat16)
     config = cuda_int8.cut(weight, *cuda_int8.CUTS[0])
-    runner = cuda_int8.many_tokens(weight, cuda_int8.row_scale(weight), 100, torch.bfloat16, config)
+    r = cuda_int8.row_scale(weight)  # a plan keeps nothing alive
+    runner = cuda_int8.many_tokens(weight, r, 100, torch.bfloat16, config)
     assert runner is not None
     runner(x, None, y)
     bad = torch.zeros(100, dtype=torch.bool, device="cuda")
