@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_peers import PEERS, version_of
 from torch import Tensor
 
 from aerogel.kernels.cuda import nvrtc
@@ -183,6 +182,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
+    from gpu_peers import PEERS, version_of
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +105,7 @@ PEERS: dict[str, tuple[str, Timer]] = {"humming": ("humming-kernels", humming), 
 
 
 def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
     from gpu_gemm import SHAPES, TOKENS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
