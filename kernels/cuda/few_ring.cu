@@ -5,7 +5,10 @@
 // A stage holds K_WARPS k tiles of the block's row tiles: for each row tile its codes, one contiguous run and so one copy,
 // and its scales. The engine takes some 20 cycles per copy whatever its size, so runs should be long: many k tiles in a
 // stage, few row tiles. The tokens either stay in shared memory as a whole (X_RESIDENT), arriving with the stages of the
-// first row block, or each warp fetches the columns of its own tiles, two ahead, as in few_registers.cu.
+// first row block, or each warp fetches the columns of its own tiles, two ahead, as in few_registers.cu. With 16 tokens every
+// multiprocessor would fetch as many bytes of x as of weights, all from the L2 cache, which is then the limit: X_SHARE blocks
+// of a cluster fetch x once, each some tokens, and the engine puts them into the shared memory of all. x then lies in the
+// stages if it is not resident, and a stage is free when the warps of all these blocks have read it.
 //
 // Shared memory: barriers in 256 bytes, tables, the ring, the tokens, partial sums (in place of the ring where the block has
 // one row block only).
@@ -14,7 +17,10 @@
 
 constexpr int SIDE_BYTES = Side<K_WARPS>::bytes;
 constexpr int CODE_BYTES = K_WARPS * TILE_BYTES;
-constexpr int STAGE_BYTES = (BLOCK_TILES * (CODE_BYTES + SIDE_BYTES) + 127) & ~127;
+constexpr int WEIGHT_BYTES = (BLOCK_TILES * (CODE_BYTES + SIDE_BYTES) + 127) & ~127;
+constexpr bool X_IN_STAGE = X_SHARE > 1 && !X_RESIDENT, X_BY_WARPS = !X_RESIDENT && !X_IN_STAGE;
+constexpr int STAGE_TOKEN_BYTES = K_WARPS * 256 + 16;  // of one token in a stage
+constexpr int STAGE_BYTES = WEIGHT_BYTES + (X_IN_STAGE ? (TOKEN_TILES * 8 * STAGE_TOKEN_BYTES + 127) & ~127 : 0);
 constexpr bool SIDES = GROUP != 0 || ZERO != 0 || TABLE == 3;
 
 // This block's part of the work: its k tiles (a cluster's blocks share K), its row blocks.
@@ -34,7 +40,8 @@ INLINE Share share_of(const Arguments& p) {
   s.stages = (s.end_tile - s.first_tile + K_WARPS - 1) / K_WARPS;
   s.row_step = gridDim.x / CLUSTER, s.row_start = blockIdx.x / CLUSTER;
   const int all_blocks = (p.row_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
-  s.row_blocks = (all_blocks - s.row_start + s.row_step - 1) / s.row_step;
+  // As many as the cluster's first block: those that share x take turns together, if need be without rows.
+  s.row_blocks = (all_blocks - s.row_start / X_SHARE * X_SHARE + s.row_step - 1) / s.row_step;
   return s;
 }
 
@@ -52,7 +59,7 @@ INLINE Room room_of(const Arguments& p, bool single) {
   r.ring = shared + 256 + ((table_room(p.tables) + 127) & ~127);
   r.x = shared_address(r.ring) + p.stages * STAGE_BYTES;
   r.x_stride = (((p.k_tiles + K_WARPS - 1) / K_WARPS + CLUSTER - 1) / CLUSTER) * K_WARPS * 256 + 16;
-  const int x_bytes = X_RESIDENT ? p.M * r.x_stride : WARPS * 2 * p.M * TOKEN_BYTES;
+  const int x_bytes = X_RESIDENT ? p.M * r.x_stride : X_BY_WARPS ? WARPS * 2 * p.M * TOKEN_BYTES : 0;
   r.partials = (float*)(single ? r.ring : r.ring + p.stages * STAGE_BYTES + x_bytes);
   return r;
 }
@@ -60,7 +67,7 @@ INLINE Room room_of(const Arguments& p, bool single) {
 // ---- Producing -------------------------------------------------------------------------------------------------------
 // One stage's weights, by the whole warp: lane r asks for row tile r.
 INLINE void fetch_weights(const Arguments& p, u32 stage, u32 full, int row_block, int tile, int tiles, u32 token_bytes) {
-  const int lane = threadIdx.x & 31, rows = min(BLOCK_TILES, p.row_tiles - row_block * BLOCK_TILES);
+  const int lane = threadIdx.x & 31, rows = max(min(BLOCK_TILES, p.row_tiles - row_block * BLOCK_TILES), 0);
   const int first = group_of(tile, 0), groups = min(group_of(tile + tiles - 1, RUNS - 1), p.groups - 1) - first + 1;
   const u32 side_bytes = SIDES ? groups * 16 * ((GROUP ? SCALE_BYTES : 0) + ZERO_BYTES + PICK_BYTES) : 0;
   if (lane == 0) mbarrier_expect(full, rows * (tiles * TILE_BYTES + side_bytes) + token_bytes);
@@ -84,32 +91,37 @@ struct Slot {
   }
 };
 
-// The tokens' columns for one stage of the first row block, to where they stay.
-INLINE void fetch_resident_tokens(const Arguments& p, const Share& share, const Room& room, int stage, u32 full) {
-  const int lane = threadIdx.x & 31, first = stage * K_WARPS;
-  const int columns = min(K_WARPS, share.end_tile - share.first_tile - first) * 128;
-  if (lane < p.M)
-    bulk_copy(room.x + lane * room.x_stride + first * 256, p.x + (size_t)lane * p.x_stride + (share.first_tile + first) * 128,
-              columns * 2, full);
+// The tokens' columns for one stage: to where they stay, or into the stage in `slot` of the ring.
+INLINE void fetch_stage_tokens(const Arguments& p, const Share& share, const Room& room, int stage, int slot) {
+  const int token = threadIdx.x & 31, first = stage * K_WARPS;
+  const u32 bytes = min(K_WARPS, share.end_tile - share.first_tile - first) * 256, full = room.full + 8 * slot;
+  const u32 to = X_RESIDENT ? room.x + token * room.x_stride + first * 256
+                            : shared_address(room.ring) + slot * STAGE_BYTES + WEIGHT_BYTES + token * STAGE_TOKEN_BYTES;
+  const u16* from = p.x + (size_t)token * p.x_stride + (share.first_tile + first) * 128;
+#if X_SHARE > 1
+  if (token < p.M && token % X_SHARE == cluster_rank()) bulk_copy_to_all<X_SHARE>(to, from, bytes, full);
+#else
+  if (token < p.M) bulk_copy(to, from, bytes, full);
+#endif
 }
 
 INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
   const int ahead = min(share.row_blocks * share.stages, p.stages);  // turns before any stage must be free again
-  const bool with_x = X_RESIDENT;
   Slot slot;
   int turn = 0;
   for (int block = 0; block < share.row_blocks; block++)
     for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {
       const int tile = share.first_tile + stage * K_WARPS, tiles = min(K_WARPS, share.end_tile - tile);
+      const bool with_x = X_IN_STAGE || (X_RESIDENT && block == 0);
       if (turn >= p.stages) mbarrier_wait(room.empty + 8 * slot.index, slot.round ^ 1);
       fetch_weights(p, shared_address(room.ring) + slot.index * STAGE_BYTES, room.full + 8 * slot.index,
-                    share.row_start + block * share.row_step, tile, tiles, with_x && block == 0 ? p.M * tiles * 256 : 0);
-      if (!with_x) continue;
+                    share.row_start + block * share.row_step, tile, tiles, with_x ? p.M * tiles * 256 : 0);
+      if (X_BY_WARPS) continue;
       if (turn == ahead - 1) {  // the ring is full of weights: now x is needed
         wait_for_previous_kernel();
-        for (int t = 0; t <= turn && t < share.stages; t++) fetch_resident_tokens(p, share, room, t, room.full + 8 * t);
-      } else if (turn >= ahead && block == 0) {
-        fetch_resident_tokens(p, share, room, stage, room.full + 8 * slot.index);
+        for (int t = 0; t <= turn && (X_IN_STAGE || t < share.stages); t++) fetch_stage_tokens(p, share, room, t % share.stages, t);
+      } else if (turn >= ahead && with_x) {
+        fetch_stage_tokens(p, share, room, stage, slot.index);
       }
     }
 }
@@ -137,7 +149,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
     fetched++, next_tile += K_WARPS;
     if (next_tile - slice >= share.end_tile) next_tile = share.first_tile + slice;
   };
-  if (!X_RESIDENT) wait_for_previous_kernel(), fetch_own(), fetch_own();
+  if (X_BY_WARPS) wait_for_previous_kernel(), fetch_own(), fetch_own();
   Slot slot;
   int turn = 0;
   for (int block = 0; block < share.row_blocks; block++) {
@@ -147,12 +159,16 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
     for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {
       const int tile = share.first_tile + stage * K_WARPS + slice;
       const u8* place = room.ring + slot.index * STAGE_BYTES;
-      if (!X_RESIDENT) copies_wait<1>(), __syncwarp();
+      if (X_BY_WARPS) copies_wait<1>(), __syncwarp();
       mbarrier_wait(room.full + 8 * slot.index, slot.round);
       if (tile < share.end_tile) {
         Tokens x;
-        load_tokens(X_RESIDENT ? room.x + (tile - share.first_tile) * 256 : own + (turn & 1) * p.M * TOKEN_BYTES,
-                    X_RESIDENT ? room.x_stride : TOKEN_BYTES, p.M, x);
+        if constexpr (X_RESIDENT)
+          load_tokens(room.x + (tile - share.first_tile) * 256, room.x_stride, p.M, x);
+        else if constexpr (X_IN_STAGE)
+          load_tokens(shared_address(place) + WEIGHT_BYTES + slice * 256, STAGE_TOKEN_BYTES, p.M, x);
+        else
+          load_tokens(own + (turn & 1) * p.M * TOKEN_BYTES, TOKEN_BYTES, p.M, x);
         UNROLL for (int r = 0; r < ROW_TILES; r++) {
           const int row_tile = row_warp * ROW_TILES + r;
           u32 words[WORDS];
@@ -162,13 +178,14 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
         }
       }
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(room.empty + 8 * slot.index);
-      if (!X_RESIDENT) fetch_own();
+      if (X_SHARE == 1 && lane == 0) mbarrier_arrive(room.empty + 8 * slot.index);
+      if (X_SHARE > 1 && lane < X_SHARE) mbarrier_arrive_at(room.empty + 8 * slot.index, lane);
+      if (X_BY_WARPS) fetch_own();
     }
     barrier_of(1, THREADS);  // all have read the ring, and used the last partial sums
     store_partials(room.partials, p, row_warp, slice, acc);
     barrier_of(1, THREADS);
-    if (X_RESIDENT && block == 0) wait_for_previous_kernel();
+    if (!X_BY_WARPS && block == 0) wait_for_previous_kernel();
     finish(room.partials, p, factor, first_row_tile, threadIdx.x);
   }
 }
@@ -178,10 +195,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS) few_ring(cons
   const bool single = share.row_step >= (p.row_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
   const Room room = room_of(p, single);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < p.stages; i++) mbarrier_init(room.full + 8 * i, 1), mbarrier_init(room.empty + 8 * i, WARPS);
+    for (int i = 0; i < p.stages; i++) mbarrier_init(room.full + 8 * i, 1), mbarrier_init(room.empty + 8 * i, WARPS * X_SHARE);
     mbarrier_init_done();
   }
+#if X_SHARE > 1
+  cluster_meet();
+#else
   __syncthreads();
+#endif
   allow_next_kernel();
   if (threadIdx.x < THREADS) {
     consume(p, share, room);
@@ -192,4 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS) few_ring(cons
     cluster_meet(), cluster_meet();  // every thread of a cluster must come to its meetings
 #endif
   }
+#if X_SHARE > 1
+  cluster_meet();  // nobody leaves while another still arrives here
+#endif
 }

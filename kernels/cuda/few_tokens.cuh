@@ -9,7 +9,8 @@
 //   warp (row w, slice k)     ROW_TILES tiles of 16 rows that share each fragment of x; of the k tiles every K_WARPS-th one
 //   block                     ROW_WARPS x K_WARPS warps; the slices are summed once, through shared memory, in a fixed order
 //   cluster                   CLUSTER blocks that split K further and sum through each other's shared memory: each block
-//                             then needs only its part of x, which matters when the tokens weigh as much as the weights
+//                             then needs only its part of x, which matters when the tokens weigh as much as the weights;
+//                             or X_SHARE blocks of other rows that fetch x together, each a part of it for all of them
 //
 // This file is what the two kernels share: few_registers.cu (weights through registers) and few_ring.cu (weights through a
 // ring in shared memory). Both ask for weights BEFORE they wait for the previous kernel (early launch), since no kernel of a
@@ -123,6 +124,7 @@ INLINE void multiply_tile(const u32* words, const u8* side, int tile, int first,
       upper += number[g] * (2 << BITS), lower += number[g + 8] * (2 << BITS);
     }
     float part[TOKEN_TILES][4] = {};
+    if constexpr (FOLDED) UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) part[n][j] = x.folded[n][run][j];
     u32 upper_unit = both(power_of_two(FLOAT_SHRINK)), lower_unit = upper_unit;
     if constexpr (SCALED) {
       upper_unit = scale_pair(side, group * 16 + g), lower_unit = scale_pair(side, group * 16 + g + 8);
@@ -156,7 +158,6 @@ INLINE void multiply_tile(const u32* words, const u8* side, int tile, int first,
     if constexpr (GROUP != 0) scale[0] = read_scale(side, group * 16 + g), scale[1] = read_scale(side, group * 16 + g + 8);
     UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) {
       float sum = part[n][j];
-      if constexpr (FOLDED) sum += x.folded[n][run][j];
       if constexpr (ZERO) sum -= zero[j >> 1] * x.sums[n][run][j & 1];
       acc[n][j] += GROUP == 0 ? sum : scale[j >> 1] * sum;
     }

@@ -52,6 +52,7 @@ class Config:
     ring: weights through a ring in shared memory (compute capability 9.0), else through registers.
     row_tiles: tiles of 16 rows of one warp. row_warps, k_warps: warps of a block along rows and along K.
     stages: of the ring. x_resident: all of x stays in shared memory (ring only). cluster: blocks that split K among them.
+    share: blocks of a cluster that fetch x together, for other rows each (ring only, and not where K is split).
     blocks: row blocks resident on a multiprocessor at once, which limits registers.
     """
 
@@ -62,6 +63,7 @@ class Config:
     stages: int = 3
     x_resident: bool = False
     cluster: int = 1
+    share: int = 1
     blocks: int = 1
 
     @property
@@ -102,6 +104,7 @@ def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> d
         "K_WARPS": config.k_warps,
         "X_RESIDENT": int(config.x_resident),
         "CLUSTER": config.cluster,
+        "X_SHARE": config.share,
         "BLOCKS": config.blocks,
     }
 
@@ -158,9 +161,16 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
         return (tables + 15) // 16 * 16 + max(slots, partials)
     tables = (tables + 127) // 128 * 128
     stage = config.block_tiles * (config.k_warps * 256 * weight.bits + side_bytes(weight, config.k_warps * 128))
-    ring = config.stages * ((stage + 127) // 128 * 128)
+    stage = (stage + 127) // 128 * 128
+    in_stage = config.share > 1 and not config.x_resident
+    if in_stage:
+        stage += ((8 if M <= 8 else 16) * (config.k_warps * 256 + 16) + 127) // 128 * 128
+    ring = config.stages * stage
     stages_each = ceil_divide(ceil_divide(k_tiles, config.k_warps), config.cluster)
-    ring += M * (stages_each * config.k_warps * 256 + 16) if config.x_resident else config.warps * 2 * M * 272
+    if config.x_resident:
+        ring += M * (stages_each * config.k_warps * 256 + 16)
+    elif not in_stage:
+        ring += config.warps * 2 * M * 272
     single = grid // config.cluster >= ceil_divide(weight.codes.shape[0], config.block_tiles)
     return 256 + tables + (max(ring, partials) if single else ring + partials)
 
@@ -170,14 +180,17 @@ def grid_of(weight: TileWeight, config: Config, multiprocessors: int) -> int:
     row_blocks = ceil_divide(weight.codes.shape[0], config.block_tiles)
     if config.cluster > 1 or not config.ring:
         return row_blocks * config.cluster
-    return min(row_blocks, multiprocessors * config.blocks)
+    seats = multiprocessors * config.blocks // config.share
+    return min(ceil_divide(row_blocks, config.share), seats) * config.share
 
 
 def fits(weight: TileWeight, config: Config, M: int, capability: tuple[int, int], multiprocessors: int) -> bool:
     """Whether a device can launch the configuration."""
     if config.ring and capability < (9, 0):
         return False
-    if (config.warps + config.ring) * 32 > 1024 or config.cluster > 8 or (not config.ring and config.row_warps > 1):
+    if (config.warps + config.ring) * 32 > 1024 or (not config.ring and config.row_warps > 1):
+        return False
+    if max(config.cluster, config.share) > 8 or (config.share > 1 and (config.cluster > 1 or not config.ring)):
         return False
     grid = grid_of(weight, config, multiprocessors)
     resident = min(config.blocks, 2) if config.ring else 1
@@ -262,7 +275,8 @@ class Plan:
         self._original, self._table = weight.table, None if weight.table is None else weight.table.to(dtype)
         grid = grid_of(weight, config, facts.multi_processor_count)
         R, C = weight.codes.shape[:2]
-        self._columns = C * 128 if config.ring and config.x_resident else -(-weight.K // 8) * 8
+        whole_tiles = config.ring and (config.x_resident or config.share > 1)
+        self._columns = C * 128 if whole_tiles else -(-weight.K // 8) * 8
         self._pad = self._columns - weight.K
         self._device, self._dtype, self._lock = device.index, dtype, threading.Lock()
         self._arguments: Any = Arguments(
@@ -286,7 +300,7 @@ class Plan:
             "grid": (grid,),
             "block": (config.warps + config.ring) * 32,
             "shared_bytes": shared_bytes(weight, config, M, grid),
-            "cluster": config.cluster,
+            "cluster": config.cluster * config.share,
         }
         self._first: Launch | None = Launch(self.function, self._arguments, **options)
         self._launch = Launch(self.function, self._arguments, early=(facts.major, facts.minor) >= (9, 0), **options)

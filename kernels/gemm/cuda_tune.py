@@ -95,7 +95,7 @@ def candidates(weight: TileWeight, M: int, capability: tuple[int, int], multipro
 
     Of the depths of a ring two are kept: the deepest that leaves room for the next kernel's blocks, and the deepest of all.
     """
-    found = [config for config in _cuts(weight) if fits(weight, config, M, capability, multiprocessors)]
+    found = [config for config in _cuts(weight, M) if fits(weight, config, M, capability, multiprocessors)]
     best = max((_fill(weight, config, multiprocessors) for config in found), default=0.0)
     full = [config for config in found if _fill(weight, config, multiprocessors) >= 0.93 * best]
     deepest: dict[tuple[Config, bool], Config] = {}
@@ -110,12 +110,13 @@ def candidates(weight: TileWeight, M: int, capability: tuple[int, int], multipro
 def _fill(weight: TileWeight, config: Config, multiprocessors: int) -> float:
     """Share of the multiprocessors' time that has a block to run, from counting waves alone."""
     R = weight.codes.shape[0]
-    blocks = ceil_divide(R, config.block_tiles) * config.cluster
+    blocks = ceil_divide(R, config.block_tiles * config.share) * config.share * config.cluster
     seats = multiprocessors * (config.blocks if config.ring else 1)
     return R / config.block_tiles * config.cluster / (seats * ceil_divide(blocks, seats))
 
 
-def _cuts(weight: TileWeight) -> Iterator[Config]:
+def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
+    """Every cut; x is fetched together where it is much."""
     C = weight.codes.shape[1]
     for row_tiles in (1, 2, 3, 4):
         for k_warps in (4, 8, 16):
@@ -123,17 +124,18 @@ def _cuts(weight: TileWeight) -> Iterator[Config]:
                 yield Config(ring=False, row_tiles=row_tiles, k_warps=k_warps)
     for row_tiles in range(1, 9):
         for row_warps, k_warps in _WARPS:
-            for cluster in (1, 2, 4):
-                if k_warps * cluster > C:
+            for cluster, share in ((1, 1), (2, 1), (4, 1), (1, 2)):
+                if k_warps * cluster > C or (share > 1 and M <= 8):
                     continue
                 for resident, stages, blocks in itertools.product((False, True), (2, 3, 4, 5, 6, 8, 12), (1, 2)):
-                    if blocks == 1 or (cluster == 1 and row_warps * k_warps <= 8):
+                    if blocks == 1 or (cluster == share == 1 and row_warps * k_warps <= 8):
                         yield Config(
                             ring=True,
                             row_tiles=row_tiles,
                             row_warps=row_warps,
                             k_warps=k_warps,
                             cluster=cluster,
+                            share=share,
                             x_resident=resident,
                             stages=stages,
                             blocks=blocks,

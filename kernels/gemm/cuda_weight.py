@@ -89,7 +89,7 @@ class TileWeight:
         """All that a choice of kernels may depend on: shapes and types, not where the tensors lie."""
         held = (self.codes, self.scale, self.zero, self.table, self.pick)
         facts = (None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in held)
-        return (self.N, self.K, self.group_size, *facts)
+        return (self.N, self.K, self.group_size, self.floats, *facts)
 
     def check(self) -> None:
         """Raises `BadInput` where shapes or dtypes contradict each other."""

@@ -33,6 +33,8 @@ RINGS = [
     Config(ring=True, row_tiles=2, k_warps=2, stages=2),
     Config(ring=True, row_tiles=1, row_warps=2, k_warps=2, stages=2, x_resident=True),
     Config(ring=True, row_tiles=1, k_warps=2, stages=2, cluster=2),
+    Config(ring=True, row_tiles=1, k_warps=2, stages=2, share=2),
+    Config(ring=True, row_tiles=2, k_warps=2, stages=3, share=2, x_resident=True),
 ]
 # (group_size, zero, scale dtype): each group and each kind of zero point and of scale at least once.
 KINDS: list[tuple[int, str, torch.dtype]] = [

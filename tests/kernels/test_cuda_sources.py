@@ -135,6 +135,7 @@ def test_sources_compile_for_every_generation(capability: tuple[int, int]) -> No
             configs += [
                 Config(ring=True, row_tiles=2, k_warps=4, cluster=2),
                 Config(ring=True, row_tiles=1, k_warps=2, x_resident=True),
+                Config(ring=True, row_tiles=1, k_warps=2, share=2),
             ]
         for config in configs:
             name = f"{config.kernel}.cu"
