@@ -18,9 +18,9 @@
 // tiles and added to each tile's sum. The price is cancellation in float32: powers of up to 2^7 against weights of a few
 // units, about 1e-5 relative. Three bits join their limbs first: the upper one is masked in above the lower one.
 //
-// e2m1 floats (FLOATS) lie in their words as a bfloat16 wants them (pack/tile_orders.py): turned and masked they are the
-// number times 2^-126, and one product brings them to size. Where a group's scale is a byte, that product is with
-// the scale: 2 significant bits times at most 4, which is exact, and no sum needs scaling any more (SCALED).
+// Floats (FLOATS) lie in their words as a bfloat16 wants them (pack/tile_orders.py): turned and masked they are the number
+// times a power of two, and one product brings them to size. Where a group's scale is a byte, that product is with
+// the scale: 2 or 4 significant bits times at most 4, which is exact, and no sum needs scaling any more (SCALED).
 //
 // Defines used: BITS, FP16, TABLE (0 none, 1 one table, 2 one per row, 3 picked per group), FLOATS, ZERO, SCALE, GROUP.
 
@@ -125,17 +125,27 @@ INLINE void folded_offsets(int s, u32* a) {
   UNROLL for (int i = 0; i < 4; i++) a[i] = both(minus((BITS == 3 ? Joined::power(i) : power_of_limb<0>(s, i)) + CENTRE));
 }
 
-// The A fragment of step s of e2m1 floats: `upper` multiplies row g, `lower` row g + 8, both a pair of 16-bit numbers that
-// takes FLOAT_SHRINK back. As float16 the magnitude moves three bits up, which adding it seven times does.
-constexpr int FLOAT_SHRINK = FP16 ? 14 : 126;  // a register before the product is the number times 2^-FLOAT_SHRINK
-INLINE void decode_floats(u32 word, u32 upper, u32 lower, u32* a) {
-  constexpr u32 place = 0x81C081C0u;
-  a[0] = word & place;
-  a[1] = (word << 6) & place;
-  a[2] = __funnelshift_r(word, word, 4) & place;
-  a[3] = and_or(word >> 6, 0x01000100u, (word << 2) & 0x80C080C0u);
+// The A fragment of step s of floats, e2m1 or e4m3: `upper` multiplies row g, `lower` row g + 8, both a pair of 16-bit numbers
+// that takes FLOAT_SHRINK back. As float16 the magnitude moves three bits up, which adding it seven times does.
+constexpr int FLOAT_BIAS = BITS == 4 ? 1 : 7;
+constexpr int FLOAT_SHRINK = EXPONENT_BIAS - FLOAT_BIAS;  // a register before the product is the number times 2^-FLOAT_SHRINK
+INLINE void decode_floats(const u32* words, int s, u32 upper, u32 lower, u32* a) {
+  constexpr u32 magnitude = both(BITS == 4 ? 0x01C0 : 0x07F0), place = magnitude | 0x80008000u;
+  if constexpr (BITS == 4) {
+    const u32 word = words[s];
+    a[0] = word & place;
+    a[1] = (word << 6) & place;
+    a[2] = __funnelshift_r(word, word, 4) & place;
+    a[3] = and_or(word >> 6, 0x01000100u, (word << 2) & 0x80C080C0u);
+  } else {
+    UNROLL for (int pair = 0; pair < 2; pair++) {
+      const u32 word = words[s + 8 * pair];
+      a[2 * pair] = word & place;
+      a[2 * pair + 1] = and_or(__funnelshift_r(word, word, 4), 0x87808780u, (word << 4) & 0x00700070u);
+    }
+  }
   UNROLL for (int i = 0; i < 4; i++) {
-    if constexpr (FP16) a[i] += (a[i] & 0x01C001C0u) * 7;
+    if constexpr (FP16) a[i] += (a[i] & magnitude) * 7;
     a[i] = multiply_pairs(a[i], i & 1 ? lower : upper);
   }
 }

@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize(const __grid
       if constexpr (TABLE)
         decode_table(words, s, upper, lower, a);
       else if constexpr (FLOATS)
-        decode_floats(words[s], both(power_of_two(FLOAT_SHRINK)), both(power_of_two(FLOAT_SHRINK)), a);
+        decode_floats(words, s, both(power_of_two(FLOAT_SHRINK)), both(power_of_two(FLOAT_SHRINK)), a);
       else
         decode_integers(words, s, a);
       UNROLL for (int i = 0; i < 4; i++)

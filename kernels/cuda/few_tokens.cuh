@@ -138,7 +138,7 @@ INLINE void multiply_tile(const u32* words, const u8* side, int tile, int first,
       else if constexpr (TABLE)
         decode_table(words, s, upper, lower, a);
       else if constexpr (FLOATS)
-        decode_floats(words[s], upper_unit, lower_unit, a);
+        decode_floats(words, s, upper_unit, lower_unit, a);
       else if constexpr (FOLDED)
         decode_folded(words, s, a);
       else

@@ -8,8 +8,8 @@
 // Four instructions for two weights. A width that is no power of two is stored as limbs of 4, 2 and 1 bits: each more
 // limb costs a shift and an and-or. 8 bits overflow bfloat16's mantissa: their two limbs are joined by an exact
 // multiply-add. Floating zero points go through float32: (u - z) * s is then rounded once, whatever z is. Codes that stand
-// for the entries of a table of 16 or 256 numbers are looked up in shared memory, one 16-bit load each. e2m1 floats (FLOATS)
-// lie in their words as pack/tile_orders.py says: masked they are the number times a power of two, which the scale takes back.
+// for the entries of a table of 16 or 256 numbers are looked up in shared memory, one 16-bit load each. Floats (FLOATS) lie
+// in their words as pack/tile_orders.py says: masked they are the number times a power of two, which the scale takes back.
 //
 // Set from outside: BITS 1..8; GROUP columns that share a scale (0: all of them); FLOATS; ACTIVATION, SCALE, ZERO, TABLE below.
 
@@ -84,8 +84,8 @@ constexpr int TABLE_SIZE = ENTRY_BYTES << BITS;
 
 // A float's register is the number times 2^-FLOAT_SHRINK; a scale of a byte takes that back but for 2^-SCALED_SHRINK, exactly.
 constexpr bool SCALED_FLOATS = FLOATS && (SCALE == E5M3 || (SCALE == E8M0 && ACTIVATION == BF16));
-constexpr int E5M3_BIAS = 10, FLOAT_SHRINK = ACTIVATION == BF16 ? 126 : 14, SCALED_SHRINK = 8;
 constexpr int MANTISSA = ACTIVATION == BF16 ? 7 : 10, EXPONENT_BIAS = ACTIVATION == BF16 ? 127 : 15;
+constexpr int E5M3_BIAS = 10, FLOAT_SHRINK = EXPONENT_BIAS - (BITS == 4 ? 1 : 7), SCALED_SHRINK = 8;
 FN u32 scale_pair(const u8* scales, int row) {
     constexpr int digits = SCALE == E5M3 ? 3 : 0, own_bias = SCALE == E5M3 ? E5M3_BIAS : 127;
     constexpr int bias = FLOAT_SHRINK - SCALED_SHRINK + EXPONENT_BIAS - own_bias;
@@ -176,12 +176,14 @@ FN u32 integers(const Codes& codes, int s, int i, u32 zero) {
     return pair_fma(high, both(0x4180), low);
 }
 
-// Register i of a word of e2m1 floats, times 2^-FLOAT_SHRINK.
-FN u32 placed_float(u32 word, int i) {
-    constexpr u32 place = 0x81C081C0u;
-    const u32 turned = i == 1 ? word << 6 : i == 2 ? __funnelshift_r(word, word, 4) : word;
-    u32 v = i == 3 ? and_or(word >> 6, 0x01000100u, (word << 2) & 0x80C080C0u) : turned & place;
-    if (ACTIVATION == FP16) v += (v & 0x01C001C0u) * 7;  // three bits up
+// Register i of step s of floats, e2m1 or e4m3, times 2^-FLOAT_SHRINK.
+FN u32 placed_float(const Codes& codes, int s, int i) {
+    constexpr u32 magnitude = both(BITS == 4 ? 0x01C0 : 0x07F0), place = magnitude | 0x80008000u;
+    const u32 word = codes.four[BITS == 4 ? 0 : i / 2 * (FOURS - 1)][s], around = __funnelshift_r(word, word, 4);
+    u32 v;
+    if (BITS == 4) v = i == 3 ? and_or(word >> 6, 0x01000100u, (word << 2) & 0x80C080C0u) : (i == 1 ? word << 6 : i == 2 ? around : word) & place;
+    else v = i % 2 ? and_or(around, 0x87808780u, (word << 4) & 0x00700070u) : word & place;
+    if (ACTIVATION == FP16) v += (v & magnitude) * 7;  // three bits up
     return v;
 }
 
@@ -207,7 +209,7 @@ FN void decode(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         if constexpr (FLOATS) {
-            const u32 placed = placed_float(codes.four[0][s], i);
+            const u32 placed = placed_float(codes, s, i);
             const u32 number = SCALED_FLOATS ? placed : pair_mul(placed, both((FLOAT_SHRINK + EXPONENT_BIAS) << MANTISSA));
             a[i] = scaled ? pair_mul(number, group.scale[i % 2]) : number;
         } else if constexpr (TABLE != UNIFORM) {

@@ -189,16 +189,14 @@ class Cuda(Kernel):
 
     @staticmethod
     def shapes(problem: Problem) -> Shapes:
-        """Of tile_codes, tile_scale and, where there are any, tile_zero and tile_table."""
+        """Of tile_codes, tile_scale and, where there are zero points, tile_zero."""
         R, C = tiles.tile_counts(problem.N, problem.K)
         factors = (R, problem.grid.groups(problem.K), tiles.ROWS)
         found: Shapes = {
             "tile_codes": ((R, C, 256 * problem.grid.bits), torch.uint8),
             "tile_scale": (factors, problem.grid.scale_dtype),
         }
-        if isinstance(problem.grid, Fp8Grid):
-            found["tile_table"] = ((1, 256), torch.float16)
-        elif problem.integer is not None and not problem.integer.symmetric:
+        if problem.integer is not None and not problem.integer.symmetric:
             found["tile_zero"] = (factors, torch.uint8)
         return found
 

@@ -2,11 +2,11 @@
 
     W[n, k] = (u[n, k] - z) * s            integers; z = 2^(b-1) where there is no zero point
     W[n, k] = table[u[n, k]] * s           any 16 or 256 numbers; one table, one per row, or one of several per group
-    W[n, k] = e2m1(u[n, k]) * s            floats, which need no table: their bits are those of a wider float
+    W[n, k] = float(u[n, k]) * s           e2m1 and e4m3, which need no table: their bits are those of a wider float
 
 with s, z and the table's number those of row n and of k's group; s may be a byte (`block_scales`), and is then multiplied by
-the weight's factor where there is one. `pack/tiles.py` says where each bit of u lies, `pack/tile_orders.py` for floats and
-for tables of 16.
+the weight's factor where there is one. `pack/tiles.py` says where each bit of u lies, `pack/tile_orders.py` for floats
+and for tables of 16.
 
 Shape legend: N out features, K in features, R = ceil(N / 16) row tiles, C = ceil(K / 128) k tiles, G groups along K,
 T tables, E = 16 or 256 entries.
@@ -26,7 +26,7 @@ from aerogel.errors import BadInput
 from aerogel.kernels.gemm.block_scales import BYTES, STORED, stored_bytes, tile_bytes
 from aerogel.pack import bits as stream
 from aerogel.pack import tiles
-from aerogel.pack.tile_orders import FLOATS, PAIRS, Moves, pack_in_order, unpack_in_order
+from aerogel.pack.tile_orders import E2M1, E4M3, PAIRS, Order, pack_in_order, unpack_in_order
 from aerogel.quantize.formats.floats import float_numbers
 from aerogel.quantize.grids import Codes, Fp8Grid, Grid, IntGrid
 from aerogel.quantize.tables import TableGrid
@@ -48,7 +48,7 @@ class TileWeight:
     pick: uint8 [R, G, 16], the number of the table of each group and row; None otherwise.
     group_size: a multiple of 16, or 0 for one scale per row (G = 1).
     N, K: the weight's own shape.
-    floats: the codes are e2m1 floats.
+    floats: the codes are floats, e2m1 with 4 bits, e4m3 with 8.
     factor: fp32 scalar that multiplies every scale, for scales of bytes; None for 1.
     """
 
@@ -69,9 +69,9 @@ class TileWeight:
         return self.codes.shape[2] // 256
 
     @property
-    def order(self) -> Moves | None:
+    def order(self) -> Order | None:
         """How the bits of words are ordered; None as `pack/tiles.py` has it."""
-        return FLOATS if self.floats else PAIRS if self.table is not None and self.bits == 4 else None
+        return order_of(self.bits, self.floats, self.table is not None)
 
     @property
     def groups(self) -> int:
@@ -104,7 +104,7 @@ class TileWeight:
             or (self.zero.dtype in (torch.uint8, self.scale.dtype) and tuple(self.zero.shape) == per_group),
             "table": self.table is None or self._table_fits(R),
             "pick": self.pick is None or (self.pick.dtype == torch.uint8 and tuple(self.pick.shape) == per_group),
-            "floats": not self.floats or (self.bits == 4 and self.zero is None and self.table is None),
+            "floats": not self.floats or (self.bits in (4, 8) and self.zero is None and self.table is None),
             "factor": self.factor is None or (self.factor.dtype == torch.float32 and self.factor.numel() == 1),
         }
         if self.scale.dtype in BYTES:
@@ -148,9 +148,17 @@ def e4m3_table(device: torch.device) -> Tensor:
     return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).half()[None]
 
 
+def order_of(bits: int, floats: bool, table: bool) -> Order | None:
+    """The order of a word's bits for a kind of codes; None for that of `pack/tiles.py`."""
+    if floats:
+        return E2M1 if bits == 4 else E4M3
+    return PAIRS if table and bits == 4 else None
+
+
 def tensors_of(codes: Codes, pack: Callable[[Tensor, int], Tensor] = tiles.pack_tiles) -> dict[str, Tensor]:
     """Codes [N, K] as the layout's tensors: tile_codes, tile_scale and, where needed, tile_zero, tile_table, tile_pick.
-    `pack` says how the codes lie inside a tile. Raises `BadInput` for grids that are neither integers, e4m3 nor a table."""
+    `pack` says how integers lie inside a tile; e4m3 needs its table where that is not `pack_tiles`. Raises `BadInput` for grids
+    that are neither integers, e4m3 nor a table, and for e4m3 codes that are no number."""
     grid = codes.grid
     N = codes.values_NK.shape[0]
     if isinstance(grid, IntGrid):
@@ -161,20 +169,27 @@ def tensors_of(codes: Codes, pack: Callable[[Tensor, int], Tensor] = tiles.pack_
             layout["tile_zero"] = tiles.pack_rows_of_tiles(zero)
         return layout
     if isinstance(grid, Fp8Grid):
-        shared = grid.shared_rows or N
-        return {
-            "tile_codes": pack(codes.values_NK.contiguous().view(torch.uint8), 8),
-            "tile_scale": tiles.pack_rows_of_tiles(codes.scale_NG.repeat_interleave(shared, 0)[:N]),
-            "tile_table": e4m3_table(codes.values_NK.device),
-        }
+        values = codes.values_NK.contiguous().view(torch.uint8)
+        layout = {"tile_scale": tiles.pack_rows_of_tiles(codes.scale_NG.repeat_interleave(grid.shared_rows or N, 0)[:N])}
+        if pack is tiles.pack_tiles:
+            return layout | {"tile_codes": _pack_floats(values, 8)}
+        return layout | {"tile_codes": pack(values, 8), "tile_table": e4m3_table(values.device)}
     if codes.table_TE is not None:
         return _table_tensors(codes, pack)
     raise BadInput(f"codes on a {type(grid).__name__} have no tile layout; it holds integers, e4m3 floats and tables")
 
 
 def of_floats(grid: Grid) -> bool:
-    """Whether codes on this grid are e2m1 floats, which are decoded by arithmetic."""
-    return isinstance(grid, TableGrid) and grid.bits == 4 and not grid.learned and grid.numbers() == (float_numbers("e2m1"),)
+    """Whether codes on this grid are e2m1 or e4m3 floats, which are decoded by arithmetic."""
+    if not isinstance(grid, TableGrid) or grid.learned:
+        return isinstance(grid, Fp8Grid)
+    return repr(grid.numbers()) in (repr((float_numbers("e2m1"),)), repr((float_numbers("e4m3"),)))  # NaN equals NaN here
+
+
+def _pack_floats(values: Tensor, bits: int) -> Tensor:
+    if bits == 8 and not values.is_meta and bool(((values & 0x7F) == 0x7F).any()):
+        raise BadInput("a weight in e4m3 holds a NaN, which the kernels would take for 480; get the checkpoint again")
+    return pack_in_order(values, bits, E2M1 if bits == 4 else E4M3)
 
 
 def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
@@ -186,8 +201,8 @@ def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[
         raise BadInput("codes into a table need the table, and there is none")
     values, layout = codes.values_NK, _scale_tensors(codes, shared, N)
     if of_floats(codes.grid):
-        return layout | {"tile_codes": pack_in_order(_nothing_without_scale(codes, shared), FLOATS)}
-    packed = pack_in_order(values, PAIRS) if codes.grid.bits == 4 else pack(values, codes.grid.bits)
+        return layout | {"tile_codes": _pack_floats(_nothing_without_scale(codes, shared), codes.grid.bits)}
+    packed = pack_in_order(values, 4, PAIRS) if codes.grid.bits == 4 else pack(values, codes.grid.bits)
     layout |= {"tile_codes": packed, "tile_table": table_TE}
     if codes.table_per_row:
         layout["tile_table"] = torch.nn.functional.pad(table_TE, (0, 0, 0, -N % tiles.ROWS))
@@ -257,12 +272,11 @@ def codes_of(
     unpack: Callable[[Tensor, int, int, int], Tensor] = tiles.unpack_tiles,
 ) -> Codes:
     """The inverse of `tensors_of`, exactly; `unpack` inverts its `pack`."""
+    table = "tile_table" in layout
+    order, packed = order_of(grid.bits, of_floats(grid) and not table, table), layout["tile_codes"]
+    values = unpack(packed, grid.bits, N, K) if order is None else unpack_in_order(packed, grid.bits, order, N, K)
     if not isinstance(grid, IntGrid | Fp8Grid):
-        order = FLOATS if of_floats(grid) else PAIRS
-        packed = layout["tile_codes"]
-        values = unpack_in_order(packed, order, N, K) if grid.bits == 4 else unpack(packed, grid.bits, N, K)
         return _table_codes(layout, values, grid)
-    values = unpack(layout["tile_codes"], grid.bits, N, K)
     scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], N)
     if isinstance(grid, Fp8Grid):
         scale = scale[:: grid.shared_rows or N].contiguous()

@@ -8,7 +8,7 @@ import torch
 from aerogel.errors import BadInput
 from aerogel.kernels.gemm.block_scales import E5M3, E8M0, MOST_E8M0, stored_bytes, tile_bytes, tile_numbers
 from aerogel.kernels.gemm.cuda_weight import codes_of, tensors_of
-from aerogel.pack.tile_orders import FLOATS, PAIRS, pack_in_order, unpack_in_order
+from aerogel.pack.tile_orders import E2M1, E4M3, PAIRS, pack_in_order, unpack_in_order
 from aerogel.quantize.codes import Codes, quantized
 from aerogel.quantize.formats.floats import float_numbers
 from aerogel.quantize.formats.mx import Mx
@@ -40,34 +40,39 @@ def test_what_is_no_scale_is_refused(byte: int, dtype: torch.dtype) -> None:
         tile_bytes(torch.tensor([8, byte], dtype=torch.uint8).view(dtype))
 
 
-def placed(word: torch.Tensor, register: int) -> torch.Tensor:
-    """What the kernels make of a word, int64 of 32 bits."""
-    left = (word << 6) & 0xFFFFFFFF
+def placed(words: list[torch.Tensor], bits: int, register: int) -> torch.Tensor:
+    """What the kernels make of a step's words, int64 of 32 bits."""
+    word = words[0 if bits == 4 else register // 2]
     around = (word >> 4) | (word << 28) & 0xFFFFFFFF
+    if bits == 8:
+        return around & 0x87808780 | (word << 4) & 0x00700070 if register % 2 else word & 0x87F087F0
     split = (word << 2) & 0x80C080C0 | (word >> 6) & 0x01000100
-    return split if register == 3 else (word, left, around)[register] & 0x81C081C0
+    return split if register == 3 else (word, (word << 6) & 0xFFFFFFFF, around)[register] & 0x81C081C0
 
 
-def test_floats_come_into_place() -> None:
-    codes = torch.randint(0, 16, (16, 128), dtype=torch.uint8)
-    packed = pack_in_order(codes, FLOATS)
-    assert torch.equal(unpack_in_order(packed, FLOATS, 16, 128), codes)
-    words = packed.view(torch.int32).long().reshape(2, 8, 4, 4) & 0xFFFFFFFF  # piece, g, t, step % 4
-    numbers = torch.tensor(float_numbers("e2m1"))[codes.long()]
+@pytest.mark.parametrize(("bits", "kind"), [(4, "e2m1"), (8, "e4m3")])
+def test_floats_come_into_place(bits: int, kind: str) -> None:
+    codes = torch.randint(0, 1 << bits, (16, 128), dtype=torch.uint8)
+    codes[(codes & 127) == 127] = 0
+    order = E2M1 if bits == 4 else E4M3
+    packed = pack_in_order(codes, bits, order)
+    assert torch.equal(unpack_in_order(packed, bits, order, 16, 128), codes)
+    words = packed.view(torch.int32).long().reshape(bits // 4, 2, 8, 4, 4) & 0xFFFFFFFF  # limb, piece, g, t, step % 4
+    numbers = torch.tensor(float_numbers(kind))[codes.long()]
     for register in range(4):
-        both = placed(words, register)
+        both = placed(list(words), bits, register)
         for half in range(2):
-            bits = (both >> 16 * half) & 0xFFFF
-            found = torch.where(bits >= 1 << 15, bits - (1 << 16), bits).short().view(torch.bfloat16).float() * 2.0**126
+            raw = (both >> 16 * half) & 0xFFFF
+            found = torch.where(raw >= 1 << 15, raw - (1 << 16), raw).short().view(torch.bfloat16).float()
             s, t, g = torch.meshgrid(torch.arange(8), torch.arange(4), torch.arange(8), indexing="ij")
             row, column = g + 8 * (register % 2), 16 * s + 8 * (register // 2) + 2 * t + half
-            assert torch.equal(found[s // 4, g, t, s % 4], numbers[row, column])
+            assert torch.equal(found[s // 4, g, t, s % 4] * 2.0 ** (126 if bits == 4 else 120), numbers[row, column])
 
 
 def test_a_byte_holds_a_pair() -> None:
     codes = torch.randint(0, 16, (16, 128), dtype=torch.uint8)
-    packed = pack_in_order(codes, PAIRS)
-    assert torch.equal(unpack_in_order(packed, PAIRS, 16, 128), codes)
+    packed = pack_in_order(codes, 4, PAIRS)
+    assert torch.equal(unpack_in_order(packed, 4, PAIRS, 16, 128), codes)
     pairs = packed.reshape(2, 8, 4, 4, 4)  # piece, g, t, step % 4, register
     s, g, t, i = torch.meshgrid(torch.arange(8), torch.arange(8), torch.arange(4), torch.arange(4), indexing="ij")
     row, column = g + 8 * (i % 2), 16 * s + 8 * (i // 2) + 2 * t
@@ -100,5 +105,5 @@ def test_a_scale_of_nothing_takes_its_codes_along() -> None:
         grid=grid,
     )
     layout = tensors_of(spoiled)
-    assert not unpack_in_order(layout["tile_codes"], FLOATS, 16, 64)[3, 16:32].any()
+    assert not unpack_in_order(layout["tile_codes"], 4, E2M1, 16, 64)[3, 16:32].any()
     assert torch.equal(codes_of(layout, grid, 16, 64).decode(), spoiled.decode())

@@ -15,20 +15,31 @@ from aerogel.kernels.gemm.cuda_dense import dequantize
 from aerogel.kernels.gemm.cuda_tune import random_numbers, random_weight
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import ManyTokens
+from aerogel.pack.tile_orders import E4M3, pack_in_order
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SHAPES = [(37, 208), (130, 1104)]
-KINDS = ("nvfp4", "mxfp4", "floats", "e4m3 and e8m0", "table and e4m3")
+KINDS = ("nvfp4", "mxfp4", "mxfp8", "e2m1", "e4m3 per channel", "bytes and e8m0", "table and e4m3")
 
 
 def weight_of(kind: str, N: int, K: int) -> TileWeight:
     """One weight of each way to combine codes and scales."""
     if kind in ("nvfp4", "mxfp4"):
         weight = random_numbers(N, K, kind, 16 if kind == "nvfp4" else 32, "cuda")
-    elif kind == "floats":
+    elif kind == "e2m1":
         weight = replace(random_weight(N, K, 4, 48, "cuda"), floats=True)
-    elif kind == "e4m3 and e8m0":
+    elif kind in ("mxfp8", "e4m3 per channel"):
+        plain = random_weight(N, K, 8, 32 if kind == "mxfp8" else 0, "cuda")
+        codes = (
+            torch.randint(0, 127, (N, K), device="cuda", dtype=torch.uint8)
+            | torch.randint(0, 2, (N, K), device="cuda").byte() << 7
+        )
+        weight = replace(plain, codes=pack_in_order(codes, 8, E4M3), floats=True)
+        if kind == "mxfp8":
+            scale = torch.randint(110, 124, plain.scale.shape, device="cuda", dtype=torch.uint8).view(E8M0)
+            weight = replace(weight, scale=scale)
+    elif kind == "bytes and e8m0":
         plain = random_weight(N, K, 8, 32, "cuda")
         scale = torch.randint(110, 124, plain.scale.shape, device="cuda", dtype=torch.uint8).view(E8M0)
         weight = replace(plain, scale=scale, table=torch.randn(1, 256, device="cuda").bfloat16().float())

@@ -9,9 +9,9 @@ import torch
 from tests.quantize.test_tables import GRIDS, weight
 
 from aerogel.kernels.gemm.block_scales import tile_numbers
-from aerogel.kernels.gemm.cuda_weight import codes_of, tensors_of
+from aerogel.kernels.gemm.cuda_weight import codes_of, order_of, tensors_of
 from aerogel.pack import tiles
-from aerogel.pack.tile_orders import FLOATS, PAIRS, unpack_in_order
+from aerogel.pack.tile_orders import unpack_in_order
 from aerogel.quantize.codes import Codes, quantized
 from aerogel.quantize.formats.kmeans import KMeans
 
@@ -31,16 +31,17 @@ def check(codes: Codes) -> None:
         assert same(a, b), name
     scale = tiles.unpack_rows_of_tiles(tile_numbers(layout["tile_scale"]), N) * layout.get("tile_factor", torch.ones(()))
     g = torch.arange(K) // (codes.grid.group_size or K)
-    packed, order = layout["tile_codes"], PAIRS if "tile_table" in layout else FLOATS
-    four = codes.grid.bits == 4
-    values = (unpack_in_order(packed, order, N, K) if four else tiles.unpack_tiles(packed, codes.grid.bits, N, K)).long()
+    table, bits, packed = "tile_table" in layout, codes.grid.bits, layout["tile_codes"]
+    order = order_of(bits, not table, table)
+    values = tiles.unpack_tiles(packed, bits, N, K) if order is None else unpack_in_order(packed, bits, order, N, K)
+    values = values.long()
     numbers = layout.get("tile_table", codes.table_TE)
-    table = torch.zeros(N, K, dtype=torch.long)
+    table_of = torch.zeros(N, K, dtype=torch.long)
     if codes.table_per_row:
-        table = torch.arange(N)[:, None].expand(N, K)
+        table_of = torch.arange(N)[:, None].expand(N, K)
     if "tile_pick" in layout:
-        table = tiles.unpack_rows_of_tiles(layout["tile_pick"], N).long()[:, g]
-    assert torch.equal(numbers[table, values] * scale[:, g], codes.decode())
+        table_of = tiles.unpack_rows_of_tiles(layout["tile_pick"], N).long()[:, g]
+    assert torch.equal(numbers[table_of, values] * scale[:, g], codes.decode())
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -17,7 +17,7 @@ def dense64(weight: TileWeight) -> torch.Tensor:
     if weight.order is None:
         codes = tiles.unpack_tiles(weight.codes, weight.bits, N, K)
     else:
-        codes = unpack_in_order(weight.codes, weight.order, N, K)
+        codes = unpack_in_order(weight.codes, weight.bits, weight.order, N, K)
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         return tiles.unpack_rows_of_tiles(values, N).repeat_interleave(size, 1)[:, :K]
@@ -26,7 +26,12 @@ def dense64(weight: TileWeight) -> torch.Tensor:
     if weight.scale.dtype in BYTES and weight.factor is not None:
         scale = scale * weight.factor.double()
     if weight.floats:
-        return torch.tensor(float_numbers("e2m1"), dtype=torch.float64, device=codes.device)[codes.long()] * scale
+        return (
+            torch.tensor(float_numbers("e2m1" if weight.bits == 4 else "e4m3"), dtype=torch.float64, device=codes.device)[
+                codes.long()
+            ]
+            * scale
+        )
     if weight.table is not None:
         table = weight.table.double()
         rows = torch.arange(N, device=table.device)[:, None]
