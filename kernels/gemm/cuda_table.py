@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def config_for(weight: TileWeight, M: int) -> Config:
     plain = f"{weight.bits}/g128/{weight.N}x{weight.K}/m{token_class(M)}"  # the next best: what reads nearly as many bytes
     entry = known.get(key_of(weight, M), known.get(plain))
     if entry is not None:
-        config = Config(**entry["config"])
-        if fits(weight, config, M, capability, facts.multi_processor_count):
-            return config
+        measured = Config(**entry["config"])
+        for stages in range(measured.stages, 1, -1):  # a weight with more beside its codes may need a shallower ring
+            config = replace(measured, stages=stages)
+            if fits(weight, config, M, capability, facts.multi_processor_count):
+                return config
     return default_config(weight, M, capability, facts.multi_processor_count)

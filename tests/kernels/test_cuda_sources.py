@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -410,6 +411,21 @@ def test_tables_are_found_by_family_and_own_measurements_win(tmp_path: Path, mon
     held = json.loads(path.read_text("utf-8"))
     assert held["device"] == name and held["torch"] == torch.__version__
     assert cuda_table.table("NVIDIA A100-SXM4-80GB") == {}
+    cuda_table.table.cache_clear()
+
+
+def test_a_decoder_that_was_not_measured_takes_what_integers_have(recorded: list[Recorded]) -> None:
+    cuda_table.table.cache_clear()
+    entries = cuda_table.table("NVIDIA H100 80GB HBM3")
+    for M in (1, 16):
+        for shape in ("4096x4096", "28672x4096", "8192x28672"):
+            measured = Config(**entries[f"4/g128/{shape}/m{M}"]["config"])
+            N, K = map(int, shape.split("x"))
+            plain = weight(N, K, size=16)
+            held = replace(plain, floats=True, scale=plain.scale.to(torch.uint8))
+            found = cuda_table.config_for(held, M)
+            assert replace(found, stages=measured.stages) == measured and found.stages <= measured.stages
+            assert fits(held, found, M, (9, 0), 132)
     cuda_table.table.cache_clear()
 
 
