@@ -8,13 +8,19 @@ offline permutation, Tilus' bytes per lane, TurboMind's rule that the packer fol
     row    = 16 * row tile + g + 8 * i0                 g = lane / 4, t = lane % 4
     column = 128 * k tile + 16 * s + 8 * i1 + 2 * t + e     step s = 0..7, register i = i0 + 2 * i1, half e
 
-A code is cut into limbs of 4, 2 and 1 bits, its low bits in the widest limb: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
-7 = 4 + 2 + 1, 8 = 4 + 4. The limbs of a tile lie one after the other, widest first. In a lane's 32-bit words, half e of
-the register begins at bit 16 * e, and register i of step s has there
+A code is cut into limbs of 4, 2 and 1 bits, its low bits in the widest limb: 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1,
+8 = 4 + 4. The limbs of a tile lie one after the other, widest first. In a lane's 32-bit words, half e of the register
+begins at bit 16 * e, and register i of step s has there
 
     4 bits   word s           bit 4 * i                    the lane's words in two pieces of 16 bytes, 512 bytes apart
     2 bits   word s / 2       bit 8 * (s % 2) + 2 * i      one piece of 16 bytes
     1 bit    word s / 4       bit 4 * (s % 4) + i          one piece of 8 bytes
+
+Three bits are not cut: whole codes cost a kernel half the instructions. Of the 16 codes f = 4 * (s % 4) + i of half a tile
+
+    3 bits   word 3 * (s / 4) + f / 5    bit 3 * (f % 5)   words 0..3 in one piece of 16 bytes, 4 and 5 in one of 8
+
+and the bits of the sixteenth are the bits 15 of the three words, the lowest first.
 
 Tiles are stored [row tile][k tile][256 * b bytes], so that the whole of K is one stream for each 16 rows. Rows and
 columns beyond N and K hold code 0. Cost: a few elementwise passes over bytes; work memory of one chunk of rows.
@@ -36,10 +42,15 @@ CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 def limbs(bits: int) -> tuple[int, ...]:
-    """Widths of the limbs of a code, widest and lowest first: 7 is (4, 2, 1)."""
+    """Widths of the limbs of a code cut by its binary digits, widest and lowest first: 7 is (4, 2, 1)."""
     if not 1 <= bits <= 8:
         raise BadInput(f"codes of {bits} bits have no tile layout; write a width from 1 to 8")
     return (4, 4) if bits == 8 else tuple(width for width in (4, 2, 1) if bits & width)
+
+
+def pieces(bits: int) -> tuple[int, ...]:
+    """Widths of the parts of a code in a tile: its limbs, but three bits stay together. Raises as `limbs`."""
+    return (3,) if bits == 3 else limbs(bits)
 
 
 def tile_counts(N: int, K: int) -> tuple[int, int]:
@@ -60,7 +71,7 @@ def pack_tiles(codes_NK: Tensor, bits: int) -> Tensor:
     Raises:
         BadInput: a width outside 1..8, or codes that are no uint8 matrix.
     """
-    widths = limbs(bits)
+    widths = pieces(bits)
     if codes_NK.dim() != 2 or codes_NK.dtype != torch.uint8:
         raise BadInput(f"codes to tile must be a uint8 matrix, found {codes_NK.dtype} {list(codes_NK.shape)}")
     N, K = codes_NK.shape
@@ -97,7 +108,7 @@ def unpack_tiles(packed: Tensor, bits: int, N: int, K: int) -> Tensor:
     Raises:
         BadInput: a width outside 1..8, or a shape that does not belong to N, K and bits.
     """
-    widths = limbs(bits)
+    widths = pieces(bits)
     R, C = tile_counts(N, K)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (R, C, 256 * bits):
         raise BadInput(
@@ -164,12 +175,31 @@ def _join1(limb: Tensor) -> Tensor:
     return byte.permute(0, 1, 4, 5, 2, 6, 3)
 
 
-_JOIN = {4: _join4, 2: _join2, 1: _join1}
+def _join3(limb: Tensor) -> Tensor:
+    """-> bytes [r, c, pieces of 16 and of 8 bytes a lane]; the six words of a lane have two halves of five codes and a bit."""
+    codes = _axis(limb, 2, 2, 4).permute(0, 1, 4, 5, 2, 6, 3, 7, 8).flatten(-3).short()  # r, c, g, t, half, e, code
+    fives = _axis(codes[..., :15], 6, 3, 5)
+    word = sum(fives[..., q] << 3 * q for q in range(5))
+    last = torch.stack([codes[..., 15] >> bit & 1 for bit in range(3)], -1)
+    halves = (word | last << 15).transpose(-1, -2).contiguous()  # r, c, g, t, half of the tile, word, e
+    lane = halves.flatten(4).view(torch.uint8)
+    return torch.cat([lane[..., :16].flatten(2), lane[..., 16:].flatten(2)], -1)
+
+
+_JOIN = {4: _join4, 3: _join3, 2: _join2, 1: _join1}
 
 
 def _split(part: Tensor, width: int) -> Tensor:
     """Bytes [r, c, 256 * width] of one limb -> its fields [r, c, s, g, t, e, i1, i0], the inverse of the joins."""
     lead = part.shape[:2]
+    if width == 3:
+        lane = torch.cat([part[..., :512].reshape(*lead, 8, 4, 16), part[..., 512:].reshape(*lead, 8, 4, 8)], -1).contiguous()
+        word = lane.view(torch.int16).reshape(*lead, 8, 4, 2, 3, 2).transpose(-1, -2)  # g, t, half of the tile, e, word
+        codes = torch.stack([word >> 3 * q & 7 for q in range(5)], -1).flatten(-2)
+        last = (word >> 15 & 1) << torch.arange(3, dtype=torch.int16, device=part.device)
+        codes = torch.cat([codes, last.sum(-1, keepdim=True, dtype=torch.int16)], -1).to(torch.uint8)
+        fields = _axis(codes, -1 % codes.dim(), 4, 2, 2).permute(0, 1, 4, 6, 2, 3, 5, 7, 8)  # half, step, g, t, e, i1, i0
+        return fields.reshape(*lead, 8, 8, 4, 2, 2, 2)
     if width == 4:
         byte = part.reshape(*lead, 2, 8, 4, 4, 2, 2).permute(0, 1, 2, 5, 3, 4, 6, 7).reshape(*lead, 8, 8, 4, 2, 2)
         return torch.stack([byte & 15, byte >> 4], -1)

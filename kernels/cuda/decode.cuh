@@ -16,7 +16,7 @@
 // One to three bits are bound by instructions, not by bytes, and go a step further (FOLDED): the powers of two are left in the
 // factor, and what they add to the product, a fixed pattern of powers times x, is computed once per fragment of x for all row
 // tiles and added to each tile's sum. The price is cancellation in float32: powers of up to 2^7 against weights of a few
-// units, about 1e-5 relative. Three bits join their limbs first: the upper one is masked in above the lower one.
+// units, about 1e-5 relative.
 //
 // Floats (FLOATS) lie in their words as a bfloat16 wants them (pack/tile_orders.py): turned and masked they are the number
 // times a power of two, and one product brings them to size. Where a group's scale is a byte, that product is with
@@ -37,17 +37,20 @@ constexpr int CENTRE = TABLE || FLOATS ? 0 : 1 << (BITS - 1);
 
 constexpr u32 both(u32 half) { return half * 0x00010001u; }
 constexpr u32 power_of_two(int e) { return (u32)(e + EXPONENT_BIAS) << MANTISSA; }
-constexpr int log2_floor(u32 v) { return v < 2 ? 0 : 1 + log2_floor(v >> 1); }
+constexpr int log2_floor(u32 v) {  // of numbers up to 2^16; a sum, since a compiler folds it wherever v becomes known
+  return (v > 1) + (v > 3) + (v > 7) + (v > 15) + (v > 31) + (v > 63) + (v > 127) + (v > 255) + (v > 511) + (v > 1023) +
+         (v > 2047) + (v > 4095) + (v > 8191) + (v > 16383) + (v > 32767) + (v > 65535);
+}
 // The bits of -v for a whole number v that the type holds exactly.
 constexpr u32 minus(u32 v) {
   return 0x8000u | power_of_two(log2_floor(v)) | (((v << 16) >> log2_floor(v)) & 0xFFFFu) >> (16 - MANTISSA);
 }
 constexpr u32 ONES = both(power_of_two(0));
 
-// Widths of a code's limbs, the lowest first.
-constexpr int limb_count() { return BITS == 8 || BITS == 3 || BITS == 5 || BITS == 6 ? 2 : BITS == 7 ? 3 : 1; }
+// Widths of a code's limbs, the lowest first. Three bits are one, which lies in a way of its own.
+constexpr int limb_count() { return BITS == 8 || BITS == 5 || BITS == 6 ? 2 : BITS == 7 ? 3 : 1; }
 constexpr int limb_width(int l) {
-  return l == 0 ? (BITS >= 4 ? 4 : BITS >= 2 ? 2 : 1) : l == 1 ? (BITS == 8 ? 4 : BITS >= 6 ? 2 : 1) : 1;
+  return l == 0 ? (BITS >= 4 ? 4 : BITS) : l == 1 ? (BITS == 8 ? 4 : BITS >= 6 ? 2 : 1) : 1;
 }
 constexpr int limb_weight(int l) { return l == 0 ? 0 : limb_weight(l - 1) + limb_width(l - 1); }
 constexpr int limb_word(int l) { return l == 0 ? 0 : limb_word(l - 1) + 2 * limb_width(l - 1); }
@@ -76,11 +79,31 @@ template <int WIDTH, int WEIGHT> struct Field {
 // Number of the field, in its half word, of register i at step s.
 constexpr int field_number(int width, int s, int i) { return 4 * (s % (4 / width)) + i; }
 
+// Three bits: of half a tile's 16 codes f = 4 (s % 4) + i five lie in each half word, the bits of the last are the bits 15.
+struct Threes {
+  static constexpr int least = MANTISSA - 7;
+  static constexpr int code(int s, int i) { return 4 * (s % 4) + i; }
+  // Where the field of code f comes to lie: as it is, or by one of two shifts that others need too.
+  static constexpr int bit(int f) { return f == 15 ? least : FP16 ? (f % 5 == 2 || f % 5 == 4 ? 6 : 3) : (f % 5 & 1 || f % 5 == 4 ? 3 : 0); }
+  static constexpr u32 power(int f) { return 1u << (MANTISSA - bit(f)); }
+  static INLINE u32 moved(u32 word, int right) { return right >= 0 ? word >> right : word << -right; }
+  static INLINE u32 raised(const u32* words, int s, int i) {
+    const int f = code(s, i), to = bit(f);
+    const u32* three = words + 3 * (s / 4);
+    const u32 power = both(power_of_two(MANTISSA - to));
+    if (f < 15) return and_or(moved(three[f / 5], 3 * (f % 5) - to), both(7u << to), power);
+    const u32 low = and_or(three[0] >> (15 - to), both(1u << to), power);
+    return and_or(three[2] >> (13 - to), both(4u << to), and_or(three[1] >> (14 - to), both(2u << to), low));
+  }
+};
+
 template <int L> INLINE u32 raised_limb(const u32* words, int s, int i) {
+  if constexpr (BITS == 3) return Threes::raised(words, s, i);
   constexpr int width = limb_width(L);
   return Field<width, limb_weight(L)>::raised(words[limb_word(L) + s * width / 4], field_number(width, s, i));
 }
 template <int L> constexpr u32 power_of_limb(int s, int i) {
+  if (BITS == 3) return Threes::power(Threes::code(s, i));
   return Field<limb_width(L), limb_weight(L)>::power(field_number(limb_width(L), s, i));
 }
 
@@ -103,26 +126,12 @@ INLINE void decode_integers(const u32* words, int s, u32* a) {
   }
 }
 
-// Three bits. Register i of step s has its low bits at 8 (s % 2) + 2 i of one word, its high bit at 4 (s % 4) + i of another.
-// Two shifts of each word bring them together for all four registers, two bits further up for every other register.
-struct Joined {
-  static constexpr int least = MANTISSA - 7;
-  static constexpr int bit(int i) { return least + 2 * ((i + 1) / 2); }
-  static constexpr u32 power(int i) { return 1u << (MANTISSA - bit(i)); }
-  static INLINE u32 moved(u32 word, int right) { return right >= 0 ? word >> right : word << -right; }
-  static INLINE u32 raised(u32 low, u32 high, int s, int i) {
-    const u32 lower = moved(low, 8 * (s % 2) + 2 * i - bit(i)), upper = moved(high, 4 * (s % 4) + i - bit(i) - 2);
-    return and_or(upper, both(4u << bit(i)), and_or(lower, both(3u << bit(i)), both(power_of_two(MANTISSA - bit(i)))));
-  }
-};
-
 // The A fragment of step s with its powers of two still in it, and minus what these and the centre come to.
 INLINE void decode_folded(const u32* words, int s, u32* a) {
-  UNROLL for (int i = 0; i < 4; i++)
-    a[i] = BITS == 3 ? Joined::raised(words[s / 2], words[WORDS - 2 + s / 4], s, i) : raised_limb<0>(words, s, i);
+  UNROLL for (int i = 0; i < 4; i++) a[i] = raised_limb<0>(words, s, i);
 }
 INLINE void folded_offsets(int s, u32* a) {
-  UNROLL for (int i = 0; i < 4; i++) a[i] = both(minus((BITS == 3 ? Joined::power(i) : power_of_limb<0>(s, i)) + CENTRE));
+  UNROLL for (int i = 0; i < 4; i++) a[i] = both(minus(power_of_limb<0>(s, i) + CENTRE));
 }
 
 // The A fragment of step s of floats, e2m1 or e4m3: `upper` multiplies row g, `lower` row g + 8, both a pair of 16-bit numbers
@@ -190,7 +199,7 @@ INLINE void fetch_tables(const u16* table, int tables, u16* room, int first_tile
 INLINE u32 table_of(u32 room, int tile, int row) { return TABLE == 2 ? room + ((tile * 16 + row) * (2 << BITS)) : room; }
 
 // ---- A lane's words of a tile ----------------------------------------------------------------------------------------
-// 4-bit limbs in two pieces of 16 bytes a lane, 2-bit limbs in one, 1-bit limbs in one of 8 bytes.
+// 4-bit limbs in two pieces of 16 bytes a lane, 2-bit limbs in one, 1-bit limbs in one of 8 bytes; 3 bits in one of each.
 template <typename LoadWide, typename LoadNarrow>
 INLINE void load_words(const u8* tile, int lane, u32* words, LoadWide wide, LoadNarrow narrow) {
   constexpr int wides = WORDS / 4;

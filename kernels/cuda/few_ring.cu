@@ -173,7 +173,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
           const int row_tile = row_warp * ROW_TILES + r;
           u32 words[WORDS];
           load_words_from_shared(place + row_tile * CODE_BYTES + slice * TILE_BYTES, lane, words);
-          multiply_tile<K_WARPS>(words, place + BLOCK_TILES * CODE_BYTES + row_tile * SIDE_BYTES, tile, group_of(tile - slice, 0),
+          multiply_tile<K_WARPS>(words, place + BLOCK_TILES * CODE_BYTES + row_tile * SIDE_BYTES, r, tile, group_of(tile - slice, 0),
                                  p.groups, table_at(tables, row_tile, g), table_at(tables, row_tile, g + 8), x, acc[r]);
         }
       }

@@ -110,9 +110,9 @@ INLINE void load_tokens(u32 address, int stride, int M, Tokens& x) {
 }
 
 // ---- One tile --------------------------------------------------------------------------------------------------------
-// acc += W x for one tile, all 8 steps. `first` is the group that `side` begins with, `groups` how many there are.
+// acc += W x for one tile, all 8 steps: the warp's row tile `row_tile`. `first` is the group that `side` begins with, `groups` how many there are.
 template <int TILES>
-INLINE void multiply_tile(const u32* words, const u8* side, int tile, int first, int groups, u32 table_upper, u32 table_lower,
+INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int tile, int first, int groups, u32 table_upper, u32 table_lower,
                           const Tokens& x, float (*acc)[4]) {
   const int g = (threadIdx.x & 31) >> 2;
   UNROLL for (int run = 0; run < RUNS; run++) {
@@ -124,7 +124,9 @@ INLINE void multiply_tile(const u32* words, const u8* side, int tile, int first,
       upper += number[g] * (2 << BITS), lower += number[g + 8] * (2 << BITS);
     }
     float part[TOKEN_TILES][4] = {};
-    if constexpr (FOLDED) UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) part[n][j] = x.folded[n][run][j];
+    const bool folded_last = FOLDED && row_tile < 2;  // the first tiles do not wait for what is being computed
+    if (FOLDED && !folded_last)
+      UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) part[n][j] = x.folded[n][run][j];
     u32 upper_unit = both(power_of_two(FLOAT_SHRINK)), lower_unit = upper_unit;
     if constexpr (SCALED) {
       upper_unit = scale_pair(side, group * 16 + g), lower_unit = scale_pair(side, group * 16 + g + 8);
@@ -158,6 +160,7 @@ INLINE void multiply_tile(const u32* words, const u8* side, int tile, int first,
     if constexpr (GROUP != 0) scale[0] = read_scale(side, group * 16 + g), scale[1] = read_scale(side, group * 16 + g + 8);
     UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) {
       float sum = part[n][j];
+      if (folded_last) sum += x.folded[n][run][j];
       if constexpr (ZERO) sum -= zero[j >> 1] * x.sums[n][run][j & 1];
       acc[n][j] += GROUP == 0 ? sum : scale[j >> 1] * sum;
     }

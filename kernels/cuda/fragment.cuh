@@ -5,8 +5,8 @@
 // eight codes so that register i's two codes lie 16 bits apart: one shift and one `(word & mask) | magic` bring both
 // to the low mantissa bits of a number whose unit in the last place is 1 (128 in bfloat16, 1024 in float16). Then
 //     u + magic  --subtract magic + z-->  u - z, exact   --multiply by s-->  one rounding, as a dense 16-bit weight has.
-// Four instructions for two weights. A width that is no power of two is stored as limbs of 4, 2 and 1 bits: each more
-// limb costs a shift and an and-or. 8 bits overflow bfloat16's mantissa: their two limbs are joined by an exact
+// Four instructions for two weights. Widths of 5 to 7 are stored as limbs of 4, 2 and 1 bits: each more limb
+// costs a shift and an and-or. 8 bits overflow bfloat16's mantissa: their two limbs are joined by an exact
 // multiply-add. Floating zero points go through float32: (u - z) * s is then rounded once, whatever z is. Codes that stand
 // for the entries of a table of 16 or 256 numbers are looked up in shared memory, one 16-bit load each. Floats (FLOATS) lie
 // in their words as pack/tile_orders.py says: masked they are the number times a power of two, which the scale takes back.
@@ -25,8 +25,9 @@ enum Zero { SYMMETRIC = 0, INTEGER = 1, FLOATING = 2 };
 enum Table { UNIFORM = 0, ONE_TABLE = 1, TABLE_PER_ROW = 2, TABLE_PER_GROUP = 3 };
 
 constexpr int FOURS = BITS == 8 ? 2 : BITS >= 4 ? 1 : 0;  // limbs of four bits
-constexpr int TWOS = (BITS >> 1) & 1 & (BITS != 8);
-constexpr int ONES = BITS & 1;
+constexpr int THREES = BITS == 3;  // whole codes of three bits
+constexpr int TWOS = (BITS >> 1) & 1 & (BITS != 8) & !THREES;
+constexpr int ONES = BITS & 1 & !THREES;
 constexpr int TILE_BYTES = 256 * BITS;  // 16 rows x 128 columns
 constexpr u32 MAGIC = ACTIVATION == BF16 ? 0x4300 : 0x6400;
 constexpr bool WIDE = ACTIVATION == BF16 && BITS == 8;
@@ -135,7 +136,7 @@ FN void read_group(GroupOf2Rows& group, const u8* scales, const u8* zeros, u32 t
 
 // A lane's codes of half a tile, 64 columns, four k16 steps.
 struct Codes {
-    u32 four[FOURS ? FOURS : 1][4], two[2], one;
+    u32 four[FOURS ? FOURS : 1][4], three[3], two[2], one;
 };
 
 FN void read_codes(Codes& codes, const u8* tile, int half, int lane) {
@@ -143,6 +144,11 @@ FN void read_codes(Codes& codes, const u8* tile, int half, int lane) {
     for (int limb = 0; limb < FOURS; limb++) {
         const uint4 v = *(const uint4*)(tile + 1024 * limb + 512 * half + 16 * lane);
         codes.four[limb][0] = v.x, codes.four[limb][1] = v.y, codes.four[limb][2] = v.z, codes.four[limb][3] = v.w;
+    }
+    if (THREES) {
+        const uint4 v = *(const uint4*)(tile + 16 * lane);
+        const uint2 last = half ? *(const uint2*)(tile + 512 + 8 * lane) : make_uint2(v.y, v.z);
+        codes.three[0] = half ? v.w : v.x, codes.three[1] = last.x, codes.three[2] = last.y;
     }
     if (TWOS) {
         const uint2 v = *(const uint2*)(tile + 1024 * FOURS + 16 * lane + 8 * half);
@@ -162,6 +168,11 @@ FN u32 magic_codes(const Codes& codes, int s, int i) {
     u32 v = both(MAGIC);
     if (FOURS) v = field(codes.four[0][s], 4 * i, 0, 4, v);
     if (FOURS == 2 && !WIDE) v = field(codes.four[FOURS - 1][s], 4 * i, 4, 4, v);
+    if (THREES) {
+        const int f = 4 * s + i;
+        if (f < 15) return field(codes.three[f / 5], 3 * (f % 5), 0, 3, v);
+        return field(codes.three[2], 15, 2, 1, field(codes.three[1], 15, 1, 1, field(codes.three[0], 15, 0, 1, v)));
+    }
     if (TWOS) v = field(codes.two[s / 2], 8 * (s % 2) + 2 * i, 4 * FOURS, 2, v);
     if (ONES) v = field(codes.one, 4 * s + i, 4 * FOURS + 2 * TWOS, 1, v);
     return v;

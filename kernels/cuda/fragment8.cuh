@@ -45,9 +45,16 @@ FN void read_group(Group& group, const u8* scales, const u8* zeros, u32, int row
     }
 }
 
+// Code f of the half tile in both half words, for three bits.
+FN u32 pair_of_codes(const Codes& codes, int f) {
+    if (f < 15) return codes.three[f / 5] >> 3 * (f % 5) & 0x00070007u;
+    return codes.three[0] >> 15 & 0x00010001u | codes.three[1] >> 14 & 0x00020002u | codes.three[2] >> 13 & 0x00040004u;
+}
+
 // The codes of row half `h` in 16 columns, step s of the half tile: one in the low bits of each byte.
 FN u32 bytes_of(const Codes& codes, int s, int h) {
     u32 v = 0;
+    if (THREES) return pair_of_codes(codes, 4 * s + h) | pair_of_codes(codes, 4 * s + h + 2) << 8;
     if (FOURS) v = codes.four[0][s] >> (4 * h) & 0x0F0F0F0Fu;
     if (FOURS == 2) v |= codes.four[FOURS - 1][s] << (4 - 4 * h) & 0xF0F0F0F0u;
     if (TWOS) {

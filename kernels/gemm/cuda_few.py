@@ -30,6 +30,8 @@ MOST_TABLE_BYTES = 48 << 10
 PAIR_BYTES = 32 << 10
 SHARED_LIMIT = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10, 12: 99 << 10}
 """Shared memory of a block in bytes, by the major compute capability; the least of the generation's devices."""
+HALF_SHARED = 112 << 10
+"""With this much shared memory the next kernel's blocks can move in beside the present one's."""
 SCALE_NUMBER = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, E5M3: 3, E8M0: 4}
 
 

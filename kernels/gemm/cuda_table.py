@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from aerogel.kernels.cuda.nvrtc import cache_folder, keep
-from aerogel.kernels.gemm.cuda_few import Config, default_config, fits
+from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, ceil_divide, default_config, fits, grid_of, shared_bytes
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
 SHIPPED = Path(__file__).parent
@@ -75,6 +75,19 @@ def save(name: str, entries: Mapping[str, Mapping[str, Any]]) -> Path:
     return path
 
 
+def as_roomy(weight: TileWeight, config: Config, measured: Config, M: int, multiprocessors: int) -> bool:
+    """Whether `config` leaves the next kernel's blocks the room that `measured` left them with integers in groups of 128.
+    A weight with more beside its codes may need a shallower ring for that, which costs less than the room."""
+    R = weight.codes.shape[0]
+    scale = torch.empty(R, ceil_divide(weight.K, 128), 16, dtype=torch.bfloat16, device="meta")
+    plain = replace(weight, scale=scale, zero=None, table=None, pick=None, factor=None, group_size=128)
+
+    def room(held: TileWeight, cut: Config) -> int:
+        return shared_bytes(held, cut, M, grid_of(held, cut, multiprocessors)) * cut.blocks
+
+    return not measured.ring or room(plain, measured) > HALF_SHARED or room(weight, config) <= HALF_SHARED
+
+
 def config_for(weight: TileWeight, M: int) -> Config:
     """The configuration that runs M <= 16 tokens on the weight's device: from a table, else by rule."""
     facts = torch.cuda.get_device_properties(weight.codes.device)
@@ -84,8 +97,9 @@ def config_for(weight: TileWeight, M: int) -> Config:
     entry = known.get(key_of(weight, M), known.get(plain))
     if entry is not None:
         measured = Config(**entry["config"])
-        for stages in range(measured.stages, 1, -1):  # a weight with more beside its codes may need a shallower ring
+        for stages in range(measured.stages, 1, -1):
             config = replace(measured, stages=stages)
-            if fits(weight, config, M, capability, facts.multi_processor_count):
+            fitting = fits(weight, config, M, capability, facts.multi_processor_count)
+            if fitting and as_roomy(weight, config, measured, M, facts.multi_processor_count):
                 return config
     return default_config(weight, M, capability, facts.multi_processor_count)

@@ -23,16 +23,12 @@ from aerogel.kernels.cuda.timing import copies, graph_microseconds
 from aerogel.kernels.gemm import cuda_table
 from aerogel.kernels.gemm.block_scales import E5M3, E8M0
 from aerogel.kernels.gemm.cuda_dense import dequantize
-from aerogel.kernels.gemm.cuda_few import Config, Plan, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
+from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, Plan, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.pack.tiles import tile_counts
 
 TOLERANCE = 1e-2
 """Relative Frobenius error against the product in float32; the outputs' own rounding to 16 bits is up to 2e-3."""
-HALF_SHARED = 112 << 10
-"""With this much shared memory the next kernel's blocks can move in beside the present one's."""
-
-
 _WARPS = ((1, 4), (1, 5), (1, 6), (1, 7), (1, 8), (1, 12), (1, 15), (1, 16), (2, 4), (2, 7))
 """Multiplying warps along rows and along K of a ring's block."""
 

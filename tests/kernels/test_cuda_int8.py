@@ -64,7 +64,7 @@ def fragments(weight: TileWeight, r: torch.Tensor) -> torch.Tensor:
     N, K, bits = weight.N, weight.K, weight.bits
     R, C = weight.codes.shape[:2]
     out = torch.zeros(R * 16, C * 128, dtype=torch.int64)
-    widths = tiles.limbs(bits)
+    widths = tiles.pieces(bits)
     lane = torch.arange(32)
     for tile in range(R):
         for k in range(C):
@@ -92,6 +92,15 @@ def bytes_of(raw: torch.Tensor, widths: tuple[int, ...], step: int, h: int, lane
     for width in widths:
         if width == 4:
             v = word(begin + 512 * (step // 4) + 16 * lane + 4 * (step % 4)) >> 4 * h & 0x0F0F0F0F
+        elif width == 3:
+            three = [word(16 * lane + 4 * at if at < 4 else 512 + 8 * lane + 4 * (at - 4)) for at in range(6)][step // 4 * 3 :]
+
+            def pair(f: int, three: list[torch.Tensor] = three) -> torch.Tensor:
+                if f < 15:
+                    return three[f // 5] >> 3 * (f % 5) & 0x00070007
+                return sum((three[b] >> (15 - b) & 0x00010001 << b for b in range(3)), torch.zeros(32, dtype=torch.int64))
+
+            v = pair(4 * (step % 4) + h) | pair(4 * (step % 4) + h + 2) << 8
         elif width == 2:
             w = word(begin + 16 * lane + 4 * (step // 2)) >> (8 * (step % 2) + 2 * h)
             v = (w & 0x00030003) | (w & 0x00300030) << 4

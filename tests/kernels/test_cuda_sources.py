@@ -67,7 +67,7 @@ def field_bit(width: int, weight_bits: int, mantissa: int, most: int, folded: bo
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_decoding_is_exact_for_every_code_and_place(bits: int, dtype: torch.dtype, mantissa: int, most: int) -> None:
     """The same sums as the decoders', each rounded to the type: every one must already be exact."""
-    widths = tiles.limbs(bits)
+    widths = tiles.pieces(bits)
     weights = [sum(widths[:place]) for place in range(len(widths))]
     codes = torch.arange(1 << bits)
     centre = 1 << (bits - 1)
@@ -94,30 +94,32 @@ def test_decoding_is_exact_for_every_code_and_place(bits: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(("dtype", "mantissa"), [(torch.bfloat16, 7), (torch.float16, 10)], ids=str)
-def test_three_bits_join_their_limbs(dtype: torch.dtype, mantissa: int) -> None:
-    """`Joined` of decode.cuh on real words: the number is a power of two and the code, exactly."""
+def test_three_bits_are_raised_whole(dtype: torch.dtype, mantissa: int) -> None:
+    """`Threes` of decode.cuh on real words: the number is a power of two and the code, exactly."""
     codes = torch.randint(0, 8, (16, 128), dtype=torch.uint8)
     packed = tiles.pack_tiles(codes, 3).flatten()
-    low = packed[:512].view(torch.int32).reshape(8, 4, 4).long() & 0xFFFFFFFF  # g, t, word
-    high = packed[512:].view(torch.int32).reshape(8, 4, 2).long() & 0xFFFFFFFF
-    least = mantissa - 7
-    bias = 127 if dtype == torch.bfloat16 else 15
+    first, last = packed[:512].view(torch.int32).reshape(8, 4, 4), packed[512:].view(torch.int32).reshape(8, 4, 2)
+    words = torch.cat([first, last], -1).long() & 0xFFFFFFFF  # g, t, word
+    bias, half_precision = (127, False) if dtype == torch.bfloat16 else (15, True)
 
     def moved(word: torch.Tensor, right: int) -> torch.Tensor:
         return word >> right if right >= 0 else (word << -right) & 0xFFFFFFFF
 
     for s in range(8):
         for i in range(4):
-            bit = least + 2 * ((i + 1) // 2)
-            assert bit + 3 <= mantissa
-            power = 1 << (mantissa - bit)
-            lower = moved(low[..., s // 2], 8 * (s % 2) + 2 * i - bit) & 0x10001 * (3 << bit)
-            upper = moved(high[..., s // 4], 4 * (s % 4) + i - bit - 2) & 0x10001 * (4 << bit)
-            both = lower | upper | 0x10001 * ((mantissa - bit + bias) << mantissa)
+            f, three = 4 * (s % 4) + i, words[..., 3 * (s // 4) : 3 * (s // 4) + 3]
+            bit = (3, 3, 6, 3, 6)[f % 5] if half_precision else (0, 3, 0, 3, 3)[f % 5]
+            bit = mantissa - 7 if f == 15 else bit
+            assert bit + 3 <= mantissa and mantissa - bit <= 7
+            both = torch.full((8, 4), 0x10001 * ((mantissa - bit + bias) << mantissa))
+            if f < 15:
+                both |= moved(three[..., f // 5], 3 * (f % 5) - bit) & 0x10001 * (7 << bit)
+            else:
+                for b in range(3):
+                    both |= three[..., b] >> (15 - b - bit) & 0x10001 << (b + bit)
             for half in range(2):
-                found = (both >> 16 * half & 0xFFFF).short().view(dtype).float() - power
-                row = torch.arange(8)[:, None] + 8 * (i % 2)
-                column = 16 * s + 8 * (i // 2) + 2 * torch.arange(4) + half
+                found = (both >> 16 * half & 0xFFFF).short().view(dtype).float() - (1 << (mantissa - bit))
+                row, column = torch.arange(8)[:, None] + 8 * (i % 2), 16 * s + 8 * (i // 2) + 2 * torch.arange(4) + half
                 assert torch.equal(found, codes[row, column].float())
 
 
@@ -426,6 +428,7 @@ def test_a_decoder_that_was_not_measured_takes_what_integers_have(recorded: list
             found = cuda_table.config_for(held, M)
             assert replace(found, stages=measured.stages) == measured and found.stages <= measured.stages
             assert fits(held, found, M, (9, 0), 132)
+            assert cuda_table.as_roomy(held, found, measured, M, 132)
     cuda_table.table.cache_clear()
 
 

@@ -21,7 +21,7 @@ def by_the_contract(codes: torch.Tensor, bits: int) -> torch.Tensor:
     N, K = codes.shape
     R, C = -(-N // 16), -(-K // 128)
     packed = torch.zeros(R, C, 256 * bits, dtype=torch.uint8)
-    widths = {1: [1], 2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [4, 4]}[bits]
+    widths = {1: [1], 2: [2], 3: [3], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [4, 4]}[bits]
     for n in range(N):
         for k in range(K):
             row, column = n % 16, k % 128
@@ -35,6 +35,14 @@ def by_the_contract(codes: torch.Tensor, bits: int) -> torch.Tensor:
                 field = (int(codes[n, k]) >> low) & ((1 << width) - 1)
                 if width == 4:
                     start, bit = 512 * (s // 4) + 16 * lane + 4 * (s % 4), 4 * i + 16 * e
+                elif width == 3:
+                    half, f = s // 4, 4 * (s % 4) + i
+                    for b in range(3):
+                        word, bit = (3 * half + f // 5, 3 * (f % 5) + b) if f < 15 else (3 * half + b, 15)
+                        start = 16 * lane + 4 * word if word < 4 else 512 + 8 * lane + 4 * (word - 4)
+                        at = start + (bit + 16 * e) // 8
+                        packed[n // 16, k // 128, at] |= (field >> b & 1) << bit % 8
+                    continue
                 elif width == 2:
                     start, bit = 16 * lane + 4 * (s // 2), 2 * (4 * (s % 2) + i) + 16 * e
                 else:
