@@ -84,7 +84,10 @@ struct Threes {
   static constexpr int least = MANTISSA - 7;
   static constexpr int code(int s, int i) { return 4 * (s % 4) + i; }
   // Where the field of code f comes to lie: as it is, or by one of two shifts that others need too.
-  static constexpr int bit(int f) { return f == 15 ? least : FP16 ? (f % 5 == 2 || f % 5 == 4 ? 6 : 3) : (f % 5 & 1 || f % 5 == 4 ? 3 : 0); }
+  static constexpr int bit(int f) {
+    const int q = f % 5;
+    return f == 15 ? least : FP16 ? (q == 2 || q == 4 ? 6 : 3) : (q & 1 || q == 4 ? 3 : 0);
+  }
   static constexpr u32 power(int f) { return 1u << (MANTISSA - bit(f)); }
   static INLINE u32 moved(u32 word, int right) { return right >= 0 ? word >> right : word << -right; }
   static INLINE u32 raised(const u32* words, int s, int i) {
@@ -174,8 +177,8 @@ INLINE void decode_table(const u32* words, int s, u32 upper, u32 lower, u32* a) 
   }
 }
 
-// The same with one load for both halves of a register: a table of all 256 pairs, and of each entry a copy for every lane, since
-// 32 lanes that look up 32 entries would else meet in the banks. 32 KB; `own` is this lane's copy of the first.
+// The same with one load for both halves of a register: a table of all 256 pairs, and of each entry a copy for every lane,
+// since 32 lanes that look up 32 entries would else meet in the banks. 32 KB; `own` is this lane's copy of the first.
 constexpr int PAIR_BYTES = 256 * 32 * 4;
 INLINE void decode_pairs(u32 word, u32 own, u32* a) {
   UNROLL for (int i = 0; i < 4; i++) a[i] = load_shared_u32(own + __byte_perm(word, 0, 0x4440 + i) * 128);

@@ -119,7 +119,8 @@ INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
       if (X_BY_WARPS) continue;
       if (turn == ahead - 1) {  // the ring is full of weights: now x is needed
         wait_for_previous_kernel();
-        for (int t = 0; t <= turn && (X_IN_STAGE || t < share.stages); t++) fetch_stage_tokens(p, share, room, t % share.stages, t);
+        const int end = X_IN_STAGE ? ahead : min(ahead, share.stages);
+        for (int t = 0; t < end; t++) fetch_stage_tokens(p, share, room, t % share.stages, t);
       } else if (turn >= ahead && with_x) {
         fetch_stage_tokens(p, share, room, stage, slot.index);
       }
@@ -173,8 +174,9 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
           const int row_tile = row_warp * ROW_TILES + r;
           u32 words[WORDS];
           load_words_from_shared(place + row_tile * CODE_BYTES + slice * TILE_BYTES, lane, words);
-          multiply_tile<K_WARPS>(words, place + BLOCK_TILES * CODE_BYTES + row_tile * SIDE_BYTES, r, tile, group_of(tile - slice, 0),
-                                 p.groups, table_at(tables, row_tile, g), table_at(tables, row_tile, g + 8), x, acc[r]);
+          multiply_tile<K_WARPS>(words, place + BLOCK_TILES * CODE_BYTES + row_tile * SIDE_BYTES, r, tile,
+                                 group_of(tile - slice, 0), p.groups, table_at(tables, row_tile, g),
+                                 table_at(tables, row_tile, g + 8), x, acc[r]);
         }
       }
       __syncwarp();

@@ -110,10 +110,11 @@ INLINE void load_tokens(u32 address, int stride, int M, Tokens& x) {
 }
 
 // ---- One tile --------------------------------------------------------------------------------------------------------
-// acc += W x for one tile, all 8 steps: the warp's row tile `row_tile`. `first` is the group that `side` begins with, `groups` how many there are.
+// acc += W x for one tile, all 8 steps: the warp's row tile `row_tile`. `first` is the group that `side` begins with, `groups` how
+// many there are.
 template <int TILES>
-INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int tile, int first, int groups, u32 table_upper, u32 table_lower,
-                          const Tokens& x, float (*acc)[4]) {
+INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int tile, int first, int groups, u32 table_upper,
+                          u32 table_lower, const Tokens& x, float (*acc)[4]) {
   const int g = (threadIdx.x & 31) >> 2;
   UNROLL for (int run = 0; run < RUNS; run++) {
     // Columns beyond K have no group; x is zero there, so any finite scale will do.

@@ -192,7 +192,8 @@ FN u32 placed_float(const Codes& codes, int s, int i) {
     constexpr u32 magnitude = both(BITS == 4 ? 0x01C0 : 0x07F0), place = magnitude | 0x80008000u;
     const u32 word = codes.four[BITS == 4 ? 0 : i / 2 * (FOURS - 1)][s], around = __funnelshift_r(word, word, 4);
     u32 v;
-    if (BITS == 4) v = i == 3 ? and_or(word >> 6, 0x01000100u, (word << 2) & 0x80C080C0u) : (i == 1 ? word << 6 : i == 2 ? around : word) & place;
+    if (BITS == 4 && i == 3) v = and_or(word >> 6, 0x01000100u, (word << 2) & 0x80C080C0u);
+    else if (BITS == 4) v = (i == 1 ? word << 6 : i == 2 ? around : word) & place;
     else v = i % 2 ? and_or(around, 0x87808780u, (word << 4) & 0x00700070u) : word & place;
     if (ACTIVATION == FP16) v += (v & magnitude) * 7;  // three bits up
     return v;

@@ -157,16 +157,16 @@ INLINE void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
 // The same to every block of a cluster of COUNT, at the same place of each and counted by the barrier there.
 template <int COUNT> INLINE void bulk_copy_to_all(u32 shared, const void* global, u32 bytes, u32 barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared),
       "l"(global), "r"(bytes), "r"(barrier), "h"((u16)((1 << COUNT) - 1))
       : "memory");
 }
 // Arrives at the barrier of another block of the cluster.
 INLINE void mbarrier_arrive_at(u32 barrier, u32 rank) {
-  asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(
-                   barrier),
-               "r"(rank)
-               : "memory");
+  asm volatile(
+      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}"
+      ::"r"(barrier), "r"(rank) : "memory");
 }
 
 // Blocks of a cluster: who am I, meet the others, read their shared memory.
