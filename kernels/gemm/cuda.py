@@ -236,11 +236,10 @@ class Cuda(Kernel):
         go by a cost model and have nothing to choose."""
         from aerogel.kernels.gemm import cuda_table, cuda_tune
 
-        grid, few = problem.integer, sorted({cuda_table.token_class(M) for M in tokens if cuda_table.TOKEN_CLASSES[-1] >= M})
-        if grid is None or not few:
+        few = sorted({cuda_table.token_class(M) for M in tokens if cuda_table.TOKEN_CLASSES[-1] >= M})
+        weight = cuda_tune.like(problem) if few else None
+        if weight is None:
             return None
-        zero = "none" if grid.symmetric else "integer"
-        weight = cuda_tune.random_weight(problem.N, problem.K, grid.bits, grid.group_size or 0, "cuda", zero=zero)
         entries = cuda_tune.tune(weight, few)
         kept = cuda_table.save(torch.cuda.get_device_name(), entries)
         found = {M: entries[cuda_table.key_of(weight, M)] for M in few}

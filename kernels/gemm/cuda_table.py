@@ -26,6 +26,8 @@ SAME_FAMILY = {"nvidia-h200": "nvidia-h100", "nvidia-gh200": "nvidia-h100"}
 """Devices with another's multiprocessors, which take its table until they are measured."""
 TOKEN_CLASSES = (1, 2, 4, 8, 16)
 """Numbers of tokens that are measured; others use the next larger one."""
+FEWEST = 8
+"""Up to so many tokens a step is one matrix product; what is fast is alike for them, and different above."""
 
 
 def token_class(M: int) -> int:

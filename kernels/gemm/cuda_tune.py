@@ -24,8 +24,10 @@ from aerogel.kernels.gemm import cuda_table
 from aerogel.kernels.gemm.block_scales import E5M3, E8M0
 from aerogel.kernels.gemm.cuda_dense import dequantize
 from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, Plan, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
-from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.kernels.gemm.cuda_weight import TileWeight, of_floats
+from aerogel.kernels.problem import Problem
 from aerogel.pack.tiles import tile_counts
+from aerogel.quantize.tables import TableGrid
 
 TOLERANCE = 1e-2
 """Relative Frobenius error against the product in float32; the outputs' own rounding to 16 bits is up to 2e-3."""
@@ -67,6 +69,19 @@ def random_numbers(N: int, K: int, name: str, group_size: int, device: torch.dev
     return replace(plain, scale=scale, floats=True, factor=factor)
 
 
+def like(problem: Problem) -> TileWeight | None:
+    """A random weight of a problem's shape and kind on the GPU; None for kinds that are not made here."""
+    grid, size = problem.grid, problem.grid.group_size or 0
+    if problem.integer is not None:
+        zero = "none" if problem.integer.symmetric else "integer"
+        return random_weight(problem.N, problem.K, grid.bits, size, "cuda", zero=zero)
+    if grid.bits != 4 or not isinstance(grid, TableGrid) or grid.learned or grid.pick_bits:
+        return None
+    bytes_of = {torch.float8_e4m3fn: "nvfp4", torch.float8_e8m0fnu: "mxfp4"}
+    name = bytes_of.get(grid.scale_dtype) if of_floats(grid) else None if grid.scale_dtype in bytes_of else "table"
+    return None if name is None else random_numbers(problem.N, problem.K, name, size, "cuda")
+
+
 def weight_copies(weight: TileWeight) -> list[TileWeight]:
     """The weight and enough copies of it that no cache holds them all."""
 
@@ -101,6 +116,19 @@ def candidates(weight: TileWeight, M: int, capability: tuple[int, int], multipro
         for kept in {small, False}:
             deepest[replace(config, stages=0), kept] = config
     return list(dict.fromkeys(deepest.values()))
+
+
+def shortlist(weight: TileWeight, M: int, capability: tuple[int, int], multiprocessors: int, name: str) -> list[Config]:
+    """Of `candidates` those whose cut has won for some weight and as many tokens on the device `name`, a dozen; all of them
+    where none has."""
+    few = M <= cuda_table.FEWEST
+    won = {
+        replace(Config(**entry["config"]), stages=0)
+        for key, entry in cuda_table.table(name).items()
+        if (int(key.rpartition("/m")[2]) <= cuda_table.FEWEST) is few
+    }
+    found = candidates(weight, M, capability, multiprocessors)
+    return [config for config in found if replace(config, stages=0) in won] or found
 
 
 def _fill(weight: TileWeight, config: Config, multiprocessors: int) -> float:
@@ -175,16 +203,20 @@ def _bound(plan: Plan, x_MK: Tensor, y_MN: Tensor) -> Callable[[], None]:
     return lambda: plan(x_MK, None, y_MN)
 
 
-def tune(weight: TileWeight, tokens: Sequence[int] = cuda_table.TOKEN_CLASSES) -> dict[str, dict[str, Any]]:
-    """Table entries for a weight's shape and decoder: measures every candidate and returns the best per token class.
+def tune(
+    weight: TileWeight, tokens: Sequence[int] = cuda_table.TOKEN_CLASSES, thorough: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Table entries for a weight's shape and decoder: measures a shortlist and returns the best per token class.
 
     The result is what `cuda_table.save` keeps. The weight's values do not matter, only its shape and types.
+    thorough: every candidate is measured, some hundreds, instead of what has won before.
     """
     facts = torch.cuda.get_device_properties(weight.codes.device)
     weights = weight_copies(weight)
     entries: dict[str, dict[str, Any]] = {}
     for M in tokens:
-        configs = candidates(weight, M, (facts.major, facts.minor), facts.multi_processor_count)
+        machine = ((facts.major, facts.minor), facts.multi_processor_count)
+        configs = candidates(weight, M, *machine) if thorough else shortlist(weight, M, *machine, facts.name)
         ranked = measure(weights, configs, M)
         config, microseconds = ranked[0]
         entries[cuda_table.key_of(weight, M)] = {"config": as_data(config), "us": round(microseconds, 2)}

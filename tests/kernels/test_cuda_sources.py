@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,10 @@ from aerogel.kernels.gemm.cuda_few import Config, default_config, defines, fits,
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
 from aerogel.kernels.problem import Problem
 from aerogel.pack import tiles
+from aerogel.quantize.formats.bitmod import Bitmod
+from aerogel.quantize.formats.mx import Mx
+from aerogel.quantize.formats.nf4 import Nf4
+from aerogel.quantize.formats.nvfp4 import Nvfp4
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid, quantized
 
 ROOT = Path(__file__).parents[2]
@@ -442,6 +448,26 @@ def test_candidates_fit_and_fill_the_device() -> None:
     assert not any(config.ring for config in cuda_tune.candidates(held, 1, (8, 0), 108))
     ring = Config(ring=True, row_tiles=2, k_warps=8, stages=4)
     assert shared_bytes(held, ring, 1, 128) == 256 + 4 * 16896 + 8 * 2 * 272
+
+
+def test_the_shortlist_holds_what_has_won() -> None:
+    cuda_table.table.cache_clear()
+    for M, (N, K) in itertools.product((1, 16), ((4096, 4096), (28672, 4096))):
+        held = weight(N, K)
+        every = cuda_tune.candidates(held, M, (9, 0), 132)
+        found = cuda_tune.shortlist(held, M, (9, 0), 132, "NVIDIA H100 80GB HBM3")
+        assert 0 < len(found) <= 25 and set(found) < set(every)
+        assert cuda_tune.shortlist(held, M, (9, 0), 132, "NVIDIA Test 1GB") == every
+    cuda_table.table.cache_clear()
+
+
+def test_weights_to_tune_are_like_the_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(cuda_tune, "random_weight", lambda *what, **how: drawn.append((*what[2:], *how.values())))
+    monkeypatch.setattr(cuda_tune, "random_numbers", lambda *what: drawn.append(what[2:]))
+    for grid in (Nvfp4(), Mx(), Nf4(), Mx(kind="e4m3"), Bitmod(), IntGrid(bits=3, group_size=64)):
+        cuda_tune.like(Problem(format="any", grid=grid, N=32, K=256, device="cuda", dtype=torch.bfloat16))
+    assert drawn == [("nvfp4", 16, "cuda"), ("mxfp4", 32, "cuda"), ("table", 64, "cuda"), (3, 64, "cuda", "none")]
 
 
 def test_tune_measures_token_classes_once_and_keeps_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
