@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_gemm import SHAPES, runner_of
 
 from aerogel.kernels.cuda import nvrtc
 from aerogel.kernels.cuda.timing import graph_microseconds
+from aerogel.kernels.gemm import cuda
 from aerogel.kernels.gemm.cuda_dense import dequantize
 from aerogel.kernels.gemm.cuda_tune import random_numbers, random_weight, weight_copies
 from aerogel.kernels.gemm.cuda_weight import TileWeight
@@ -34,6 +34,7 @@ from aerogel.kernels.gemm.cuda_weight import TileWeight
 AGAINST = {"nvfp4": ("int4 g32", 16), "mxfp4": ("int4 g64", 32), "table": ("int4 g64", 64)}
 """Name -> the integers of equal bytes, and the group size."""
 TOKENS = (1, 4, 16, 64)
+SHAPES = ("4096x4096", "6144x4096", "28672x4096", "4096x14336", "57344x8192", "8192x28672")
 
 
 def weight_of(name: str, N: int, K: int) -> TileWeight:
@@ -48,13 +49,14 @@ def microseconds(weight: TileWeight, tokens: tuple[int, ...]) -> dict[int, dict[
     weights, dense, found = weight_copies(weight), dequantize(weight, torch.bfloat16), {}
     for M in tokens:
         x, y = torch.randn(M, weight.K, device="cuda").bfloat16(), torch.empty(M, weight.N, device="cuda", dtype=torch.bfloat16)
-        runners = [runner_of(copy, M, "auto") for copy in weights]
-        runners[0][1](x, None, y)
+        chosen = cuda.choose(weight, M, torch.bfloat16, torch.cuda.get_device_capability())
+        runners = [chosen.plan(copy, M, torch.bfloat16) for copy in weights]
+        runners[0](x, None, y)
         wanted = (x @ dense.T).float()
         error = ((y.float() - wanted).norm() / wanted.norm()).item()
-        us = graph_microseconds([lambda run=run: run(x, None, y) for _, run in runners])  # noqa: B023
-        config = str(getattr(runners[0][1], "config", ""))
-        found[M] = {"us": us, "by": runners[0][0], "config": config, "error": error, "bytes": weight.nbytes}
+        us = graph_microseconds([lambda run=run: run(x, None, y) for run in runners])  # noqa: B023
+        config = str(getattr(runners[0], "config", ""))
+        found[M] = {"us": us, "by": chosen.name, "config": config, "error": error, "bytes": weight.nbytes}
     return found
 
 
