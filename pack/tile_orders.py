@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aerogel.pack.tiles import pack_tiles, unpack_tiles
+from aerogel.pack.tiles import pack_tiles, row_tiles_at_once, unpack_tiles
 
 
 class Move(NamedTuple):
@@ -93,13 +93,28 @@ def _moved(packed: Tensor, bits: int, order: Order) -> Tensor:
     """Every 32-bit word with its bits where the order has them."""
     if packed.is_meta:
         return packed
+    R, C = packed.shape[:2]
     out = torch.empty_like(packed)
-    for tiles, target in zip(packed, out, strict=True):  # a row tile at a time keeps the work memory small
-        words = tiles.view(torch.int32).reshape(-1, bits // 4, 256).long() & 0xFFFFFFFF
+    step = row_tiles_at_once(packed, C)
+    for first in range(0, R, step):
+        words = packed[first : first + step].view(torch.int32).reshape(-1, bits // 4, 256)
         moved = torch.zeros_like(words)
         for move in order:
-            held = words[:, move.source] & move.mask
-            moved[:, move.target] |= ((held << move.turn) | (held >> (32 - move.turn))) & 0xFFFFFFFF
-        signed = torch.where(moved >= 1 << 31, moved - (1 << 32), moved).int()
-        target.copy_(signed.reshape(tiles.shape[0], -1).view(torch.uint8))
+            source, target = words[:, move.source], moved[:, move.target]
+            if move.turn == 0:
+                target |= source & _signed(move.mask)
+                continue
+            # Shifts to the right bring copies of the sign along, which the mask takes away again.
+            right = 32 - move.turn
+            high, low = move.mask & (0xFFFFFFFF << right & 0xFFFFFFFF), move.mask & (0xFFFFFFFF >> move.turn)
+            if low:
+                target |= (source & _signed(low)) << move.turn
+            if high:
+                target |= (source >> right) & (high >> right)
+        out[first : first + step] = moved.reshape(-1, C, 64 * bits).view(torch.uint8)
     return out
+
+
+def _signed(mask: int) -> int:
+    """32 bits as the number that an int32 has for them."""
+    return mask - (mask >> 31 << 32)

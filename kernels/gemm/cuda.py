@@ -170,7 +170,7 @@ class Cuda(Kernel):
     rows: ClassVar[int] = tiles.ROWS
     shared: ClassVar[frozenset[str]] = frozenset({"tile_table"})
     about: ClassVar[str] = (
-        "CUDA kernels compiled at run time: integers of 1 to 8 bits, e4m3, tables of 16 and 256 numbers; bfloat16 and float16"
+        "CUDA kernels compiled at run time: integers of 1 to 8 bits, e2m1, e4m3, tables of 16 and 256 numbers; 16-bit inputs"
     )
 
     @staticmethod

@@ -251,6 +251,8 @@ def microseconds(weight: TileWeight, config: Config, M: int, multiprocessors: in
 
 def limbs(weight: TileWeight) -> float:
     """How much work a code is to decode, 1 for 4 bits: limbs, or a look-up in a table."""
+    if weight.floats or weight.bits == 3:
+        return 1.0
     return 2.0 if weight.table is not None else max(1, weight.bits.bit_count()) if weight.bits != 8 else 2.5
 
 
