@@ -7,6 +7,7 @@ mean square of their input, which needs calibration but no solve. Cost: one pass
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from aerogel.errors import BadInput
 from aerogel.model.layer import Layer, Need
-from aerogel.quantize.grids import quantized
+from aerogel.quantize.grids import Codes, Params, quantized
 from aerogel.quantize.problem import check_weight, importance_of, relative_loss, second_moment
 from aerogel.quantize.ranges import Search
 
@@ -33,6 +34,9 @@ class RoundToNearest:
     weighted: weigh errors by the mean square of the input they meet; needs calibration.
     norm: power of the error in the search.
     signed_scales: let symmetric scales be negative where that puts the longer side of the range to use.
+    rounding: `nearest`, or `stochastic`: up or down at random, right on average and with more error; an emulation of what
+        training in few bits does, see docs/methods/emulation.md.
+    seed: of stochastic rounding, together with the layer's name.
     """
 
     grid: Grid
@@ -40,6 +44,8 @@ class RoundToNearest:
     weighted: bool = False
     norm: float = 2.0
     signed_scales: bool = True
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         Search(norm=self.norm)
@@ -59,11 +65,19 @@ class RoundToNearest:
             importance = importance_of(layer, "rtn")
         search = Search(kind="minmax" if self.clip == "none" else "mse", norm=self.norm, signed=self.signed_scales)
         kept_NK = layer.weight_NK.float() if layer.mask_NK is None else layer.weight_NK.float() * layer.mask_NK
-        codes = quantized(self.grid, kept_NK, self.grid.fit(kept_NK, importance, None, search))
+        codes = self._rounded(kept_NK, self.grid.fit(kept_NK, importance, None, search), layer.name)
         weight_NK = codes.decode()
         return layer.with_(
             weight_NK=weight_NK, codes=codes, loss=known_loss(layer, weight_NK), notes=weight_error(layer, weight_NK)
         )
+
+    def _rounded(self, w_NK: Tensor, params: Params, name: str) -> Codes:
+        if self.rounding == "nearest":
+            return quantized(self.grid, w_NK, params)
+        from aerogel.quantize.emulate.training import stochastic
+
+        generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(name.encode()))
+        return stochastic(self.grid, w_NK, params, generator)
 
 
 def known_loss(layer: Layer, weight_NK: Tensor) -> float | None:
