@@ -168,7 +168,7 @@ class Cuda(Kernel):
 
     layout: ClassVar[str | None] = "native-cuda"
     rows: ClassVar[int] = tiles.ROWS
-    shared: ClassVar[frozenset[str]] = frozenset({"tile_table"})
+    shared: ClassVar[frozenset[str]] = frozenset({"tile_table", "tile_factor", "stored_factor"})
     about: ClassVar[str] = (
         "CUDA kernels compiled at run time: integers of 1 to 8 bits, e2m1, e4m3, tables of 16 and 256 numbers; 16-bit inputs"
     )

@@ -203,19 +203,22 @@ def default_config(weight: TileWeight, M: int, capability: tuple[int, int], mult
     """A sound configuration for a weight that no table knows, by what won on the measured shapes of an H100.
 
     Where each multiprocessor has at most four row tiles, or there is no copy engine: through registers, all of them in one
-    block. Else through a ring: many row tiles of few k tiles for up to 8 tokens, the reverse for more, x resident if it fits.
+    block. Else through a ring: many row tiles of few k tiles, x resident if it fits. More than 8 tokens go through a ring
+    wherever a multiprocessor has two row tiles: few of them beside a resident x, else more, and two blocks fetch x together.
     """
     R, C = weight.codes.shape[:2]
-    share = ceil_divide(R, multiprocessors)
-    rings = [(7, 4), (4, 8), (2, 8), (2, 4)] if M <= 8 else [(2, 8), (7, 6), (4, 8), (2, 4), (1, 4)]
-    if capability >= (9, 0) and share > 4:
-        for (row_tiles, k_warps), resident, stages in itertools.product(rings, (True, False), (6, 5, 4, 3, 2)):
-            config = Config(ring=True, row_tiles=row_tiles, k_warps=k_warps, stages=stages, x_resident=resident)
+    tall = ceil_divide(R, multiprocessors)
+    rings = [(*cut, resident, 1) for cut in ((7, 4), (4, 8), (2, 8), (2, 4)) for resident in (True, False)]
+    if M > 8:
+        rings = [(tall if tall <= 3 else 2, 8, True, 1), (min(tall, 4), 8, False, 2), (2, 4, False, 1), (1, 4, False, 1)]
+    if capability >= (9, 0) and tall > (4 if M <= 8 else 1):
+        for (row_tiles, k_warps, resident, share), stages in itertools.product(rings, (6, 5, 4, 3, 2)):
+            config = Config(ring=True, row_tiles=row_tiles, k_warps=k_warps, stages=stages, x_resident=resident, share=share)
             if k_warps <= C and fits(weight, config, M, capability, multiprocessors):
                 return config
     # 16 warps leave 128 registers to a thread: too few for two token tiles beside many words, scales or zero points.
     crowded = M > 8 and (weight.bits > 4 or (weight.zero is not None and 0 < weight.group_size < 128))
-    for row_tiles in range(max(1, min(share, 4, 16 // weight.bits)), 0, -1):
+    for row_tiles in range(max(1, min(tall, 4, 16 // weight.bits)), 0, -1):
         for k_warps in (8, 4, 2, 1) if crowded or (M > 8 and row_tiles > 2) else (16, 8, 4, 2, 1):
             config = Config(ring=False, row_tiles=row_tiles, k_warps=k_warps)
             if k_warps <= max(C, 1) and fits(weight, config, M, capability, multiprocessors):
