@@ -169,9 +169,13 @@ INLINE void decode_table(const u32* words, int s, u32 upper, u32 lower, u32* a) 
     u32 pair[2];
     UNROLL for (int e = 0; e < 2; e++) {
       const int bit = BITS == 8 ? 4 * i + 16 * e : 8 * i + 4 * e;  // of the low nibble; an entry is two bytes
-      u32 offset = (bit ? words[s] >> (bit - 1) : words[s] << 1) & 0x1E;
-      if constexpr (BITS == 8) offset |= (bit > 4 ? words[8 + s] >> (bit - 5) : words[8 + s] << (5 - bit)) & 0x1E0;
-      pair[e] = load_shared_u16((i & 1 ? lower : upper) + offset);
+      const u32 table = i & 1 ? lower : upper, low = bit ? words[s] >> (bit - 1) : words[s] << 1;
+      if constexpr (BITS == 4) {
+        pair[e] = load_shared_u16(and_or(low, 0x1E, table));  // tables of 32 bytes begin at multiples of that
+      } else {
+        const u32 high = bit > 4 ? words[8 + s] >> (bit - 5) : words[8 + s] << (5 - bit);
+        pair[e] = load_shared_u16(table + (low & 0x1E | high & 0x1E0));
+      }
     }
     a[i] = pair[0] | pair[1] << 16;
   }
