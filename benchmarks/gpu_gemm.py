@@ -183,7 +183,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
-    from gpu_peers import PEERS, version_of
+    from gpu_peers import PEERS, compile_humming, version_of
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -194,6 +194,8 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=[], choices=sorted(PEERS))
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which no further shape is begun")
     asked = parser.parse_args()
+    if "humming" in asked.peers:
+        compile_humming(asked.shapes, tuple(asked.tokens))
     started, rows = time.perf_counter(), []
     for shape in asked.shapes:
         N, K = map(int, shape.split("x"))

@@ -1,7 +1,8 @@
 """Other libraries' W4A16 matmuls, timed as ours are: humming-kernels (CUDA) and gemlite (Triton).
 
-    python benchmarks/gpu_peers.py --warm                 compiles humming's kernels side by side, into its own cache
-    python benchmarks/gpu_gemm.py --peers humming gemlite --bits 4       uses them
+    python benchmarks/gpu_gemm.py --peers humming gemlite --bits 4
+
+humming's kernels are compiled first, each shape in a process of its own, into its cache.
 
 Both are PyPI packages and no dependency of this project (`pip install humming-kernels gemlite`). Groups of 128; humming in
 bfloat16 with the configurations that it chooses itself, gemlite in float16 with those it ships for the device.
@@ -13,10 +14,8 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,22 +103,23 @@ PEERS: dict[str, tuple[str, Timer]] = {"humming": ("humming-kernels", humming), 
 """Name -> package and what times it."""
 
 
-def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
-    from gpu_gemm import SHAPES, TOKENS
+def compile_humming(shapes: Sequence[str], tokens: tuple[int, ...]) -> None:
+    """Compiles all of humming's kernels side by side. Raises `CalledProcessError` where one does not compile."""
+    words = [sys.executable, __file__, *map(str, tokens)]
+    running = [subprocess.Popen([*words, "--shape", shape]) for shape in shapes]
+    for process in running:
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, process.args)
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--warm", action="store_true")
-    parser.add_argument("--shape")
-    asked: Any = parser.parse_args()
-    if asked.shape:
-        N, K = map(int, asked.shape.split("x"))
-        humming(N, K, TOKENS, warm=True)
-        return
-    if not asked.warm:
-        parser.error("write --warm; timing is done by gpu_gemm.py --peers")
-    running = [subprocess.Popen([sys.executable, __file__, "--shape", shape]) for shape in SHAPES]
-    sys.exit(max(process.wait() for process in running))
+
+def main() -> None:
+    """One shape of `compile_humming`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", required=True)
+    parser.add_argument("tokens", nargs="+", type=int)
+    asked = parser.parse_args()
+    N, K = map(int, asked.shape.split("x"))
+    humming(N, K, tuple(asked.tokens), warm=True)
 
 
 if __name__ == "__main__":
