@@ -187,6 +187,10 @@ class Linear(nn.Module):
         N, K = codes.values_NK.shape
         return layouts.owner(self.layout).pack(codes, problem_of(self.scheme, N, K, self.compute_dtype))
 
+    def operands(self) -> dict[str, Tensor]:
+        """What its kernel is called with."""
+        return self._tensors()
+
     def held(self) -> dict[str, Tensor]:
         """The weight's tensors as they lie in memory now."""
         return self._tensors()
@@ -225,7 +229,7 @@ class Linear(nn.Module):
         rows = x.reshape(-1, self.in_features).to(problem.dtype)
         if self.column_order is not None:
             rows = rows.index_select(1, self.column_order)
-        y = self._kernel.run(rows.contiguous(), self._tensors(), problem, self.bias)
+        y = self._kernel.run(rows.contiguous(), self.operands(), problem, self.bias)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def columns(self) -> Columns:

@@ -11,6 +11,8 @@ its inputs, x' is x with these inputs at zero, so that they do not set the unit 
 the input as it is, also where the kernel rounds it. With a threshold (LLM.int8()) the columns depend on x: what is wanted is
 read back to the host in every call, which no CUDA graph can hold.
 
+A scale of inputs (static rounding) is no product: the kernel is called with it.
+
 Rows of more bits: one more packed linear of R outputs through whatever kernel serves it, added to those outputs.
 
 Shape legend: M tokens, N out features, K in features, C kept columns, E outliers, R rows of more bits.
@@ -154,10 +156,17 @@ class RowProduct(Product):
         return y_MN.index_add(1, index_R, linear(x_MK))
 
 
+class InputScaleHeld(Product):
+    """The unit of inputs that are rounded to bytes."""
+
+    scale_1: Tensor
+
+
 PRODUCTS: dict[str, type[Product]] = {
     "weight_outliers": OutlierProduct,
     "weight_columns": ColumnProduct,
     "weight_rows": RowProduct,
+    "input_scale": InputScaleHeld,
 }
 
 
@@ -180,6 +189,11 @@ class SidecarLinear(Linear):
             if sidecar is not None:
                 self.add_module(key, PRODUCTS[key](sidecar))
         return self
+
+    def operands(self) -> dict[str, Tensor]:
+        """As `Linear` has them, with the scale of its inputs where that is stored."""
+        held = self._modules.get("input_scale")
+        return super().operands() | ({"input_scale": held.scale_1} if isinstance(held, InputScaleHeld) else {})
 
     def prepare(self, dtype: torch.dtype | None = None, *, overwrite: bool = False) -> Self:
         """As `Linear` does it, for rows of more bits as well."""

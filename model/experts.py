@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,6 +139,8 @@ def _stack(items: Sequence[Any], value: Tensor, transposed: bool, rule: WeightCo
     first = items[0].scheme
     if first is None or any(item.scheme != first for item in items):
         return "its matrices are not all packed alike"
+    if first.activations.endswith("-static"):
+        first = replace(first, activations="none")  # grouped kernels take inputs as they are, which loses nothing
     if first.activations != "none":
         return f"activations are rounded ({first.activations})"
     if first.grid.shared_rows != 1:

@@ -15,6 +15,7 @@ decides whether a linear can stay packed, and the factors of two-level scales, w
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,10 +33,13 @@ from aerogel.model.reader import Entry
 from aerogel.pack.config import choose_format, format_of
 from aerogel.pack.scheme import Scheme
 from aerogel.pack.source import Source, UnevenGroups, order_of
+from aerogel.quantize.input_scale import NAMES as INPUT_SCALE
 from aerogel.quantize.planes import PlaneGrid
 from aerogel.quantize.sidecars import NAMES as SIDECARS
 from aerogel.quantize.sidecars import with_sidecars
 from aerogel.quantize.tables import TableGrid
+
+logger = logging.getLogger(__name__)
 
 FACTORS = ("weight_scale_2", "weight_global_scale", "weight_factor")
 """Local names of the one number that scales in eight bits are multiplied or divided by."""
@@ -177,13 +181,15 @@ class _Planner:
             made: str | dict[str, Stack]
             if not all(self._in_order(item) for item in items):
                 made = "columns stand in another order (activation order)"
-            elif any(item.tensors.keys() & set(SIDECARS) for item in items):
+            elif any(item.tensors.keys() & set(SIDECARS) - set(INPUT_SCALE) for item in items):
                 made = "weights are kept beside their codes"
             else:
                 made = stacks_of(self.model, path, parameters, rules)
             if isinstance(made, str):
                 unpacked[path] = made
             else:
+                if any(item.tensors.keys() & set(INPUT_SCALE) for item in items):
+                    logger.warning("the inputs of the experts of %s are not rounded, although the checkpoint asks for it", path)
                 stacks |= {parameter: self._one_factor(stack, parameters[parameter]) for parameter, stack in made.items()}
         return stacks, unpacked
 
@@ -293,7 +299,10 @@ class _Planner:
 
 
 def _wanted(tensors: Mapping[str, str], scheme: Scheme) -> Mapping[str, str]:
-    """The tensors that the scheme reads: planes beyond those that were asked for stay on the disk."""
+    """The tensors that the scheme reads: planes beyond those that were asked for stay on the disk, and so do scales of inputs
+    that are not rounded with them."""
+    if not scheme.activations.endswith("-static"):
+        tensors = {local: name for local, name in tensors.items() if local not in INPUT_SCALE}
     if not isinstance(scheme.grid, PlaneGrid):
         return tensors
     read = format_of(scheme.format).shapes(1, 1, scheme.grid)

@@ -161,12 +161,12 @@ def stored_bytes(spec: StageSpec, n: int, k: int, recipe: Recipe, dtype: torch.d
     scheme = Scheme(format=name, grid=grid, activations=spec.activations, layout=layout)
     if layout is not None:
         reason = layouts.owner(layout).refuses_layout(problem_of(scheme, n, k, dtype))
-        if spec.keeps:
-            reason = "has no place for weights kept beside it"
+        if spec.has_beside:
+            reason = "has no place for what is kept beside it"
         if reason is not None:
             raise BadInput(f"a weight cannot be stored as {layout}: it {reason}; change the stage or write `layout: portable`")
     shapes = stored_shapes(scheme, n, k)
-    if spec.keeps:
+    if spec.has_beside:
         shapes = {**shapes, **spec.stage.shapes(n, k)}
     return sum(math.prod(shape) * kind.itemsize for shape, kind in shapes.values())
 

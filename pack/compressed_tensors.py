@@ -3,8 +3,8 @@
 Formats: pack-quantized (symmetric and not, per group or channel, with or without activation order), int-quantized,
 float-quantized (e4m3), naive-quantized, which stores the same as the latter two, the microscaling formats (NVFP4, MXFP4,
 MXFP8), our own table-packed and planes. What differs from the files we write is brought into their shape: one scale for a
-whole tensor, zero points that are not packed, a `weight_g_idx`. Static activations, KV-cache schemes and transforms are
-refused by name.
+whole tensor, zero points that are not packed, a `weight_g_idx`. KV-cache schemes and transforms are refused by
+name.
 
 Shape legend: N out features, K in features, G groups along K.
 """

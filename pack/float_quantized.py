@@ -43,11 +43,13 @@ class FloatQuantized(Format):
 
     @staticmethod
     def refuses(grid: Grid, activations: Activations = "none") -> str | None:
-        """Only e4m3 grids; activations none or fp8."""
+        """Only e4m3 grids; activations none or fp8, static ones only without blocks."""
         if not isinstance(grid, Fp8Grid):
             return "float-quantized stores e4m3 values, this grid is integer; use pack-quantized or int-quantized"
-        if activations == "int8":
-            return "float-quantized multiplies fp8 with fp8; activations: int8 needs format: int"
+        if activations.startswith("int8"):
+            return f"float-quantized multiplies fp8 with fp8; activations: {activations} needs format: int"
+        if activations == "fp8-static" and grid.strategy == "block":
+            return "weights in blocks go with inputs in blocks; write activations: fp8, or another strategy"
         return None
 
     @staticmethod

@@ -32,9 +32,9 @@ __all__ = [
     "with_bias",
 ]
 
-Activations = Literal["none", "int8", "fp8"]
+Activations = Literal["none", "int8", "fp8", "int8-static", "fp8-static"]
 """How a linear's input is rounded at run time: not at all, int8 per token, or e4m3 per token (per token and 128 columns
-where the weight has blocks). Always dynamic: nothing is stored for it."""
+where the weight has blocks). Static: in units of one stored number, `quantize/input_scale.py`."""
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 Tolerance = Mapping[torch.dtype, float]
 

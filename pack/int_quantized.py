@@ -44,13 +44,13 @@ class IntQuantized(Format):
 
     @staticmethod
     def refuses(grid: Grid, activations: Activations = "none") -> str | None:
-        """Integer grids of 8 bits per channel; activations none or int8."""
+        """Integer grids of 8 bits per channel; activations none or int8, per token or static."""
         if not isinstance(grid, IntGrid) or grid.bits != 8:
             return "int-quantized stores 8-bit integers; use pack-quantized for fewer bits, float-quantized for fp8"
         if grid.group_size is not None:
             return f"int-quantized is per channel, group_size is {grid.group_size}; use pack-quantized or group_size: null"
-        if activations == "fp8":
-            return "int-quantized multiplies int8 with int8; activations: fp8 needs format: fp8"
+        if activations.startswith("fp8"):
+            return f"int-quantized multiplies int8 with int8; activations: {activations} needs format: fp8"
         return None
 
     @staticmethod

@@ -7,7 +7,7 @@
               weight_scale    float32 []                FP8: one number for the weight
                               float32 [N]               FP8_PER_CHANNEL_PER_TOKEN: one per output; inputs are rounded per token
                               float32 [N/128, 1, K/128, 1]  FP8_PB_WO: one per block (two axes are read as well)
-    input_scale  float32 []   of inputs rounded with a fixed scale, not used: where the scale is fixed inputs stay as they are
+    input_scale  float32 []   FP8: of inputs rounded with a fixed scale; not used with NVFP4, whose inputs stay as they are
 
 `weight_scale_2` is our `factor` as it stands, so NVFP4 is kept as table-packed, which stores it without a reciprocal. The one
 scale of FP8 is kept for every output, so that weights whose scales differ can still be joined into one (experts).
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -82,7 +83,12 @@ class ModelOpt(Source):
             raise BadInput(f"{names[0]} has no tensor {absent[0]!r}; the checkpoint is not whole, get it again")
         if "pre_quant_scale" in header:
             raise NotServed(f"{names[0]} has a pre_quant_scale for its input, which is {NOT_SERVED}")
-        return found if algorithm == "NVFP4" else found.with_scale_dtype(header["weight_scale"])
+        if algorithm == "NVFP4":
+            return found
+        static = algorithm == "FP8" and "input_scale" in header
+        return replace(
+            found.with_scale_dtype(header["weight_scale"]), activations="fp8-static" if static else found.activations
+        )
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Columns:
         """The codes of one weight."""

@@ -51,9 +51,9 @@ class PackQuantized(Format):
         """Only integer grids; int8 activations only where int-quantized does not store the weight (`w4` with A8)."""
         if not isinstance(grid, IntGrid):
             return "pack-quantized stores integers, this grid is fp8; use float-quantized"
-        if activations == "fp8":
-            return "pack-quantized multiplies integers; activations: fp8 needs format: fp8"
-        if activations == "int8" and grid.bits == 8 and grid.group_size is None and grid.symmetric:
+        if activations.startswith("fp8"):
+            return f"pack-quantized multiplies integers; activations: {activations} needs format: fp8"
+        if activations.startswith("int8") and grid.bits == 8 and grid.group_size is None and grid.symmetric:
             return "pack-quantized leaves 8 bits per channel with int8 activations to int-quantized"
         return None
 

@@ -35,7 +35,7 @@ class Scheme:
 
     format: a key of `aerogel.pack.FORMATS`, the way the weight lies in memory once loaded.
     grid: the weight's numbers. Its `scale_dtype` is a guess until the file's header is seen (`with_scale_dtype`).
-    activations: none, int8 or fp8, dynamic.
+    activations: none, int8 or fp8, with a scale per token or (static) one that is stored.
     layout: the kernel layout that the file keeps it in (`kernels.layouts.LAYOUTS`); None for the format's own tensors.
     """
 
@@ -75,13 +75,16 @@ def weight_arguments(grid: Grid) -> dict[str, Any]:
 
 
 def activation_arguments(grid: Grid, activations: Activations) -> dict[str, Any] | None:
-    """compressed-tensors QuantizationArgs of dynamic input activations, None when they stay as they are."""
+    """compressed-tensors QuantizationArgs of input activations, None when they stay as they are."""
     if activations == "none":
         return None
+    kind = "int" if activations.startswith("int8") else "float"
+    if activations.endswith("-static"):
+        return arguments(num_bits=8, type=kind, strategy="tensor", symmetric=True, observer="minmax")
     blocks = isinstance(grid, Fp8Grid) and grid.strategy == "block"
     return arguments(
         num_bits=8,
-        type="int" if activations == "int8" else "float",
+        type=kind,
         strategy="group" if blocks else "token",
         symmetric=True,
         group_size=BLOCK if blocks else None,
@@ -144,7 +147,7 @@ def parse_group(group: Mapping[str, Any], default_format: str | None) -> Scheme:
         raise NotServed(f"format {name} with {weights.get('num_bits')}-bit {weights.get('type')} weights is {NOT_SERVED}")
     grid: Grid = load(FORMATS[stored]).parse(weights)
     activations = _activations(group.get("input_activations"), grid)
-    if activations == "fp8" and stored == "pack-quantized":
+    if activations.startswith("fp8") and stored == "pack-quantized":
         raise NotServed(f"pack-quantized weights with {activations} activations are {NOT_SERVED}")
     return Scheme(format=stored, grid=grid, activations=activations)
 
@@ -186,12 +189,16 @@ def _activations(inputs: Mapping[str, Any] | None, grid: Grid) -> Activations:
             "the checkpoint asks for %s-bit inputs beside %s-bit weights; they are not rounded", *_widths(inputs, grid)
         )
         return "none"
-    if not inputs.get("dynamic") or inputs.get("dynamic") == "local" or int(inputs.get("num_bits", 8)) != 8:
-        raise NotServed(f"static or narrow input activations are {NOT_SERVED}")
+    if inputs.get("dynamic") == "local" or int(inputs.get("num_bits", 8)) != 8:
+        raise NotServed(f"narrow input activations are {NOT_SERVED}")
     strategy, kind = inputs.get("strategy"), inputs.get("type", "int")
     if not inputs.get("symmetric", True):
         raise NotServed(f"asymmetric input activations are {NOT_SERVED}")
     blocks = isinstance(grid, Fp8Grid) and grid.strategy == "block"
+    if not inputs.get("dynamic"):
+        if strategy in (None, "tensor") and not blocks and kind == ("float" if isinstance(grid, Fp8Grid) else "int"):
+            return "fp8-static" if kind == "float" else "int8-static"
+        raise NotServed(f"static {kind} input activations with strategy {strategy} on these weights are {NOT_SERVED}")
     if kind == "float" and isinstance(grid, Fp8Grid):
         if strategy == ("group" if blocks else "token") and (not blocks or inputs.get("group_size") == BLOCK):
             return "fp8"

@@ -25,7 +25,9 @@ from aerogel.recipes.problems import first_problem
 
 Kind = Literal["prune", "scale", "quantize"]
 Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)]
-Activations = Literal["none", "int8", "fp8"]
+Activations = Literal["none", "int8", "fp8", "int8-static", "fp8-static"]
+STATIC = ("int8-static", "fp8-static")
+"""Those that are rounded with one stored scale, which calibration measures."""
 KEEP = {"keep": "aerogel.quantize.outliers:Keep", "columns": "aerogel.quantize.columns:KeepColumns"}
 """What every quantize stage may ask of weights that are kept beside its codes, by the field of `sidecars.Keeping`."""
 MORE = "aerogel.quantize.rows:MoreBits"
@@ -63,6 +65,11 @@ class StageSpec:
         return any(self.options.get(rule, "none") != "none" for rule in ("outliers", "columns", "rows"))
 
     @property
+    def has_beside(self) -> bool:
+        """Whether anything is stored beside the codes: such weights, or the scale of inputs."""
+        return self.keeps or self.activations in STATIC
+
+    @property
     def adaptive(self) -> bool:
         """Whether the group size is decided by each weight."""
         return self.options.get("granularity") == "adaptive"
@@ -79,7 +86,7 @@ class StageSpec:
 
         fixed = {**self.options, "group_size": group_size, "granularity": "fixed"}
         built = {**fixed, "scale_dtype": name_of(self.stage.grid.scale_dtype)}  # `at` may have decided it
-        return replace(self, options=fixed, stage=_build_stage(self.kind, self.method_name, built))
+        return replace(self, options=fixed, stage=_build_stage(self.kind, self.method_name, built, self.activations))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -90,7 +97,8 @@ class StageSpec:
         """The same stage with `scale_dtype: auto` resolved to `dtype` (`bfloat16`, ...), the type of the checkpoint."""
         if self.options.get("scale_dtype") != "auto":
             return self
-        return replace(self, stage=_build_stage(self.kind, self.method_name, {**self.options, "scale_dtype": dtype}))
+        options = {**self.options, "scale_dtype": dtype}
+        return replace(self, stage=_build_stage(self.kind, self.method_name, options, self.activations))
 
     def as_dict(self) -> dict[str, Any]:
         """The entry as it would be written in a recipe with nothing left out."""
@@ -187,7 +195,7 @@ def _spec(document: Document, key: Key, kind: str, checked: dict[str, Any]) -> S
     try:
         if "granularity" in checked:
             load(GRANULARITY)(**{name: checked[name] for name in options(load(GRANULARITY))})
-        stage = _build_stage(kind, shared["method"], checked)
+        stage = _build_stage(kind, shared["method"], checked, activations)
     except BadInput as error:
         guilty = [name for name in checked if re.search(rf"\b{name}\b", str(error))]
         raise document.problem((*key, *guilty[:1]), str(error)) from None
@@ -202,13 +210,19 @@ def _spec(document: Document, key: Key, kind: str, checked: dict[str, Any]) -> S
     )
 
 
-def _build_stage(kind: str, method: str, checked: dict[str, Any]) -> Any:
-    """An instance of the method's class, with its grid when it rounds."""
+def _build_stage(kind: str, method: str, checked: dict[str, Any], activations: Activations) -> Any:
+    """An instance of the method's class, with its grid when it rounds; inside the stage that measures inputs where they are
+    rounded with a stored scale."""
     cls = load(methods(kind)[method])
     own = {name: checked[name] for name in options(cls, without=frozenset({"grid"}))}
     if kind == "quantize":
         own["grid"] = _build_grid(checked)
-        return _beside(cls(**own), checked)
+        stage = _beside(cls(**own), checked)
+        if activations not in STATIC:
+            return stage
+        if checked["rows"] != "none":
+            raise BadInput("rows of more bits do not go with static activations; write rows: none, or activations per token")
+        return load("aerogel.quantize.input_scale:Measured")(method=stage, activations=activations)
     return cls(**own)
 
 

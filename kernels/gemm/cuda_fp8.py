@@ -1,6 +1,6 @@
 """The matmul of e4m3 weights with e4m3 activations on NVIDIA GPUs: one kernel rounds the input, cuBLAS or CUTLASS multiplies.
 
-    x ~ x8 * s_x        e4m3, a scale per token: s_x = max |x| / 448, kernels/cuda/quantize.cu
+    x ~ x8 * s_x        e4m3, a scale per token: s_x = max |x| / 448, or a stored one; kernels/cuda/quantize.cu
     y_MN = (x8 @ w8.T) * s_x * s_w + bias        float32 sums, through torch._scaled_mm with a scale per row of each factor
 
 At 4096 tokens the product runs at twice a dense one's speed, and the rounding costs a twentieth of it.
@@ -23,13 +23,14 @@ from aerogel.quantize.grids import Codes, Fp8Grid
 LEAST_CAPABILITY = (8, 9)
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale_N: Tensor, bias: Tensor | None) -> Tensor:
-    """`aerogel::fp8_linear` on CUDA: x bf16 [M, K], weight e4m3 [N, K], its float32 scales [N] -> bf16 [M, N]."""
+def fp8_linear(x: Tensor, weight: Tensor, scale_N: Tensor, bias: Tensor | None, fixed: Tensor | None = None) -> Tensor:
+    """`aerogel::fp8_linear` on CUDA: x bf16 [M, K], weight e4m3 [N, K], its float32 scales [N] -> bf16 [M, N]. fixed: float32
+    [1], the scale of every token."""
     M, K = x.shape
     if M == 0 or K == 0:
         return x.new_zeros(M, weight.shape[0]) if bias is None else bias.expand(M, -1).to(x.dtype).contiguous()
     with torch.cuda.device(x.device):
-        codes, scale_M = Quantizer(dtype=x.dtype, device=x.device, output=E4M3, columns=K)(x)
+        codes, scale_M = Quantizer(dtype=x.dtype, device=x.device, output=E4M3, columns=K)(x, fixed)
     y: Tensor = torch._scaled_mm(
         codes,
         weight.T,
@@ -41,13 +42,14 @@ def fp8_linear(x: Tensor, weight: Tensor, scale_N: Tensor, bias: Tensor | None) 
     return y
 
 
-def _fake(x: Tensor, weight: Tensor, scale_N: Tensor, bias: Tensor | None) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, scale_N: Tensor, bias: Tensor | None, fixed: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 _library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "fp8_linear(Tensor x, Tensor weight, Tensor scale_N, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    "fp8_linear(Tensor x, Tensor weight, Tensor scale_N, Tensor? bias, Tensor? fixed=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("fp8_linear", fp8_linear, "CUDA")  # type: ignore[no-untyped-call]
 torch.library.register_fake("aerogel::fp8_linear", _fake, lib=_library)
@@ -63,7 +65,7 @@ class CudaFp8(Kernel):
         """Anything but e4m3 per channel or tensor with fp8 activations in bfloat16; sizes that the matmul cannot take."""
         if problem.device != "cuda":
             return f"runs on NVIDIA GPUs only, not on {problem.device}"
-        if problem.activations != "fp8":
+        if not problem.activations.startswith("fp8"):
             return f"needs activations: fp8, found {problem.activations}"
         if not isinstance(problem.grid, Fp8Grid) or problem.grid.group_size is not None:
             return "runs e4m3 weights with a scale per output or tensor; blocks are decoded"
@@ -96,5 +98,6 @@ class CudaFp8(Kernel):
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """One call of the operator."""
-        y_MN: Tensor = torch.ops.aerogel.fp8_linear.default(x_MK, layout["weight"], layout["scale_N"], bias_N)
+        fixed = layout.get("input_scale")
+        y_MN: Tensor = torch.ops.aerogel.fp8_linear.default(x_MK, layout["weight"], layout["scale_N"], bias_N, fixed)
         return y_MN

@@ -1,6 +1,6 @@
 """The matmul of packed integers with activations rounded to int8 on NVIDIA GPUs: integer tensor cores for many tokens.
 
-    x ~ x8 * s_x                 int8, a scale per token: s_x = max |x| / 127          kernels/cuda/quantize.cu
+    x ~ x8 * s_x                 int8, a scale per token, s_x = max |x| / 127, or a stored one     kernels/cuda/quantize.cu
     W = w8 * r                   int8, a scale per output                              kernels/cuda/fragment8.cuh
     y_MN = (x8 @ w8.T) * s_x * r + bias       exact sums in int32                      kernels/cuda/wgmma.cu with INT8
 
@@ -48,7 +48,7 @@ CUTS = (
 """(tokens, blocks of 64 rows of each warpgroup, blocks of a cluster that share x, steps at a time) that compile without spills
 and were the fastest at some size."""
 
-Runner = Callable[[Tensor, Tensor | None, Tensor], None]
+Runner = Callable[..., None]
 
 
 def row_scale(weight: TileWeight) -> Tensor:
@@ -105,7 +105,8 @@ def choose_config(weight: TileWeight, M: int, multiprocessors: int) -> Config | 
 
 
 def many_tokens(weight: TileWeight, r: Tensor, M: int, dtype: torch.dtype, config: Config | None = None) -> Runner | None:
-    """The integer matmul planned for M tokens; None where the device or the weight has none."""
+    """The integer matmul planned for M tokens; None where the device or the weight has none. It is called with (x_MK, bias_N or
+    None, y_MN to be filled, and the scale of all tokens, float32 [1], where that is stored)."""
     facts = torch.cuda.get_device_properties(weight.codes.device)
     if facts.major != 9:
         return None
@@ -118,8 +119,8 @@ def many_tokens(weight: TileWeight, r: Tensor, M: int, dtype: torch.dtype, confi
     columns = 128 * weight.codes.shape[1]
     rounding = Quantizer(dtype=dtype, device=weight.codes.device, output=INT8, columns=columns, permuted=True)
 
-    def run(x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
-        codes, scale_M = rounding(x_MK)
+    def run(x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor, fixed: Tensor | None = None) -> None:
+        codes, scale_M = rounding(x_MK, fixed)
         plan.launch(codes, scale_M, bias_N, y_MN)
 
     return run
@@ -137,8 +138,10 @@ def tiles_linear_int8(
     bias: Tensor | None,
     group_size: int,
     N: int,
+    fixed: Tensor | None = None,
 ) -> Tensor:
-    """`aerogel::tiles_linear_int8` on CUDA: x [M, K] bf16 or fp16 -> [M, N]; `row_scale` is that of `cuda_int8.row_scale`."""
+    """`aerogel::tiles_linear_int8` on CUDA: x [M, K] bf16 or fp16 -> [M, N]; `row_scale` is that of `cuda_int8.row_scale`,
+    `fixed` the scale of all tokens, float32 [1], where it is stored."""
     M, K = x.shape
     y = x.new_empty(M, N)
     if M == 0 or N == 0 or K == 0:
@@ -146,9 +149,9 @@ def tiles_linear_int8(
     zero_at = 0 if zero is None else zero.data_ptr()
     key = (codes.data_ptr(), scale.data_ptr(), zero_at, row_scale.data_ptr(), M, K, N, group_size, x.dtype, scale.dtype)
     if x.get_device() == torch._C._cuda_getDevice():
-        return _multiply(x, codes, scale, zero, row_scale, bias, group_size, y, key)
+        return _multiply(x, codes, scale, zero, row_scale, bias, group_size, y, key, fixed)
     with torch.cuda.device(x.device):
-        return _multiply(x, codes, scale, zero, row_scale, bias, group_size, y, key)
+        return _multiply(x, codes, scale, zero, row_scale, bias, group_size, y, key, fixed)
 
 
 def _multiply(
@@ -161,6 +164,7 @@ def _multiply(
     group_size: int,
     y: Tensor,
     key: tuple[object, ...],
+    fixed: Tensor | None,
 ) -> Tensor:
     (M, K), N = x.shape, y.shape[1]
     if M > FEW_TOKENS:
@@ -172,10 +176,10 @@ def _multiply(
             _plans[key] = many_tokens(held, row_scale, M, x.dtype)
         runner = _plans[key]
         if runner is not None:
-            runner(x, bias, y)
+            runner(x, bias, y, fixed)
             return y
     columns = -(-K // 16) * 16
-    rounded = Quantizer(dtype=x.dtype, device=x.device, output=ROUNDED, columns=columns)(x)[0]
+    rounded = Quantizer(dtype=x.dtype, device=x.device, output=ROUNDED, columns=columns)(x, fixed)[0]
     return cuda.tiles_linear(rounded[:, :K].contiguous(), codes, scale, zero, None, None, bias, group_size, N)
 
 
@@ -188,6 +192,7 @@ def _fake(
     bias: Tensor | None,
     group_size: int,
     N: int,
+    fixed: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], N)
 
@@ -195,7 +200,7 @@ def _fake(
 _library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "tiles_linear_int8(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor row_scale, Tensor? bias,"
-    " int group_size, int N) -> Tensor",
+    " int group_size, int N, Tensor? fixed=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("tiles_linear_int8", tiles_linear_int8, "CUDA")  # type: ignore[no-untyped-call]
@@ -211,7 +216,7 @@ class CudaInt8(Kernel):
     def refuses(problem: Problem) -> str | None:
         """Anything but integers with int8 activations in a 16-bit type; what bytes and their sums cannot hold."""
         grid = problem.integer
-        if problem.activations != "int8":
+        if not problem.activations.startswith("int8"):
             return f"needs activations: int8, found {problem.activations}"
         if grid is None:
             return f"runs integers, not codes on a {type(problem.grid).__name__}"
@@ -254,6 +259,7 @@ class CudaInt8(Kernel):
             bias_N,
             problem.grid.group_size or 0,
             problem.N,
+            layout.get("input_scale"),
         )
         return y_MN
 

@@ -45,7 +45,7 @@ class Chunked(Kernel):
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """y in chunks of output rows."""
         if problem.activations != "none":
-            x_MK = round_input(x_MK.float(), problem).to(x_MK.dtype)
+            x_MK = round_input(x_MK.float(), problem, layout.get("input_scale")).to(x_MK.dtype)
         y_MN = x_MK.new_empty(x_MK.shape[0], problem.N)
         # Few CPUs multiply float16: there float32 is twenty times faster, and loses nothing.
         wide = x_MK.float() if x_MK.dtype == torch.float16 and problem.device == "cpu" else x_MK
@@ -198,7 +198,7 @@ class Int8Dynamic(Kernel):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but int8 weights per channel with int8 activations; on CUDA, sizes that its kernel cannot take."""
-        if problem.activations != "int8":
+        if not problem.activations.startswith("int8"):
             return f"needs activations: int8, found {problem.activations}"
         if problem.device not in ("cpu", "cuda"):
             return f"runs on CPU and CUDA, not on {problem.device}"
@@ -227,7 +227,7 @@ class Int8Dynamic(Kernel):
         M = x_MK.shape[0]
         if M == 0:
             return x_MK.new_empty(0, problem.N)
-        values, scale_M1 = quantize_int8(x_MK)
+        values, scale_M1 = quantize_int8(x_MK, layout.get("input_scale"))
         if x_MK.is_cuda and M <= 16:
             # cuBLAS wants more than 16 rows; the added ones are zero and cut off again.
             values = torch.nn.functional.pad(values, (0, 0, 0, 17 - M))

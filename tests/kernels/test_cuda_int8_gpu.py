@@ -166,3 +166,26 @@ def test_compile_and_capture() -> None:
         assert torch.equal(y, wanted)
     exact = x.double() @ dense64(weight).T
     assert ((call(x).double() - exact).norm() / exact.norm()).item() < 2e-2
+
+
+@pytest.mark.parametrize("name", ["int-quantized", "pack-quantized", "float-quantized"])
+def test_a_stored_scale_of_all_inputs(name: str) -> None:
+    grid = {
+        "int-quantized": IntGrid(bits=8),
+        "pack-quantized": IntGrid(bits=4, group_size=128),
+        "float-quantized": Fp8Grid(scale_dtype=torch.bfloat16),
+    }[name]
+    kind = "fp8-static" if name == "float-quantized" else "int8-static"
+    w = torch.randn(320, 1024, device="cuda") * 0.05
+    codes = quantized(grid, w, grid.fit(w))
+    problem = Problem(format=name, grid=grid, N=320, K=1024, dtype=torch.bfloat16, device="cuda", activations=kind)
+    chosen, kernel = choose(problem)
+    assert chosen == ("cuda-fp8" if kind == "fp8-static" else "cuda-int8")
+    scale = torch.tensor([3.0 / (448 if kind == "fp8-static" else 127)], device="cuda")  # what exceeds 3 is cut off
+    layout, stored = (
+        {**tensors, "input_scale": scale} for tensors in (kernel.pack(codes, problem), problem.stored.encode(codes))
+    )
+    for M in (1, 16, 65, 300, 2000):
+        x = torch.randn(M, 1024, device="cuda").bfloat16()
+        wanted = Reference.run(x.float(), stored, problem)
+        assert ((kernel.run(x, layout, problem).float() - wanted).norm() / wanted.norm()).item() < 1.2e-2, M

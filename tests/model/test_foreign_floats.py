@@ -136,7 +136,8 @@ def test_fp8_of_modelopt(tmp_path: Path, name: str, algorithm: str, beside: bool
     for tensor_name in [n for n in held if n.endswith("weight_scale")]:
         scale = held[tensor_name]
         held[tensor_name] = scale.reshape(()) if algorithm == "FP8" else scale[:, None, :, None].contiguous()
-        held[tensor_name.replace("weight_scale", "input_scale")] = torch.tensor(0.01)
+        if algorithm == "FP8_PB_WO" or "experts" in tensor_name:  # where it is not used
+            held[tensor_name.replace("weight_scale", "input_scale")] = torch.tensor(0.01)
     save_file(held, file, metadata={"format": "pt"})
     if beside:
         config = json.loads((made.packed / "config.json").read_text())
@@ -151,3 +152,33 @@ def test_fp8_of_modelopt(tmp_path: Path, name: str, algorithm: str, beside: bool
     experts = any(isinstance(module, ExpertLinear) for module in model.modules())
     assert experts == (name == "qwen3_moe" and algorithm == "FP8")
     close(logits(model), logits(reference(made)), 1e-5)
+
+
+def test_modelopt_fp8_with_a_stored_scale_of_inputs_rounds_them(tmp_path: Path) -> None:
+    dense = zoo.save("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    held = load_file(dense / "model.safetensors")
+    packed, decoded = dict(held), dict(held)
+    scales: dict[str, Tensor] = {}
+    for name in [n for n in held if n.endswith("proj.weight")]:
+        stem, w = name.removesuffix(".weight"), held[name].float()
+        scale, scales[stem] = w.abs().max() / 448, torch.tensor(2.5 / 448)
+        packed[name] = (w / scale).to(torch.float8_e4m3fn)
+        packed[f"{stem}.weight_scale"], packed[f"{stem}.input_scale"] = scale, scales[stem]
+        decoded[name] = packed[name].float() * scale
+    out = tmp_path / "packed"
+    out.mkdir()
+    save_file(packed, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text((dense / "config.json").read_text())
+    configure(out, quant_method="modelopt", quant_algo="FP8")
+    save_file(decoded, dense / "model.safetensors", metadata={"format": "pt"})
+    model, wanted = load(out, dtype=torch.float32), AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+
+    def rounded(x: Tensor, scale: Tensor) -> Tensor:
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+    for stem, scale in scales.items():
+        wanted.get_submodule(stem).register_forward_pre_hook(lambda _, given, s=scale: (rounded(given[0], s),))
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        a, b = model(ids).logits, wanted(ids).logits
+    close(a, b, 1e-5)
