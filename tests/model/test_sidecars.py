@@ -105,5 +105,5 @@ def test_traced_steps_add_them_too(loop: Any, tmp_path: Path) -> None:
 
 def test_refused_where_there_is_no_place(tmp_path: Path) -> None:
     dense = zoo.save("llama", tmp_path / "dense")
-    with pytest.raises(BadInput, match="no place for weights kept beside"):
+    with pytest.raises(BadInput, match="no place for what is kept beside"):
         compress(dense, recipe(None, stage("rtn", outliers="sigma"), pack={"layout": "native-cpu"}), tmp_path / "out")
