@@ -10,6 +10,7 @@ Shape legend: B sequences, H query heads, J key/value heads, L slots, D and E si
 from __future__ import annotations
 
 import ctypes
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class _Norm(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("a", "b", "weight", "sum", "y")),
         *((name, ctypes.c_int64) for name in ("rows", "size")),
         ("epsilon", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("type", "round_first")),
+        *((name, ctypes.c_int32) for name in ("type", "round_first", "threads")),
     ]
 
 
@@ -43,7 +44,7 @@ class _Gate(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("g", "u", "y")),
         *((name, ctypes.c_int64) for name in ("rows", "size", "g_stride", "u_stride")),
-        ("type", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("type", "threads")),
     ]
 
 
@@ -157,7 +158,7 @@ def norm_arguments(
         y.data_ptr(),
         *(a.numel() // size, size),
         eps,
-        *(TYPES[a.dtype], int(round_first)),
+        *(TYPES[a.dtype], int(round_first), torch.get_num_threads()),
     )
 
 
@@ -197,7 +198,17 @@ def gate_arguments(g: Tensor, u: Tensor, act: str, y: Tensor) -> ctypes.Structur
     """The struct of one gate, or None where the compiled code does not do it."""
     size = g.shape[-1]
     rows = g.numel() // size if size else 0
-    one = g.shape == u.shape and (rows == 1 or (g.is_contiguous() and u.is_contiguous()))
-    if act != "silu" or not one or g.dtype != u.dtype or g.dtype not in TYPES or {g.stride(-1), u.stride(-1)} != {1}:
+    strides = _row_stride(g), _row_stride(u)
+    if act != "silu" or g.shape != u.shape or g.dtype != u.dtype or g.dtype not in TYPES or None in strides:
         return None
-    return _Gate(g.data_ptr(), u.data_ptr(), y.data_ptr(), rows, size, size, size, TYPES[g.dtype])
+    return _Gate(g.data_ptr(), u.data_ptr(), y.data_ptr(), rows, size, *strides, TYPES[g.dtype], torch.get_num_threads())
+
+
+def _row_stride(x: Tensor) -> int | None:
+    """How far apart the rows of [..., N] lie, in elements, where it is the same everywhere and a row is contiguous."""
+    size = x.shape[-1]
+    axes = [(length, stride) for length, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if length != 1]
+    if x.stride(-1) != 1 or any(outer != n * inner for (_, outer), (n, inner) in pairwise(axes)):
+        return None
+    stride = axes[-1][1] if axes else size
+    return stride if stride >= size else None

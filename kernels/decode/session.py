@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from aerogel.kernels.decode.attention import attending
 from aerogel.kernels.decode.fuse import fuse
 from aerogel.kernels.decode.lower import lower, straight
 from aerogel.kernels.decode.merge import Part
+from aerogel.kernels.decode.prompt_attention import reading
 from aerogel.kernels.decode.reading import Parts, parts_of
 from aerogel.kernels.decode.sample import Sampling, pick
 from aerogel.kernels.decode.slots import Mode, SlotCache, State
@@ -84,9 +86,8 @@ class Session:
         valid_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None] >= start_B[:, None]
         positions = (valid_BT.long().cumsum(-1) - 1).clamp_min(0)
         if self._parts is None:
-            fused = self.model.device.type == "cuda" and ops.missing(self.model.device) is None
-            self._parts = parts_of(self.model) if fused else Parts()
-        with self._parts.replaced():
+            self._parts = parts_of(self.model) if ops.missing(self.model.device) is None else Parts()
+        with self._parts.replaced(), reading() if self.model.device.type == "cpu" else nullcontext():
             return self._forward(ids_BT, positions, valid_BT if padded else None, self.cache)
 
     def _forward(self, ids: Tensor, positions: Tensor, valid: Tensor | None, cache: Any) -> Tensor:

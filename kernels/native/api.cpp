@@ -59,7 +59,7 @@ thread_local volatile uint64_t kept_sum;  // what a reader found: without a use 
 
 }  // namespace
 
-int32_t aerogel_native_version() { return 6; }
+int32_t aerogel_native_version() { return 7; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });
@@ -110,6 +110,17 @@ int32_t aerogel_native_attend(const Attend* a) {
     }
     if (!known_type(a->type) || (a->cosine == nullptr) != (a->sine == nullptr)) return kBadType;
     return path_entry(default_path(kExact)).step.attend(*a);
+}
+
+int32_t aerogel_native_prompt(const Prompt* p) {
+    const bool sizes = p->key_size > 0 && p->key_size <= kMostHead && p->value_size > 0 && p->value_size <= kMostHead;
+    const bool heads = p->heads > 0 && p->queries > 0 && p->queries % p->heads == 0;
+    constexpr int64_t kMost = int64_t{1} << 24;
+    if (!sizes || !heads || p->batch < 1 || p->batch > kMost || p->tokens < 1 || p->tokens > kMost) return kBadShape;
+    if (!known_type(p->type)) return kBadType;
+    Prompt bounded = *p;
+    bounded.threads = p->threads < 1 ? 1 : p->threads > kMostThreads ? kMostThreads : p->threads;
+    return path_entry(default_path(kExact)).step.prompt(bounded);
 }
 
 int32_t aerogel_native_norm(const Norm* n) {

@@ -36,6 +36,7 @@ PUBLIC int32_t aerogel_native_rows(const aerogel::Weight* weight, const aerogel:
 
 // Small operations of a decode step on the best path of this machine; arguments: step_structs.h. Return a Status.
 PUBLIC int32_t aerogel_native_attend(const aerogel::Attend* arguments);
+PUBLIC int32_t aerogel_native_prompt(const aerogel::Prompt* arguments);
 PUBLIC int32_t aerogel_native_norm(const aerogel::Norm* arguments);
 PUBLIC int32_t aerogel_native_gate(const aerogel::Gate* arguments);
 

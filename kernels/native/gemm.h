@@ -85,19 +85,21 @@ void few(const Plan& plan) {
 template <class P, int BITS, int R, int M>
 void panels(const Plan& plan, int64_t start, int64_t stop, int64_t first, int64_t count, uint8_t* operands, float* totals) {
     constexpr float kBias = static_cast<float>(P::template bias<BITS>());
+    constexpr Range kRange = P::template moves<BITS>() ? kMoved : P::template range<BITS>();
+    I16 begin[P::template moves<BITS>() ? 2 * kBlockTiles * R : 1];
     const int64_t whole = plan.segment_tiles ? plan.segment_tiles : 1, step = kBlockTiles / whole * whole;
     const int64_t block_size = R * M * kStrip, strip_size = count * block_size;
     memset(totals, 0, sizeof(float) * static_cast<size_t>(ceil_div(stop - start, R) * strip_size));
     for (int64_t tile = 0; tile < plan.tiles; tile += step) {
         const int64_t tiles = plan.tiles - tile < step ? plan.tiles - tile : step;
         for (int64_t strip = start; strip < stop; strip += R) {
-            decode<P, BITS, R>(plan, strip, tile, tiles, operands);
+            decode<P, BITS, R>(plan, strip, tile, tiles, operands, begin);
             float* to = totals + (strip - start) / R * strip_size;
             for (int64_t block = 0; block < count; ++block, to += block_size) {
                 if (plan.segment_tiles) {
-                    panel<P, P::template range<BITS>(), R, M, false>(plan, operands, strip, tile, tiles, first + block, kBias, to);
+                    panel<P, kRange, R, M, false>(plan, operands, begin, strip, tile, tiles, first + block, kBias, to);
                 } else {
-                    panel<P, P::template range<BITS>(), R, M, true>(plan, operands, strip, tile, tiles, first + block, kBias, to);
+                    panel<P, kRange, R, M, true>(plan, operands, begin, strip, tile, tiles, first + block, kBias, to);
                 }
             }
         }
@@ -153,12 +155,14 @@ Status multiply(const Plan& plan) {
 // Rows of a block, and how many blocks, for all tokens of the call.
 template <class P>
 void choose_blocks(Plan& plan) {
+    constexpr bool kMoves[] = {P::template moves<1>(), P::template moves<8>()};
     const int64_t rows = plan.call->tokens * plan.terms;
     plan.few = rows <= most_rows<P>() && tuned(plan.weight->bits) && plan.segment_tiles > 0;
     plan.block_rows = rows == 1 ? 1 : kPanelRows;
     if (plan.few) {
         for (plan.block_rows = 1; plan.block_rows < rows;) plan.block_rows *= 2;
     }
+    plan.moved = !plan.few && kMoves[plan.weight->bits == 8];
     // A block holds whole tokens.
     plan.tokens_per_block = plan.block_rows / plan.terms;
     plan.blocks = ceil_div(plan.call->tokens, plan.tokens_per_block);

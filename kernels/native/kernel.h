@@ -93,10 +93,11 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R
         });
         for (int64_t t = tile; t < stop; ++t) {
             if constexpr (M <= 2) {
+                // Behind the end of a strip lies one of these; what is read next lies behind the last of them.
+                const int64_t ahead = t * tile_bytes<BITS>() + kAhead;
+                const int64_t next = ahead < plan.strip_bytes ? ahead : ahead + (R - 1) * plan.strip_bytes;
                 unroll<R>([&](auto r) ALWAYS {
-                    unroll<BITS>([&](auto line) ALWAYS {
-                        __builtin_prefetch(codes[r] + t * tile_bytes<BITS>() + line * kVector + kAhead);
-                    });
+                    unroll<BITS>([&](auto line) ALWAYS { __builtin_prefetch(codes[r] + next + line * kVector); });
                 });
             }
             accumulate<P, BITS, R, M, kChains>(codes, t * tile_bytes<BITS>(), plan.x_at(block, t), sum);
@@ -115,16 +116,39 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R
     unroll<R>([&](auto r) ALWAYS { unroll<M>([&](auto m) ALWAYS { store(to[r] + 16 * m, total[r][m]); }); });
 }
 
-// Operands of tiles first .. first + count - 1 of R strips: [tile][step][operand][strip].
+// bias + zero point of a strip in a group, in all four bytes of a lane.
+INLINE U16 byte_offsets(const Plan& plan, int64_t strip, int64_t group, int bias) {
+    const int8_t* zero = static_cast<const int8_t*>(plan.weight->zero);
+    uint32_t bytes[kStrip];
+    for (int lane = 0; lane < kStrip; ++lane) {
+        const int offset = bias + (zero ? zero[(strip * plan.groups + group) * kStrip + lane] : 0);
+        bytes[lane] = (static_cast<uint32_t>(offset) & 0xffu) * 0x01010101u;
+    }
+    return load<U16>(bytes);
+}
+
+// Operands of tiles first .. first + count - 1 of R strips: [tile][step][operand][strip]. Where activations are moved, codes
+// become signed, and `begin` [segment][strip] gets what the sums of each segment begin with.
 template <class P, int BITS, int R>
-void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count, uint8_t* to) {
+void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count, uint8_t* to, I16* begin) {
+    constexpr bool kMoves = P::template moves<BITS>();
+    const int64_t first_segment = plan.segment_tiles ? first / plan.segment_tiles : 2 * first;
+    if constexpr (kMoves) memset(begin, 0, sizeof(I16) * 2 * static_cast<size_t>(count * R));
     for (int64_t tile = first; tile < first + count; ++tile) {
         unroll<R>([&](auto r) ALWAYS {
             const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
             const uint8_t* codes = static_cast<const uint8_t*>(plan.weight->codes) + strip * plan.strip_bytes + tile * tile_bytes<BITS>();
+            U16 offsets;
             unroll<8>([&](auto step) ALWAYS {
                 typename P::Operand w[P::kOperands];
                 P::template weights<BITS, step>(codes, w);
+                if constexpr (kMoves) {
+                    const int64_t segment = plan.segment_tiles ? tile / plan.segment_tiles : 2 * tile + step / 4;
+                    if constexpr (step % 4 == 0) offsets = byte_offsets(plan, strip, plan.group_of(segment), P::template bias<BITS>());
+                    w[0] = P::less(w[0], offsets);
+                    I16& sum = begin[(segment - first_segment) * R + r];
+                    sum = P::less_moved(sum, w[0]);
+                }
                 unroll<P::kOperands>([&](auto o) ALWAYS { store(to + ((step * P::kOperands + o) * R + r) * kVector, w[o]); });
             });
         });
@@ -134,16 +158,22 @@ void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count,
 
 // Adds the tiles first .. first + count - 1 of a decoded panel to totals [row][R][16] of one block of M rows.
 template <class P, Range RANGE, int R, int M, bool HALF>
-void panel(const Plan& plan, const uint8_t* operands, int64_t first_strip, int64_t first, int64_t count, int64_t block, float bias, float* total) {
+void panel(const Plan& plan, const uint8_t* operands, const I16* begin, int64_t first_strip, int64_t first, int64_t count, int64_t block, float bias, float* total) {
     constexpr int kRow = 8 * P::kOperands * 4, kSteps = HALF ? 4 : 8;
-    const bool offset = bias != 0.0f || plan.weight->zero != nullptr;
+    const bool offset = RANGE != kMoved && (bias != 0.0f || plan.weight->zero != nullptr);
     const int64_t step = HALF ? 1 : plan.segment_tiles;
     int64_t segment = HALF ? 2 * first : first / step;
     for (int64_t tile = first; tile < first + count; tile += step) {
         const int64_t stop = tile + step < first + count ? tile + step : first + count;
         unroll<HALF ? 2 : 1>([&](auto half) ALWAYS {
             typename P::Accumulator sum[R][M];
-            unroll<R>([&](auto r) ALWAYS { unroll<M>([&](auto m) ALWAYS { sum[r][m] = P::none(); }); });
+            unroll<R>([&](auto r) ALWAYS {
+                unroll<M>([&](auto m) ALWAYS {
+                    if constexpr (RANGE == kMoved) sum[r][m] = begin[r];
+                    if constexpr (RANGE != kMoved) sum[r][m] = P::none();
+                });
+            });
+            begin += R;
             for (int64_t t = tile; t < stop; ++t) {
                 const uint8_t* from = operands + (t - first) * 8 * P::kOperands * R * kVector;
                 const uint8_t* x = plan.x_at(block, t);

@@ -17,8 +17,8 @@ namespace aerogel {
 namespace UNIT {
 
 // What codes may be, where that takes other instructions: up to 15, so that the sums of a tile's eight steps fit in 16 bits
-// (8 * 2 * 15 * 127 = 30480); up to 127; signed bytes.
-enum Range { kNibbles, kBytes, kWide };
+// (8 * 2 * 15 * 127 = 30480); up to 127; signed bytes; signed bytes whose activations have 128 added, see Int8::moves.
+enum Range { kNibbles, kBytes, kWide, kMoved };
 
 INLINE uint32_t word_of(const uint8_t* x) {
     uint32_t word;
@@ -92,6 +92,10 @@ struct Exact {
     static constexpr Range range() {
         return kBytes;
     }
+    template <int BITS>
+    static constexpr bool moves() {
+        return false;
+    }
     static INLINE Accumulator none() { return zero_f(); }
     static INLINE F16 value(const Accumulator& sum) { return sum; }
 };
@@ -125,6 +129,10 @@ struct Exact {
     static constexpr Range range() {
         return kBytes;
     }
+    template <int BITS>
+    static constexpr bool moves() {
+        return false;
+    }
     static INLINE Accumulator none() { return zero_f(); }
     static INLINE F16 value(const Accumulator& sum) { return sum; }
 };
@@ -144,6 +152,17 @@ struct Int8 {
 #endif
     static constexpr int kOperands = 1, kWordBytes = 4, kLongestSegment = 128;
     static constexpr bool kTerms = false, kOnlyOneRow = false;
+    // The product of bytes has one unsigned side. Few rows give it to the codes: u x, less the offset times the sum of x, once
+    // for every segment and row. A decoded panel is read by many rows, so there the codes are signed, zero point and all, and
+    // the activations have 128 added: what that adds, 128 times the sum of a segment's codes, is where its sums begin.
+    template <int BITS>
+    static constexpr bool moves() {
+#if defined(__AVX512VNNI__)
+        return BITS < 8;  // q - z of eight bits needs nine
+#else
+        return false;
+#endif
+    }
     template <int BITS>
     static constexpr int bias() {
         return kSigned && BITS == 8 ? 0 : 1 << (BITS - 1);  // 8-bit codes are moved before a signed product
@@ -176,6 +195,21 @@ struct Int8 {
         });
         return v;
     }
+#if defined(__AVX512VNNI__)
+    // a - b byte by byte; and sum - 128 times the four codes of each lane.
+    static INLINE U16 less(const U16& a, const U16& b) {
+        U16 v;
+        v.part[0] = reinterpret_cast<NativeU>(_mm512_sub_epi8(reinterpret_cast<__m512i>(a.part[0]), reinterpret_cast<__m512i>(b.part[0])));
+        return v;
+    }
+    static INLINE I16 less_moved(const I16& sum, const U16& codes) {
+        const __m512i added = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(static_cast<char>(0x80)),
+                                                  reinterpret_cast<__m512i>(codes.part[0]));
+        I16 v;
+        v.part[0] = sum.part[0] - reinterpret_cast<NativeI>(added);
+        return v;
+    }
+#endif
     static INLINE Accumulator none() { return zero_i(); }
     static INLINE F16 value(const Accumulator& sum) { return to_float(sum); }
 
@@ -184,8 +218,10 @@ private:
     template <Range RANGE>
     static INLINE NativeI dot_part(NativeI sum, NativeU w, uint32_t x) {
 #if defined(__AVX512VNNI__)
-        return reinterpret_cast<NativeI>(_mm512_dpbusd_epi32(
-            reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(w), _mm512_set1_epi32(static_cast<int>(x))));
+        const __m512i bytes = _mm512_set1_epi32(static_cast<int>(x)), codes = reinterpret_cast<__m512i>(w);
+        const __m512i total = reinterpret_cast<__m512i>(sum);
+        if constexpr (RANGE == kMoved) return reinterpret_cast<NativeI>(_mm512_dpbusd_epi32(total, bytes, codes));
+        return reinterpret_cast<NativeI>(_mm512_dpbusd_epi32(total, codes, bytes));
 #elif defined(__AVXVNNI__)
         return reinterpret_cast<NativeI>(_mm256_dpbusd_avx_epi32(
             reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(w), _mm256_set1_epi32(static_cast<int>(x))));

@@ -18,6 +18,7 @@ struct LookupRuns {
 
 struct Step {
     Status (*attend)(const Attend&);
+    Status (*prompt)(const Prompt&);
     Status (*norm)(const Norm&);
     Status (*gate)(const Gate&);
     uint64_t (*read)(const void* memory, int64_t bytes);  // reads multiples of 256 bytes, returns something of all of them

@@ -26,6 +26,7 @@ struct Plan {
     int64_t terms, tokens_per_block, blocks;
     int block_rows;
     bool few;        // the loop for few rows runs it
+    bool moved;      // int8 activations have 128 added
     uint8_t* x;      // [block][tile][row][row_bytes]
     float* x_sum;    // [block][segment][row]
     float* x_scale;  // [block][segment][row], int8 only
@@ -180,6 +181,7 @@ inline Rounding rounding_of(const Plan& plan, int64_t token, int64_t first, int6
 inline void place_int8(const Plan& plan, int64_t token, int64_t first, int64_t count, const Rounding& rounding) {
     const int64_t block = token / plan.tokens_per_block, row = token % plan.tokens_per_block;
     const float inverse = rounding.inverse, scale = rounding.scale;
+    const int32_t moved = plan.moved ? 0x80 : 0;
     float values[kTile];
     int32_t sums[2] = {0, 0};
     for (int64_t i = 0; i < count; ++i) {
@@ -191,7 +193,7 @@ inline void place_int8(const Plan& plan, int64_t token, int64_t first, int64_t c
                 // Adding 1.5 * 2^23 leaves the rounded integer in the low bits, ties to even.
                 const float scaled = values[k] * inverse + 12582912.0f;
                 const int32_t rounded = static_cast<int32_t>(float_to_bits(scaled)) - 0x4b400000;
-                to[k] = static_cast<int8_t>(rounded);
+                to[k] = static_cast<int8_t>(rounded ^ moved);
                 sum += static_cast<int8_t>(rounded);
             }
             sums[half] += sum;

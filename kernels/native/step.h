@@ -137,12 +137,13 @@ inline Status attend(const Attend& a) {
     return kDone;
 }
 
-// y = norm(a + b) * weight over rows of N; `sum` receives a + b, where there is a b.
-inline Status norm(const Norm& n) {
-    float* values = static_cast<float*>(scratch(kStepScratch, sizeof(float) * 2 * static_cast<size_t>(n.size)));
-    if (!values) return kOutOfMemory;
+// Rows that are worth a second thread, and how many of them a thread takes at a time.
+constexpr int64_t kManyRows = 32, kRowsAtOnce = 16;
+
+// y = norm(a + b) * weight over rows first .. stop - 1 of N; `sum` receives a + b, where there is a b.
+inline void norm_rows(const Norm& n, int64_t first, int64_t stop, float* values) {
     float* other = values + n.size;
-    for (int64_t row = 0; row < n.rows; ++row) {
+    for (int64_t row = first; row < stop; ++row) {
         to_floats(n.a, row * n.size, n.type, values, n.size);
         if (n.b) {
             to_floats(n.b, row * n.size, n.type, other, n.size);
@@ -160,13 +161,24 @@ inline Status norm(const Norm& n) {
         for (int64_t i = 0; i < n.size; ++i) values[i] *= other[i];
         from_floats(n.y, row * n.size, n.type, values, n.size);
     }
+}
+
+inline Status norm(const Norm& n) {
+    const int threads = n.rows < kManyRows || n.threads < 1 ? 1 : n.threads;
+    const size_t each = (2 * static_cast<size_t>(n.size) + 15) / 16 * 16;
+    float* memory = static_cast<float*>(scratch(kStepScratch, sizeof(float) * each * static_cast<size_t>(threads)));
+    if (!memory) return kOutOfMemory;
+    parallel(ceil_div(n.rows, kRowsAtOnce), threads, [&](int64_t piece, int worker) {
+        const int64_t first = piece * kRowsAtOnce, stop = first + kRowsAtOnce;
+        norm_rows(n, first, stop < n.rows ? stop : n.rows, memory + each * static_cast<size_t>(worker));
+    });
     return kDone;
 }
 
-// y = round(silu(g)) * u, over rows whose distances differ, since both are halves of one result.
-inline Status gate(const Gate& p) {
+// y = round(silu(g)) * u, over rows first .. stop - 1, whose distances differ, since both are halves of one result.
+inline void gate_rows(const Gate& p, int64_t first, int64_t stop) {
     float g[16 * 64], u[16 * 64];
-    for (int64_t row = 0; row < p.rows; ++row) {
+    for (int64_t row = first; row < stop; ++row) {
         for (int64_t at = 0; at < p.size; at += 16 * 64) {
             const int64_t count = p.size - at < 16 * 64 ? p.size - at : 16 * 64;
             to_floats(p.g, row * p.g_stride + at, p.type, g, count);
@@ -181,6 +193,13 @@ inline Status gate(const Gate& p) {
             from_floats(p.y, row * p.size + at, p.type, g, count);
         }
     }
+}
+
+inline Status gate(const Gate& p) {
+    parallel(ceil_div(p.rows, kRowsAtOnce), p.rows < kManyRows || p.threads < 1 ? 1 : p.threads, [&](int64_t piece, int) {
+        const int64_t first = piece * kRowsAtOnce, stop = first + kRowsAtOnce;
+        gate_rows(p, first, stop < p.rows ? stop : p.rows);
+    });
     return kDone;
 }
 

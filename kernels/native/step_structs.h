@@ -19,19 +19,28 @@ struct Attend {
     int32_t type, angles_per_sequence, threads;
 };
 
+struct Prompt {
+    const void *q, *k, *v;                             // [batch, queries or heads, tokens, size], rows contiguous
+    void* out;                                         // [batch, tokens, queries, value_size]
+    int64_t q_strides[3], k_strides[3], v_strides[3];  // of the first three axes, in elements
+    int64_t batch, queries, heads, tokens, key_size, value_size;
+    float scale;
+    int32_t type, threads;
+};
+
 struct Norm {
     const void *a, *b, *weight;  // [rows, size], the same or null, [size]
     void *sum, *y;               // a + b where there is a b; the result
     int64_t rows, size;
     float epsilon;
-    int32_t type, round_first;
+    int32_t type, round_first, threads;
 };
 
 struct Gate {
     const void *g, *u;  // rows of `size` numbers
     void* y;            // [rows, size]
     int64_t rows, size, g_stride, u_stride;
-    int32_t type;
+    int32_t type, threads;
 };
 
 struct Rows {

@@ -3,7 +3,7 @@
 #include "gemm.h"
 #include "lookup_kernel.h"
 #include "paths.h"
-#include "step.h"
+#include "prompt.h"
 
 namespace aerogel {
 
@@ -11,7 +11,7 @@ Status exact_neon(const Weight& weight, const Call& call) { return neon::run<neo
 Status int8_neon(const Weight& weight, const Call& call) { return neon::run<neon::Int8>(weight, call); }
 extern const Step step_neon;
 const Step step_neon = {
-    neon::attend, neon::norm, neon::gate, neon::read_all,
+    neon::attend, neon::attend_prompt, neon::norm, neon::gate, neon::read_all,
     {neon::lookup<neon::Real>, neon::lookup<neon::Fixed>, neon::lookup_decode},
 };
 

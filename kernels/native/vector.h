@@ -229,6 +229,33 @@ INLINE float total_of(const F16& v) {
 #endif
 }
 
+// Sixteen floats rounded to bfloat16, ties to even; what is not a number stays so.
+INLINE void to_bfloats(const float* from, uint16_t* to) {
+#if defined(__AVX512F__)
+    const __m512 value = _mm512_loadu_ps(from);
+    const __m512i bits = _mm512_castps_si512(value), high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __mmask16 none = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, none, high, _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
+#elif defined(__AVX2__)
+    __m256i half[2];
+    for (int i = 0; i < 2; ++i) {
+        const __m256 value = _mm256_loadu_ps(from + 8 * i);
+        const __m256i bits = _mm256_castps_si256(value), high = _mm256_srli_epi32(bits, 16);
+        const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+        const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        const __m256i none = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+        half[i] = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_or_si256(high, _mm256_set1_epi32(0x40)), none);
+    }
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), both);
+#else
+    for (int lane = 0; lane < 16; ++lane) to[lane] = float_to_bfloat(from[lane]);
+#endif
+}
+
 // The first `count` of sixteen floats, rounded to `type`.
 INLINE void store_floats(void* to, int64_t index, int32_t type, const float* from, int count) {
     if (type == kFloat32) {
@@ -246,9 +273,14 @@ INLINE void store_floats(void* to, int64_t index, int32_t type, const float* fro
         for (int lane = 0; lane < 16; ++lane) raw[lane] = float_to_half(from[lane]);
 #endif
     } else {
-        for (int lane = 0; lane < 16; ++lane) raw[lane] = float_to_bfloat(from[lane]);
+        to_bfloats(from, raw);
     }
-    memcpy(static_cast<char*>(to) + 2 * index, raw, 2 * static_cast<size_t>(count));
+    char* at = static_cast<char*>(to) + 2 * index;
+    if (count == 16) {
+        memcpy(at, raw, sizeof raw);  // of a size known here: no call
+    } else {
+        memcpy(at, raw, 2 * static_cast<size_t>(count));
+    }
 }
 
 // Reads a multiple of 256 bytes as fast as memory gives them; what comes back depends on every byte.
