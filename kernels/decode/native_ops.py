@@ -116,7 +116,7 @@ def attend_arguments(
         out.data_ptr(),
         *(B, H, J, keys.shape[2], D, E, window),
         scale,
-        *(TYPES[q.dtype], int(cos is not None and cos.shape[0] > 1), torch.get_num_threads()),
+        *(TYPES[q.dtype], int(cos is not None and cos.shape[0] > 1), library.threads()),
     )
 
 
@@ -158,7 +158,7 @@ def norm_arguments(
         y.data_ptr(),
         *(a.numel() // size, size),
         eps,
-        *(TYPES[a.dtype], int(round_first), torch.get_num_threads()),
+        *(TYPES[a.dtype], int(round_first), library.threads()),
     )
 
 
@@ -201,7 +201,7 @@ def gate_arguments(g: Tensor, u: Tensor, act: str, y: Tensor) -> ctypes.Structur
     strides = _row_stride(g), _row_stride(u)
     if act != "silu" or g.shape != u.shape or g.dtype != u.dtype or g.dtype not in TYPES or None in strides:
         return None
-    return _Gate(g.data_ptr(), u.data_ptr(), y.data_ptr(), rows, size, *strides, TYPES[g.dtype], torch.get_num_threads())
+    return _Gate(g.data_ptr(), u.data_ptr(), y.data_ptr(), rows, size, *strides, TYPES[g.dtype], library.threads())
 
 
 def _row_stride(x: Tensor) -> int | None:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -64,7 +63,7 @@ def _in_place_of(plain: Attention) -> Attention:
     ) -> tuple[Tensor, Tensor | None]:
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        strange = [name for name, found in options.items() if name not in IGNORED and found not in (None, False)]
+        strange = [name for name, found in options.items() if name not in IGNORED and found is not None and found is not False]
         usual = attention_mask is None and causal and not options.get("dropout") and not strange
         if not usual or not fits(query, key, value):
             return plain(module, query, key, value, attention_mask, **options)
@@ -80,7 +79,8 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
         return False
     B, H, T, D = q.shape
     J, E = k.shape[1], v.shape[3]
-    alike = q.dtype in library.TYPES and all(x.dtype == q.dtype and x.device.type == "cpu" and x.stride(3) == 1 for x in (q, k, v))
+    on_cpu = all(x.device.type == "cpu" and x.stride(3) == 1 for x in (q, k, v))
+    alike = on_cpu and q.dtype in library.TYPES and q.dtype == k.dtype == v.dtype
     shapes = k.shape == (B, J, T, D) and v.shape == (B, J, T, E)
     return alike and shapes and H % J == 0 and max(D, E) <= LARGEST_HEAD and q.numel() > 0
 
@@ -97,7 +97,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         *(B, H, J, T, D, E),
         scale,
         library.TYPES[q.dtype],
-        torch.get_num_threads(),
+        library.threads(),
     )
     library.check(library.library().aerogel_native_prompt(ctypes.byref(arguments)), f"attention of {T} tokens")
     return out

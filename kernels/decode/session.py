@@ -18,13 +18,14 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from aerogel.kernels.ahead import compile_ahead
 from aerogel.kernels.decode import ops
@@ -39,6 +40,7 @@ from aerogel.kernels.decode.slots import Mode, SlotCache, State
 from aerogel.kernels.decode.trace import CannotTrace, Program, clean, trace
 from aerogel.kernels.embedding import PackedEmbedding
 from aerogel.kernels.linear import Linear
+from aerogel.kernels.native import library
 from aerogel.lazy import load
 
 Way = Literal["fused", "masked", "plain"]
@@ -74,6 +76,7 @@ class Session:
         self._program: Any = None
         self._compiled: set[int] = set()
         self._parts: Parts | None = None
+        self._dense: tuple[bool, bool] | None = None
         self._graphs: dict[Sampling, tuple[torch.cuda.CUDAGraph, torch.Generator]] = {}
         self._generator = torch.Generator(model.device)
 
@@ -87,8 +90,19 @@ class Session:
         positions = (valid_BT.long().cumsum(-1) - 1).clamp_min(0)
         if self._parts is None:
             self._parts = parts_of(self.model) if ops.missing(self.model.device) is None else Parts()
-        with self._parts.replaced(), reading() if self.model.device.type == "cpu" else nullcontext():
+        on_cpu = self.model.device.type == "cpu"
+        with self._parts.replaced(), reading() if on_cpu else nullcontext(), self._pool(with_head=False):
             return self._forward(ids_BT, positions, valid_BT if padded else None, self.cache)
+
+    def _pool(self, with_head: bool) -> AbstractContextManager[None]:
+        """The compiled library's own threads where all products are its own; the head has but one row when a prompt is read."""
+        if self.model.device.type != "cpu":
+            return nullcontext()
+        if self._dense is None:
+            head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
+            dense = {module for module in self.model.modules() if isinstance(module, nn.Linear | Conv1D)}
+            self._dense = bool(dense - {head}), bool(dense)
+        return nullcontext() if self._dense[with_head] else library.own_pool()
 
     def _forward(self, ids: Tensor, positions: Tensor, valid: Tensor | None, cache: Any) -> Tensor:
         given: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
@@ -207,7 +221,8 @@ class Session:
     def _step(self, sampling: Sampling, generator: torch.Generator) -> Tensor:
         if self._program is None:
             raise RuntimeError("a session steps only after prepare() has found a way")
-        token_B1 = pick(self._program(*self._arguments()), sampling, generator)
+        with self._pool(with_head=True):
+            token_B1 = pick(self._program(*self._arguments()), sampling, generator)
         self.state.advance(token_B1)
         return self.state.token_B1
 

@@ -285,7 +285,7 @@ def structs(
         0 if bias_N is None else kinds[bias_N.dtype],
         numerics,
         path,
-        threads or torch.get_num_threads(),
+        threads or library.threads(),
     )
     return weight, call
 

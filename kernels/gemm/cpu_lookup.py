@@ -140,7 +140,7 @@ def decoded(x_MK: Tensor, layout: Layout, bias_N: Tensor | None, N: int, group: 
     for start in range(0, N, step):
         part = rows[: min(step, N - start)]
         status = library.library().aerogel_native_lookup_decode(
-            ctypes.byref(weight), start, len(part), torch.get_num_threads(), part.data_ptr(), part.nbytes
+            ctypes.byref(weight), start, len(part), library.threads(), part.data_ptr(), part.nbytes
         )
         library.check(status, f"a weight of tables [{N}, {K}]")
         bias = None if bias_N is None else bias_N[start : start + len(part)].float()
@@ -183,5 +183,5 @@ def call_of(
         0 if bias_N is None else kinds[bias_N.dtype],
         NUMERICS[numerics],
         path,
-        threads or torch.get_num_threads(),
+        threads or library.threads(),
     )

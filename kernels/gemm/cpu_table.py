@@ -57,7 +57,7 @@ def token_class(M: int) -> int:
 def key_of(numerics: int, bits: int, group: int, N: int, K: int, M: int) -> str:
     """`exact/4/g128/4096x14336/m1/t2`: arithmetic, width, group, shape, token class, torch's threads."""
     name = next(name for name, number in library.NUMERICS.items() if number == numerics)
-    return f"{name}/{bits}/g{group}/{N}x{K}/m{token_class(M)}/t{torch.get_num_threads()}"
+    return f"{name}/{bits}/g{group}/{N}x{K}/m{token_class(M)}/t{library.threads()}"
 
 
 def tuned_path() -> Path:
@@ -97,7 +97,7 @@ def choice_for(numerics: int, bits: int, group: int, N: int, K: int, M: int) -> 
 
 def candidates() -> list[Choice]:
     """Every path of this machine with 1, 2, 4, ... and all of torch's threads, what runs without a table first."""
-    most = torch.get_num_threads()
+    most = library.threads()
     counts = sorted({most, *(1 << power for power in range(most.bit_length()) if 1 << power <= most)}, reverse=True)
     names = [name for name in library.paths() if name != "portable"] or ["portable"]
     return [Choice(name, threads) for name in reversed(names) for threads in counts]

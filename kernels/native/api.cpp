@@ -159,6 +159,8 @@ int32_t aerogel_native_program(const Operation* operations, int64_t count, int64
     return kDone;
 }
 
+void aerogel_native_own_pool(int32_t own) { use_own_pool(own != 0); }
+
 void aerogel_native_use_team(void* team) { use_team(reinterpret_cast<Team>(team)); }
 
 double aerogel_native_read(const void* memory, int64_t bytes, int32_t threads) {

@@ -44,6 +44,9 @@ PUBLIC int32_t aerogel_native_gate(const aerogel::Gate* arguments);
 // not 0, and the number of operations done in `done`.
 PUBLIC int32_t aerogel_native_program(const aerogel::Operation* operations, int64_t count, int64_t* done);
 
+// See pool.h; for the calling thread.
+PUBLIC void aerogel_native_own_pool(int32_t own);
+
 // See pool.h: `team` is the address of GOMP_parallel, or null.
 PUBLIC void aerogel_native_use_team(void* team);
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -112,6 +115,7 @@ def _load() -> ctypes.CDLL | str:
     library.aerogel_native_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     library.aerogel_native_read.restype = ctypes.c_double
     library.aerogel_native_program.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    library.aerogel_native_own_pool.argtypes = [ctypes.c_int32]
     library.aerogel_native_use_team.argtypes = [ctypes.c_void_p]
     _borrow_threads(library)
     library.aerogel_native_built.restype = library.aerogel_native_able.restype = ctypes.c_uint32
@@ -130,6 +134,36 @@ def _borrow_threads(library: ctypes.CDLL) -> None:
         except (OSError, AttributeError):
             continue
         return
+
+
+_THREADS: ContextVar[int | None] = ContextVar("aerogel_threads", default=None)
+
+
+def threads() -> int:
+    """How many threads our loops run on: torch's number, also inside `own_pool`."""
+    return _THREADS.get() or torch.get_num_threads()
+
+
+@contextmanager
+def own_pool() -> Iterator[None]:
+    """Our loops inside run on our own threads, torch's operators on one.
+
+    For stretches where nearly all work is ours. Torch's threads wait for each other actively and as a whole: where the machine
+    is busy elsewhere, one of them that has lost its core holds up every operation for milliseconds; our pool goes on without.
+    """
+    count = threads()
+    if missing() is not None or count == 1:
+        yield
+        return
+    token = _THREADS.set(count)
+    torch.set_num_threads(1)
+    library().aerogel_native_own_pool(1)
+    try:
+        yield
+    finally:
+        library().aerogel_native_own_pool(0)
+        torch.set_num_threads(count)
+        _THREADS.reset(token)
 
 
 def missing() -> str | None:

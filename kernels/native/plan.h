@@ -161,20 +161,22 @@ struct Rounding {
 };
 
 inline Rounding rounding_of(const Plan& plan, int64_t token, int64_t first, int64_t count) {
-    float values[kTile], peaks[16] = {}, poison[16] = {};
+    float values[kTile], peaks[16];
+    F16 largest = zero_f(), poison = zero_f();
     for (int64_t i = 0; i < count; ++i) {
         read_tile(plan, token, (first + i) * kTile, values);
-        for (int64_t k = 0; k < kTile; ++k) {
-            const float size = __builtin_fabsf(values[k]);
-            peaks[k % 16] = size > peaks[k % 16] ? size : peaks[k % 16];
-            poison[k % 16] += values[k] * 0.0f;  // stays 0, unless something is infinite or not a number
+        for (int half = 0; half < 2; ++half) {
+            const F16 part = load<F16>(values + 16 * half);
+            largest = larger(magnitude(part), largest);
+            poison = multiply_add(part, zero_f(), poison);  // stays 0, unless something is infinite or not a number
         }
     }
+    store(peaks, largest);
     float peak = 0.0f;
     for (float each : peaks) peak = each > peak ? each : peak;
     // Anything smaller would make the inverse overflow; it rounds to 0 with scale 1.
     const float unit = peak > 1e-30f ? peak / 127.0f : 1.0f;
-    return {1.0f / unit, unit + lane_sum(load<F16>(poison))};
+    return {1.0f / unit, unit + lane_sum(poison)};
 }
 
 // The same, rounded to s * [-127, 127] with s = max|x| / 127 over the run, or over the token.

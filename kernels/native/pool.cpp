@@ -112,6 +112,7 @@ Pool* pool = nullptr;
 std::once_flag once;
 
 std::atomic<Team> borrowed{nullptr};
+thread_local bool own_pool = false;
 
 Pool* shared() {
     std::call_once(once, [] {
@@ -148,10 +149,12 @@ void use_team(Team team) {
     borrowed.store(team);
 }
 
+void use_own_pool(bool own) { own_pool = own; }
+
 void parallel(int64_t pieces, int threads, Body body, void* context) {
     if (threads > kMostThreads) threads = kMostThreads;
     if (threads > pieces) threads = static_cast<int>(pieces);
-    if (const Team team = threads > 1 ? borrowed.load() : nullptr) {
+    if (const Team team = threads > 1 && !own_pool ? borrowed.load() : nullptr) {
         Shared loop{body, context, pieces};
         team(Shared::work, &loop, static_cast<unsigned>(threads), 0);
         return;

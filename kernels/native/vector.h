@@ -108,6 +108,20 @@ INLINE F16 multiply_add(const F16& a, const F16& b, const F16& c) {
     return v;
 }
 
+// |a|; and the larger of two numbers, b where a is not a number.
+INLINE F16 magnitude(const F16& a) {
+    F16 v;
+    unroll<kParts>([&](auto p) ALWAYS {
+        v.part[p] = reinterpret_cast<NativeF>(reinterpret_cast<const NativeU&>(a.part[p]) & 0x7fffffffu);
+    });
+    return v;
+}
+INLINE F16 larger(const F16& a, const F16& b) {
+    F16 v;
+    unroll<kParts>([&](auto p) ALWAYS { v.part[p] = a.part[p] > b.part[p] ? a.part[p] : b.part[p]; });
+    return v;
+}
+
 INLINE F16 to_float(const I16& a) {
     F16 v;
     unroll<kParts>([&](auto p) ALWAYS { v.part[p] = __builtin_convertvector(a.part[p], NativeF); });
