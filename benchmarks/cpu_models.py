@@ -1,15 +1,17 @@
 """Whole models on a CPU: our decode loop beside llama.cpp, in one run.
 
     python benchmarks/cpu_models.py --ours w4=DIR w4-int8=DIR+int8 dense=DIR --gguf Q4_0=FILE Q4_1=FILE --peer-python PYTHON
-    python benchmarks/cpu_models.py --ours w4=random:4 w2=random:2 --gguf Q4_0=random.gguf ... --prompt 32 --rounds 3
+    python benchmarks/cpu_models.py --ours w4=DIR w2=DIR --gguf Q4_0=random.gguf ... --prompt 32 --rounds 3
     python benchmarks/cpu_models.py --write-gguf random.gguf          random weights of TinyLlama's shape in Q4_0
+    python benchmarks/cpu_models.py --write-checkpoint DIR --bits 4   the same shape (1.1 billion), native, with an 8-bit head
 
-A contender of --ours is a checkpoint in bfloat16, or `random:BITS`, TinyLlama's shape (1.1 billion) with random packed
-weights in groups of 64 and an 8-bit head; `+int8` rounds activations to int8, as llama.cpp always does. Every contender lives
-in a process of its own and is stopped while others run; in a round each takes one turn: a prompt, then new tokens one at a
-time, always the likeliest. Given are medians of tokens per second (`prefill`, `decode`), the resident memory after a turn, and
-ratios of medians. llama.cpp runs in --peer-python (llama-cpp-python, compiled for the machine) through its C interface, with
-the same numbers of tokens and threads and `use_extra_bufts = False`: its repacking for AMX has crashed with such weights.
+A contender of --ours is a checkpoint, run in bfloat16; `+int8` rounds activations to int8, as llama.cpp always does. Every
+contender lives in a process of its own and is stopped while others run; in a round each takes one turn: a prompt, then new
+tokens one at a time, always the likeliest. Given are medians of tokens per second (`prefill`, `decode`), resident memory with
+everything imported (`imports`) and after a turn, and ratios of medians. --without hides modules from our processes: triton,
+which torch's builds for CPUs do not bring, takes 76 MB where it is installed. llama.cpp runs in --peer-python
+(llama-cpp-python, compiled for the machine) through its C interface, with the same numbers of tokens and threads and
+`use_extra_bufts = False`: its repacking for AMX has crashed with such weights.
 """
 
 from __future__ import annotations
@@ -39,20 +41,12 @@ def resident() -> int:
 
 def our_model(spec: str) -> Any:
     import torch
-    from transformers import LlamaConfig
 
     from aerogel.kernels.linear import round_activations
     from aerogel.model.loading import load
 
     place, _, activations = spec.partition("+")
-    if place.startswith("random:"):
-        sys.path.insert(0, str(HERE))
-        from decode import packed
-
-        config = LlamaConfig(**TINYLLAMA, max_position_embeddings=2048, tie_word_embeddings=False, eos_token_id=None)
-        model: Any = packed(config, "cpu", int(place.partition(":")[2]), 64, 8)
-    else:
-        model = load(place, dtype=torch.bfloat16, merge=True)
+    model: Any = load(place, dtype=torch.bfloat16, merge=True)
     if activations == "int8":
         round_activations(model)
     return model
@@ -61,12 +55,13 @@ def our_model(spec: str) -> Any:
 def ours(spec: str, threads: int, prompt: int, new: int) -> Iterator[dict[str, Any]]:
     """First what was loaded, then one turn after the other."""
     import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401  (the import is no part of a load)
 
     from aerogel.eval.decode import facts
     from aerogel.kernels.decode.loop import Decoder
 
     torch.set_num_threads(threads)
-    start = time.perf_counter()
+    imports, start = resident(), time.perf_counter()
     model = our_model(spec)
     seconds = time.perf_counter() - start
     decoder = Decoder(model)
@@ -74,7 +69,7 @@ def ours(spec: str, threads: int, prompt: int, new: int) -> Iterator[dict[str, A
     held = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
     for _ in decoder.stream([ids[:8]], 4):
         pass
-    yield {"load_seconds": seconds, "bytes": sum(held.values()), "ran": facts(decoder)}
+    yield {"load_seconds": seconds, "imports": imports, "bytes": sum(held.values()), "ran": facts(decoder)}
     while True:
         start = first = time.perf_counter()
         for number, _ in enumerate(decoder.stream([ids], new + 1)):
@@ -118,6 +113,22 @@ def theirs(path: str, threads: int, prompt: int, new: int) -> Iterator[dict[str,
         yield {"prefill": prompt / (first - start), "decode": new / (time.perf_counter() - first), "resident": resident()}
 
 
+def write_checkpoint(folder: Path, bits: int) -> None:
+    """The same shape as a native checkpoint: random codes in groups of 64, an 8-bit head."""
+    sys.path.insert(0, str(HERE))
+    import torch
+    from load import make
+
+    from aerogel.pack.export import export_layout
+    from aerogel.quantize.grids import IntGrid
+
+    size, inner, layers, heads, shared, vocab = TINYLLAMA.values()
+    shape = {"hidden": size, "inner": inner, "blocks": layers, "heads": heads, "key_heads": shared, "vocabulary": vocab}
+    portable = folder.with_name(folder.name + "-portable")
+    make(portable, shape | {"head": size // heads}, "cpu", IntGrid(bits=bits, group_size=64, scale_dtype=torch.bfloat16))
+    export_layout(portable, folder, "native-cpu")
+
+
 def serve(kind: str, spec: str, threads: int, prompt: int, new: int) -> None:
     """A contender: one line of JSON for each line that comes in."""
     out = os.fdopen(os.dup(1), "w")
@@ -144,6 +155,7 @@ class Contender:
             given.prompt,
             "--new",
             given.new,
+            *(["--without", *given.without] if kind == "ours" and given.without else []),
         ]
         quiet = None if given.verbose else subprocess.DEVNULL
         self.process = subprocess.Popen(
@@ -258,17 +270,24 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path)
     parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--without", nargs="*", default=[], metavar="MODULE", help="modules that our processes do not find")
     parser.add_argument("--write-gguf", type=Path)
+    parser.add_argument("--write-checkpoint", type=Path)
+    parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--requantize", type=Path, nargs=2, metavar=("GGUF", "TO"), help="run with --peer-python's Python")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.write_gguf:
         write_gguf(given.write_gguf)
         return 0
+    if given.write_checkpoint:
+        write_checkpoint(given.write_checkpoint, given.bits)
+        return 0
     if given.requantize:
         requantize(*given.requantize)
         return 0
     if given.serve:
+        sys.modules.update(dict.fromkeys(given.without))  # type: ignore[arg-type]
         serve(*given.serve, given.threads, given.prompt, given.new)
         return 0
     from aerogel.eval.machine import machine, versions
@@ -277,7 +296,8 @@ def main() -> int:
     for name, row in rows.items():
         short = {key: round(row[key], 2) for key in ("prefill", "decode", "load_seconds")}
         over = {key: {p: round(r, 2) for p, r in row[key].items()} for key in row if key.endswith("_over")}
-        sys.stdout.write(f"{name:16} {short} {row['resident'] / 1e6:.0f} MB of {row['bytes'] / 1e6:.0f} {over}\n")
+        held = f"{row['resident'] / 1e6:.0f} MB, {row.get('imports', 0) / 1e6:.0f} before, of {row['bytes'] / 1e6:.0f}"
+        sys.stdout.write(f"{name:16} {short} {held} {over}\n")
     if given.out:
         report = {
             "command": " ".join(["benchmarks/cpu_models.py", *sys.argv[1:]]),

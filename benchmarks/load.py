@@ -88,10 +88,10 @@ def main() -> None:
     print({key: value for key, value in result.items() if key not in ("loads", "machine", "versions")})
 
 
-def make(folder: Path, shape: dict[str, int], device: str) -> None:
-    """A random packed Llama in the portable layout, one file per block. Any bits are valid codes."""
+def make(folder: Path, shape: dict[str, int], device: str, grid: IntGrid = W4) -> None:
+    """A random packed Llama in the portable layout, one file per block, its linears on `grid`. Any bits are valid codes."""
     folder.mkdir(parents=True)
-    hidden, inner, key = shape["hidden"], shape["inner"], shape["key_heads"] * HEAD
+    hidden, inner, key = shape["hidden"], shape["inner"], shape["key_heads"] * shape.get("head", HEAD)
     random = torch.Generator(device).manual_seed(0)
     weight_map: dict[str, str] = {}
     names: list[tuple[str, Any, Any]] = []
@@ -126,7 +126,7 @@ def make(folder: Path, shape: dict[str, int], device: str) -> None:
         sizes |= {"mlp.down_proj": (hidden, inner)}
         tensors = {f"{p}input_layernorm.weight": norm, f"{p}post_attention_layernorm.weight": norm}
         for name, (N, K) in sizes.items():
-            tensors |= packed(p + name, W4, N, K)
+            tensors |= packed(p + name, grid, N, K)
         shard(f"model-{i + 1:05d}.safetensors", tensors)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))})
     write_json(folder / "config.json", config(shape) | {"quantization_config": quantization_config(names)})
@@ -141,7 +141,7 @@ def config(shape: dict[str, int]) -> dict[str, Any]:
         "intermediate_size": shape["inner"],
         "num_attention_heads": shape["heads"],
         "num_key_value_heads": shape["key_heads"],
-        "head_dim": HEAD,
+        "head_dim": shape.get("head", HEAD),
         "num_hidden_layers": shape["blocks"],
         "vocab_size": shape["vocabulary"],
         "tie_word_embeddings": False,

@@ -30,6 +30,7 @@ from aerogel.errors import BadInput
 from aerogel.kernels.decode.merge import merge as merge_linears
 from aerogel.kernels.decode.merge import merging
 from aerogel.model.quantizer import first_line, register
+from aerogel.model.trim import trim
 from aerogel.pack.planes import narrowed
 
 __all__ = ["at_bits", "load", "register"]
@@ -97,4 +98,5 @@ def load(
     found: PreTrainedModel = model
     if merge:
         merge_linears(found)  # dense ones; the packed ones were merged on their way into their layout
+    trim()  # a weight that was brought into another layout has left its old memory behind
     return found

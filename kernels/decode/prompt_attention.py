@@ -54,7 +54,7 @@ def reading() -> Iterator[None]:
         if overridden:
             ALL_ATTENTION_FUNCTIONS[NAME] = plain
         else:
-            del ALL_ATTENTION_FUNCTIONS[NAME]
+            ALL_ATTENTION_FUNCTIONS._local_mapping.pop(NAME)
 
 
 def _in_place_of(plain: Attention) -> Attention:
