@@ -22,7 +22,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow-test gpu-test gpu-sanitize peer-test native native-sanitize native-aarch64 check bench install clean
+.PHONY: help demo test slow-test gpu-test gpu-sanitize peer-test native native-sanitize native-amx native-aarch64 check bench install clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -70,6 +70,11 @@ native-sanitize: .venv/.tools ## the tests of the CPU kernels under the address,
 	g++ -std=c++17 -O1 -g1 -fsanitize=thread -o build/threads/selftest tests/kernels/native_selftest.cpp \
 	  -Lbuild/threads -laerogel_native -Wl,-rpath,'$$ORIGIN' -lpthread
 	TSAN_OPTIONS=halt_on_error=1 build/threads/selftest
+
+native-amx: .venv/.tools ## the tests of the CPU kernels with AMX's tile instructions emulated; needs AVX-512 with bfloat16
+	$(PYTHON) kernels/native/build.py build/amx/libaerogel_native.so --emulate-tiles
+	$(OFFLINE) OMP_NUM_THREADS=1 AEROGEL_NATIVE_LIBRARY=$(CURDIR)/build/amx/libaerogel_native.so \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py
 
 # Needs g++-aarch64-linux-gnu and qemu-user.
 native-aarch64: ## the CPU kernels for AArch64, cross compiled and checked under an emulator

@@ -7,6 +7,7 @@ not built. `AEROGEL_NATIVE=0` builds nothing, `CXX` names another compiler.
     python kernels/native/build.py                  the library beside this file, for a checkout that is not installed
     python kernels/native/build.py OUT --sanitize   with AddressSanitizer and UndefinedBehaviorSanitizer
     python kernels/native/build.py OUT --sanitize-threads   with ThreadSanitizer
+    python kernels/native/build.py OUT --emulate-tiles      with functions in the place of AMX's instructions
     python kernels/native/build.py OUT --machine aarch64    with a cross compiler named by CXX
 """
 
@@ -38,6 +39,7 @@ UNITS: dict[str, dict[str, tuple[str, ...]]] = {
         "avxvnni": (*_AVX2, "-mavxvnni"),
         "avx512": _AVX512,
         "avx512bf16": (*_AVX512, "-mavx512bf16"),
+        "amx": (*_AVX512, "-mamx-tile", "-mamx-int8"),
     },
     "aarch64": {"neon": ("-march=armv8.2-a+dotprod+fp16",)},
 }
@@ -58,17 +60,21 @@ def compiler() -> str:
     raise BuildError(f"no C++ compiler found (looked for {wanted or 'g++, clang++, c++'}); install one, or set CXX")
 
 
-def build(out: Path = FOLDER / LIBRARY, *, sanitize: str = "", machine: str | None = None) -> list[str]:
+def build(
+    out: Path = FOLDER / LIBRARY, *, sanitize: str = "", machine: str | None = None, emulate_tiles: bool = False
+) -> list[str]:
     """Writes the library to `out` and returns the names of the units that the compiler could not build.
 
     sanitize: what `-fsanitize` is given, a value of `SANITIZERS`; nothing for the library that is used.
     machine: the architecture, this machine's unless given.
+    emulate_tiles: AMX's instructions are done in memory, so that its path runs on any machine with AVX-512.
 
     Raises:
         BuildError: no compiler, or a part that every machine needs did not compile.
     """
     found, machine = compiler(), machine or platform.machine()
     flags = (*COMMON, *((f"-fsanitize={sanitize}", *SANITIZE) if sanitize else ()))
+    flags += ("-DAEROGEL_EMULATE_TILES",) if emulate_tiles else ()
     units = UNITS.get(machine, {})
     usable = {name: more for name, more in units.items() if _knows(found, more)}
     defines = tuple(f"-DHAVE_{name.upper()}" for name in usable)
@@ -112,7 +118,7 @@ def main(arguments: list[str]) -> int:
     out = Path(places[0]) if places else FOLDER / LIBRARY
     sanitize = next((value for flag, value in SANITIZERS.items() if flag in arguments), "")
     try:
-        missing = build(out, sanitize=sanitize, machine=machine)
+        missing = build(out, sanitize=sanitize, machine=machine, emulate_tiles="--emulate-tiles" in arguments)
     except BuildError as error:
         sys.stderr.write(f"error: {error}\n")
         return 3

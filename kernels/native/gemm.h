@@ -4,6 +4,9 @@
 // bit. Rows of a block: the smallest compiled size that holds them all, else panels (see kernel.h).
 #pragma once
 #include "kernel.h"
+#if defined(AEROGEL_TILES)
+#include "amx.h"
+#endif
 #include "pool.h"
 #include "scratch.h"
 
@@ -37,6 +40,7 @@ constexpr bool paired(int bits) { return tuned(bits) && bits <= 4; }
 constexpr int strips_for(int rows) {
     return kNative == 16 ? (rows <= 2 ? 4 : rows <= 8 ? 2 : 1) : kNative == 8 && rows == 1 ? 2 : 1;
 }
+constexpr int kTileRows = 16;             // of a block on tiles (amx.h)
 constexpr int64_t kBlockTiles = 8;      // of a decoded panel: 256 columns, which stay in the first-level cache
 constexpr int64_t kPassRows = 528;      // whose totals stay in the second-level cache
 constexpr int64_t kSmall = 48 * 1024;   // bytes of codes below which waking a second thread costs more than it saves
@@ -90,12 +94,21 @@ void panels(const Plan& plan, int64_t start, int64_t stop, int64_t first, int64_
     const int64_t whole = plan.segment_tiles ? plan.segment_tiles : 1, step = kBlockTiles / whole * whole;
     const int64_t block_size = R * M * kStrip, strip_size = count * block_size;
     memset(totals, 0, sizeof(float) * static_cast<size_t>(ceil_div(stop - start, R) * strip_size));
+#if defined(AEROGEL_TILES)
+    if constexpr (P::kTiles) tiles_begin();
+#endif
     for (int64_t tile = 0; tile < plan.tiles; tile += step) {
         const int64_t tiles = plan.tiles - tile < step ? plan.tiles - tile : step;
         for (int64_t strip = start; strip < stop; strip += R) {
             decode<P, BITS, R>(plan, strip, tile, tiles, operands, begin);
             float* to = totals + (strip - start) / R * strip_size;
             for (int64_t block = 0; block < count; ++block, to += block_size) {
+#if defined(AEROGEL_TILES)
+                if constexpr (P::kTiles) {
+                    tile_panel<P, R>(plan, operands, strip, tile, tiles, first + block, to);
+                    continue;
+                }
+#endif
                 if (plan.segment_tiles) {
                     panel<P, kRange, R, M, false>(plan, operands, begin, strip, tile, tiles, first + block, kBias, to);
                 } else {
@@ -104,6 +117,9 @@ void panels(const Plan& plan, int64_t start, int64_t stop, int64_t first, int64_
             }
         }
     }
+#if defined(AEROGEL_TILES)
+    if constexpr (P::kTiles) tiles_end();
+#endif
     for (int64_t strip = start; strip < stop; ++strip) {
         const float* from = totals + (strip - start) / R * strip_size + (strip - start) % R * kStrip;
         for (int64_t block = 0; block < count; ++block) finish(plan, strip, first + block, from + block * block_size, R * kStrip);
@@ -135,7 +151,9 @@ Status many(const Plan& plan) {
 
 template <class P, int BITS>
 Status multiply(const Plan& plan) {
-    if constexpr (P::kOnlyOneRow) {
+    if constexpr (P::kTiles) {
+        return many<P, BITS, 4, kTileRows>(plan);
+    } else if constexpr (P::kOnlyOneRow) {
         if constexpr (paired(BITS)) few<P, BITS, 1>(plan);
     } else if (!plan.few) {
         if (plan.block_rows == 1) return many<P, BITS, kThinStrips, 1>(plan);
@@ -157,8 +175,8 @@ template <class P>
 void choose_blocks(Plan& plan) {
     constexpr bool kMoves[] = {P::template moves<1>(), P::template moves<8>()};
     const int64_t rows = plan.call->tokens * plan.terms;
-    plan.few = rows <= most_rows<P>() && tuned(plan.weight->bits) && plan.segment_tiles > 0;
-    plan.block_rows = rows == 1 ? 1 : kPanelRows;
+    plan.few = !P::kTiles && rows <= most_rows<P>() && tuned(plan.weight->bits) && plan.segment_tiles > 0;
+    plan.block_rows = P::kTiles ? kTileRows : rows == 1 ? 1 : kPanelRows;
     if (plan.few) {
         for (plan.block_rows = 1; plan.block_rows < rows;) plan.block_rows *= 2;
     }

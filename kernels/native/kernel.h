@@ -127,8 +127,8 @@ INLINE U16 byte_offsets(const Plan& plan, int64_t strip, int64_t group, int bias
     return load<U16>(bytes);
 }
 
-// Operands of tiles first .. first + count - 1 of R strips: [tile][step][operand][strip]. Where activations are moved, codes
-// become signed, and `begin` [segment][strip] gets what the sums of each segment begin with.
+// Operands of tiles first .. first + count - 1 of R strips: [tile][step][operand][strip], signed codes where the arithmetic wants
+// them. Where activations are moved, `begin` [segment][strip] gets what the sums of each segment begin with.
 template <class P, int BITS, int R>
 void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count, uint8_t* to, I16* begin) {
     constexpr bool kMoves = P::template moves<BITS>();
@@ -142,12 +142,14 @@ void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count,
             unroll<8>([&](auto step) ALWAYS {
                 typename P::Operand w[P::kOperands];
                 P::template weights<BITS, step>(codes, w);
-                if constexpr (kMoves) {
+                if constexpr (P::template signed_codes<BITS>()) {
                     const int64_t segment = plan.segment_tiles ? tile / plan.segment_tiles : 2 * tile + step / 4;
                     if constexpr (step % 4 == 0) offsets = byte_offsets(plan, strip, plan.group_of(segment), P::template bias<BITS>());
                     w[0] = P::less(w[0], offsets);
-                    I16& sum = begin[(segment - first_segment) * R + r];
-                    sum = P::less_moved(sum, w[0]);
+                    if constexpr (kMoves) {
+                        I16& sum = begin[(segment - first_segment) * R + r];
+                        sum = P::less_moved(sum, w[0]);
+                    }
                 }
                 unroll<P::kOperands>([&](auto o) ALWAYS { store(to + ((step * P::kOperands + o) * R + r) * kVector, w[o]); });
             });

@@ -32,7 +32,7 @@ struct Exact {
     using Accumulator = F16;
     using Operand = U16;
     static constexpr int kOperands = 2, kWordBytes = 4, kLongestSegment = 256;
-    static constexpr bool kTerms = true, kOnlyOneRow = false;
+    static constexpr bool kTerms = true, kOnlyOneRow = false, kTiles = false;
     // A table of 32 entries: the index is five bits, and codes of fewer bits repeat in it.
     template <int BITS>
     static constexpr bool kTable = BITS <= 5;
@@ -96,6 +96,10 @@ struct Exact {
     static constexpr bool moves() {
         return false;
     }
+    template <int BITS>
+    static constexpr bool signed_codes() {
+        return false;
+    }
     static INLINE Accumulator none() { return zero_f(); }
     static INLINE F16 value(const Accumulator& sum) { return sum; }
 };
@@ -106,7 +110,7 @@ struct Exact {
     using Accumulator = F16;
     using Operand = F16;
     static constexpr int kOperands = 4, kWordBytes = 4, kLongestSegment = 256;
-    static constexpr bool kTerms = false, kOnlyOneRow = false;
+    static constexpr bool kTerms = false, kOnlyOneRow = false, kTiles = false;
     template <int BITS>
     static constexpr int bias() {
         return 1 << (BITS - 1);
@@ -133,6 +137,10 @@ struct Exact {
     static constexpr bool moves() {
         return false;
     }
+    template <int BITS>
+    static constexpr bool signed_codes() {
+        return false;
+    }
     static INLINE Accumulator none() { return zero_f(); }
     static INLINE F16 value(const Accumulator& sum) { return sum; }
 };
@@ -151,7 +159,7 @@ struct Int8 {
     static constexpr bool kPairs = false, kSigned = false;
 #endif
     static constexpr int kOperands = 1, kWordBytes = 4, kLongestSegment = 128;
-    static constexpr bool kTerms = false, kOnlyOneRow = false;
+    static constexpr bool kTerms = false, kOnlyOneRow = false, kTiles = false;
     // The product of bytes has one unsigned side. Few rows give it to the codes: u x, less the offset times the sum of x, once
     // for every segment and row. A decoded panel is read by many rows, so there the codes are signed, zero point and all, and
     // the activations have 128 added: what that adds, 128 times the sum of a segment's codes, is where its sums begin.
@@ -162,6 +170,11 @@ struct Int8 {
 #else
         return false;
 #endif
+    }
+    // Whether a decoded panel holds q - z.
+    template <int BITS>
+    static constexpr bool signed_codes() {
+        return moves<BITS>();
     }
     template <int BITS>
     static constexpr int bias() {
@@ -251,6 +264,21 @@ private:
 #endif
     }
 };
+
+#if defined(AEROGEL_TILES)
+// The same on tiles (amx.h), whose products are of signed bytes on both sides.
+struct Tiles : Int8 {
+    static constexpr bool kTiles = true;
+    template <int BITS>
+    static constexpr bool moves() {
+        return false;
+    }
+    template <int BITS>
+    static constexpr bool signed_codes() {
+        return true;
+    }
+};
+#endif
 
 }  // namespace UNIT
 }  // namespace aerogel

@@ -21,7 +21,7 @@ struct Pairs {
     };
     using Operand = Accumulator;
     static constexpr int kOperands = 2, kWordBytes = 8, kLongestSegment = 256;
-    static constexpr bool kTerms = false, kOnlyOneRow = true;
+    static constexpr bool kTerms = false, kOnlyOneRow = true, kTiles = false;
     template <int BITS>
     static constexpr int bias() {
         return 0;
@@ -29,6 +29,10 @@ struct Pairs {
     template <int BITS>
     static constexpr Range range() {
         return kBytes;
+    }
+    template <int BITS>
+    static constexpr bool moves() {
+        return false;
     }
 
     // Byte BYTE of q as bfloat16 for the codes 0 .. 2^BITS - 1, repeated to 16.

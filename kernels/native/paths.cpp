@@ -5,6 +5,11 @@
 #if defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace aerogel {
 
@@ -25,6 +30,24 @@ namespace {
 
 PathEntry table[kPaths];
 
+#if defined(__x86_64__) && defined(HAVE_AMX)
+// Whether tiles of bytes may be used: the processor has them, and Linux gives this process the memory to save them in, which
+// must be asked for.
+bool may_use_tiles() {
+#if defined(AEROGEL_EMULATE_TILES)
+    return true;
+#elif defined(__linux__)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned kTiles = 1u << 24, kBytes = 1u << 25;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTiles) == 0 || (d & kBytes) == 0) return false;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 bool fill() {
     table[kPortable] = {exact_portable, int8_portable, true, step_portable};
 #if defined(__x86_64__)
@@ -44,6 +67,9 @@ bool fill() {
     table[kAvx512] = {exact_avx512, int8_avx512, avx512, step_avx512};
 #if defined(HAVE_AVX512BF16)
     table[kAvx512Bf16] = {exact_avx512bf16, int8_avx512, avx512 && __builtin_cpu_supports("avx512bf16"), step_avx512};
+#if defined(HAVE_AMX)
+    table[kAmx] = {exact_avx512bf16, int8_amx, table[kAvx512Bf16].able && may_use_tiles(), step_avx512};
+#endif
 #endif
 #endif
 #elif defined(__aarch64__) && defined(HAVE_NEON)
