@@ -4,9 +4,9 @@
         [--jobs 8] [--only WORD ...] [--seconds 240] [--samples 128] [--windows 40]
 
 IDS.safetensors holds `calibration` [rows, length] and `evaluation` [windows, length] token ids. Each format is quantized by
-GPTQ with this package's defaults and its error feedback from layer to layer (`gptaq`, as recipe w4 has it), 128 x 512
-calibration tokens, scales as float16 unless the format says; then KL(dense || compressed) in float32 on the evaluation
-ids, per token with the standard error over windows.
+GPTQ with this package's defaults and its error feedback from layer to layer (`gptaq`, as recipe w4 has it; not where the
+name says `plain`), or rounded to nearest (`rtn`), on 128 x 512 calibration tokens, scales as float16 unless the format says.
+Then KL(dense || compressed) in float32 on the evaluation ids, per token with the standard error over windows.
 
 A solve is bound by the launches of small operations, not by the device, so `--jobs` processes share the device and each
 takes the next format. Rows are written as they come; a format that fails is written under `failed` with its reason and the
@@ -47,6 +47,8 @@ from aerogel.pack.export import export_dense
 
 INT4 = {"bits": 4, "group_size": 64}
 INT3 = {"bits": 3, "group_size": 72, "symmetric": False}
+PLAIN = {"gptaq": False, "gptaq_experts": "error"}
+OUTLIERS = {"outliers": "sensitivity", "outlier_share": 0.005}
 FORMATS: dict[str, dict[str, Any]] = {
     "int4 symmetric g64": INT4,
     "nf4 g64": {"format": "nf4", "group_size": 64},
@@ -54,6 +56,8 @@ FORMATS: dict[str, dict[str, Any]] = {
     "bitmod3 g72": {"format": "bitmod", "bits": 3, "group_size": 72},
     "int4 symmetric g64, 9.9 % rows at 8": {**INT4, "rows": "loss", "row_share": 0.099, "row_bits": 8},
     "int4 symmetric g64, 18.8 % rows at 6": {**INT4, "rows": "loss", "row_share": 0.188, "row_bits": 6},
+    "int4 symmetric g64, 2 % rows at 8": {**INT4, "rows": "loss", "row_share": 0.02, "row_bits": 8},
+    "int4 symmetric g64, 5 % rows at 6": {**INT4, "rows": "loss", "row_share": 0.05, "row_bits": 6},
     "bitmod3 e4m3 scales g40": {"format": "bitmod", "bits": 3, "group_size": 40, "scale_dtype": "e4m3"},
     "kmeans4 per row": {"format": "kmeans", "bits": 4},
     "kmeans4 per row, fisher": {"format": "kmeans", "bits": 4, "clip": "fisher"},
@@ -76,16 +80,24 @@ FORMATS: dict[str, dict[str, Any]] = {
     "kmeans3 per row, fisher": {"format": "kmeans", "bits": 3, "clip": "fisher"},
     "kmeans4 per row, fisher, rtn": {"method": "rtn", "format": "kmeans", "bits": 4, "clip": "fisher"},
     "kmeans4 per row, rtn": {"method": "rtn", "format": "kmeans", "bits": 4},
-    "nf4 g64 rtn": {"method": "rtn", "format": "nf4", "group_size": 64},
-    "int4 symmetric g64 rtn": {"method": "rtn", **INT4},
-    "int4 symmetric g64 rtn, 9.9 % rows at 8": {"method": "rtn", **INT4, "rows": "loss", "row_share": 0.099},
+    "nf4 g64, rtn": {"method": "rtn", "format": "nf4", "group_size": 64},
+    "int4 symmetric g64, rtn": {"method": "rtn", **INT4},
+    "int4 symmetric g64, rtn, 9.9 % rows at 8": {"method": "rtn", **INT4, "rows": "loss", "row_share": 0.099},
     "fp5 e2m2 g64": {"format": "float", "kind": "e2m2", "group_size": 64},
     "fp6 e2m3 per channel": {"format": "float", "kind": "e2m3"},
-    "fp6 e3m2 per channel": {"format": "float", "kind": "e3m2"},
     "mxfp8 g32": {"format": "mx", "kind": "e4m3"},
-    "fp8 e4m3 per channel": {"format": "fp8"},
-    "fp8 e5m2 per channel": {"format": "float", "kind": "e5m2"},
-    "rf8 per channel": {"format": "rf8"},
+    "fp8 e4m3 per channel, rtn": {"method": "rtn", "format": "fp8"},
+    "fp8 e4m3 128x128, rtn": {"method": "rtn", "format": "fp8", "strategy": "block"},
+    "fp8 e5m2 per channel, rtn": {"method": "rtn", "format": "float", "kind": "e5m2"},
+    "rf8 per channel, rtn": {"method": "rtn", "format": "rf8"},
+    "int4 symmetric adaptive, rtn": {"method": "rtn", **INT4, "granularity": "adaptive"},
+    "int4 symmetric g128, 0.5 % outliers, plain": {"bits": 4, "group_size": 128, **PLAIN, **OUTLIERS},
+    "int4 symmetric g128, plain": {"bits": 4, "group_size": 128, **PLAIN},
+    "ternary g64, plain": {"format": "ternary", "group_size": 64, "refit": 4, **PLAIN},
+    "bcq3 g128": {"method": "bcq", "bits": 3, "group_size": 128, "offset": "scale"},
+    "bipolar4 per channel, plain": {"format": "bipolar", "bits": 4, "group_size": None, **PLAIN},
+    "fp6 e3m2 per channel": {"format": "float", "kind": "e3m2"},
+    "planes1 g64, plain": {"format": "planes", "bits": 1, "group_size": 64, "refit": 4, **PLAIN},
 }
 """Name -> keys of the quantize stage. Group sizes put neighbours in the list at the same bits per weight (4.25, 3.25)."""
 
@@ -127,9 +139,8 @@ class Task:
 
 def measure(task: Task, stage: dict[str, Any], dense: Dense) -> dict[str, Any]:
     """One format: compressed, stored, decoded from what was stored, compared."""
-    quantize = {"method": "gptq", **stage}
-    if quantize["method"] == "gptq":
-        quantize |= {"gptaq": True, "gptaq_experts": "plain"}
+    shift = {"gptaq": True, "gptaq_experts": "plain"} if stage.get("method", "gptq") == "gptq" else {}
+    quantize = {"method": "gptq", **shift, **stage}
     recipe = {
         "aerogel": 1,
         "calibration": {"source": f"{task.ids}:calibration", "samples": task.samples, "sequence_length": 512},

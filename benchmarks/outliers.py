@@ -1,9 +1,11 @@
-"""What sparse outliers, or with `--columns` kept columns, add to the time of a packed linear on the CPU.
+"""What sparse outliers, with `--columns` kept columns, or with `--rows` rows of more bits add to the time of a packed linear.
 
     python benchmarks/outliers.py --out benchmarks/results/outliers.json
     python benchmarks/outliers.py --columns --out benchmarks/results/columns.json
+    python benchmarks/outliers.py --rows --shares 0.1 --out benchmarks/results/rows.json
 
-Columns stand beside int8 weights with int8 activations, outliers beside 4 bits; a share counts weights or inputs.
+On a CPU. Columns stand beside int8 weights with int8 activations, outliers and rows (of 8 bits) beside 4 bits; a share counts
+weights, inputs or outputs.
 
 Medians; within a round the linear runs once without and once with its outliers, on weights that rotate over more than the
 last-level cache, and the ratio is the median of the rounds' ratios.
@@ -30,6 +32,7 @@ from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.quantize.columns import Columns
 from aerogel.quantize.grids import Codes, IntGrid
 from aerogel.quantize.outliers import Outliers
+from aerogel.quantize.rows import Rows
 
 Maker = Callable[[int, int, float, int], tuple[Linear, SidecarLinear]]
 CACHE = 96 << 20
@@ -57,6 +60,21 @@ def pair_of_columns(N: int, K: int, share: float, seed: int) -> tuple[Linear, Si
     kept = SidecarLinear.from_codes(codes, activations="int8", dtype=torch.bfloat16)
     kept.keep(Columns.of(torch.randn(N, K, generator=random), index_C).tensors())
     return Linear.from_codes(codes, activations="int8", dtype=torch.bfloat16), kept
+
+
+def pair_of_rows(N: int, K: int, share: float, seed: int) -> tuple[Linear, SidecarLinear]:
+    """The same 4-bit codes without and with 4 more bits for some rows."""
+    random = torch.Generator().manual_seed(seed)
+    index_R = torch.randperm(N, generator=random)[: round(share * N)].sort().values
+
+    def codes(rows: int) -> Codes:
+        values = torch.randint(-8, 8, (rows, K), dtype=torch.int8, generator=random)
+        return Codes(values_NK=values, scale_NG=torch.rand(rows, K // 128, generator=random).bfloat16(), grid=GRID)
+
+    base = codes(N)
+    kept = SidecarLinear.from_codes(base, dtype=torch.bfloat16)
+    kept.keep(Rows.of(index_R, codes(len(index_R))).tensors()).prepare()
+    return Linear.from_codes(base, dtype=torch.bfloat16), kept
 
 
 def measure(N: int, K: int, M: int, share: float, seconds: float, make: Maker) -> dict[str, Any]:
@@ -88,15 +106,17 @@ def main() -> None:
     options.add_argument("--shares", nargs="+", type=float, default=[0.0045, 0.01])
     options.add_argument("--seconds", type=float, default=4)
     options.add_argument("--columns", action="store_true")
+    options.add_argument("--rows", action="store_true")
     options.add_argument("--out", type=Path)
     chosen = options.parse_args()
+    make = pair_of_rows if chosen.rows else pair_of_columns if chosen.columns else pair
     rows = []
     with torch.inference_mode():
         for shape in chosen.shapes:
             N, K = map(int, shape.split("x"))
             for M in chosen.tokens:
                 for share in chosen.shares:
-                    rows.append(measure(N, K, M, share, chosen.seconds, pair_of_columns if chosen.columns else pair))
+                    rows.append(measure(N, K, M, share, chosen.seconds, make))
                     print(rows[-1], flush=True)
     if chosen.out:
         held = {"command": " ".join(sys.argv), "machine": machine(), "versions": versions(), "rows": rows}
