@@ -88,8 +88,13 @@ def _weights(reader: CheckpointReader, native: dict[str, list[int]]) -> dict[str
     for entry in reader:
         module, _, leaf = entry.name.rpartition(".")
         by_module[module][leaf] = entry
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for module, leaves in by_module.items():
+        stacks = {leaf.removesuffix("_blocks"): entry for leaf, entry in leaves.items() if leaf.endswith("_blocks")}
+        for stem, blocks in stacks.items():  # gpt-oss: all experts of a layer in two tensors, two weights to a byte
+            held = [leaves.pop(f"{stem}_{part}") for part in ("blocks", "scales") if f"{stem}_{part}" in leaves]
+            facts = {"quantized": True, "weights": 2 * math.prod(blocks.shape), "bytes": sum(entry.nbytes for entry in held)}
+            found[f"{module}.{stem}"] = facts
         quantized = module in native or any(leaf in leaves for leaf in PACKED)
         own = leaves.keys() - {"bias"} if module in native else {*PACKED, "weight"}
         parts = [entry for leaf, entry in leaves.items() if not quantized or leaf in own]

@@ -18,6 +18,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from aerogel.kernels.experts import ExpertLinear
 from aerogel.kernels.linear import Linear
+from aerogel.model.inspect import inspect
 from aerogel.model.loading import load
 from aerogel.pack.export import export_dense
 from aerogel.pack.gpt_oss import blocks_of_codes
@@ -71,6 +72,11 @@ def test_gpt_oss_loads_packed_and_gives_the_logits_of_transformers_decoding(tmp_
     assert not [name for name, value in model.named_parameters() if value.ndim == 3]
     dense = AutoModelForCausalLM.from_pretrained(wanted, dtype=torch.float32, experts_implementation="eager")
     close(logits(model), logits(dense), 2e-5)
+    facts = inspect(packed)
+    experts = 2 * 4 * (2 * 64 * 32 + 32 * 64)  # layers, experts, gate and up, down
+    assert facts["quantization"]["layers"] == 4 and facts["bits_per_weight"] == 4.25
+    assert facts["parameters"] == sum(value.numel() for value in dense.parameters()) and facts["parameters"] > experts
+    assert facts["experts"]["packed"] == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
     exported = load_file(export_dense(packed, tmp_path / "exported") / "model.safetensors")
     for name, tensor in load_file(wanted / "model.safetensors").items():
         assert torch.equal(exported[name], tensor), name
