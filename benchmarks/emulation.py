@@ -54,7 +54,12 @@ def four_bit_rows(model: Any, ids_WT: Tensor) -> list[dict[str, Any]]:
     """Relative error of the linears' products with both factors in four bits, with and without a transform; mean of layers."""
     inputs: dict[str, Tensor] = {}
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n}
-    hooks = [m.register_forward_pre_hook(lambda m, x, n=n: inputs.setdefault(n, x[0][0])) for n, m in linears.items()]
+    names = {module: name for name, module in linears.items()}
+
+    def keep(module: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+        inputs[names[module]] = given[0].flatten(0, -2)
+
+    hooks = [module.register_forward_pre_hook(keep) for module in linears.values()]
     model(ids_WT[:1])
     for hook in hooks:
         hook.remove()

@@ -152,7 +152,7 @@ class _Run:
         stored = stored_dtype(structure, recipe)
         specs = [spec.at(str(stored).removeprefix("torch.")) for spec in recipe.stages]
         assigned = assign(specs, structure.modules)
-        sizes = adaptive_sizes(structure, assigned)
+        sizes = adaptive_sizes(structure, assigned, stored)
         self.assigned: dict[str, list[StageSpec]] = sized(assigned, sizes)
         # The plan raises whatever would go wrong later: formats that cannot store a grid, patterns, shapes.
         self.plan = plan_structure(structure, recipe, sizes)

@@ -1,12 +1,14 @@
-"""Stages that decide their group size from the weights (`granularity: adaptive`), decided before anything else happens.
+"""Stages that decide their group size from the weights (`granularity: adaptive`, `worth`), before anything else.
 
-The rule is FineQuant's (`quantize/granularity.py`). Each weight is read once, one at a time; from then on every weight has an
+The rules: `quantize/granularity.py`. Each weight is read once, one at a time; from then on every weight has an
 ordinary stage with an ordinary group size, so planning, solving, storing and resuming know nothing of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+
+import torch
 
 from aerogel.model.structure import Matrix, Structure
 from aerogel.recipes.stages import StageSpec
@@ -15,8 +17,8 @@ Sizes = dict[str, int | None]
 """Name of a matrix -> the group size that was decided for it."""
 
 
-def adaptive_sizes(structure: Structure, assigned: Mapping[str, list[StageSpec]]) -> Sizes:
-    """The group sizes of all matrices whose stage decides by the weight. Reads those weights.
+def adaptive_sizes(structure: Structure, assigned: Mapping[str, list[StageSpec]], dtype: torch.dtype) -> Sizes:
+    """The group sizes of all matrices whose stage decides by the weight. Reads those weights. dtype: of `auto` scales.
 
     Linears of one module with inputs of the same width share the smallest that one of them needs: they are what runtimes
     merge (q, k, v; gate, up), and experts of a layer can only be stored together alike.
@@ -32,7 +34,7 @@ def adaptive_sizes(structure: Structure, assigned: Mapping[str, list[StageSpec]]
             together.setdefault((matrix.block, module, matrix.k, spec.granularity), []).append((matrix, spec))
     sizes: Sizes = {}
     for members in together.values():
-        found = [_size(structure, matrix, spec) for matrix, spec in members]
+        found = [_size(structure, matrix, spec.at(str(dtype).removeprefix("torch."))) for matrix, spec in members]
         smallest = min((size for size in found if size is not None), default=None)
         sizes |= {matrix.name: smallest for matrix, _ in members}
     return sizes
@@ -48,5 +50,6 @@ def sized(assigned: Mapping[str, list[StageSpec]], sizes: Sizes) -> dict[str, li
 
 def _size(structure: Structure, matrix: Matrix, spec: StageSpec) -> int | None:
     weight = matrix.take(structure.reader.read(matrix.tensor, finite=True)).float()
-    found: int | None = spec.granularity.group_size(weight, int(spec.options["group_size"]))
+    bits, smallest = 8 * spec.stage.grid.scale_dtype.itemsize, int(spec.options["group_size"])
+    found: int | None = spec.granularity.group_size(weight, smallest, bits)
     return found

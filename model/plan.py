@@ -61,11 +61,11 @@ def plan(model: str | Path, recipe: Recipe | str | Path | Mapping[str, Any]) -> 
 def plan_structure(structure: Structure, recipe: Recipe, sizes: Sizes | None = None) -> dict[str, Any]:
     """As `plan`, for a structure that was already discovered. `sizes`: group sizes that were decided by the weights already."""
     assigned = assign(recipe.stages, structure.modules)
-    assigned = sized(assigned, adaptive_sizes(structure, assigned) if sizes is None else sizes)
+    dtype = stored_dtype(structure, recipe)
+    assigned = sized(assigned, adaptive_sizes(structure, assigned, dtype) if sizes is None else sizes)
     _check_outside(structure, assigned)
     _check_stacks(structure, assigned)
     _check_gradients(structure, assigned)
-    dtype = stored_dtype(structure, recipe)
     by_tensor: dict[str, list[Matrix]] = defaultdict(list)
     for matrix in structure.matrices:
         if not matrix.tied:

@@ -10,6 +10,14 @@ Ranges shrink with any halving, even of normal weights, since the largest of few
 groups of 4096 and 64. `gain` must lie above that, so that what is paid for is a range which a few weights had set. The paper's
 own threshold is not published in a form that we could check; ours is measured, see docs/methods/finequant.md. No data needed.
 
+The threshold has no relation to what a halving costs, and that can be had. Codes of b bits on a range r have steps of r / 2^b:
+a range that shrinks to a share x is worth -log2 x bits, and halving g costs scale bits / g. So `worth` halves as long as
+
+    log2(r(g) / r(g / 2)) > scale bits / g
+
+which spends a bit on scales only where it buys more than a bit of codes would. For normal weights and 16-bit scales that ends
+between 128 and 64; heavier tails end lower.
+
 Shape legend: N out features, K in features, g inputs of a group.
 """
 
@@ -30,25 +38,30 @@ class Granularity:
     """How the group size is decided.
 
     granularity: `fixed` is `group_size` everywhere; `adaptive` starts with one scale per output and halves a matrix's groups,
-        down to `group_size`, while that shrinks their mean range by more than `granularity_gain` (FineQuant). Linears of
-        one module with inputs of the same width (q, k, v; gate, up; experts) get the smallest that one of them needs.
+        down to `group_size`, while that shrinks their mean range by more than `granularity_gain` (FineQuant); `worth` halves
+        while the range shrinks by more than the scales cost. Linears of one module with inputs of the same width (q, k, v;
+        gate, up; experts) get the smallest that one of them needs.
     granularity_gain: see granularity; a share of the range per halving.
     """
 
-    granularity: Literal["fixed", "adaptive"] = "fixed"
+    granularity: Literal["fixed", "adaptive", "worth"] = "fixed"
     granularity_gain: float = 0.08
 
     def __post_init__(self) -> None:
         if not 0 < self.granularity_gain < 1:
             raise BadInput(f"granularity_gain must be a share between 0 and 1, found {self.granularity_gain}")
 
-    def group_size(self, w_NK: Tensor, smallest: int) -> int | None:
+    def group_size(self, w_NK: Tensor, smallest: int, scale_bits: int = 16) -> int | None:
         """The group size for a weight [N, K]: `smallest` times a power of two, or None for a scale per output."""
         K = w_NK.shape[1]
         size, held = K, mean_range(w_NK, K)
         for smaller in candidates(K, smallest):
             found = mean_range(w_NK, smaller)
-            if not found < held * (1 - self.granularity_gain) ** math.log2(size / smaller):
+            if self.granularity == "worth":
+                share = 2.0 ** -(scale_bits / smaller - scale_bits / size)
+            else:
+                share = (1 - self.granularity_gain) ** math.log2(size / smaller)
+            if not found < held * share:
                 break
             size, held = smaller, found
         return None if size == K else size

@@ -72,7 +72,7 @@ class StageSpec:
     @property
     def adaptive(self) -> bool:
         """Whether the group size is decided by each weight."""
-        return self.options.get("granularity") == "adaptive"
+        return bool(self.options.get("granularity", "fixed") != "fixed")
 
     @property
     def granularity(self) -> Any:
@@ -190,8 +190,8 @@ def _spec(document: Document, key: Key, kind: str, checked: dict[str, Any]) -> S
             _check_pattern(document, (*key, name, position), pattern)
     if checked.get("columns") == "dynamic" and activations == "none":
         raise document.problem((*key, "columns"), "dynamic is for rounded inputs; write activations: int8, or another rule")
-    if checked.get("granularity") == "adaptive" and checked["group_size"] is None:
-        raise document.problem((*key, "group_size"), "is the smallest group where granularity is adaptive; write a number")
+    if checked.get("granularity", "fixed") != "fixed" and checked["group_size"] is None:
+        raise document.problem((*key, "group_size"), "is the smallest group where granularity is not fixed; write a number")
     try:
         if "granularity" in checked:
             load(GRANULARITY)(**{name: checked[name] for name in options(load(GRANULARITY))})

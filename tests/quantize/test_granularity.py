@@ -42,6 +42,29 @@ def test_normal_weights_keep_one_scale_and_loud_inputs_get_groups(K: int) -> Non
     assert RULE.group_size(w_NK, 128) == 128
 
 
+@pytest.mark.parametrize(("scale_bits", "wanted"), [(8, 32), (16, 64), (32, 256)])
+def test_what_it_is_worth_depends_on_what_scales_cost(scale_bits: int, wanted: int) -> None:
+    """A range a few percent shorter is worth a scale of 8 bits where it is not worth one of 32."""
+    worth = Granularity(granularity="worth")
+    w_NK = normal(K=4096)
+    assert worth.group_size(w_NK, 8, scale_bits) == pytest.approx(wanted, rel=0.51)
+    found = [worth.group_size(w_NK, 8, bits) or 4096 for bits in (8, 16, 32, 64)]
+    assert found == sorted(found)
+    assert (worth.group_size(with_loud_inputs(0.02), 8) or 1024) < (worth.group_size(normal(), 8) or 1024)
+
+
+def test_no_other_size_is_better_at_its_bits_for_normal_weights() -> None:
+    """Error times 4^bits, what a format loses after its size is taken into account, is least at the size that is chosen."""
+    w_NK = normal(N=128, K=2048)
+    lost = {}
+    for size in candidates(2048, 16):
+        grid = IntGrid(bits=4, group_size=size)
+        q_NK = RoundToNearest(grid=grid, clip="none")(Layer(name="any", weight_NK=w_NK)).weight_NK
+        lost[size] = float(((q_NK - w_NK).norm() / w_NK.norm()) ** 2) * 4 ** (16 / size)
+    chosen = Granularity(granularity="worth").group_size(w_NK, 16)
+    assert chosen is not None and lost[chosen] < 1.02 * min(lost.values())
+
+
 def test_it_does_not_depend_on_the_unit_and_takes_what_there_is() -> None:
     w_NK = with_loud_inputs()
     assert RULE.group_size(w_NK * 1e-6, 32) == RULE.group_size(w_NK, 32)
