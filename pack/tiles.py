@@ -30,6 +30,8 @@ Shape legend: N out features, K in features, R = ceil(N / 16) row tiles, C = cei
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -71,27 +73,7 @@ def pack_tiles(codes_NK: Tensor, bits: int) -> Tensor:
     Raises:
         BadInput: a width outside 1..8, or codes that are no uint8 matrix.
     """
-    widths = pieces(bits)
-    if codes_NK.dim() != 2 or codes_NK.dtype != torch.uint8:
-        raise BadInput(f"codes to tile must be a uint8 matrix, found {codes_NK.dtype} {list(codes_NK.shape)}")
-    N, K = codes_NK.shape
-    R, C = tile_counts(N, K)
-    packed = torch.empty(R, C, 256 * bits, dtype=torch.uint8, device=codes_NK.device)
-    if packed.is_meta:
-        return packed
-    step = row_tiles_at_once(codes_NK, C)
-    for first in range(0, R, step):
-        rows = codes_NK[first * ROWS : (first + step) * ROWS]
-        part = torch.nn.functional.pad(rows, (0, C * COLUMNS - K, 0, -rows.shape[0] % ROWS))
-        # Axes: row tile, i0, g | k tile, s, i1, t, e  ->  row tile, k tile, s, g, t, e, i1, i0.
-        lanes = part.reshape(-1, 2, 8, C, 8, 2, 4, 2).permute(0, 3, 4, 2, 6, 7, 5, 1).contiguous()
-        offset, shift = 0, 0
-        for width in widths:
-            limb = (lanes >> shift) & ((1 << width) - 1)
-            out = packed[first : first + step, :, offset : offset + 256 * width]
-            out.copy_(_JOIN[width](limb).flatten(2))
-            offset, shift = offset + 256 * width, shift + width
-    return packed
+    return pack_fields(codes_NK, bits, pieces(bits), _lanes, lambda limb, width: _JOIN[width](limb))
 
 
 def unpack_tiles(packed: Tensor, bits: int, N: int, K: int) -> Tensor:
@@ -108,7 +90,67 @@ def unpack_tiles(packed: Tensor, bits: int, N: int, K: int) -> Tensor:
     Raises:
         BadInput: a width outside 1..8, or a shape that does not belong to N, K and bits.
     """
-    widths = pieces(bits)
+    return unpack_fields(packed, bits, N, K, pieces(bits), _split, _rows)
+
+
+def _lanes(part: Tensor, C: int) -> Tensor:
+    """Axes: row tile, i0, g | k tile, s, i1, t, e  ->  row tile, k tile, s, g, t, e, i1, i0."""
+    return part.reshape(-1, 2, 8, C, 8, 2, 4, 2).permute(0, 3, 4, 2, 6, 7, 5, 1)
+
+
+def _rows(lanes: Tensor) -> Tensor:
+    """The inverse of `_lanes`."""
+    return lanes.permute(0, 7, 3, 1, 2, 6, 4, 5).reshape(-1, lanes.shape[1] * COLUMNS)
+
+
+def pack_fields(
+    codes_NK: Tensor,
+    bits: int,
+    widths: Sequence[int],
+    spread: Callable[[Tensor, int], Tensor],
+    join: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Codes in tiles of 16 x 128, limb after limb, in whatever order inside; a few rows at a time.
+
+    Args:
+        codes_NK: uint8 [N, K].
+        bits: of a code. widths: of its limbs, lowest first.
+        spread: uint8 [16 r, 128 C] and C -> the codes by the axes of the order, [r, C, ...].
+        join: those axes with codes of one limb, and its width -> bytes [r, C, ...], 256 * width in all.
+
+    Returns:
+        uint8 [R, C, 256 * bits].
+    """
+    if codes_NK.dim() != 2 or codes_NK.dtype != torch.uint8:
+        raise BadInput(f"codes to pack must be a uint8 matrix, found {codes_NK.dtype} {list(codes_NK.shape)}")
+    N, K = codes_NK.shape
+    R, C = tile_counts(N, K)
+    packed = torch.empty(R, C, 256 * bits, dtype=torch.uint8, device=codes_NK.device)
+    if packed.is_meta:
+        return packed
+    step = row_tiles_at_once(codes_NK, C)
+    for first in range(0, R, step):
+        rows = codes_NK[first * ROWS : (first + step) * ROWS]
+        part = torch.nn.functional.pad(rows, (0, C * COLUMNS - K, 0, -rows.shape[0] % ROWS))
+        fields = spread(part, C).contiguous()
+        offset, low = 0, 0
+        for width in widths:
+            limb = (fields >> low) & ((1 << width) - 1)
+            packed[first : first + step, :, offset : offset + 256 * width] = join(limb, width).flatten(2)
+            offset, low = offset + 256 * width, low + width
+    return packed
+
+
+def unpack_fields(
+    packed: Tensor,
+    bits: int,
+    N: int,
+    K: int,
+    widths: Sequence[int],
+    split: Callable[[Tensor, int], Tensor],
+    gather: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The inverse of `pack_fields`: `split` undoes its `join`, `gather` its `spread`. uint8 [N, K]."""
     R, C = tile_counts(N, K)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (R, C, 256 * bits):
         raise BadInput(
@@ -121,14 +163,15 @@ def unpack_tiles(packed: Tensor, bits: int, N: int, K: int) -> Tensor:
     step = row_tiles_at_once(codes_NK, C)
     for first in range(0, R, step):
         part = packed[first : first + step]
-        lanes = torch.zeros(part.shape[0], C, 8, 8, 4, 2, 2, 2, dtype=torch.uint8, device=packed.device)
-        offset, shift = 0, 0
+        fields: Tensor | None = None
+        offset, low = 0, 0
         for width in widths:
-            lanes |= _split(part[:, :, offset : offset + 256 * width], width) << shift
-            offset, shift = offset + 256 * width, shift + width
-        rows = lanes.permute(0, 7, 3, 1, 2, 6, 4, 5).reshape(-1, C * COLUMNS)
+            limb = split(part[:, :, offset : offset + 256 * width], width) << low
+            fields = limb if fields is None else fields.bitwise_or_(limb)
+            offset, low = offset + 256 * width, low + width
         out = codes_NK[first * ROWS : (first + step) * ROWS]
-        out.copy_(rows[: out.shape[0], :K])
+        if fields is not None:
+            out.copy_(gather(fields)[: out.shape[0], :K])
     return codes_NK
 
 

@@ -20,8 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aerogel.errors import BadInput
-from aerogel.pack.tiles import COLUMNS, ROWS, limbs, row_tiles_at_once, tile_counts
+from aerogel.pack.tiles import COLUMNS, ROWS, limbs, pack_fields, unpack_fields
 
 LANES = 16
 FIELDS = 8
@@ -40,26 +39,7 @@ def pack_words(codes_NK: Tensor, bits: int) -> Tensor:
     Raises:
         BadInput: a width outside 1..8, or codes that are no uint8 matrix.
     """
-    widths = limbs(bits)
-    if codes_NK.dim() != 2 or codes_NK.dtype != torch.uint8:
-        raise BadInput(f"codes to pack must be a uint8 matrix, found {codes_NK.dtype} {list(codes_NK.shape)}")
-    N, K = codes_NK.shape
-    R, C = tile_counts(N, K)
-    packed = torch.empty(R, C, 256 * bits, dtype=torch.uint8, device=codes_NK.device)
-    if packed.is_meta:
-        return packed
-    step = row_tiles_at_once(codes_NK, C)
-    for first in range(0, R, step):
-        rows = codes_NK[first * ROWS : (first + step) * ROWS]
-        part = torch.nn.functional.pad(rows, (0, C * COLUMNS - K, 0, -rows.shape[0] % ROWS))
-        # Axes: row tile, r | k tile, i, l  ->  row tile, k tile, r, l, i.
-        fields = part.reshape(-1, ROWS, C, FIELDS, LANES).permute(0, 2, 1, 4, 3).contiguous()
-        offset, low = 0, 0
-        for width in widths:
-            limb = (fields >> low) & ((1 << width) - 1)
-            packed[first : first + step, :, offset : offset + 256 * width] = _bytes_of(limb, width).flatten(2)
-            offset, low = offset + 256 * width, low + width
-    return packed
+    return pack_fields(codes_NK, bits, limbs(bits), _words, _bytes_of)
 
 
 def unpack_words(packed: Tensor, bits: int, N: int, K: int) -> Tensor:
@@ -76,28 +56,17 @@ def unpack_words(packed: Tensor, bits: int, N: int, K: int) -> Tensor:
     Raises:
         BadInput: a width outside 1..8, or a shape that does not belong to N, K and bits.
     """
-    widths = limbs(bits)
-    R, C = tile_counts(N, K)
-    if packed.dtype != torch.uint8 or tuple(packed.shape) != (R, C, 256 * bits):
-        raise BadInput(
-            f"words of a [{N}, {K}] weight in {bits} bits are uint8 [{R}, {C}, {256 * bits}],"
-            f" found {packed.dtype} {list(packed.shape)}"
-        )
-    codes_NK = torch.empty(N, K, dtype=torch.uint8, device=packed.device)
-    if packed.is_meta:
-        return codes_NK
-    step = row_tiles_at_once(codes_NK, C)
-    for first in range(0, R, step):
-        part = packed[first : first + step]
-        fields = torch.zeros(part.shape[0], C, ROWS, LANES, FIELDS, dtype=torch.uint8, device=packed.device)
-        offset, low = 0, 0
-        for width in widths:
-            fields |= _fields_of(part[:, :, offset : offset + 256 * width], width) << low
-            offset, low = offset + 256 * width, low + width
-        rows = fields.permute(0, 2, 1, 4, 3).reshape(-1, C * COLUMNS)
-        out = codes_NK[first * ROWS : (first + step) * ROWS]
-        out.copy_(rows[: out.shape[0], :K])
-    return codes_NK
+    return unpack_fields(packed, bits, N, K, limbs(bits), _fields_of, _rows)
+
+
+def _words(part: Tensor, C: int) -> Tensor:
+    """Axes: row tile, r | k tile, i, l  ->  row tile, k tile, r, l, i."""
+    return part.reshape(-1, ROWS, C, FIELDS, LANES).permute(0, 2, 1, 4, 3)
+
+
+def _rows(words: Tensor) -> Tensor:
+    """The inverse of `_words`."""
+    return words.permute(0, 2, 1, 4, 3).reshape(-1, words.shape[1] * COLUMNS)
 
 
 def _bytes_of(limb: Tensor, width: int) -> Tensor:

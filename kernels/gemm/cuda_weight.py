@@ -193,16 +193,18 @@ def _pack_floats(values: Tensor, bits: int) -> Tensor:
 
 
 def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
-    """Codes into a table. Scales in e4m3 and e8m0 stay bytes, with the factor beside them; other narrow ones are tiled as
-    float32 with the factor multiplied in, which is exact, and what they were stored as stays beside them."""
+    """Codes into a table. Scales in e4m3 and e8m0 stay bytes, with the factor beside them; other narrow ones, and all where
+    codes do not lie as the CUDA kernels want them, are tiled as float32 with the factor multiplied in, which is exact, and what
+    they were stored as stays beside them."""
     N = codes.values_NK.shape[0]
     shared, table_TE = codes.grid.shared_rows or N, codes.table_TE
     if table_TE is None:
         raise BadInput("codes into a table need the table, and there is none")
-    values, layout = codes.values_NK, _scale_tensors(codes, shared, N)
-    if of_floats(codes.grid):
+    ours = pack is tiles.pack_tiles
+    values, layout = codes.values_NK, _scale_tensors(codes, shared, N, as_bytes=ours)
+    if ours and of_floats(codes.grid):
         return layout | {"tile_codes": _pack_floats(_nothing_without_scale(codes, shared), codes.grid.bits)}
-    packed = pack_in_order(values, 4, PAIRS) if codes.grid.bits == 4 else pack(values, codes.grid.bits)
+    packed = pack_in_order(values, 4, PAIRS) if ours and codes.grid.bits == 4 else pack(values, codes.grid.bits)
     layout |= {"tile_codes": packed, "tile_table": table_TE}
     if codes.table_per_row:
         layout["tile_table"] = torch.nn.functional.pad(table_TE, (0, 0, 0, -N % tiles.ROWS))
@@ -211,10 +213,10 @@ def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[
     return layout
 
 
-def _scale_tensors(codes: Codes, shared: int, N: int) -> dict[str, Tensor]:
+def _scale_tensors(codes: Codes, shared: int, N: int, *, as_bytes: bool) -> dict[str, Tensor]:
     """tile_scale with whatever is needed beside it."""
     scale = codes.scale_NG
-    made = tile_bytes(scale) if scale.dtype in STORED and codes.grid.group_size is not None else None
+    made = tile_bytes(scale) if as_bytes and scale.dtype in STORED and codes.grid.group_size is not None else None
     if made is not None:
         rows = made.view(torch.uint8).repeat_interleave(shared, 0)[:N]
         layout = {"tile_scale": tiles.pack_rows_of_tiles(rows).view(made.dtype)}
@@ -273,7 +275,8 @@ def codes_of(
 ) -> Codes:
     """The inverse of `tensors_of`, exactly; `unpack` inverts its `pack`."""
     table = "tile_table" in layout
-    order, packed = order_of(grid.bits, of_floats(grid) and not table, table), layout["tile_codes"]
+    ours, packed = unpack is tiles.unpack_tiles, layout["tile_codes"]
+    order = order_of(grid.bits, of_floats(grid) and not table, table) if ours else None
     values = unpack(packed, grid.bits, N, K) if order is None else unpack_in_order(packed, grid.bits, order, N, K)
     if not isinstance(grid, IntGrid | Fp8Grid):
         return _table_codes(layout, values, grid)

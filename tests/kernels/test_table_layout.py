@@ -9,11 +9,16 @@ import torch
 from tests.quantize.test_tables import GRIDS, weight
 
 from aerogel.kernels.gemm.block_scales import tile_numbers
-from aerogel.kernels.gemm.cuda_weight import codes_of, order_of, tensors_of
-from aerogel.pack import tiles
+from aerogel.kernels.gemm.cuda_weight import SCALE_DTYPES, codes_of, order_of, tensors_of
+from aerogel.pack import tiles, words
 from aerogel.pack.tile_orders import unpack_in_order
 from aerogel.quantize.codes import Codes, quantized
+from aerogel.quantize.formats.bitmod import Bitmod
 from aerogel.quantize.formats.kmeans import KMeans
+from aerogel.quantize.formats.mx import Mx
+from aerogel.quantize.formats.nf4 import Nf4
+from aerogel.quantize.formats.nvfp4 import Nvfp4
+from aerogel.quantize.grids import Fp8Grid
 
 
 def same(a: Any, b: Any) -> bool:
@@ -53,3 +58,22 @@ def test_layout_is_invertible_and_means_the_weight(grid: Any, shape: tuple[int, 
 def test_a_table_per_row() -> None:
     values = torch.randint(0, 16, (21, 40), dtype=torch.uint8)
     check(Codes(values_NK=values, scale_NG=torch.ones(21, 1), table_TE=torch.randn(21, 16), grid=KMeans(bits=4)))
+
+
+@pytest.mark.parametrize("grid", [Nvfp4(), Mx(), Nf4(), Bitmod(), Fp8Grid()], ids=str)
+def test_portable_kernels_get_codes_tables_and_wide_scales(grid: Any) -> None:
+    """The words of the Triton kernels know no order of bits and no scales in bytes: table[code] * scale is the weight."""
+    w_NK = torch.randn(48, 256, generator=torch.Generator().manual_seed(0))
+    codes = quantized(grid, w_NK, grid.fit(w_NK))
+    layout = tensors_of(codes, words.pack_words)
+    assert layout["tile_scale"].dtype in SCALE_DTYPES
+    u_NK = words.unpack_words(layout["tile_codes"], grid.bits, 48, 256).long()
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        found = tiles.unpack_rows_of_tiles(values, 48)
+        return found.repeat_interleave(256 // found.shape[1], 1)
+
+    which = spread(layout["tile_pick"]).long() if "tile_pick" in layout else torch.zeros_like(u_NK)
+    dense = layout["tile_table"].float()[which, u_NK] * spread(layout["tile_scale"]).float()
+    torch.testing.assert_close(dense, codes.decode(), rtol=1e-6, atol=0)
+    assert torch.equal(codes_of(layout, grid, 48, 256, words.unpack_words).decode(), codes.decode())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from tests.kernels.tile_weights import dense64
 
-from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.kernels.gemm.cuda_weight import TileWeight, order_of
 from aerogel.pack import tiles, words
+from aerogel.pack.tile_orders import pack_in_order
 
 # (group_size, zero point or table, scale dtype): each of them at least once.
 KINDS: list[tuple[int, str, torch.dtype]] = [
@@ -48,7 +49,9 @@ def weight_of(
         "pick": None if pick is None else rows(pick),
     }
     facts = {"group_size": size, "N": N, "K": K}
-    dense = dense64(TileWeight(codes=tiles.pack_tiles(codes, bits), **made, **facts))
+    order = order_of(bits, floats=False, table=table is not None)
+    tiled = tiles.pack_tiles(codes, bits) if order is None else pack_in_order(codes, bits, order)
+    dense = dense64(TileWeight(codes=tiled, **made, **facts))
     placed = {name: tensor if tensor is None else tensor.to(device) for name, tensor in made.items()}
     return TileWeight(codes=words.pack_words(codes, bits).to(device), **placed, **facts), dense.to(device)
 
