@@ -30,7 +30,8 @@ BLOCK = 32
 
 
 def stochastic(grid: Grid, w_NK: Tensor, params: Params, generator: torch.Generator) -> Codes:
-    """Codes rounded at random, right on average wherever a weight lies within its grid.
+    """Codes rounded at random, right on average wherever a weight lies within its grid. The generator is a CPU's, so that the
+    same seed gives the same codes on every device.
 
     Raises:
         BadInput: a grid that is neither integers nor a single table.
@@ -40,7 +41,7 @@ def stochastic(grid: Grid, w_NK: Tensor, params: Params, generator: torch.Genera
         scale, zero = _spread(params.scale_NG.float(), grid, N, K), params.zero_NG
         units = w_NK.float() / scale + (0 if zero is None else _spread(zero.float(), grid, N, K))
         lower = torch.floor(units)
-        up = torch.rand(units.shape, generator=generator) < units - lower
+        up = torch.rand(units.shape, generator=generator).to(units.device) < units - lower
         values = (lower + up).clamp_(grid.q_min, grid.q_max).to(torch.int8)
         return Codes.of(values, params, grid)
     if not isinstance(grid, TableGrid) or params.table_TE is None or len(params.table_TE) > 1:
@@ -51,13 +52,13 @@ def stochastic(grid: Grid, w_NK: Tensor, params: Params, generator: torch.Genera
     units = w_NK.float() / _spread(params.effective_scale(), grid, N, K)
     place = (torch.searchsorted(numbers, units, right=True) - 1).clamp_(0, len(numbers) - 2)
     low, high = numbers[place], numbers[place + 1]
-    up = torch.rand(units.shape, generator=generator) < (units - low) / (high - low)
+    up = torch.rand(units.shape, generator=generator).to(units.device) < (units - low) / (high - low)
     return Codes.of(codes[place + up].to(torch.uint8), params, grid)
 
 
 def _spread(scale: Tensor, grid: Grid, N: int, K: int) -> Tensor:
     size = min(grid.group_size or K, K)
-    rows = torch.arange(N) // (grid.shared_rows or N)
+    rows = torch.arange(N, device=scale.device) // (grid.shared_rows or N)
     return scale[rows].repeat_interleave(size, 1)[:, :K]
 
 
@@ -94,7 +95,7 @@ def rounded_product(
     """
     K = x_MK.shape[1]
     if transform and K % BLOCK == 0:
-        signs = random_signs(K, generator)
+        signs = random_signs(K, generator).to(x_MK.device)
         x_MK, w_NK = hadamard(x_MK, signs), hadamard(w_NK, signs)
     w = quantized(grid, w_NK, grid.fit(w_NK)).decode()
     params = grid.fit(x_MK)
