@@ -22,6 +22,7 @@ from torch import Tensor
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.model.layer import Layer, Need
+from aerogel.quantize.columns import Columns
 
 if TYPE_CHECKING:
     from aerogel.pack.format import Shapes
@@ -100,12 +101,19 @@ class Measured:
         """Several layers, handed to the method together where it takes several."""
         many = getattr(self.method, "call_group", None)
         solved = many(layers) if many is not None else [self.method(layer) for layer in layers]
-        return [one.with_(sidecars=(*one.sidecars, self.measure(layer))) for layer, one in zip(layers, solved, strict=True)]
+        return [
+            one.with_(sidecars=(*one.sidecars, self.measure(layer, one.sidecars)))
+            for layer, one in zip(layers, solved, strict=True)
+        ]
 
-    def measure(self, layer: Layer) -> InputScale:
-        """From the peaks of the layer's inputs. Raises `RunFailed` without any."""
+    def measure(self, layer: Layer, beside: Sequence[object] = ()) -> InputScale:
+        """From the peaks of those inputs that will be rounded: columns kept `beside` the codes are not, nor what exceeds a
+        threshold at run time. Raises `RunFailed` without any."""
         peak_K = None if layer.stats is None else layer.stats.peak_K
         if peak_K is None:
             raise RunFailed(f"activations: {self.activations} needs the peaks of the inputs of {layer.name}; none were kept")
+        for columns in (held for held in beside if isinstance(held, Columns)):
+            peak_K = peak_K.index_fill(0, columns.index_C.long(), 0)
+            peak_K = torch.where(columns.threshold_1 > 0, peak_K.minimum(columns.threshold_1), peak_K)
         peak = peak_K.max().float()
         return InputScale(scale_1=torch.where(peak > 0, peak / LARGEST[self.activations], 1.0).reshape(1))

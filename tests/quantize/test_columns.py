@@ -17,6 +17,7 @@ from aerogel.quantize.columns import NAMES, Columns, KeepColumns
 from aerogel.quantize.formats.nvfp4 import Nvfp4
 from aerogel.quantize.gptq import Gptq
 from aerogel.quantize.grids import IntGrid
+from aerogel.quantize.input_scale import InputScale, Measured
 from aerogel.quantize.outliers import Keep, Outliers
 from aerogel.quantize.planes import PlaneGrid
 from aerogel.quantize.rtn import RoundToNearest
@@ -93,6 +94,21 @@ def test_with_outliers_no_weight_is_kept_twice_and_zeros_stay(make_layer: MakeLa
     for sidecar in read(stored, 48, 192, "any").values():
         sidecar.put(again)
     assert torch.equal(again, found.weight_NK)
+
+
+@pytest.mark.parametrize("columns", ["largest", "dynamic"])
+def test_a_stored_scale_of_inputs_is_that_of_the_inputs_which_are_rounded(columns: Any, make_layer: MakeLayer) -> None:
+    layer = peaked(make_layer())
+    rule = KeepColumns(columns=columns, column_share=0.02, column_threshold=2.0)
+    keeping = Keeping(method=RoundToNearest(grid=IntGrid(bits=8)), columns=rule)
+    found = Measured(method=keeping, activations="int8-static")(layer)
+    kept, scale = found.sidecars
+    assert isinstance(kept, Columns) and isinstance(scale, InputScale)
+    peak_K = layer.stats.peak_K.clone()  # type: ignore[union-attr]
+    peak_K[kept.index_C.long()] = 0
+    wanted = 2.0 if columns == "dynamic" else float(peak_K.max())
+    assert float(scale.scale_1) == pytest.approx(wanted / 127)
+    assert wanted < float(layer.stats.peak_K.max())  # type: ignore[union-attr]
 
 
 def test_stages_that_pin_a_factor_pin_it_inside() -> None:
