@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,11 @@ def weight_rows(model: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def shape_rows(model: Any) -> list[dict[str, Any]]:
+def shape_rows(model: Any, every: int) -> list[dict[str, Any]]:
     """Fitted shapes and entropies by kind of linear, and what DeepShape would make of them."""
     by_leaf: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+        if isinstance(module, torch.nn.Linear) and ".layers." in name and int(name.split(".")[2]) % every == 0:
             by_leaf.setdefault(name.rpartition(".")[2], []).append(module.weight.float())
     rows = []
     for leaf, weights in by_leaf.items():
@@ -127,17 +128,20 @@ def main() -> None:
     options.add_argument("--ids", type=Path, required=True)
     options.add_argument("--windows", type=int, default=2)
     options.add_argument("--length", type=int, default=128)
+    options.add_argument("--every", type=int, default=10, help="fit shapes in every so manyth layer")
+    options.add_argument("--only", nargs="+", help="parts to run: lmul_attention takes minutes, the others one")
     options.add_argument("--out", type=Path)
     chosen = options.parse_args()
     ids_WT = load_file(chosen.ids)["evaluation"][: chosen.windows, : chosen.length].long()
     model = load(chosen.model, dtype=torch.float32)
     with torch.inference_mode():
-        found = {
-            "lmul_attention": lmul_rows(model, ids_WT),
-            "four_bit_products": four_bit_rows(model, ids_WT),
-            "four_bit_weights": weight_rows(model),
-            "shapes": shape_rows(model),
+        parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+            "lmul_attention": lambda: lmul_rows(model, ids_WT),
+            "four_bit_products": lambda: four_bit_rows(model, ids_WT),
+            "four_bit_weights": lambda: weight_rows(model),
+            "shapes": lambda: shape_rows(model, chosen.every),
         }
+        found = {name: run() for name, run in parts.items() if name in (chosen.only or parts)}
     if chosen.out:
         setting = {"windows": chosen.windows, "length": chosen.length, "model": chosen.model.name}
         held = {"command": " ".join(sys.argv), "machine": machine(), "versions": versions(), "setting": setting, **found}
