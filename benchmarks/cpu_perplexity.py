@@ -106,6 +106,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint and the windows' results are kept")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_perplexity.json")
     given = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
     from smollm2 import gguf
 
     source = resolve(given.model or gguf())
