@@ -9,9 +9,9 @@ rounds afterwards honours it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -99,3 +99,9 @@ class Layer:
         if "notes" in changes:
             changes["notes"] = {**self.notes, **changes["notes"]}  # type: ignore[dict-item]
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def solve_together(method: Any, layers: Sequence[Layer]) -> list[Layer]:
+    """What a stage makes of several layers: in one call where it takes several (`call_group`), else one after the other."""
+    many = getattr(method, "call_group", None)
+    return list(many(layers)) if many is not None and layers else [method(layer) for layer in layers]

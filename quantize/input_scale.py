@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput, RunFailed
-from aerogel.model.layer import Layer, Need
+from aerogel.model.layer import Layer, Need, solve_together
 from aerogel.quantize.columns import Columns
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ class Measured:
 
     def call_group(self, layers: Sequence[Layer]) -> list[Layer]:
         """Several layers, handed to the method together where it takes several."""
-        many = getattr(self.method, "call_group", None)
-        solved = many(layers) if many is not None else [self.method(layer) for layer in layers]
+        solved = solve_together(self.method, layers)
         return [
             one.with_(sidecars=(*one.sidecars, self.measure(layer, one.sidecars)))
             for layer, one in zip(layers, solved, strict=True)

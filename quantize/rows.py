@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput, RunFailed
-from aerogel.model.layer import Layer, Need
+from aerogel.model.layer import Layer, Need, solve_together
 from aerogel.pack import bits as packing
 from aerogel.quantize.codes import Codes, quantized
 from aerogel.quantize.grids import IntGrid
@@ -206,11 +206,11 @@ class Refining:
 
     def call_group(self, layers: Sequence[Layer]) -> list[Layer]:
         """Several layers, handed to the method together where it takes several."""
-        solved = [self._coarse(*pair) for pair in zip(layers, _together(self.method, layers), strict=True)]
+        solved = [self._coarse(*pair) for pair in zip(layers, solve_together(self.method, layers), strict=True)]
         chosen = [layer for layer in layers if len(_rows(layer))]
         lacking = [_lacking(layer, done) for layer, done in zip(layers, solved, strict=True) if len(_rows(layer))]
         again = replace(self.method, grid=self.extra, **({"gptaq": False} if hasattr(self.method, "gptaq") else {}))
-        found = dict(zip((layer.name for layer in chosen), _together(again, lacking), strict=True))
+        found = dict(zip((layer.name for layer in chosen), solve_together(again, lacking), strict=True))
         return [_with(layer, done, found.get(layer.name)) for layer, done in zip(layers, solved, strict=True)]
 
     def _coarse(self, layer: Layer, solved: Layer) -> Layer:
@@ -238,11 +238,6 @@ def _replaced(whole: Tensor, index_R: Tensor, part: Tensor) -> Tensor:
     if whole.dtype.itemsize == 1:
         return whole.view(torch.uint8).index_copy(0, index_R, part.view(torch.uint8)).view(whole.dtype)
     return whole.index_copy(0, index_R, part)
-
-
-def _together(method: Any, layers: Sequence[Layer]) -> list[Layer]:
-    many = getattr(method, "call_group", None)
-    return list(many(layers)) if many is not None and layers else [method(layer) for layer in layers]
 
 
 def _rows(layer: Layer) -> Tensor:

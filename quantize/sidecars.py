@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput, RunFailed
-from aerogel.model.layer import Layer, Need
+from aerogel.model.layer import Layer, Need, solve_together
 from aerogel.quantize import columns as kept_columns
 from aerogel.quantize import input_scale
 from aerogel.quantize import outliers as sparse_outliers
@@ -111,8 +111,7 @@ class Keeping:
         """Several layers, handed to the method together where it takes several."""
         taken = [self._take(layer) for layer in layers]
         rest = [_without(layer, mask) for layer, (mask, _) in zip(layers, taken, strict=True)]
-        many = getattr(self.method, "call_group", None)
-        solved = many(rest) if many is not None else [self.method(layer) for layer in rest]
+        solved = solve_together(self.method, rest)
         return [_with(layer, found, *held) for layer, found, held in zip(layers, solved, taken, strict=True)]
 
     def _take(self, layer: Layer) -> tuple[Tensor, tuple[Sidecar, ...]]:
