@@ -1,0 +1,156 @@
+"""How fast the formats of `formats.py` multiply on this machine, each through the kernel that the dispatcher picks for it.
+
+    python benchmarks/formats_speed.py --device cpu  --out benchmarks/results/formats_speed.json
+    python benchmarks/formats_speed.py --device cuda --out benchmarks/results/formats_speed.json      (a minute of an H100)
+
+A random weight of `--shape` is rounded to the format (round to nearest; the codes do not matter to the time) and packed as
+loading would pack it. Then M tokens go through it: on a CPU the contenders take turns, all going round over copies of their
+weights that together exceed the last-level cache; on a GPU each is a CUDA graph over copies (`kernels/cuda/timing.py`).
+Activations are bfloat16. Rows hold microseconds (medians), bytes of the packed weight, the kernel's name, and the time over
+that of 4-bit integers in groups of 64, the row BASE, in the same run. What a stage keeps beside its codes is left out here:
+`outliers.py` has its price. The file keeps one part for each device.
+
+# make bench: --device cpu --shape 1024x1024 --rounds 3 --only int4 nf4
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aerogel.eval.machine import machine, versions
+from aerogel.kernels.linear import Linear
+from aerogel.model.layer import Layer
+from aerogel.recipes.schema import Recipe
+
+BASE = "int4 symmetric g64"
+COPY_BYTES = {"cpu": 96 << 20, "cuda": 200_000_000}
+MAKES_ITS_OWN = ("bcq", "nested")
+"""Methods whose codes no rounding to nearest can give."""
+GRID_KEYS = ("format", "kind", "bits", "group_size", "symmetric", "strategy", "scale_dtype", "offset", "block_rows", "power_of_two")
+
+
+def codes_only(stage: dict[str, Any]) -> dict[str, Any]:
+    """A quantize stage that gives codes of the same format without data."""
+    method = stage.get("method", "gptq")
+    kept = {key: stage[key] for key in GRID_KEYS if key in stage}
+    return {"method": method, **kept} if method in MAKES_ITS_OWN else {"method": "rtn", "clip": "none", **kept}
+
+
+def packed(stage: dict[str, Any], N: int, K: int, device: str) -> Linear:
+    """A random weight in the stage's format, ready to run in bfloat16."""
+    recipe = Recipe.load({"aerogel": 1, "stages": [{"quantize": stage}]})
+    method = recipe.stages[0].at("bfloat16").stage
+    weight_NK = torch.randn(N, K, device=device, generator=torch.Generator(device).manual_seed(0)) * 0.02
+    codes = method(Layer(name="weight", weight_NK=weight_NK)).codes
+    return Linear.from_codes(codes, dtype=torch.bfloat16)
+
+
+def copies(linear: Linear, device: str) -> list[Linear]:
+    """The same weight often enough that the cache does not hold it until it is read again."""
+    number = max(2, min(40, -(-COPY_BYTES[device] // linear.packed_bytes)))
+    return [linear, *(copy.deepcopy(linear) for _ in range(number - 1))]
+
+
+def calls_of(linear: Linear, M: int, device: str) -> list[Callable[[], object]]:
+    """One call for each copy of the weight."""
+    x_MK = torch.randn(M, linear.in_features, device=device).bfloat16()
+    return [lambda held=held: held(x_MK) for held in copies(linear, device)]  # type: ignore[misc]
+
+
+def in_turns(running: dict[str, list[Callable[[], object]]], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of every contender in every round; in a round each runs once. A first round is not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in running}
+    for number in range(rounds + 1):
+        for name, calls in running.items():
+            start = time.perf_counter()
+            calls[number % len(calls)]()
+            if number:
+                taken[name].append((time.perf_counter() - start) * 1e6)
+    return taken
+
+
+def graphs(running: dict[str, list[Callable[[], object]]], rounds: int) -> dict[str, list[float]]:
+    """The same from CUDA graphs, a few times in turn."""
+    from aerogel.kernels.cuda.timing import graph_microseconds
+
+    taken: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(rounds):
+        for name, calls in running.items():
+            taken[name].append(graph_microseconds(calls))
+    return taken
+
+
+def pairs(formats: dict[str, dict[str, Any]], batch: int) -> Iterator[dict[str, dict[str, Any]]]:
+    """The formats in batches that fit in memory with all their copies, the base in each of them."""
+    others = [name for name in formats if name != BASE]
+    for first in range(0, len(others), batch):
+        yield {name: formats[name] for name in (BASE, *others[first : first + batch])}
+
+
+@torch.inference_mode()
+def measure(formats: dict[str, dict[str, Any]], given: argparse.Namespace) -> dict[str, Any]:
+    """Rows by name: {kernel, bytes, us: {M: time}, over: {M: time over the base's}}."""
+    N, K = map(int, given.shape.split("x"))
+    clock, rounds = (in_turns, given.rounds) if given.device == "cpu" else (graphs, 3)
+    rows: dict[str, Any] = {}
+    for batch in pairs(formats, given.batch):
+        linears = {name: packed(codes_only(stage), N, K, given.device) for name, stage in batch.items()}
+        for M in given.tokens:
+            taken = clock({name: calls_of(linear, M, given.device) for name, linear in linears.items()}, rounds)
+            for name, linear in linears.items():
+                row = rows.setdefault(
+                    name, {"kernel": linear.kernel_name, "packed_bytes": linear.packed_bytes, "us": {}, "over": {}}
+                )
+                row["us"].setdefault(str(M), round(statistics.median(taken[name]), 2))
+                over = statistics.median(a / b for a, b in zip(taken[name], taken[BASE], strict=True))
+                row["over"].setdefault(str(M), round(over, 3))
+        for name in batch:
+            row = rows[name]
+            sys.stdout.write(f"{name:44s} {row['kernel']:18s} {row['packed_bytes']:10d} {row['us']} {row['over']}\n")
+            sys.stdout.flush()
+    return rows
+
+
+def main() -> int:
+    """Measure, and put the result beside the other device's."""
+    sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
+    from formats import FORMATS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--shape", default="4096x4096", help="N x K")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=21, help="on a CPU")
+    parser.add_argument("--batch", type=int, default=8, help="formats that take turns with the base")
+    parser.add_argument("--only", nargs="*", default=[""], help="formats whose name contains one of these words")
+    given = parser.parse_args()
+    # Formats that share a packed form are timed once each all the same: a difference between them is the noise.
+    wanted = {name: stage for name, stage in FORMATS.items() if name == BASE or any(word in name for word in given.only)}
+    rows = measure(wanted, given)
+    if given.out:
+        held = json.loads(given.out.read_text("utf-8")) if given.out.exists() else {}
+        held[given.device] = {
+            "command": " ".join(["benchmarks/formats_speed.py", *sys.argv[1:]]),
+            "machine": machine(),
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "shape": given.shape,
+            "rows": rows,
+        }
+        given.out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
