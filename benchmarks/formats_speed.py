@@ -7,7 +7,8 @@ A random weight of `--shape` is rounded to the format (round to nearest; the cod
 loading would pack it. Then M tokens go through it: on a CPU the contenders take turns, all going round over copies of their
 weights that together exceed the last-level cache; on a GPU each is a CUDA graph over copies (`kernels/cuda/timing.py`).
 Activations are bfloat16. Rows hold microseconds (medians), bytes of the packed weight, the kernel's name, and the time over
-that of 4-bit integers in groups of 64, the row BASE, in the same run. What a stage keeps beside its codes is left out here:
+that of 4-bit integers in groups of 64, the row BASE, in the same run. A format that fails is written under
+`failed` with its reason, the others go on and the exit code is 1. What a stage keeps beside its codes is left out here:
 `outliers.py` has its price. The file keeps one part for each device.
 
 # make bench: --device cpu --shape 1024x1024 --rounds 3 --only int4 nf4
@@ -21,6 +22,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,18 @@ BASE = "int4 symmetric g64"
 COPY_BYTES = {"cpu": 96 << 20, "cuda": 200_000_000}
 MAKES_ITS_OWN = ("bcq", "nested")
 """Methods whose codes no rounding to nearest can give."""
-GRID_KEYS = ("format", "kind", "bits", "group_size", "symmetric", "strategy", "scale_dtype", "offset", "block_rows", "power_of_two")
+GRID_KEYS = (
+    "format",
+    "kind",
+    "bits",
+    "group_size",
+    "symmetric",
+    "strategy",
+    "scale_dtype",
+    "offset",
+    "block_rows",
+    "power_of_two",
+)
 
 
 def codes_only(stage: dict[str, Any]) -> dict[str, Any]:
@@ -98,13 +111,22 @@ def pairs(formats: dict[str, dict[str, Any]], batch: int) -> Iterator[dict[str, 
 
 
 @torch.inference_mode()
-def measure(formats: dict[str, dict[str, Any]], given: argparse.Namespace) -> dict[str, Any]:
-    """Rows by name: {kernel, bytes, us: {M: time}, over: {M: time over the base's}}."""
+def measure(formats: dict[str, dict[str, Any]], given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+    """Rows by name: {kernel, bytes, us: {M: time}, over: {M: time over the base's}}; and why a format has none."""
     N, K = map(int, given.shape.split("x"))
     clock, rounds = (in_turns, given.rounds) if given.device == "cpu" else (graphs, 3)
     rows: dict[str, Any] = {}
+    failed: dict[str, str] = {}
     for batch in pairs(formats, given.batch):
-        linears = {name: packed(codes_only(stage), N, K, given.device) for name, stage in batch.items()}
+        linears: dict[str, Linear] = {}
+        for name, stage in batch.items():
+            try:
+                linears[name] = packed(codes_only(stage), N, K, given.device)
+                linears[name](torch.randn(1, K, device=given.device).bfloat16())
+            except Exception:
+                linears.pop(name, None)
+                failed[name] = traceback.format_exc()
+                sys.stdout.write(f"{name:44s} FAILED\n{failed[name]}\n")
         for M in given.tokens:
             taken = clock({name: calls_of(linear, M, given.device) for name, linear in linears.items()}, rounds)
             for name, linear in linears.items():
@@ -114,11 +136,11 @@ def measure(formats: dict[str, dict[str, Any]], given: argparse.Namespace) -> di
                 row["us"].setdefault(str(M), round(statistics.median(taken[name]), 2))
                 over = statistics.median(a / b for a, b in zip(taken[name], taken[BASE], strict=True))
                 row["over"].setdefault(str(M), round(over, 3))
-        for name in batch:
+        for name in linears:
             row = rows[name]
             sys.stdout.write(f"{name:44s} {row['kernel']:18s} {row['packed_bytes']:10d} {row['us']} {row['over']}\n")
             sys.stdout.flush()
-    return rows
+    return rows, failed
 
 
 def main() -> int:
@@ -137,7 +159,7 @@ def main() -> int:
     given = parser.parse_args()
     # Formats that share a packed form are timed once each all the same: a difference between them is the noise.
     wanted = {name: stage for name, stage in FORMATS.items() if name == BASE or any(word in name for word in given.only)}
-    rows = measure(wanted, given)
+    rows, failed = measure(wanted, given)
     if given.out:
         held = json.loads(given.out.read_text("utf-8")) if given.out.exists() else {}
         held[given.device] = {
@@ -147,9 +169,10 @@ def main() -> int:
             "threads": torch.get_num_threads(),
             "shape": given.shape,
             "rows": rows,
+            "failed": failed,
         }
         given.out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
