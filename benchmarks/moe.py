@@ -1,17 +1,20 @@
 """A layer of experts on a GPU: packed to 4 bits beside transformers' own dense ways, at the shapes of two known models.
 
-    python benchmarks/moe.py --out benchmarks/results/moe.json            (about half a minute of an H100)
+    python benchmarks/moe.py --out benchmarks/results/moe.json            (about a minute of an H100)
 
 The layer is transformers' module of experts with random weights; the packed one holds the same weights rounded to 4 bits in
 groups of 128, the dense ones what those decode to, bfloat16. Each number is the median over replays of a graph in which
 calls with 16 different random routings follow one another, so that small batches do not find their experts in the cache.
 `grouped_mm`, `batched_mm`: transformers' implementations (the latter copies the chosen weights, so only for few tokens).
 `read_GBps`: packed bytes of the experts that were chosen, over our time. `error`: relative, against the dense layer.
+`parts`: microseconds of the operators of our layer, each timed alone. `--sweep` times every length of runs and every cut of
+both products beside what the rule chose.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import sys
@@ -26,10 +29,14 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from aerogel.kernels.cuda import sources
 from aerogel.kernels.cuda.timing import graph_microseconds
-from aerogel.kernels.experts import ExpertLinear, replace_experts
-from aerogel.kernels.gemm.triton_words import Config
-from aerogel.kernels.grouped import triton_grouped
+from aerogel.kernels.experts import ExpertLinear, gate, replace_experts
+from aerogel.kernels.gemm import cuda
+from aerogel.kernels.gemm.cuda_wgmma import SOURCE, defines
+from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
+from aerogel.kernels.grouped import cuda_grouped
+from aerogel.kernels.grouped.cuda_routes import most_runs, route_experts
 from aerogel.pack.scheme import Scheme
 from aerogel.quantize.grids import IntGrid
 
@@ -98,32 +105,65 @@ def rows_of(name: str, tokens: list[int], sweep: bool) -> list[dict[str, Any]]:
         for way in ("grouped_mm", "batched_mm") if M <= 16 else ("grouped_mm",):
             config._experts_implementation = way
             row[way] = micros(dense, x, routings)
+        row["parts"] = parts(packed, x, routings)
         if sweep:
-            row["sweep"] = swept(packed, x, routings)
+            row["sweep"] = swept(weights, x, routings)
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
 
 
-def swept(packed: Any, x: torch.Tensor, routings: Any) -> list[tuple[float, str]]:
-    """Other blocks than the rule's."""
-    rule, few, found = triton_grouped.config_of, triton_grouped.FEW_PAIRS, []
-    for limit in {few, 0, 1 << 30} if len(x) <= 16 else {few}:
-        triton_grouped.FEW_PAIRS = limit
-        for rows, warps, stages in ((32, 2, 4), (64, 4, 4), (128, 4, 4)):
-            triton_grouped.config_of = lambda pairs, experts, by, c=(rows, warps, stages): Config(
-                c[0], triton_grouped.block_tokens(pairs, experts) if by else 16, 1, c[1], c[2]
-            )
-            found.append((micros(packed, x, routings), f"FEW_PAIRS={limit} rows={rows} warps={warps} stages={stages}"))
-    triton_grouped.config_of, triton_grouped.FEW_PAIRS = rule, few
-    return sorted(found)
+def parts(module: Any, x: torch.Tensor, routings: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+    """Microseconds of each operator of the layer."""
+    up, down = module.gate_up_proj, module.down_proj
+    held = []
+    for index, weight in routings:
+        expert = index.reshape(-1)
+        routes = up.routes(expert)
+        rows = up.spread(x, routes)
+        u = up(rows, expert, routes)
+        h = gate(module, u)
+        held.append((expert, routes, rows, u, h, down(h, expert, routes), weight))
+    steps: dict[str, Callable[..., object]] = {
+        "route": lambda expert, *_: up.routes(expert),
+        "spread": lambda expert, routes, *_: up.spread(x, routes),
+        "up": lambda expert, routes, rows, *_: up(rows, expert, routes),
+        "gate": lambda expert, routes, rows, u, *_: gate(module, u),
+        "down": lambda expert, routes, rows, u, h, *_: down(h, expert, routes),
+        "add": lambda expert, routes, rows, u, h, y, weight: down.add(y, weight, routes),
+    }
+    return {
+        name: graph_microseconds([lambda s=step, h=each: s(*h) for each in held], graph_ms=2.0, replays=5)
+        for name, step in steps.items()
+    }
+
+
+def swept(weights: list[ExpertLinear], x: torch.Tensor, routings: Any) -> list[dict[str, Any]]:
+    """Each product alone, for lengths of runs around the rule's and each cut."""
+    found = []
+    pairs, experts = routings[0][0].numel(), weights[0].experts
+    near = cuda_grouped.RUNS.index(cuda_grouped.run_tokens(pairs, experts))
+    for layer in weights:
+        weight = cuda_grouped.below_each_other(cuda.tile_weight(layer._tensors(), layer.problem()))
+        rows = torch.randn(pairs, layer.in_features, device="cuda").bfloat16()
+        y = torch.empty(pairs, layer.out_features, device="cuda", dtype=torch.bfloat16)
+        jobs = [(run, c) for run in cuda_grouped.RUNS[max(0, near - 2) : near + 3] for c in cuda_grouped.cuts(weight, run)]
+        macros = [defines(weight, config, torch.bfloat16) | {"INT8": 0, "EXPERTS": 1} for _, config in jobs]
+        sources.compile_ahead([(SOURCE, macro) for macro in macros], torch.cuda.get_device_capability(), workers=16)
+        for run, config in jobs:
+            plan = Plan(weight, config, pairs, torch.bfloat16, runs=most_runs(pairs, experts, run))
+            runs = [route_experts(index.reshape(-1), experts, run)[2] for index, _ in routings]
+            calls = [functools.partial(plan.launch, rows, None, None, y, each) for each in runs]
+            us = graph_microseconds(calls, graph_ms=1.0, replays=3)
+            found.append({"N": layer.out_features, "run": run, "us": us, "config": str(config)})
+    return sorted(found, key=lambda entry: (entry["N"], entry["us"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--layers", nargs="+", default=list(LAYERS))
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 512])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 512, 2048])
     parser.add_argument("--sweep", action="store_true")
     asked = parser.parse_args()
     with torch.no_grad():

@@ -32,6 +32,7 @@ GEMM: dict[str, str] = {
 """Kernel name to `"module:Name"`, best first. The last two refuse nothing."""
 
 GROUPED: dict[str, str] = {
+    "cuda": "aerogel.kernels.grouped.cuda_grouped:Cuda",
     "triton": "aerogel.kernels.grouped.triton_grouped:Triton",
     "cpu": "aerogel.kernels.grouped.cpu:Native",
     "reference": "aerogel.kernels.grouped.ref:Reference",

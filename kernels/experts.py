@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import BadInput, RunFailed
+from aerogel.kernels.decode import ops
+from aerogel.kernels.decode.reading import ACTIVATIONS
 from aerogel.kernels.dispatch import choose_grouped
 from aerogel.kernels.grouped.kernel import Grouped, Routes
 from aerogel.kernels.grouped.ref import Reference
@@ -110,8 +112,17 @@ class ExpertLinear(nn.Module):
             self.prepare()
         return self._kernel.route(expert_S, self.experts)
 
+    def spread(self, x_MK: Tensor, routes: Routes) -> Tensor:
+        """x as the first product takes it; see `Grouped.spread`."""
+        return self._kernel.spread(x_MK.to(self.compute_dtype).contiguous(), routes).to(x_MK.dtype)
+
+    def add(self, y_SN: Tensor, weight_Mk: Tensor, routes: Routes) -> Tensor:
+        """Each token's sum [M, N] over its pairs, weighted, in y's dtype; see `Grouped.add`."""
+        return self._kernel.add(y_SN.to(self.compute_dtype), weight_Mk, routes).to(y_SN.dtype)
+
     def forward(self, x_MK: Tensor, expert_S: Tensor, routes: Routes, bias_EN: Tensor | None = None) -> Tensor:
-        """y [S, N] in x's dtype: pair s takes row s // (S / M) of x and the weight of expert_S[s] (int64)."""
+        """y [S, N] in x's dtype: each pair with the weight of its expert_S (int64). x comes from `spread`, or from another
+        product of the same routing; rows are in the kernel's order until `add` sums them up."""
         if self._problem is None:
             self.prepare(x_MK.dtype)
         problem = self._problem or self.problem()
@@ -170,6 +181,7 @@ class PackedExperts(nn.Module):
     """What an experts module of transformers becomes: its own class with this `forward` in front, see `packed_class`."""
 
     num_experts: int
+    gate_act: str | None
 
     def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         """[..., H] -> [..., H].
@@ -198,13 +210,33 @@ def packed_forward(module: Any, x_MH: Tensor, index_Mk: Tensor, weight_Mk: Tenso
     up, down = getattr(module, UP[gated]), module.down_proj
     expert_S = index_Mk.reshape(-1).long()
     routes = up.routes(expert_S)
-    u_SI = up(x_MH, expert_S, routes, getattr(module, f"{UP[gated]}_bias", None))
-    h_SI = module._apply_gate(u_SI) if gated else module.act_fn(u_SI)
-    y_SH = down(h_SI, expert_S, routes, getattr(module, "down_proj_bias", None)) * weight_Mk.reshape(-1, 1)
-    y_MH: Tensor = y_SH.reshape(*index_Mk.shape, -1).sum(1).to(x_MH.dtype)
+    u_SI = up(up.spread(x_MH, routes), expert_S, routes, getattr(module, f"{UP[gated]}_bias", None))
+    h_SI = gate(module, u_SI) if gated else module.act_fn(u_SI)
+    y_MH: Tensor = down.add(down(h_SI, expert_S, routes, getattr(module, "down_proj_bias", None)), weight_Mk, routes)
     return y_MH
 
 
+def gate(module: Any, u_SI: Tensor) -> Tensor:
+    """What `module` makes of its gate and up halves [S, 2 I]: one kernel where that is all that it does."""
+    if module.gate_act is None or not u_SI.is_cuda or ops.missing(u_SI.device) is not None:
+        h_SI: Tensor = module._apply_gate(u_SI)
+    else:
+        g, u = u_SI.chunk(2, -1)
+        h_SI = torch.ops.aerogel.gate.default(g, u, module.gate_act)
+    return h_SI
+
+
+def gate_act(module: Any) -> str | None:
+    """Which of `ops.gate`'s activations the module's gate is, found out with a few numbers; None for any other gate."""
+    if not module.has_gate or type(module)._apply_gate.__module__ != PLAIN_GATE:
+        return None
+    g, u = torch.linspace(-6, 6, 64, device="cpu").reshape(2, 32).chunk(2, -1)
+    h = module._apply_gate(torch.cat([g, u], -1))
+    return next((act for act in ACTIVATIONS if torch.allclose(h, ops.gate(g, u, act), rtol=1e-6, atol=1e-6)), None)
+
+
+PLAIN_GATE = "transformers.integrations.moe"
+"""Where act(g) * u is defined that modules of experts have unless they bring a gate of their own."""
 UP = {True: "gate_up_proj", False: "up_proj"}
 """The name of the first product's weight, by whether it holds a gate."""
 
@@ -225,6 +257,7 @@ def replace_experts(module: nn.Module, name: str, weight: ExpertLinear) -> None:
     module.add_module(name, weight)
     if not isinstance(module, PackedExperts):
         module.__class__ = packed_class(type(module))
+        vars(module)["gate_act"] = gate_act(module)
     # Some models initialise experts by the names of their parameters; transformers leaves alone what says it is initialised.
     module._is_hf_initialized = True  # type: ignore[assignment]
 

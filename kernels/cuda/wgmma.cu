@@ -15,7 +15,8 @@
 //
 // Count for 64 rows x 16 columns: TOKENS / 2 cycles of the tensor cores against about 16 instructions on each of the four
 // schedulers, so that decoding hides behind 64 tokens and more; below, it hides behind the memory.
-// Weights are constants: their ring fills before the previous kernel has ended. Only the activations wait for it.
+// Weights are constants: their ring fills before the previous kernel has ended. Only the activations wait for it; with EXPERTS
+// everybody does, because who needs which weights is what a previous kernel found out (`experts.cu`).
 //
 // Shape legend: M tokens, N out features, K in features. Layout of codes and scales: see pack/tiles.py.
 
@@ -31,11 +32,11 @@
 // ---- producers, one thread each ------------------------------------------------------------------------------------------
 
 FN void stream_weights(const Arguments& p, const Barriers& barriers, const Work& work) {
-    const u64 policy = work.token_blocks == 1 ? policy_evict_first() : policy_evict_normal();
-    int row_tile, token;
     Ring<W_STAGES> ring;
     for (int index = work.cluster; index < work.count(); index += work.clusters) {
-        work.tile(index, row_tile, token);
+        const Tile tile = work.tile(index);
+        const int row_tile = tile.expert * p.row_tiles + tile.row_tile;
+        const u64 policy = tile.shared ? policy_evict_normal() : policy_evict_first();
         for (int k = work.k_first; k < work.k_last; k += W_TILES, ring.advance()) {
             const u32 full = barriers.w_full(ring.slot), stage = shared_address(memory + AT_W) + ring.slot * W_STAGE;
             barrier_wait(barriers.w_empty(ring.slot), ring.phase ^ 1);
@@ -49,11 +50,10 @@ FN void stream_weights(const Arguments& p, const Barriers& barriers, const Work&
 }
 
 FN void stream_activations(const Arguments& p, const Barriers& barriers, const Work& work) {
-    int row_tile, token;
-    wait_for_previous_kernel();
+    if (!EXPERTS) wait_for_previous_kernel();
     Ring<X_STAGES> ring;
     for (int index = work.cluster; index < work.count(); index += work.clusters) {
-        work.tile(index, row_tile, token);
+        const Tile tile = work.tile(index);
         for (int k = STEPS * work.k_first; k < STEPS * work.k_last; k += X_STEPS, ring.advance()) {
             const u32 full = barriers.x_full(ring.slot), stage = shared_address(memory) + ring.slot * X_STAGE;
             barrier_wait(barriers.x_empty(ring.slot), ring.phase ^ 1);
@@ -61,7 +61,7 @@ FN void stream_activations(const Arguments& p, const Barriers& barriers, const W
 #pragma unroll
             for (int box = 0; box < X_STEPS / 4; box++) {
                 const u32 to = stage + box * X_BOX + work.share * (X_BOX / SHARE);
-                const int column = STEP * (k + 4 * box), row = token + work.share * (TOKENS / SHARE);
+                const int column = STEP * (k + 4 * box), row = tile.token + work.share * (TOKENS / SHARE);
                 if constexpr (SHARE == 1) copy_box(to, &p.x, column, row, full);
                 else copy_box_multicast(to, &p.x, column, row, full, (u16)(((1 << SHARE) - 1) << (work.split * SHARE)));
             }
@@ -76,7 +76,7 @@ struct Consumer {
     const Barriers& barriers;
     const Work& work;
     int warp, lane;  // warp 0 .. WARPS-1
-    int tile_row, token;
+    Tile at;
     int lead;  // x stages until the next warpgroup may start
     Ring<X_STAGES> x;
     Ring<W_STAGES> w;
@@ -94,7 +94,7 @@ struct Consumer {
     FN void read_rows(Group (&group)[BLOCKS]) const {
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
-            const int tile = min(tile_row + row_tile(b), p.row_tiles - 1), row = lane / 4;
+            const int tile = at.expert * p.row_tiles + min(at.row_tile + row_tile(b), p.row_tiles - 1), row = lane / 4;
 #if INT8
             read_rows_of(group[b], p.row_scale + tile * 16 + row);
 #endif
@@ -242,18 +242,18 @@ struct Consumer {
 
     // What multiplies the sums of the lane's two rows (a scale per channel, or what all scales of a byte lack), and their bias.
     FN void row_numbers(int block, float (&factor)[2], float (&bias)[2]) const {
-        const float common = (SCALED_FLOATS ? 1 << SCALED_SHRINK : 1) * (SCALE >= E5M3 && p.factor ? *p.factor : 1.0f);
+        const float common = (SCALED_FLOATS ? 1 << SCALED_SHRINK : 1) * (SCALE >= E5M3 && p.factor ? p.factor[at.expert] : 1.0f);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int row = (tile_row + row_tile(block)) * 16 + lane / 4 + 8 * h;
-            factor[h] = row >= p.N ? 1.0f : INT8 ? p.row_scale[row] : GROUPED ? common : stored_number(p.scale, row);
-            bias[h] = p.bias && row < p.N ? low_of(p.bias[row]) : 0.0f;
+            const int row = (at.row_tile + row_tile(block)) * 16 + lane / 4 + 8 * h, stored = at.expert * p.row_tiles * 16 + row;
+            factor[h] = row >= p.N ? 1.0f : INT8 ? p.row_scale[stored] : GROUPED ? common : stored_number(p.scale, stored);
+            bias[h] = p.bias && row < p.N ? low_of(p.bias[at.expert * p.N + row]) : 0.0f;
         }
     }
 
     // What a sum of the lane's row h and of token `t` comes to.
     FN float result(Sum sum, int t, float factor, float bias) const {
-        if (INT8) factor *= t < p.M ? p.token_scale[t] : 0.0f;
+        if (INT8) factor *= t < at.end ? p.token_scale[t] : 0.0f;
         return fmaf((float)sum, factor, bias);
     }
 
@@ -272,13 +272,13 @@ struct Consumer {
     // The first `tokens` tokens of the staging area to y, from token `first` on: 16 rows are 32 bytes of each.
     FN void flush(int block, int first, int tokens) const {
         const u8* staged = memory + AT_OUT + warp * OUT_WARP;
-        const int row = (tile_row + row_tile(block)) * 16 + 8 * (lane % 2);
+        const int row = (at.row_tile + row_tile(block)) * 16 + 8 * (lane % 2);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < OUT_TOKENS / 16; i++) {
             const int t = i * 16 + lane / 2;
             const uint4 v = *(const uint4*)(staged + t * 32 + 16 * ((lane % 2) ^ (t / 4 % 2)));
-            if (t >= tokens || first + t >= p.M) continue;
+            if (t >= tokens || first + t >= at.end) continue;
             u16* to = p.y + (size_t)(first + t) * p.y_stride + row;
             if (p.N % 8 == 0 && p.y_stride % 8 == 0) {
                 if (row < p.N) *(uint4*)to = v;
@@ -300,8 +300,8 @@ struct Consumer {
 #pragma unroll
             for (int t = 0; t < TOKENS; t += 16) {
                 const int slot = t % OUT_TOKENS / 16;
-                stage(&acc[b][t / 2], slot, token + t, factor, bias);
-                if (slot == OUT_TOKENS / 16 - 1 || t + 16 == TOKENS) flush(b, token + t - 16 * slot, 16 * slot + 16);
+                stage(&acc[b][t / 2], slot, at.token + t, factor, bias);
+                if (slot == OUT_TOKENS / 16 - 1 || t + 16 == TOKENS) flush(b, at.token + t - 16 * slot, 16 * slot + 16);
             }
         }
     }
@@ -334,18 +334,19 @@ struct Consumer {
             const int block = i / (TOKENS / 16), t = i % (TOKENS / 16) * 16;
             float factor[2], bias[2];
             row_numbers(block, factor, bias);
-            stage(sum, 0, token + t, factor, bias);
-            flush(block, token + t, 16);
+            stage(sum, 0, at.token + t, factor, bias);
+            flush(block, at.token + t, 16);
         }
     }
 };
 
 FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, int warp, int lane) {
-    Consumer self{p, barriers, work, warp, lane, 0, 0, LEAD, {}, {}};
+    Consumer self{p, barriers, work, warp, lane, {}, LEAD, {}, {}};
+    if (EXPERTS && (int)work.cluster >= work.count()) return;
     if (LEAD > 0 && warp >= 4) meet_wait(warp / 4, 256);  // so that one warpgroup stores while another multiplies
     for (int index = work.cluster; index < work.count(); index += work.clusters) {
         Sum acc[BLOCKS][TOKENS / 2];
-        work.tile(index, self.tile_row, self.token);
+        self.at = work.tile(index);
         if constexpr (INTERLEAVED || PARTS == 1) self.multiply_ahead(acc);
         else self.multiply(acc);
         if constexpr (SPLIT > 1) self.store_split(acc);
@@ -356,6 +357,7 @@ FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CONSUMERS + 128, MIN_BLOCKS)
     packed_matmul(const __grid_constant__ Arguments p) {
     const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    if (EXPERTS) wait_for_previous_kernel();
     const Work work(p);
     const Barriers barriers{shared_address(memory + AT_BARRIERS)};
     if (threadIdx.x == 0) barriers.init(work.split);

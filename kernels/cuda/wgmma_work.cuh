@@ -2,6 +2,7 @@
 //
 // Set from outside: TOKENS, WARPGROUPS, BLOCKS, BATCH: a block's tile. SHARE, SPLIT: its cluster. X_STAGES, W_STAGES, W_TILES:
 // its rings. LEAD: x stages between the starts of two warpgroups. SHARED_BYTES: what the host computed from all this.
+// EXPERTS 1: the weights of many experts lie one after the other, and each run of tokens takes that of its own.
 //
 // Shape legend: M tokens, N out features, K in features; tiles of 16 rows x 128 columns.
 
@@ -11,6 +12,9 @@
 // Activations are 16-bit numbers, or with INT8 bytes: the tensor cores take 32 bytes of each token in a step either way.
 
 #define CLUSTER (SHARE * SPLIT)
+#ifndef EXPERTS
+#define EXPERTS 0
+#endif
 
 constexpr int CONSUMERS = 128 * WARPGROUPS;
 constexpr int WARPS = 4 * WARPGROUPS;
@@ -56,11 +60,12 @@ struct alignas(64) Arguments {
     TensorMap zeros;   // likewise; or the numbers of the groups' tables
     const u8 *scale, *zero;
     const u16* table;  // [TABLES, 2^BITS] in the activations' type; TABLES = rows, padded to tiles, where each has its own
-    const float* factor;  // of all scales, or null
+    const float* factor;  // of all scales, or null; with EXPERTS one for each, as bias [experts][N]
     const u16* bias;
     u16* y;
     const float *row_scale, *token_scale;  // of integer sums (INT8): W = w8 * row_scale, x = x8 * token_scale
-    int M, N, y_stride, row_tiles, k_tiles, token_span;  // N: rows of this launch
+    const int4* runs;  // EXPERTS: {count}, then for each run of tokens {expert, first, end, runs of this expert}
+    int M, N, y_stride, row_tiles, k_tiles, token_span;  // N: rows of this launch; row_tiles: of one expert
 };
 
 #if INT8
@@ -94,25 +99,44 @@ struct Barriers {
     }
 };
 
+// What a block computes at a time: out features from `row_tile` on with tokens `token` .. `end`.
+struct Tile {
+    int row_tile, token, end;
+    int expert;   // whose weights; row_tile counts inside them
+    bool shared;  // other blocks want the same weights
+};
+
+// Past the first-level cache, which may still hold the runs of an earlier launch.
+FN int4 read_run(const int4* run) {
+    int4 v;
+    asm volatile("ld.global.cg.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(run));
+    return v;
+}
+
 // Who this block is, and which tiles its cluster computes: in an order that keeps `token_span` blocks of tokens and a strip
-// of weights in cache. With SPLIT > 1 the grid holds a cluster for every tile.
+// of weights in cache. With SPLIT > 1 the grid holds a cluster for every tile. How many runs of tokens experts have is known
+// on the device only: the grid is large enough for the most there can be, and what is too many has no tile.
 struct Work {
+    const int4* runs;
     u32 cluster, clusters, share, split;
-    int row_blocks, token_blocks, span, k_first, k_last;
+    int row_blocks, token_blocks, span, k_first, k_last, tokens;
 
     FN Work(const Arguments& p) {
         const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
         cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER, share = rank % SHARE, split = rank / SHARE;
         row_blocks = (p.row_tiles + ROW_TILES * SHARE - 1) / (ROW_TILES * SHARE);
-        token_blocks = (p.M + TOKENS - 1) / TOKENS;
+        runs = p.runs, tokens = p.M;
+        token_blocks = EXPERTS ? read_run(runs).x : (p.M + TOKENS - 1) / TOKENS;
         span = p.token_span;
         k_first = (int)(p.k_tiles * split / SPLIT), k_last = (int)(p.k_tiles * (split + 1) / SPLIT);
     }
     FN int count() const { return row_blocks * token_blocks; }
-    FN void tile(int index, int& row_tile, int& token) const {
+    FN Tile tile(int index) const {
         const int strip = index / (span * row_blocks), first = strip * span;
         const int width = min(span, token_blocks - first), rest = index - first * row_blocks;
-        row_tile = (rest / width * SHARE + (int)share) * ROW_TILES;
-        token = (first + rest % width) * TOKENS;
+        const int row_tile = (rest / width * SHARE + (int)share) * ROW_TILES, block = first + rest % width;
+        if (!EXPERTS) return {row_tile, block * TOKENS, tokens, 0, token_blocks > 1};
+        const int4 run = read_run(runs + 1 + block);
+        return {row_tile, run.y, run.z, run.x, run.w > 1};
     }
 };

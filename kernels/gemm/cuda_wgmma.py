@@ -209,7 +209,7 @@ def candidates(weight: TileWeight, M: int) -> tuple[Config, ...]:
         for split in range(1, 9):
             for w_tiles in (2, 1):
                 batch = 2 if blocks * resident > 2 or warpgroups > 2 else 4
-                lead = 3 if tokens == LARGEST_BOX and split == 1 else 0
+                lead = 3 if tokens == LARGEST_BOX and split == 1 and weight.codes.shape[1] > 1 else 0  # two x stages a tile
                 plain = Config(tokens=tokens, warpgroups=warpgroups, blocks=blocks, split=split, w_tiles=w_tiles)
                 config = deepest(weight, replace(plain, batch=batch, lead=lead, resident=resident))
                 if config is not None:
@@ -233,9 +233,13 @@ def microseconds(weight: TileWeight, config: Config, M: int, multiprocessors: in
     A tile takes the longest of its tensor, decode and load time, plus what its start and end cost; clusters of more than two
     blocks do not fill the device. The constants are an H100's; 15 % off is usual.
     """
-    R, C = weight.codes.shape[:2]
-    rows = config.row_tiles * 16
-    tiles = ceil_divide(R, config.row_tiles * config.share) * ceil_divide(M, config.tokens)
+    tiles = ceil_divide(weight.codes.shape[0], config.row_tiles * config.share) * ceil_divide(M, config.tokens)
+    return microseconds_of_tiles(weight, config, tiles, weight.nbytes, multiprocessors)
+
+
+def microseconds_of_tiles(weight: TileWeight, config: Config, tiles: int, nbytes: float, multiprocessors: int) -> float:
+    """The same for so many tiles of clusters, which read so many bytes of weights from memory."""
+    C, rows = weight.codes.shape[1], config.row_tiles * 16
     seats = multiprocessors * CLUSTERS[config.cluster] // CLUSTERS[1]
     crowd = min(config.resident, ceil_divide(tiles, seats))
     rounds = ceil_divide(tiles, seats * config.resident)
@@ -245,7 +249,7 @@ def microseconds(weight: TileWeight, config: Config, M: int, multiprocessors: in
     step = crowd * max(math.cbrt(tensor**3 + decode**3), loads)
     edge = 2500 + rows * config.tokens / 16 + (2500 + rows * config.tokens / 8 if config.split > 1 else 0)
     busy = min(1.0, tiles * config.cluster / multiprocessors)
-    memory = weight.nbytes / (2.9e6 * min(1.0, 0.35 + 0.75 * busy))
+    memory = nbytes / (2.9e6 * min(1.0, 0.35 + 0.75 * busy))
     return 2.5 + max((rounds * (8 * ceil_divide(C, config.split) * step + edge)) / 1.7e3, memory + edge / 1.7e3)
 
 

@@ -35,8 +35,9 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint64 * 16) for name in ("x_map", "codes_map", "scales_map", "zeros_map")),
         *((name, ctypes.c_void_p) for name in ("scale", "zero", "table", "factor", "bias", "y", "row_scale", "token_scale")),
+        ("runs", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("M", "N", "y_stride", "row_tiles", "k_tiles", "token_span")),
-        ("padding", ctypes.c_uint64 * 5),  # the source's struct is aligned to 64 bytes
+        ("padding", ctypes.c_uint64 * 4),  # the source's struct is aligned to 64 bytes
     ]
 
 
@@ -70,12 +71,22 @@ def maps_of(weight: TileWeight, config: Config) -> dict[str, bytes]:
     return maps
 
 
+def in_pieces(x_MK: Tensor) -> Tensor:
+    """x itself, or where its rows do not lie at multiples of 16 bytes, a copy whose rows do, with zeros beyond K."""
+    if x_MK.shape[1] % 8 == 0 and x_MK.data_ptr() % 16 == 0 and x_MK.is_contiguous():
+        return x_MK
+    x_MK = torch.nn.functional.pad(x_MK, (0, -x_MK.shape[1] % 8)).contiguous()
+    return x_MK.clone() if x_MK.data_ptr() % 16 else x_MK
+
+
 class Plan:
     """One weight, one number of tokens, one configuration: compiled, described and ready to be called as a `Runner`.
 
     The first call does not begin early: whatever wrote the weight may be the kernel just before it on the stream.
     y_stride: elements from one token of y to the next, where y is wider than this weight.
     row_scale: float32 [16 R], with which the weight is brought to bytes, for activations that are bytes (`cuda_int8`).
+    runs: the most runs of tokens that there can be when the weight is that of several experts, one below the other, its N that
+    of one of them, and `launch` is told who takes which tokens (`kernels.grouped.cuda_grouped`).
     """
 
     def __init__(
@@ -86,16 +97,17 @@ class Plan:
         dtype: torch.dtype,
         y_stride: int | None = None,
         row_scale: Tensor | None = None,
+        runs: int | None = None,
     ) -> None:
         device = weight.codes.device
         self.config = config
-        macros = defines(weight, config, dtype) | {"INT8": int(row_scale is not None)}
+        macros = defines(weight, config, dtype) | {"INT8": int(row_scale is not None), "EXPERTS": int(runs is not None)}
         self.function = function(SOURCE, KERNEL, macros, device)
         self._element = str(dtype).removeprefix("torch.") if row_scale is None else "uint8"
         self._weight, self._dtype, self._device, self._lock = weight, dtype, device.index, threading.Lock()
         self._table = None if weight.table is None else weight.table.to(dtype).contiguous()  # kept alive with the plan
         self._maps: dict[int, bytes] = {}
-        R, C = weight.codes.shape[:2]
+        R, C = ceil_divide(weight.N, 16), weight.codes.shape[1]
         beside = weight.zero if weight.zero is not None else weight.pick
         self._arguments: Any = Arguments(
             scale=weight.scale.data_ptr(),
@@ -112,7 +124,8 @@ class Plan:
         )
         for name, encoded in maps_of(weight, config).items():
             self._place(name, encoded)
-        tiles = ceil_divide(R, config.row_tiles * config.share) * ceil_divide(M, config.tokens)
+        token_blocks = ceil_divide(M, config.tokens) if runs is None else runs
+        tiles = ceil_divide(R, config.row_tiles * config.share) * token_blocks
         seats = torch.cuda.get_device_properties(device).multi_processor_count // config.cluster * config.resident
         options: Any = {
             "grid": ((tiles if config.split > 1 else min(tiles, seats)) * config.cluster,),
@@ -124,12 +137,16 @@ class Plan:
 
     def __call__(self, x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
         """Queues the kernel; `x_MK` is padded or copied where the copy engine needs it."""
-        if x_MK.shape[1] % 8 or x_MK.data_ptr() % 16 or not x_MK.is_contiguous():
-            x_MK = torch.nn.functional.pad(x_MK, (0, -x_MK.shape[1] % 8)).contiguous()
-            x_MK = x_MK.clone() if x_MK.data_ptr() % 16 else x_MK
-        self.launch(x_MK, None, bias_N, y_MN)
+        self.launch(in_pieces(x_MK), None, bias_N, y_MN)
 
-    def launch(self, x_MK: Tensor, token_scale_M: Tensor | None, bias_N: Tensor | None, y_MN: Tensor) -> None:
+    def launch(
+        self,
+        x_MK: Tensor,
+        token_scale_M: Tensor | None,
+        bias_N: Tensor | None,
+        y_MN: Tensor,
+        runs: Tensor | None = None,
+    ) -> None:
         """Queues the kernel for activations that the copy engine can take as they are: whole rows at multiples of 16 bytes."""
         if bias_N is not None and bias_N.dtype != self._dtype:
             bias_N = bias_N.to(self._dtype)
@@ -140,6 +157,7 @@ class Plan:
             arguments.bias = None if bias_N is None else bias_N.data_ptr()
             arguments.y = y_MN.data_ptr()
             arguments.token_scale = None if token_scale_M is None else token_scale_M.data_ptr()
+            arguments.runs = None if runs is None else runs.data_ptr()
             launch, self._first = self._first or self._launch, None
             launch(stream)
 

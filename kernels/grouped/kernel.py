@@ -6,7 +6,9 @@ Tokens are routed to a few of E experts, whose weights are packed alike and lie 
 expert reads every token S / M times (once for each expert that was chosen for it), the second reads one row per pair. An
 expert number of E or more means none: its outputs are zeros.
 
-A grouped kernel brings each expert into the layout of a kernel for a single weight, its `base`, and stacks those layouts.
+A grouped kernel brings each expert into the layout of a kernel for a single weight, its `base`, and stacks those layouts. It
+may want pairs in an order of its own, which `spread` brings them into, `run` keeps and `add` undoes; what stands between two
+products only has to treat each row for itself.
 
 Shape legend: E experts, M rows of x, S pairs of token and expert, N out features, K in features.
 """
@@ -42,8 +44,20 @@ class Grouped(ABC):
         return []
 
     @staticmethod
+    def spread(x_MK: Tensor, routes: Routes) -> Tensor:
+        """What the first product takes: rows of x in the kernel's order, or x itself, where pair s has row s // (S / M)."""
+        return x_MK
+
+    @staticmethod
     @abstractmethod
     def run(
-        x_MK: Tensor, expert_S: Tensor, routes: Routes, layout: Layout, problem: Problem, bias_EN: Tensor | None = None
+        x_SK: Tensor, expert_S: Tensor, routes: Routes, layout: Layout, problem: Problem, bias_EN: Tensor | None = None
     ) -> Tensor:
-        """y [S, N] in x's dtype. `layout` holds the base's tensors stacked, [E, ...]; `expert_S` is int64."""
+        """y [S, N] in x's dtype and the kernel's order, from what `spread` or another product gave. `layout` holds the base's
+        tensors stacked, [E, ...]; `expert_S` is int64."""
+
+    @staticmethod
+    def add(y_SN: Tensor, weight_Mk: Tensor, routes: Routes) -> Tensor:
+        """y_t = sum over the pairs of t of weight * y_s, [M, N] in y's dtype, from rows in the kernel's order."""
+        weighted_SN = y_SN * weight_Mk.reshape(-1, 1)
+        return weighted_SN.reshape(*weight_Mk.shape, y_SN.shape[1]).sum(1).to(y_SN.dtype)

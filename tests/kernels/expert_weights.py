@@ -31,6 +31,13 @@ def experts_of(grid: Any, E: int, N: int, K: int, dtype: torch.dtype, device: st
     return layer.to(device).prepare(dtype)
 
 
+def product(layer: ExpertLinear, x: torch.Tensor, expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The layer's y, pair by pair: each is a token of its own with one expert of weight 1, so that adding changes nothing."""
+    routes = layer.routes(expert)
+    y = layer(layer.spread(x, routes), expert, routes, bias)
+    return layer.add(y, torch.ones(len(expert), 1, device=x.device), routes)
+
+
 def wanted_of(layer: ExpertLinear, x: torch.Tensor, expert: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """y in float64, pair by pair from the dense weights; zeros for experts that are not there."""
     dense = layer.dequantize(torch.float32).double()

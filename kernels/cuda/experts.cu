@@ -1,0 +1,209 @@
+// Who goes where in a layer of experts: three small kernels around the grouped matmuls (`wgmma.cu` with EXPERTS).
+//
+//   route_pairs    pairs of token and expert sorted by expert, and cut into runs of at most `run` tokens of one expert
+//   spread_tokens  each token's row once for every expert that was chosen for it, in sorted order
+//   add_experts    y_t = sum over the experts of t of weight * row, in the order in which they were chosen
+//
+// The sort counts: each warp takes a stretch of pairs, 32 at a time, and lanes with the same expert find each other with one
+// instruction. A first walk counts experts by warp, prefix sums over experts and warps say where each (expert, warp) begins,
+// a second walk hands out places. Pairs of one expert keep their order, so the same routing gives the same bits, always.
+// One block does it all: 16384 pairs are 16 steps of 32 warps, twice.
+//
+// An expert that does not exist is nobody: its pairs come last, belong to no run, and add nothing.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr u32 ALL = 0xFFFFFFFFu;
+constexpr int AHEAD = 4;  // steps whose pairs are fetched together
+
+extern __shared__ int counts[];  // [warps][experts + 1], then starts [experts + 1], first runs [experts + 1]
+
+__device__ void begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+struct RouteArguments {
+    const long long* expert;  // of each pair
+    int *order, *place;       // the pair at each place; each pair's place, -1 where its expert is nobody
+    int4* runs;               // {number of runs}, then for each {expert, first place, end, runs of this expert}
+    int pairs, experts, run;
+};
+
+// The experts of a step's pairs: `experts` for nobody, -1 beyond the last pair.
+struct Step {
+    int expert[AHEAD];
+    __device__ Step(const RouteArguments& p, int first, int end) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int pair = first + 32 * i + threadIdx.x % 32;
+            const long long e = pair < end ? p.expert[pair] : 0;
+            expert[i] = pair >= end ? -1 : e >= 0 && e < p.experts ? (int)e : p.experts;
+        }
+    }
+};
+
+// Exclusive prefix sum over a warp; `sum` becomes the total.
+__device__ int before(int value, int& sum) {
+    int until = value;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(ALL, until, step);
+        if ((int)(threadIdx.x % 32) >= step) until += other;
+    }
+    sum = __shfl_sync(ALL, until, 31);
+    return until - value;
+}
+
+// From counts by warp to the place where each (warp, expert) begins, and the experts' runs.
+__device__ void lay_out(const RouteArguments& p, int warps, int width) {
+    int *starts = counts + warps * width, *first_runs = starts + width;
+    for (int e = threadIdx.x; e < width; e += blockDim.x) {
+        int sum = 0;
+        for (int w = 0; w < warps; w++) {
+            const int here = counts[w * width + e];
+            counts[w * width + e] = sum, sum += here;
+        }
+        starts[e] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        int pairs = 0, runs = 0;
+        for (int first = 0; first < width; first += 32) {
+            const int e = first + threadIdx.x, count = e < width ? starts[e] : 0;
+            int more_pairs, more_runs;
+            const int start = pairs + before(count, more_pairs);
+            const int first_run = runs + before(e < p.experts ? (count + p.run - 1) / p.run : 0, more_runs);
+            if (e < width) starts[e] = start, first_runs[e] = first_run;
+            pairs += more_pairs, runs += more_runs;
+        }
+        if (threadIdx.x == 0) p.runs[0] = make_int4(runs, 0, 0, 0);
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < p.experts; e += blockDim.x) {
+        const int first = first_runs[e], count = first_runs[e + 1] - first;
+        for (int i = 0; i < count; i++)
+            p.runs[1 + first + i] = make_int4(e, starts[e] + i * p.run, min(starts[e] + (i + 1) * p.run, starts[e + 1]), count);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(1024) route_pairs(const __grid_constant__ RouteArguments p) {
+    begin();
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = p.experts + 1;
+    int* mine = counts + warp * width;
+    for (int i = threadIdx.x; i < warps * width; i += blockDim.x) counts[i] = 0;
+    __syncthreads();
+    const int stretch = (p.pairs + 32 * warps - 1) / (32 * warps) * 32, start = warp * stretch, end = min(start + stretch, p.pairs);
+    for (int first = start; first < end; first += 32 * AHEAD) {
+        const Step step(p, first, end);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const u32 same = __match_any_sync(ALL, step.expert[i]);
+            if (step.expert[i] >= 0 && lane == __ffs(same) - 1) mine[step.expert[i]] += __popc(same);
+            __syncwarp();
+        }
+    }
+    __syncthreads();
+    lay_out(p, warps, width);
+    const int* starts = counts + warps * width;
+    for (int first = start; first < end; first += 32 * AHEAD) {
+        const Step step(p, first, end);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int e = step.expert[i], pair = first + 32 * i + lane;
+            const u32 same = __match_any_sync(ALL, e);
+            const int place = e >= 0 ? starts[e] + mine[e] + __popc(same & ((1u << lane) - 1)) : 0;
+            __syncwarp();
+            if (e >= 0) {
+                if (lane == __ffs(same) - 1) mine[e] += __popc(same);
+                p.order[place] = pair, p.place[pair] = e < p.experts ? place : -1;
+            }
+            __syncwarp();
+        }
+    }
+}
+
+struct SpreadArguments {
+    const uint4* x;  // [tokens][pieces of 16 bytes]
+    uint4* y;        // [pairs][pieces]
+    const int* order;
+    int each, pieces;  // each: pairs of a token
+};
+
+// A block for every pair.
+extern "C" __global__ void __launch_bounds__(256) spread_tokens(const __grid_constant__ SpreadArguments p) {
+    begin();
+    const uint4* from = p.x + (size_t)(p.order[blockIdx.x] / p.each) * p.pieces;
+    uint4* to = p.y + (size_t)blockIdx.x * p.pieces;
+    for (int i = threadIdx.x; i < p.pieces; i += 256) to[i] = from[i];
+}
+
+struct AddArguments {
+    const u16* rows;     // [pairs][columns] in sorted order
+    const void* weight;  // [tokens][each], of `weight_type`
+    const int* place;
+    u16* y;              // [tokens][columns]
+    int each, columns, weight_type;  // 0 bfloat16, 1 float16, 2 float32
+};
+
+template <bool HALF> __device__ float number(u32 bits) {
+    if (!HALF) return __uint_as_float(bits << 16);
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((u16)bits));
+    return f;
+}
+__device__ u32 rounded_bits(float value) {
+    u16 h;
+#if FP16
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(value));
+#else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(value));
+#endif
+    return h;
+}
+__device__ float weight_of(const AddArguments& p, int pair) {
+    if (p.weight_type == 2) return ((const float*)p.weight)[pair];
+    const u16 bits = ((const u16*)p.weight)[pair];
+    return p.weight_type ? number<true>(bits) : number<false>(bits);
+}
+
+// A thread for eight columns of a token; columns of the last thread beyond the row are left out.
+extern "C" __global__ void __launch_bounds__(256) add_experts(const __grid_constant__ AddArguments p) {
+    begin();
+    const int column = 8 * (blockIdx.x * 256 + threadIdx.x), token = blockIdx.y;
+    if (column >= p.columns) return;
+    float sum[8] = {};
+    for (int i = 0; i < p.each; i++) {
+        const int pair = token * p.each + i, place = p.place[pair];
+        if (place < 0) continue;
+        const float weight = weight_of(p, pair);
+        const u16* row = p.rows + (size_t)place * p.columns + column;
+        u32 words[4] = {};
+        if (p.columns % 8 == 0) {
+            const uint4 v = *(const uint4*)row;
+            words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+        } else {
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                if (column + j < p.columns) words[j / 2] |= (u32)row[j] << (16 * (j % 2));
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum[j] += weight * number<FP16>(words[j / 2] >> (16 * (j % 2)) & 0xFFFF);
+    }
+    u32 words[4] = {};
+#pragma unroll
+    for (int j = 0; j < 8; j++) words[j / 2] |= rounded_bits(sum[j]) << (16 * (j % 2));
+    u16* to = p.y + (size_t)token * p.columns + column;
+    if (p.columns % 8 == 0) {
+        *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+        if (column + j < p.columns) to[j] = (u16)(words[j / 2] >> (16 * (j % 2)));
+}

@@ -1,0 +1,228 @@
+"""Grouped matmuls on Hopper: the warpgroup kernel `wgmma.cu` over the weights of all experts, one below the other.
+
+    y_s = W[expert_s] x_s + b[expert_s]        pairs sorted by expert (`cuda_routes`), so that an expert's tokens lie together
+
+A block multiplies some rows of one expert's weight with a run of at most T of its tokens. Which runs there are is counted on
+the device; the host knows how many pairs and experts there are, and from that alone chooses T and the cut of the weight: a
+guess of how tokens fall on experts at random decides, and only speed depends on it.
+
+Error and determinism are those of `cuda_wgmma`: every output is written once, by one block.
+
+Shape legend: E experts, S pairs of token and expert, N out features, K in features, R row tiles of one expert, T tokens of a
+run.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import RunFailed
+from aerogel.kernels.gemm import cuda, cuda_wgmma
+from aerogel.kernels.gemm.cuda_weight import TileWeight, of_floats, per_kind
+from aerogel.kernels.gemm.cuda_wgmma import Config, ceil_divide, deepest, microseconds_of_tiles
+from aerogel.kernels.gemm.cuda_wgmma_plan import Plan, in_pieces
+from aerogel.kernels.grouped import cuda_routes
+from aerogel.kernels.grouped.kernel import Grouped, Routes
+from aerogel.kernels.problem import Kernel, Layout, Problem
+from aerogel.quantize.tables import TableGrid
+
+RUNS = (16, 32, 48, 64, 96, 128, 160, 192, 256)
+"""Tokens of a run, T."""
+DECODING = 88
+"""Tokens whose products take as long as decoding the rows that they are multiplied with."""
+CUTS = (*cuda_wgmma.CUTS, (160, 2, 1, 1), (192, 2, 1, 1))
+"""As `cuda_wgmma.CUTS`, with runs that one would not choose for a single weight."""
+
+
+@functools.cache
+def expected_runs(pairs: int, experts: int, run: int) -> float:
+    """How many runs there are when each pair picks its expert at random."""
+    mean, runs = pairs / experts, 0.0
+    for count in range(1, int(mean + 10 * math.sqrt(mean) + 10)):
+        chance = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
+        runs += chance * ceil_divide(count, run)
+    return experts * runs
+
+
+@functools.cache
+def run_tokens(pairs: int, experts: int) -> int:
+    """T: long runs waste products on tokens that are not there, short ones decode a weight more often."""
+    return min(RUNS, key=lambda run: expected_runs(pairs, experts, run) * math.cbrt(run**3 + DECODING**3))
+
+
+@per_kind
+def choose_config(weight: TileWeight, run: int, runs: float, chosen: float, multiprocessors: int) -> Config | None:
+    """The cut with the least estimated time for so many runs and experts that anybody chose; None when none runs the weight."""
+    row_tiles, experts = ceil_divide(weight.N, 16), weight.codes.shape[0] // ceil_divide(weight.N, 16)
+
+    def microseconds(config: Config) -> float:
+        tiles = math.ceil(ceil_divide(row_tiles, config.row_tiles) * runs)
+        return microseconds_of_tiles(weight, config, tiles, weight.nbytes * chosen / experts, multiprocessors)
+
+    return min(cuts(weight, run), key=microseconds, default=None)
+
+
+def cuts(weight: TileWeight, run: int) -> list[Config]:
+    """Every cut for runs of so many tokens, with the deepest rings that fit."""
+    found: list[Config] = []
+    for tokens, warpgroups, blocks, resident in CUTS:
+        batch = 2 if blocks * resident > 2 or warpgroups > 2 else 4
+        lead = 3 if tokens > 128 and weight.codes.shape[1] > 1 else 0
+        plain = Config(tokens=tokens, warpgroups=warpgroups, blocks=blocks, batch=batch, lead=lead, resident=resident)
+        fitting = (deepest(weight, replace(plain, w_tiles=tiles)) for tiles in (2, 1)) if tokens == run else ()
+        found += [config for config in fitting if config is not None][:1]
+    return found
+
+
+_plans: dict[tuple[object, ...], Plan] = {}
+
+
+def grouped_tiles_linear(
+    x: Tensor,
+    runs: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    table: Tensor | None,
+    pick: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    N: int,
+    floats: bool = False,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """`aerogel::grouped_tiles_linear` on CUDA: x [S, K] bf16 or fp16 in sorted order -> [S, N] in the same order.
+
+    runs: of `cuda_routes.route_experts` with T = `run_tokens(S, E)`. codes, scale, zero, pick: those of `TileWeight`, stacked,
+    [E, R, ...]; table for all of them; factor [E]. Rows of experts that do not exist are left as they are.
+    """
+    pairs, experts = x.shape[0], codes.shape[0]
+    y = x.new_empty(pairs, N)
+    if y.numel() == 0:
+        return y
+    held = (codes, scale, zero, table, pick, factor)
+    key = (*(0 if tensor is None else tensor.data_ptr() for tensor in held), pairs, N, group_size, floats, x.dtype)
+    with torch.cuda.device(x.device):
+        plan = _plans.get(key)
+        if plan is None:
+            weight = TileWeight(
+                codes=codes, scale=scale, zero=zero, table=table, pick=pick, group_size=group_size, N=N, K=x.shape[1],
+                floats=floats, factor=factor,
+            )  # fmt: skip
+            if len(_plans) >= cuda.MOST_PLANS:
+                _plans.clear()
+            plan = _plans[key] = planned(below_each_other(weight), experts, pairs, x.dtype)
+        plan.launch(in_pieces(x), None, bias, y, runs)
+    return y
+
+
+def below_each_other(weight: TileWeight) -> TileWeight:
+    """Stacked tensors [E, R, ...] as [E * R, ...], still with the N of one expert."""
+    zero, pick = (tensor if tensor is None else tensor.flatten(0, 1) for tensor in (weight.zero, weight.pick))
+    return replace(weight, codes=weight.codes.flatten(0, 1), scale=weight.scale.flatten(0, 1), zero=zero, pick=pick)
+
+
+def planned(weight: TileWeight, experts: int, pairs: int, dtype: torch.dtype, config: Config | None = None) -> Plan:
+    """The matmul of so many pairs, cut as the estimate says unless `config` does. Raises `RunFailed` where nothing fits."""
+    run = run_tokens(pairs, experts)
+    if config is None:
+        facts = torch.cuda.get_device_properties(weight.codes.device)
+        chosen = experts * -math.expm1(-pairs / experts)
+        runs = expected_runs(pairs, experts, run)
+        config = choose_config(weight, run, runs, chosen, facts.multi_processor_count)
+    if config is None:
+        raise RunFailed("no cut of the experts' weight fits the multiprocessor; such a weight must be refused, not planned")
+    return Plan(weight, config, pairs, dtype, runs=cuda_routes.most_runs(pairs, experts, run))
+
+
+def _fake(
+    x: Tensor,
+    runs: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    table: Tensor | None,
+    pick: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    N: int,
+    floats: bool = False,
+    factor: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], N)
+
+
+_library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "grouped_tiles_linear(Tensor x, Tensor runs, Tensor codes, Tensor scale, Tensor? zero, Tensor? table, Tensor? pick,"
+    " Tensor? bias, int group_size, int N, bool floats=False, Tensor? factor=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("grouped_tiles_linear", grouped_tiles_linear, "CUDA")  # type: ignore[no-untyped-call]
+torch.library.register_fake("aerogel::grouped_tiles_linear", _fake, lib=_library)
+
+
+class Cuda(Grouped):
+    """The warpgroup kernel over sorted pairs."""
+
+    about: ClassVar[str] = "the warpgroup kernels of compute capability 9.0, one launch over all experts that tokens chose"
+    base: ClassVar[type[Kernel]] = cuda.Cuda
+
+    @classmethod
+    def refuses(cls, problem: Problem) -> str | None:
+        """What the kernel for one weight refuses, other devices than Hopper's, and a table of its own for each expert."""
+        reason = cls.base.refuses(problem)
+        if reason:
+            return reason
+        if isinstance(problem.grid, TableGrid) and problem.grid.learned:
+            return "takes one table for all experts, and these have one of their own"
+        major, minor = torch.cuda.get_device_capability()
+        if major != 9:
+            return f"multiplies with the warpgroup instruction of compute capability 9.0, which {major}.{minor} does not have"
+        return None
+
+    @staticmethod
+    def route(expert_S: Tensor, experts: int) -> Routes:
+        """order, place and runs of `cuda_routes.route_experts`."""
+        run = run_tokens(len(expert_S), experts) if len(expert_S) else RUNS[0]
+        return list(torch.ops.aerogel.route_experts.default(expert_S, experts, run))
+
+    @staticmethod
+    def spread(x_MK: Tensor, routes: Routes) -> Tensor:
+        """A row for each pair, sorted by expert."""
+        x_SK: Tensor = torch.ops.aerogel.spread_tokens.default(x_MK, routes[0])
+        return x_SK
+
+    @staticmethod
+    def run(
+        x_SK: Tensor, expert_S: Tensor, routes: Routes, layout: Layout, problem: Problem, bias_EN: Tensor | None = None
+    ) -> Tensor:
+        """One call of the operator. Rows of experts that do not exist hold anything; `add` leaves them out."""
+        table = layout.get("tile_table")
+        y_SN: Tensor = torch.ops.aerogel.grouped_tiles_linear.default(
+            x_SK,
+            routes[2],
+            layout["tile_codes"],
+            layout["tile_scale"],
+            layout.get("tile_zero"),
+            None if table is None else table[0],
+            layout.get("tile_pick"),
+            bias_EN,
+            problem.grid.group_size or 0,
+            problem.N,
+            of_floats(problem.grid),
+            layout.get("tile_factor"),
+        )
+        return y_SN
+
+    @staticmethod
+    def add(y_SN: Tensor, weight_Mk: Tensor, routes: Routes) -> Tensor:
+        """One kernel: float32 sums over each token's pairs."""
+        y_MN: Tensor = torch.ops.aerogel.add_experts.default(y_SN, routes[1], weight_Mk)
+        return y_MN

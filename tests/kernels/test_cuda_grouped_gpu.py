@@ -1,0 +1,141 @@
+"""Grouped experts on a Hopper GPU: the routing against plain torch, products against float64, for loads of every kind."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from tests.kernels.test_cuda_wgmma_gpu import BOUND, HOPPER, weight_of
+from tests.kernels.tile_weights import dense64
+
+from aerogel.kernels.cuda import sources
+from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.kernels.gemm.cuda_wgmma import SOURCE, Config, defines
+from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
+from aerogel.kernels.grouped import cuda_grouped
+from aerogel.kernels.grouped.cuda_routes import add_experts, most_runs, route_experts, spread_tokens
+
+pytestmark = pytest.mark.gpu
+E, N, K = 5, 200, 712
+ROWS = 208
+"""Rows of an expert in whole row tiles."""
+
+
+@pytest.fixture(autouse=True)
+def hopper() -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a GPU of compute capability 9.0")
+
+
+def loads(pairs: int, experts: int) -> dict[str, torch.Tensor]:
+    """Experts of so many pairs: at random, all with one, a few with most, and some with experts that do not exist."""
+    draw = torch.Generator().manual_seed(pairs)
+    even = torch.randint(experts, (pairs,), generator=draw)
+    skewed = (experts * torch.rand(pairs, generator=draw) ** 4).long()
+    nobody = torch.where(torch.rand(pairs, generator=draw) < 0.3, experts + even % 2, even)
+    found = {"even": even, "one": torch.full((pairs,), experts - 1), "skewed": skewed, "nobody": nobody}
+    return {name: expert.cuda() for name, expert in found.items()} | {"none": torch.full((pairs,), experts).cuda()}
+
+
+@pytest.mark.parametrize(("pairs", "experts"), [(1, 1), (2, 8), (31, 128), (129, 3), (1000, 60), (20000, 300)])
+def test_pairs_are_sorted_and_cut_into_runs(pairs: int, experts: int) -> None:
+    for (name, expert), run in itertools.product(loads(pairs, experts).items(), (16, 160)):
+        order, place, runs = (part.cpu() for part in route_experts(expert, experts, run))
+        e = expert.cpu().clamp(max=experts)
+        wanted = torch.sort(e, stable=True).indices
+        assert torch.equal(order.long(), wanted), (name, run)
+        places = torch.empty_like(wanted)
+        places[wanted] = torch.arange(pairs)
+        assert torch.equal(place.long(), torch.where(e < experts, places, -1)), (name, run)
+        counts = torch.bincount(e, minlength=experts + 1)[:experts]
+        starts = counts.cumsum(0) - counts
+        rows = [
+            [number, int(start) + at, min(int(start) + at + run, int(start + count)), -(-int(count) // run)]
+            for number, (start, count) in enumerate(zip(starts, counts, strict=True))
+            for at in range(0, int(count), run)
+        ]
+        assert runs[0, 0] == len(rows) <= most_runs(pairs, experts, run)
+        assert runs[1 : 1 + len(rows)].tolist() == rows, (name, run)
+
+
+def test_tokens_go_out_and_come_back() -> None:
+    for dtype, columns, k in itertools.product((torch.bfloat16, torch.float16), (8, 100, 2880), (1, 4)):
+        x = torch.randn(70, columns, device="cuda").to(dtype)
+        for expert in loads(70 * k, E).values():
+            order, place, _ = route_experts(expert, E, 16)
+            rows = spread_tokens(x, order)
+            assert torch.equal(rows[:, :columns], x[order.long() // k]) and not rows[:, columns:].any()
+            weight = torch.randn(70, k, device="cuda")
+            there = place.long() >= 0
+            rows = torch.where((expert < E)[order.long(), None], rows, torch.nan)[:, :columns].contiguous()
+            y = add_experts(rows, place, weight)
+            pairs = torch.where(there[:, None], rows[place.long().clamp(min=0)].double(), 0)
+            wanted = (pairs * weight.reshape(-1, 1)).reshape(70, k, columns).sum(1)
+            assert y.dtype == dtype and (y.double() - wanted).norm() <= 4e-3 * wanted.norm()
+
+
+def stacked(bits: int, size: int, zero: str, scale: torch.dtype) -> tuple[TileWeight, torch.Tensor]:
+    """The weights of all experts, one below the other, and what they decode to, [E, N, K]."""
+    whole = weight_of(E * ROWS, K, bits, size, zero, scale)
+    held = {name: getattr(whole, name) for name in ("codes", "scale", "zero", "table", "pick", "group_size", "K")}
+    return TileWeight(N=N, **held), dense64(whole).reshape(E, ROWS, K)[:, :N]
+
+
+def check(weight: TileWeight, dense: torch.Tensor, config: Config, expert: torch.Tensor, dtype: torch.dtype) -> None:
+    """Twice into poisoned outputs: every pair of an expert that exists, and no other row."""
+    pairs, run = len(expert), config.tokens
+    order, _, runs = route_experts(expert, E, run)
+    x = torch.randn(pairs, K, device="cuda").to(dtype)
+    bias = torch.randn(E, N, device="cuda").to(dtype)
+    plan = Plan(weight, config, pairs, dtype, runs=most_runs(pairs, E, run))
+    assert plan.function.attribute("local_bytes") == 0, config
+    found = []
+    for _ in range(2):
+        y = torch.full((pairs + 1, N), torch.nan, dtype=dtype, device="cuda")
+        plan.launch(x, None, bias, y[:pairs], runs)
+        found.append(y)
+    e = expert[order.long()]
+    there = e < E
+    assert torch.equal(found[0].isnan().all(1), ~torch.cat([there, there.new_zeros(1)])), config
+    wanted = torch.einsum("sk,snk->sn", x[there].double(), dense[e[there]]) + bias[e[there]].double()
+    error = ((found[0][:pairs][there].double() - wanted).norm() / wanted.norm().clamp_min(1e-9)).item()
+    assert error <= BOUND[dtype], f"{config}: {error:.2e}"
+    assert torch.equal(found[0][:pairs][there], found[1][:pairs][there]), f"{config}: two runs differ"
+
+
+@pytest.mark.parametrize("run", cuda_grouped.RUNS)
+def test_every_cut_on_ragged_loads(run: int) -> None:
+    weight, dense = stacked(4, 128, "none", torch.bfloat16)
+    configs = cuda_grouped.cuts(weight, run)
+    macros = [defines(weight, config, torch.bfloat16) | {"INT8": 0, "EXPERTS": 1} for config in configs]
+    sources.compile_ahead([(SOURCE, macro) for macro in macros], HOPPER, workers=4)
+    for config, pairs in itertools.product(configs, (3, 700)):
+        for expert in loads(pairs, E).values():
+            check(weight, dense, config, expert, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "zero", "scale"),
+    [(3, 32, "integer", torch.float16), (8, 0, "none", torch.bfloat16), (2, 16, "float", torch.float32)],
+)
+def test_widths_groups_and_zero_points(bits: int, size: int, zero: str, scale: torch.dtype) -> None:
+    weight, dense = stacked(bits, size, zero, scale)
+    config = cuda_grouped.choose_config(weight, 32, 9.0, 5.0, 132)
+    assert config is not None
+    for dtype in (torch.bfloat16, torch.float16):
+        check(weight, dense, config, loads(90, E)["nobody"], dtype)
+
+
+def test_damage_stays_in_its_token() -> None:
+    weight, dense = stacked(4, 128, "none", torch.bfloat16)
+    expert = loads(40, E)["even"]
+    order, _, runs = route_experts(expert, E, 16)
+    x = torch.randn(40, K, device="cuda").bfloat16()
+    x[3, 5], x[17, 700], x[39, 0] = torch.inf, torch.nan, -torch.inf
+    config = cuda_grouped.choose_config(weight, 16, 5.0, 5.0, 132)
+    assert config is not None
+    y = torch.empty(40, N, device="cuda", dtype=torch.bfloat16)
+    Plan(weight, config, 40, torch.bfloat16, runs=most_runs(40, E, 16)).launch(x, None, None, y, runs)
+    wanted = torch.einsum("sk,snk->sn", x.double(), dense[expert[order.long()]])
+    assert torch.equal(y.isfinite(), wanted.isfinite()) and torch.equal(y.isnan(), wanted.isnan())
