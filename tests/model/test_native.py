@@ -21,7 +21,8 @@ from aerogel.kernels.decode.loop import Decoder
 from aerogel.kernels.embedding import PackedEmbedding
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
-from aerogel.model.compress import REPORT_NAME, compress
+from aerogel.model.assembly import REPORT_NAME
+from aerogel.model.compress import compress
 from aerogel.model.inspect import inspect
 from aerogel.model.loading import load
 from aerogel.model.native import CODES
