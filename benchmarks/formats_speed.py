@@ -52,6 +52,10 @@ GRID_KEYS = (
 )
 
 
+NO_GRAPH: set[str] = set()
+"""Formats that no fused kernel serves: their weight is decoded part by part."""
+
+
 def codes_only(stage: dict[str, Any]) -> dict[str, Any]:
     """A quantize stage that gives codes of the same format without data."""
     method = stage.get("method", "gptq")
@@ -93,14 +97,24 @@ def in_turns(running: dict[str, list[Callable[[], object]]], rounds: int) -> dic
 
 
 def graphs(running: dict[str, list[Callable[[], object]]], rounds: int) -> dict[str, list[float]]:
-    """The same from CUDA graphs, a few times in turn."""
+    """The same from CUDA graphs, a few times in turn; without a graph for what asks the host in the middle (NO_GRAPH)."""
     from aerogel.kernels.cuda.timing import graph_microseconds
 
     taken: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(rounds):
         for name, calls in running.items():
-            taken[name].append(graph_microseconds(calls))
+            taken[name].append(launched(calls) if name in NO_GRAPH else graph_microseconds(calls))
     return taken
+
+
+def launched(calls: list[Callable[[], object]]) -> float:
+    """Microseconds of one call, host and device together."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e6 / len(calls)
 
 
 def pairs(formats: dict[str, dict[str, Any]], batch: int) -> Iterator[dict[str, dict[str, Any]]]:
@@ -121,8 +135,10 @@ def measure(formats: dict[str, dict[str, Any]], given: argparse.Namespace) -> tu
         linears: dict[str, Linear] = {}
         for name, stage in batch.items():
             try:
-                linears[name] = packed(codes_only(stage), N, K, given.device)
-                linears[name](torch.randn(1, K, device=given.device).bfloat16())
+                linear = linears[name] = packed(codes_only(stage), N, K, given.device)
+                linear(torch.randn(1, K, device=given.device).bfloat16())
+                if linear.kernel_name in ("torch-chunked", "reference"):
+                    NO_GRAPH.add(name)
             except Exception:
                 linears.pop(name, None)
                 failed[name] = traceback.format_exc()

@@ -80,4 +80,5 @@ def quantize_fp8(x: Tensor, fixed: Tensor | None = None) -> tuple[Tensor, Tensor
 
 def _scales(x: Tensor, largest: float) -> Tensor:
     peak = x.abs().amax(-1, keepdim=True).float()
-    return torch.where(peak > 0, peak / largest, torch.ones_like(peak))
+    # By a tensor: on CUDA torch multiplies by the rounded reciprocal of a plain number, one bit off the quotient.
+    return torch.where(peak > 0, peak / torch.full_like(peak, largest), torch.ones_like(peak))
