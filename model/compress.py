@@ -32,8 +32,9 @@ from aerogel.model.plan import plan_structure, stored_dtype
 from aerogel.model.progress import Progress, silent
 from aerogel.model.runner import Activations, Runner
 from aerogel.model.source import resolve
+from aerogel.model.storage import Job
 from aerogel.model.structure import Structure, discover
-from aerogel.model.walk import Job, Part, Walk
+from aerogel.model.walk import Part, Walk
 from aerogel.recipes.assign import assign
 from aerogel.recipes.schema import Recipe
 from aerogel.recipes.stages import StageSpec

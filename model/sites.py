@@ -33,7 +33,7 @@ from aerogel.quantize.site import Site
 from aerogel.recipes.stages import StageSpec
 
 if TYPE_CHECKING:
-    from aerogel.model.walk import Sources
+    from aerogel.model.sources import Sources
 
 MATCH = 1e-3
 """Relative deviation up to which a scaled input counts as exactly the old one times the factors."""

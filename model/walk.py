@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,20 +19,17 @@ from torch import Tensor
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.model.capture import Accumulator
-from aerogel.model.gradients import NEEDS, Gradients
+from aerogel.model.gradients import NEEDS
 from aerogel.model.layer import Layer, Stats
-from aerogel.model.naming import Group, materialise
-from aerogel.model.reader import CheckpointReader
+from aerogel.model.naming import materialise
 from aerogel.model.runner import Activations, Runner
 from aerogel.model.shared_factor import Factors, shared_factors, two_level_grid, with_factor
 from aerogel.model.sites import apply_scales, unscaled
+from aerogel.model.sources import Sources
 from aerogel.model.statistics import BlockStatistics
+from aerogel.model.storage import Job, Storage
 from aerogel.model.structure import Matrix, Structure
 from aerogel.model.tape import Slot
-from aerogel.pack.config import choose_format
-from aerogel.pack.format import Format
-from aerogel.quantize.sidecars import with_sidecars
-from aerogel.recipes.stages import StageSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,46 +43,6 @@ class Part:
     tensors: dict[str, Tensor]
     row: dict[str, Any]
     seconds: float
-
-
-@dataclass(slots=True)
-class Sources:
-    """The checkpoint tensors of one part, in the type they are stored in, as they stand now."""
-
-    reader: CheckpointReader
-    device: torch.device
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    own_layout: set[str] = field(default_factory=set)
-
-    def fetch(self, name: str) -> Tensor:
-        """Tensor `name` on the compute device; read once, refused when a value is not finite."""
-        if name not in self.tensors:
-            self.tensors[name] = self.reader.read(name, finite=True).to(self.device)
-        return self.tensors[name]
-
-    def put(self, matrix: Matrix, weight_NK: Tensor) -> None:
-        """Replaces one matrix by another weight."""
-        old = self.tensors[matrix.tensor]
-        if matrix.tensor not in self.own_layout:  # the tensor may still be shared with the dense twin: write to a copy
-            old = self.tensors[matrix.tensor] = old.clone()
-            self.own_layout.add(matrix.tensor)
-        matrix.take(old).copy_(weight_NK)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What a walk needs to know beside the model: stages by matrix name, how to store, and how calibration behaves."""
-
-    stages: Mapping[str, list[StageSpec]]
-    format: str
-    dtype: torch.dtype | None
-    experts_top_up: bool
-    min_expert_tokens: int
-    gradients: Gradients | None = None
-
-    def kept(self, tensor: Tensor) -> Tensor:
-        """A tensor that is not compressed, in the type the output is written in."""
-        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
 
 class Walk:
@@ -108,7 +65,7 @@ class Walk:
         dense: Activations | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.structure, self.runner, self.job = structure, runner, job
+        self.structure, self.runner, self.job, self.storage = structure, runner, job, Storage(job)
         self.activations, self.batches, self.dense = activations, batches, dense
         self.device = device or torch.device("cpu")
         self.by_block: dict[int | None, list[Matrix]] = {}
@@ -148,7 +105,7 @@ class Walk:
         else:
             layers, facts = self._calibrated(index, matrices, sources)
             row |= facts
-        tensors, rows = self._store(groups, matrices, layers, sources)
+        tensors, rows = self.storage.part(groups, matrices, layers, sources)
         return Part(name, tensors, {**row, "layers": rows}, time.perf_counter() - start)
 
     def _calibrated(self, index: int, matrices: list[Matrix], sources: Sources) -> tuple[dict[str, Layer], dict[str, Any]]:
@@ -247,30 +204,7 @@ class Walk:
 
     def _solve(self, members: list[Matrix], layers: list[Layer]) -> list[Layer]:
         """Layers through their stages and as they will be stored: what runs from here on is what the file decodes to."""
-        return [self._as_stored(m, layer) for m, layer in zip(members, self._stages(members, layers), strict=True)]
-
-    def _as_stored(self, matrix: Matrix, layer: Layer) -> Layer:
-        tokens = layer.stats.tokens if layer.stats is not None else 0
-        if layer.codes is None:
-            return layer.with_(weight_NK=self.job.kept(layer.weight_NK).float(), stats=None, tokens=tokens)
-        form = self._format(matrix)
-        local = layer.tensors(form)
-        stored = with_sidecars(form.decode(local, layer.codes.grid), local, matrix.name)
-        if not torch.equal(stored, layer.weight_NK):
-            raise RunFailed(
-                f"{matrix.name}: what would be stored does not decode to what the solver returned; this is a mistake in"
-                " aerogel, report it with the recipe"
-            )
-        return layer.with_(stats=None, fisher_NK=None, tokens=tokens)
-
-    def _spec(self, matrix: Matrix) -> StageSpec | None:
-        return next((s for s in self.job.stages[matrix.name] if s.kind == "quantize"), None)
-
-    def _format(self, matrix: Matrix) -> type[Format]:
-        spec = self._spec(matrix)
-        if spec is None:
-            raise RunFailed(f"{matrix.name} has codes but no quantize stage; this is a mistake in aerogel, report it")
-        return choose_format(spec.stage.grid, spec.activations, self.job.format)
+        return [self.storage.settled(m, layer) for m, layer in zip(members, self._stages(members, layers), strict=True)]
 
     def _put_back(self, wave: Iterable[str], sources: Sources) -> None:
         """Rebuilds the parameters of a wave from the compressed weights."""
@@ -278,56 +212,6 @@ class Walk:
             names = set(wave)
             groups = [g for g in self.structure.groups if names.intersection(g.outputs)]
             materialise(self.structure.model, groups, sources.fetch, self.runner.dtype)
-
-    # ---- storing ---------------------------------------------------------------------------------------------------
-
-    def _store(
-        self, groups: Iterable[Group], matrices: list[Matrix], layers: Mapping[str, Layer], sources: Sources
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """What goes to the file for these groups, and a report row per matrix."""
-        tensors: dict[str, Tensor] = {}
-        rows = []
-        coded: dict[str, int] = {}
-        for m in matrices:
-            layer = layers[m.name]
-            size = 0
-            if layer.codes is not None:
-                stored = {f"{m.name}.{key}": value for key, value in layer.tensors(self._format(m)).items()}
-                tensors |= stored
-                size = sum(t.nbytes for t in stored.values())
-                coded[m.tensor] = coded.get(m.tensor, 0) + 1
-            else:
-                sources.put(m, layer.weight_NK)
-                size = m.n * m.k * (self.job.dtype or sources.tensors[m.tensor].dtype).itemsize
-            rows.append(self._row(m, layer, size, sources.tensors[m.tensor].dtype))
-        for group in groups:
-            for source, _ in group.sources:
-                value = sources.fetch(source)
-                slices = value.shape[0] if value.ndim == 3 else 1
-                if 0 < coded.get(source, 0) < slices:
-                    raise BadInput(
-                        f"{coded[source]} of the {slices} experts in {source} are quantized; target all of them or none, since"
-                        " they are stored together"
-                    )
-                if source not in coded:
-                    tensors[source] = self.job.kept(value)
-        return tensors, rows
-
-    def _row(self, matrix: Matrix, layer: Layer, size: int, dtype: torch.dtype) -> dict[str, Any]:
-        weights = matrix.n * matrix.k
-        zeros = 1 - float(layer.mask_NK.float().mean()) if layer.mask_NK is not None else 0.0
-        return {
-            "name": matrix.name,
-            "method": " -> ".join(spec.method_name for spec in self.job.stages[matrix.name]),
-            "bits": layer.codes.grid.bits if layer.codes is not None else None,
-            "bits_per_weight": 8 * size / weights,
-            "zeros": zeros,
-            "loss": layer.loss,
-            "tokens": layer.tokens,
-            "bytes": size,
-            "source_bytes": weights * dtype.itemsize,
-            "notes": dict(layer.notes),
-        }
 
     # ---- what is not a block ---------------------------------------------------------------------------------------
 
@@ -347,13 +231,13 @@ class Walk:
             (layers[m.name],) = self._solve([m], [self._layer(m, sources, stats)])
         tied = [m for m in matrices if m.tied]
         untied = [m for m in matrices if not m.tied]
-        tensors, rows = self._store(self.structure.outer_groups, untied, layers, sources)
+        tensors, rows = self.storage.part(self.structure.outer_groups, untied, layers, sources)
         for m in tied:
             if layers[m.name].codes is None:
                 raise BadInput(f"{m.name} is tied to the embedding; it can be quantized, which unties it, but not only pruned")
-            stored = {f"{m.name}.{key}": value for key, value in layers[m.name].tensors(self._format(m)).items()}
+            stored, row = self.storage.codes(m, layers[m.name], sources.tensors[m.tensor].dtype)
             tensors |= stored
-            rows.append(self._row(m, layers[m.name], sum(t.nbytes for t in stored.values()), sources.tensors[m.tensor].dtype))
+            rows.append(row)
         for name in self.structure.unused:
             tensors[name] = self.job.kept(self.structure.reader.read(name))
         return Part("outer", tensors, {"name": "outer", "layers": rows}, time.perf_counter() - start)
@@ -374,16 +258,14 @@ class Walk:
         if self.runner is None or self.activations is None:
             return
         sources = Sources(self.structure.reader, self.device)
-        coded = {m.tensor for m in self.by_block.get(index, []) if self._codes_of(m, stored)}
+        weights = {m: self.storage.weight(m, stored) for m in self.by_block.get(index, [])}
+        coded = {m.tensor for m, weight_NK in weights.items() if weight_NK is not None}
         for group in self.structure.block_groups(index):
             for source, _ in group.sources:
                 sources.tensors[source] = sources.fetch(source) if source in coded else stored[source].to(self.device)
-        for m in self.by_block.get(index, []):
-            local = self._codes_of(m, stored)
-            if local:
-                spec = self._spec(m)
-                weight_NK = self._format(m).decode(local, spec.stage.grid)  # type: ignore[union-attr]
-                sources.put(m, with_sidecars(weight_NK, local, m.name).to(self.device))
+        for m, weight_NK in weights.items():
+            if weight_NK is not None:
+                sources.put(m, weight_NK.to(self.device))
         self.runner.fetch = sources.fetch
         block = self.runner.load_block(index)
         for batch in range(self.batches):
@@ -406,12 +288,6 @@ class Walk:
         for batch in range(self.batches):
             self.dense[batch] = self.runner.run(index, block, self.dense[batch])
         self.runner.release_block(index)
-
-    def _codes_of(self, matrix: Matrix, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The stored code tensors of a matrix by local name, none when it was not quantized."""
-        start = f"{matrix.name}."
-        local = {name.removeprefix(start): t for name, t in stored.items() if name.startswith(start) and name != f"{start}bias"}
-        return local if "weight_scale" in local else {}
 
 
 def _relative_error(got: Tensor, wanted: Tensor) -> float:

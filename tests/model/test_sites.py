@@ -16,8 +16,8 @@ from aerogel.model.compress import compress
 from aerogel.model.reader import CheckpointReader
 from aerogel.model.runner import Activations, Runner
 from aerogel.model.sites import Found, apply_scales, sites_of
+from aerogel.model.sources import Sources
 from aerogel.model.structure import discover
-from aerogel.model.walk import Sources
 from aerogel.recipes.assign import assign
 
 ROWS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(3))
