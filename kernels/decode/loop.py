@@ -5,7 +5,8 @@
 
 On CUDA a step is one graph launch, and the loop is one step ahead of what it has handed out, so that the device never
 waits for Python to look at a token; the step too many at the end is thrown away. On the CPU a step is one flat function.
-Models that cannot decode over slots run the plain way (`plain`), which `Decoder.facts` says together with the reason.
+Models that cannot decode over slots run the plain way (`plain`), which `Decoder.facts` says together with the reason. A model
+that was loaded without transformers (`direct`) brings its own session.
 
 Shape legend: B sequences, T tokens of the longest prompt.
 """
@@ -13,19 +14,22 @@ Shape legend: B sequences, T tokens of the longest prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from aerogel.errors import BadInput
-from aerogel.kernels.decode.plain import plain_steps
+from aerogel.kernels.decode.direct import Direct, DirectSession
 from aerogel.kernels.decode.sample import Sampling, pick
-from aerogel.kernels.decode.session import Session, Way
-from aerogel.kernels.decode.slots import GRAIN, windows_of
+from aerogel.kernels.decode.state import GRAIN
 
-Loop = Literal["auto", "fused", "masked", "plain"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from aerogel.kernels.decode.session import Session, Way
+
+Loop = Literal["auto", "direct", "fused", "masked", "plain"]
 LOOPS: tuple[str, ...] = get_args(Loop)
 Tokens = list[int | None]
 """One step's tokens, one per sequence; None where a sequence had ended before."""
@@ -35,17 +39,27 @@ class Decoder:
     """Decodes with `model` (in eval mode, on one device).
 
     Args:
-        loop: "auto" takes the fastest way that gives the model's own logits: see `session`. The others force one.
+        loop: "auto" takes the fastest way that gives the model's own logits: see `session`. The others force one; "direct" is
+            the only one for a model of `model.direct`, and for no other.
     """
 
-    def __init__(self, model: PreTrainedModel, loop: Loop = "auto") -> None:
+    def __init__(self, model: PreTrainedModel | Direct, loop: Loop = "auto") -> None:
         if loop not in LOOPS:
             raise BadInput(f"unknown loop {loop!r}; write one of {', '.join(LOOPS)}")
         self.model, self.loop = model, loop
-        self.windows, refusal = windows_of(model)
-        self.reasons: dict[str, str] = {} if refusal is None else {"fused": refusal, "masked": refusal}
-        self.way: Way | None = None
-        self.session: Session | None = None
+        self.way: str | None = None
+        self.session: Session | DirectSession | None = None
+        self.windows: list[int | None] = []
+        self.reasons: dict[str, str] = {}
+        if isinstance(model, Direct) != (loop == "direct") and (isinstance(model, Direct) or loop == "direct") and loop != "auto":
+            raise BadInput(f"loop {loop} is not one of a {type(model).__name__}; load it for that loop, or write loop auto")
+        if not isinstance(model, Direct):
+            from aerogel.kernels.decode.slots import windows_of
+
+            self.windows, refusal = windows_of(model)
+            self.reasons |= {} if refusal is None else {"fused": refusal, "masked": refusal}
+            not_direct = getattr(model, "not_direct", None)
+            self.reasons |= {} if not_direct is None else {"direct": not_direct}
 
     def facts(self) -> dict[str, Any]:
         """What ran: way, whether in a CUDA graph, operators per step, what was fused, seconds of preparation, reasons."""
@@ -104,7 +118,10 @@ class Decoder:
     @torch.inference_mode()
     def _steps(self, ids_BT: Tensor, start_B: Tensor, new_tokens: int, sampling: Sampling) -> Iterator[list[int]]:
         batch, length = ids_BT.shape
-        if self.way == "plain" or self.loop == "plain" or not self.windows:
+        from aerogel.kernels.decode.plain import plain_steps
+
+        plain = self.way == "plain" or self.loop == "plain" or not self.windows
+        if not isinstance(self.model, Direct) and plain:
             self.way = "plain"
             yield from plain_steps(self.model, ids_BT, start_B, new_tokens, sampling)
             return
@@ -114,13 +131,13 @@ class Decoder:
         yield token_B1[:, 0].tolist()
         if new_tokens == 1:
             return
-        if session.way is None:
-            allowed: tuple[Way, ...] = ("fused", "masked", "plain") if self.loop == "auto" else (self.loop,)
-            session.prepare(token_B1, length, start_B, allowed)
+        if not isinstance(session, DirectSession) and session.way is None:
+            ways: tuple[Way, ...] = ("fused", "masked", "plain")
+            session.prepare(token_B1, length, start_B, ways if self.loop == "auto" else (cast("Way", self.loop),))
             if session.way is None:
                 raise BadInput(f"loop {self.loop} cannot run this model ({session.reasons[self.loop]}); write loop auto")
         self.way = session.way
-        if session.way == "plain":
+        if not isinstance(self.model, Direct) and session.way == "plain":
             again = plain_steps(self.model, ids_BT, start_B, new_tokens, sampling)
             next(again)  # the first token is out already, and the same
             yield from again
@@ -132,23 +149,29 @@ class Decoder:
             else _exact(session, sampling, new_tokens - 1)
         )
 
-    def _session(self, batch: int, tokens: int) -> Session:
+    def _session(self, batch: int, tokens: int) -> Session | DirectSession:
         """The session of this batch; a new one when there is none or it is too small."""
         held = self.session
         if held is None or held.batch != batch or held.slots < tokens:
             self.session = held = None  # frees the slots of the old one before new ones are made
-            held = Session(self.model, batch, -(-tokens // GRAIN) * GRAIN, self.windows)
+            slots = -(-tokens // GRAIN) * GRAIN
+            if isinstance(self.model, Direct):
+                held = DirectSession(self.model, batch, slots)
+            else:
+                from aerogel.kernels.decode.session import Session
+
+                held = Session(self.model, batch, slots, self.windows)
             self.session = held
         return held
 
 
-def _exact(session: Session, sampling: Sampling, steps: int) -> Iterator[list[int]]:
+def _exact(session: Session | DirectSession, sampling: Sampling, steps: int) -> Iterator[list[int]]:
     step = session.stepper(sampling)
     for _ in range(steps):
         yield step()[:, 0].tolist()
 
 
-def _ahead(session: Session, sampling: Sampling, steps: int) -> Iterator[list[int]]:
+def _ahead(session: Session | DirectSession, sampling: Sampling, steps: int) -> Iterator[list[int]]:
     """The next step is launched before the last one's tokens are read."""
     step = session.stepper(sampling)
     hosts = [torch.empty(session.batch, 1, dtype=torch.int64, pin_memory=True) for _ in range(2)]

@@ -23,11 +23,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from aerogel.errors import BadInput
 from aerogel.kernels import layouts
@@ -36,6 +35,9 @@ from aerogel.kernels.linear import Linear
 from aerogel.kernels.problem import Problem
 from aerogel.pack.source import Columns
 from aerogel.quantize.codes import Codes, stacked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _WANTED: ContextVar[bool] = ContextVar("aerogel_merging", default=False)
 
@@ -266,7 +268,7 @@ def _merge_packed(members: list[Linear]) -> bool:
     problems = [member.problem() for member in members]
     if _rank(replace(problems[0], N=sum(widths))) > max(_rank(problem) for problem in problems):
         return False
-    whole = _whole(members, replace(problems[0], N=sum(widths)))
+    whole = whole_of(members)
     if whole is None:
         return False
     shared = _Shared(whole, widths)
@@ -282,10 +284,11 @@ def _same_order(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def _whole(members: Sequence[Linear], problem: Problem) -> Merged | None:
-    """One linear of several: in the kernel's layout without a second copy where that can be stacked, else through codes.
+def whole_of(members: Sequence[Linear]) -> Merged | None:
+    """One linear of several that differ in nothing but their rows: in the kernel's layout without a second copy where that can be stacked, else through codes.
     None where the weights have tables or factors of their own."""
     first = members[0]
+    problem = replace(first.problem(), N=sum(member.out_features for member in members))
     biases = [member.bias.data for member in members if member.bias is not None]
     bias_N = torch.cat(biases) if biases else None
     name, kernel = choose(problem)

@@ -24,8 +24,20 @@ _LARGEST_HEAD, _LARGEST_SHARE = 512, 64
 
 class _Attend(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cosine", "sine", "keys", "values", "start", "slot_at", "out")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
+        *((name, ctypes.c_int64) for name in ("q_step", "k_step", "v_step")),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "keys", "values", "start", "slot_at", "out")),
         *((name, ctypes.c_int64) for name in ("batch", "queries", "heads", "slots", "key_size", "value_size", "window")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("type", "angles_per_sequence", "threads")),
+    ]
+
+
+class _Prompt(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cosine", "sine", "keys", "values", "start", "out")),
+        *((name, ctypes.c_int64 * 3) for name in ("q_strides", "k_strides", "v_strides")),
+        *((name, ctypes.c_int64) for name in ("batch", "queries", "heads", "tokens", "key_size", "value_size", "slots", "wanted")),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("type", "angles_per_sequence", "threads")),
     ]
@@ -101,12 +113,14 @@ def attend_arguments(
     B, H, _, D = q.shape
     J, E = k.shape[1], v.shape[3]
     simple = not softcap and sinks is None and max(D, E) <= _LARGEST_HEAD and H // J <= _LARGEST_SHARE
-    if not simple or not alike(q, k, v, cos, sin, keys, values) or not _fits(q, k, v, cos, sin, keys, values, slot, start):
+    simple = simple and q.dtype == k.dtype == v.dtype == keys.dtype and all(x.stride()[1::2] == (x.shape[3], 1) for x in (q, k, v))
+    if not simple or not alike(keys, values, cos, sin) or not _fits(q, k, v, cos, sin, keys, values, slot, start):
         return None
     return _Attend(
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
+        *(q.stride(0), k.stride(0), v.stride(0)),
         None if cos is None else cos.data_ptr(),
         None if sin is None else sin.data_ptr(),
         keys.data_ptr(),
@@ -138,6 +152,57 @@ def _fits(
     places = slot.dtype == start.dtype == torch.int64 and slot.numel() == 1 and start.numel() == B
     shapes = [(k, (B, J, 1, D)), (v, (B, J, 1, E)), (keys, (B, J, L, D)), (values, (B, J, L, E))]
     return T == 1 and H % J == 0 and angles and places and all(tensor.shape == shape for tensor, shape in shapes)
+
+
+def prompt_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the compiled code does these: q [B, H, T, D], k [B, J, T, D], v [B, J, T, E] on the CPU, rows contiguous."""
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        return False
+    B, H, T, D = q.shape
+    J, E = k.shape[1], v.shape[3]
+    on_cpu = all(x.device.type == "cpu" and x.stride(3) == 1 for x in (q, k, v))
+    same = on_cpu and q.dtype in TYPES and q.dtype == k.dtype == v.dtype
+    shapes = k.shape == (B, J, T, D) and v.shape == (B, J, T, E)
+    return same and shapes and H % J == 0 and max(D, E) <= _LARGEST_HEAD and q.numel() > 0
+
+
+def prompt_arguments(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    keys: Tensor | None = None,
+    values: Tensor | None = None,
+    start: Tensor | None = None,
+) -> ctypes.Structure:
+    """The struct of causal attention of whole prompts, of tensors that `prompt_fits` accepts.
+
+    Args:
+        out: [B, R, H, E] contiguous: the results of the last R tokens.
+        q, k, v: see `prompt_fits`; not yet rotated where `cos` is given.
+        cos, sin: [B, T, D] or [1, T, D], contiguous, of q's type.
+        keys, values: slots [B, J, L, D] and [B, J, L, E], of which the first T receive rotated keys, and values.
+        start: int64 [B], the first token of each sequence: results before it are zeros. None for 0.
+    """
+    B, H, T, D = q.shape
+    J, E = k.shape[1], v.shape[3]
+    L = T if keys is None else keys.shape[2]
+    fits = alike(out, cos, sin, keys, values) and out.dtype == q.dtype and out.shape[::2] == (B, H) and out.shape[3] == E
+    fits = fits and 1 <= out.shape[1] <= T <= L and all(angle is None or angle.shape in ((B, T, D), (1, T, D)) for angle in (cos, sin))
+    fits = fits and (keys is None or keys.shape == (B, J, L, D)) and (values is None or values.shape == (B, J, L, E))
+    if not fits or not (start is None or (start.dtype == torch.int64 and start.shape == (B,) and start.is_contiguous())):
+        raise ValueError("results, angles, slots and starts do not belong to these queries")
+    held = (q, k, v, cos, sin, keys, values, start, out)
+    return _Prompt(
+        *(None if x is None else x.data_ptr() for x in held),
+        *((ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (q, k, v)),
+        *(B, H, J, T, D, E, L, T - out.shape[1]),
+        scale,
+        *(TYPES[q.dtype], int(cos is not None and cos.shape[0] > 1), library.threads()),
+    )
 
 
 def norm_fits(a: Tensor, b: Tensor | None, weight: Tensor) -> bool:

@@ -14,8 +14,6 @@ step runs as the plain function it was. The result is the same memory at every s
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from operator import getitem
 from typing import Any
 
@@ -23,26 +21,15 @@ import torch
 from torch import Tensor, fx
 
 from aerogel.kernels.decode import native_ops
+from aerogel.kernels.decode.operations import Operations
 from aerogel.kernels.decode.trace import CannotTrace, Seen
-from aerogel.kernels.embedding import PackedEmbedding, wanted
-from aerogel.kernels.gemm import cpu_lookup
-from aerogel.kernels.gemm.cpu import Native, structs
+from aerogel.kernels.embedding import PackedEmbedding
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 
-KINDS = {"gemm": 0, "attend": 1, "norm": 2, "gate": 3, "lookup": 4, "rows": 5}
 _OWN = {getattr(torch.ops.aerogel, name).default: name for name in ("attend", "add_rms_norm", "rms_norm", "gate")}
 FEWEST = 8
 """Native operations below which the plain function is as good."""
-
-
-class _Operation(ctypes.Structure):
-    _fields_ = [
-        ("kind", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-        ("arguments", ctypes.c_void_p),
-        ("more", ctypes.c_void_p),
-    ]
 
 
 class NativeProgram:
@@ -57,16 +44,12 @@ class NativeProgram:
     def __init__(self, graph: fx.GraphModule) -> None:
         if library.missing():
             raise CannotTrace(f"the compiled CPU library {library.missing()}")
-        self._steps: list[Callable[[], None]] = []
         self._inputs: list[Tensor] = []
         self._known: dict[fx.Node, Any] = {}
-        self._pending: list[_Operation] = []
-        self._kept: list[Any] = []
-        self.operators = 0
+        self._operations = Operations()
         for node in graph.graph.nodes:
             self._add(graph, node)
-        self._close()
-        self.calls = len(self._steps)
+        self.operators, self.calls = self._operations.count, self._operations.calls
         if self.operators < FEWEST:
             raise CannotTrace(f"only {self.operators} operations of the step are native")
 
@@ -74,8 +57,7 @@ class NativeProgram:
         """The step's result, in new memory."""
         for place, given in zip(self._inputs, arguments, strict=True):
             place.copy_(given)
-        for step in self._steps:
-            step()
+        self._operations.run()
         return self._result.clone()
 
     def _add(self, graph: fx.GraphModule, node: fx.Node) -> None:
@@ -96,12 +78,10 @@ class NativeProgram:
         if target is getitem:
             return args[0][args[1]]
         module = getattr(target, "module", None) or getattr(target, "__self__", None)
-        if isinstance(module, Linear):
-            result = self._linear(node, module, args[0])
-            return result if result is not None else self._python(node, args, kwargs)
-        if isinstance(module, PackedEmbedding):
-            result = self._rows(node, module, args[0])
-            return result if result is not None else self._python(node, args, kwargs)
+        if isinstance(module, Linear | PackedEmbedding):
+            y = _place(node)
+            add: Any = self._operations.linear if isinstance(module, Linear) else self._operations.rows
+            return y if add(module, args[0], y) else self._python(node, args, kwargs)
         if target in _OWN:
             result = getattr(self, f"_{_OWN[target]}")(node, *args, **kwargs)
             return result if result is not None else self._python(node, args, kwargs)
@@ -116,82 +96,15 @@ class NativeProgram:
         target: Any = node.target
         if any(user.target is getitem for user in node.users):
             raise CannotTrace(f"{target} has several results")
-        self._close()
         place = _place(node)
-
-        def step() -> None:
-            place.copy_(target(*args, **kwargs))
-
-        self._steps.append(step)
+        self._operations.call(lambda: place.copy_(target(*args, **kwargs)))
         return place
-
-    def _queue(self, kind: str, arguments: ctypes.Structure, more: ctypes.Structure | None, *held: Any) -> None:
-        self._kept += [arguments, more, *held]
-        self._pending.append(
-            _Operation(KINDS[kind], 0, ctypes.addressof(arguments), None if more is None else ctypes.addressof(more))
-        )
-        self.operators += 1
-
-    def _close(self) -> None:
-        """Ends a run of native operations."""
-        if not self._pending:
-            return
-        count, operations = len(self._pending), (_Operation * len(self._pending))(*self._pending)
-        done, run = ctypes.c_int64(), library.library().aerogel_native_program
-        at, done_at = ctypes.addressof(operations), ctypes.addressof(done)
-        self._kept += [operations, done]
-        self._pending = []
-
-        def step() -> None:
-            status = run(at, count, done_at)
-            if status:
-                library.check(status, f"operation {done.value} of a decode step")
-
-        self._steps.append(step)
-
-    def _linear(self, node: fx.Node, module: Linear, x: Tensor) -> Tensor | None:
-        problem = module._problem
-        kernel = module._kernel
-        if problem is None or not module.kernel_is_all or module.column_order is not None:
-            return None
-        if not issubclass(kernel, (Native, cpu_lookup.NativeLookup)):
-            return None
-        if x.dtype is not problem.dtype or not x.is_contiguous():
-            return None
-        layout, y = module._tensors(), _place(node)
-        rows = x.view(-1, problem.K)
-        if not issubclass(kernel, Native):
-            return self._lookup(rows, layout, module.bias, y, problem.grid.group_size or 0)
-        weight, call = structs(
-            rows, layout["codes"], layout["scale"], layout.get("zero"), module.bias, y, problem.N, problem.grid.group_size or 0,
-            library.NUMERICS[kernel.numerics],
-        )  # fmt: skip
-        library.check(library.library().aerogel_native_check(ctypes.byref(weight)), "a packed weight")
-        self._queue("gemm", weight, call, layout, module.bias, rows, y)
-        return y
-
-    def _lookup(self, rows: Tensor, layout: dict[str, Tensor], bias: Tensor | None, y: Tensor, group: int) -> Tensor | None:
-        if len(rows) > cpu_lookup.MOST_TOKENS:
-            return None
-        weight = cpu_lookup.struct_of(layout, y.shape[-1], rows.shape[1], group)
-        call = cpu_lookup.call_of(rows, bias, y, cpu_lookup.numerics_of(rows.dtype))
-        library.check(library.library().aerogel_native_lookup_check(ctypes.byref(weight)), "a weight of tables")
-        self._queue("lookup", weight, call, layout, bias, rows, y)
-        return y
-
-    def _rows(self, node: fx.Node, module: PackedEmbedding, ids: Tensor) -> Tensor | None:
-        weight = module.weight()
-        if weight is None or ids.dtype != torch.int64 or not ids.is_contiguous():
-            return None
-        y = _place(node)
-        self._queue("rows", weight, wanted(ids, y), module.head.held(), ids, y)
-        return y
 
     def _rms_norm(self, node: fx.Node, x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor | None:
         if not native_ops.norm_fits(x, None, weight):
             return None
         y = _place(node)
-        self._queue("norm", native_ops.norm_arguments(x, None, weight, None, y, eps, round_first), None, x, weight, y)
+        self._operations.add("norm", native_ops.norm_arguments(x, None, weight, None, y, eps, round_first), None, x, weight, y)
         return y
 
     def _add_rms_norm(
@@ -201,7 +114,7 @@ class NativeProgram:
             return None
         total, y = torch.empty_like(a), torch.empty_like(a)
         arguments = native_ops.norm_arguments(a, b, weight, total, y, eps, round_first)
-        self._queue("norm", arguments, None, a, b, weight, total, y)
+        self._operations.add("norm", arguments, None, a, b, weight, total, y)
         return total, y
 
     def _gate(self, node: fx.Node, g: Tensor, u: Tensor, act: str) -> Tensor | None:
@@ -209,7 +122,7 @@ class NativeProgram:
         arguments = native_ops.gate_arguments(g, u, act, y)
         if arguments is None:
             return None
-        self._queue("gate", arguments, None, g, u, y)
+        self._operations.add("gate", arguments, None, g, u, y)
         return y
 
     def _attend(self, node: fx.Node, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor | None:
@@ -217,7 +130,7 @@ class NativeProgram:
         arguments = native_ops.attend_arguments(out, q, k, v, *rest)
         if arguments is None:
             raise CannotTrace("its attention is not one that is compiled")
-        self._queue("attend", arguments, None, q, k, v, rest, out)
+        self._operations.add("attend", arguments, None, q, k, v, rest, out)
         return out
 
 

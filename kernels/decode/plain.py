@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from aerogel.kernels.decode.sample import Sampling, pick
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def plain_steps(

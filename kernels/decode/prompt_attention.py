@@ -18,25 +18,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from aerogel.kernels.decode import native_ops
 from aerogel.kernels.native import library
 
 NAME = "sdpa"
-LARGEST_HEAD = 512
 IGNORED = frozenset({"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position"})
 """Options that change nothing where there is no mask, or are looked at here."""
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
-
-
-class _Prompt(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out")),
-        *((name, ctypes.c_int64 * 3) for name in ("q_strides", "k_strides", "v_strides")),
-        *((name, ctypes.c_int64) for name in ("batch", "queries", "heads", "tokens", "key_size", "value_size")),
-        ("scale", ctypes.c_float),
-        ("type", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    ]
 
 
 @contextmanager
@@ -74,30 +63,13 @@ def _in_place_of(plain: Attention) -> Attention:
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the compiled code does these: q [B, H, T, D], k [B, J, T, D], v [B, J, T, E] on the CPU, rows contiguous."""
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or q.shape[2] < 2:
-        return False
-    B, H, T, D = q.shape
-    J, E = k.shape[1], v.shape[3]
-    on_cpu = all(x.device.type == "cpu" and x.stride(3) == 1 for x in (q, k, v))
-    alike = on_cpu and q.dtype in library.TYPES and q.dtype == k.dtype == v.dtype
-    shapes = k.shape == (B, J, T, D) and v.shape == (B, J, T, E)
-    return alike and shapes and H % J == 0 and max(D, E) <= LARGEST_HEAD and q.numel() > 0
+    """Whether `attend` does these: several tokens of what `native_ops.prompt_fits` describes."""
+    return native_ops.prompt_fits(q, k, v) and q.shape[2] > 1
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T, causal) v of tensors that `fits` accepts: [B, T, H, E] in their dtype, sums in float32."""
-    B, H, T, D = q.shape
-    J, E = k.shape[1], v.shape[3]
-    out = q.new_empty(B, T, H, E)
-    strides = [(ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (q, k, v)]
-    arguments = _Prompt(
-        *(x.data_ptr() for x in (q, k, v, out)),
-        *strides,
-        *(B, H, J, T, D, E),
-        scale,
-        library.TYPES[q.dtype],
-        library.threads(),
-    )
-    library.check(library.library().aerogel_native_prompt(ctypes.byref(arguments)), f"attention of {T} tokens")
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+    arguments = native_ops.prompt_arguments(out, q, k, v, scale)
+    library.check(library.library().aerogel_native_prompt(ctypes.byref(arguments)), f"attention of {q.shape[2]} tokens")
     return out

@@ -36,7 +36,8 @@ from aerogel.kernels.decode.merge import Part
 from aerogel.kernels.decode.prompt_attention import reading
 from aerogel.kernels.decode.reading import Parts, parts_of
 from aerogel.kernels.decode.sample import Sampling, pick
-from aerogel.kernels.decode.slots import Mode, SlotCache, State
+from aerogel.kernels.decode.slots import Mode, SlotCache
+from aerogel.kernels.decode.state import State
 from aerogel.kernels.decode.trace import CannotTrace, Program, clean, trace
 from aerogel.kernels.embedding import PackedEmbedding
 from aerogel.kernels.linear import Linear

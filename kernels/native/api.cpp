@@ -59,7 +59,7 @@ thread_local volatile uint64_t kept_sum;  // what a reader found: without a use 
 
 }  // namespace
 
-int32_t aerogel_native_version() { return 7; }
+int32_t aerogel_native_version() { return 8; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });
@@ -117,7 +117,13 @@ int32_t aerogel_native_prompt(const Prompt* p) {
     const bool heads = p->heads > 0 && p->queries > 0 && p->queries % p->heads == 0;
     constexpr int64_t kMost = int64_t{1} << 24;
     if (!sizes || !heads || p->batch < 1 || p->batch > kMost || p->tokens < 1 || p->tokens > kMost) return kBadShape;
-    if (!known_type(p->type)) return kBadType;
+    if (p->wanted < 0 || p->wanted >= p->tokens || (p->cosine && p->key_size % 2 != 0)) return kBadShape;
+    if (p->keys && p->slots < p->tokens) return kBadShape;
+    for (int64_t b = 0; p->start && b < p->batch; ++b) {
+        if (p->start[b] < 0 || p->start[b] >= p->tokens) return kBadShape;
+    }
+    if (!known_type(p->type) || (p->cosine == nullptr) != (p->sine == nullptr)) return kBadType;
+    if ((p->keys == nullptr) != (p->values == nullptr)) return kBadType;
     Prompt bounded = *p;
     bounded.threads = p->threads < 1 ? 1 : p->threads > kMostThreads ? kMostThreads : p->threads;
     return path_entry(default_path(kExact)).step.prompt(bounded);
@@ -151,6 +157,7 @@ int32_t aerogel_native_program(const Operation* operations, int64_t count, int64
                 status = aerogel_native_rows(static_cast<const Weight*>(each.arguments), static_cast<const Rows*>(each.more));
                 break;
             case kNorm: status = aerogel_native_norm(static_cast<const Norm*>(each.arguments)); break;
+            case kPrompt: status = aerogel_native_prompt(static_cast<const Prompt*>(each.arguments)); break;
             case kGate: status = aerogel_native_gate(static_cast<const Gate*>(each.arguments)); break;
             default: break;
         }

@@ -3,7 +3,8 @@
 // A block of queries is multiplied with the transposed keys, its scores are exponentiated as they lie, and multiplied with the
 // values. Both products are of the same kind, a few rows by two vectors of columns, whose sums stay in registers. Scores of
 // a row are kept in full, so nothing is rescaled: a block of rows by all keys stays in the second-level cache up to some ten
-// thousand tokens. Keys and values become floats once for all queries that share them.
+// thousand tokens. Keys and values become floats once for all queries that share them; where angles are given they are rotated
+// on the way, and put into the slots that the steps behind the prompt will read.
 #pragma once
 #include "step.h"
 
@@ -36,17 +37,32 @@ inline void product(const float* a, int64_t a_stride, const float* b, int64_t b_
     }
 }
 
-// e^(score - largest) of the first `seen` scores, zeros up to `count`; returns their sum.
-inline float exponentials(float* score, int64_t seen, int64_t count) {
+// e^(score - largest) of scores begin .. seen - 1, zeros for all others up to `count`; returns their sum, 1 where there are none.
+inline float exponentials(float* score, int64_t begin, int64_t seen, int64_t count) {
     float peaks[16], sums[16] = {};
+    if (seen <= begin) {
+        memset(score, 0, sizeof(float) * static_cast<size_t>(count));
+        return 1.0f;
+    }
     for (float& peak : peaks) peak = -3.4e38f;
-    for (int64_t s = 0; s < seen; ++s) peaks[s % 16] = score[s] > peaks[s % 16] ? score[s] : peaks[s % 16];
+    for (int64_t s = begin; s < seen; ++s) peaks[s % 16] = score[s] > peaks[s % 16] ? score[s] : peaks[s % 16];
     for (int lane = 1; lane < 16; ++lane) peaks[0] = peaks[lane] > peaks[0] ? peaks[lane] : peaks[0];
-    for (int64_t s = 0; s < seen; ++s) score[s] = exponential(score[s] - peaks[0]);
+    for (int64_t s = begin; s < seen; ++s) score[s] = exponential(score[s] - peaks[0]);
+    memset(score, 0, sizeof(float) * static_cast<size_t>(begin));
     memset(score + seen, 0, sizeof(float) * static_cast<size_t>(count - seen));
     for (int64_t s = 0; s < padded(seen); s += 16) store(sums, load<F16>(sums) + load<F16>(score + s));
     for (int lane = 1; lane < 16; ++lane) sums[0] += sums[lane];
     return sums[0];
+}
+
+// Turns a query or key to the angles of its token, where there are any.
+inline void turn(const Prompt& p, int64_t sequence, int64_t token, float* x) {
+    if (!p.cosine) return;
+    float cosine[kMostHead], sine[kMostHead];
+    const int64_t at = ((p.angles_per_sequence ? sequence * p.tokens : 0) + token) * p.key_size;
+    to_floats(p.cosine, at, p.type, cosine, p.key_size);
+    to_floats(p.sine, at, p.type, sine, p.key_size);
+    rotate(x, cosine, sine, p.key_size, p.type);
 }
 
 // Keys [D, tokens] and values [tokens, E] of one head as floats, columns filled up with zeros.
@@ -57,8 +73,13 @@ inline void spread_head(const Prompt& p, int64_t sequence, int64_t head, float* 
     memset(values, 0, sizeof(float) * static_cast<size_t>(wide * E));
     for (int64_t t = 0; t < p.tokens; ++t) {
         to_floats(p.k, sequence * p.k_strides[0] + head * p.k_strides[1] + t * p.k_strides[2], p.type, row, p.key_size);
+        turn(p, sequence, t, row);
         for (int64_t d = 0; d < p.key_size; ++d) keys[d * wide + t] = row[d];
         to_floats(p.v, sequence * p.v_strides[0] + head * p.v_strides[1] + t * p.v_strides[2], p.type, values + t * E, p.value_size);
+        if (!p.keys) continue;
+        const int64_t slot = (sequence * p.heads + head) * p.slots + t;
+        from_floats(p.keys, slot * p.key_size, p.type, row, p.key_size);
+        from_floats(p.values, slot * p.value_size, p.type, values + t * E, p.value_size);
     }
 }
 
@@ -72,16 +93,21 @@ inline void attend_rows(const Prompt& p, int64_t sequence, int64_t head, int64_t
     for (int64_t m = 0; m < rows; ++m) {
         float* query = queries + m * D;
         to_floats(p.q, sequence * p.q_strides[0] + head * p.q_strides[1] + (first + m) * p.q_strides[2], p.type, query, D);
+        turn(p, sequence, first + m, query);
         for (int64_t d = 0; d < D; ++d) query[d] *= p.scale;
     }
     product(queries, D, keys, wide, D, padded(last), scores, wide);
+    const int64_t begin = p.start ? p.start[sequence] : 0;
     float total[kQueryRows];
-    for (int64_t m = 0; m < kQueryRows; ++m) total[m] = exponentials(scores + m * wide, m < rows ? first + m + 1 : last, padded(last));
+    for (int64_t m = 0; m < kQueryRows; ++m) {
+        total[m] = exponentials(scores + m * wide, begin, m < rows ? first + m + 1 : last, padded(last));
+    }
     product(scores, wide, values, E, last, E, out, E);
     for (int64_t m = 0; m < rows; ++m) {
         float* row = out + m * E;
         for (int64_t e = 0; e < p.value_size; ++e) row[e] /= total[m];
-        from_floats(p.out, ((sequence * p.tokens + first + m) * p.queries + head) * p.value_size, p.type, row, p.value_size);
+        const int64_t at = sequence * (p.tokens - p.wanted) + first + m - p.wanted;
+        from_floats(p.out, (at * p.queries + head) * p.value_size, p.type, row, p.value_size);
     }
 }
 
@@ -96,12 +122,13 @@ inline Status attend_prompt(const Prompt& p) {
     parallel(pairs, p.threads, [&](int64_t pair, int) {
         spread_head(p, pair / p.heads, pair % p.heads, head_at(pair), head_at(pair) + key_floats);
     });
-    const int64_t blocks = ceil_div(p.tokens, kQueryRows), each = p.batch * p.queries, shared = p.queries / p.heads;
+    const int64_t blocks = ceil_div(p.tokens - p.wanted, kQueryRows), each = p.batch * p.queries, shared = p.queries / p.heads;
     float* rest = head_at(pairs);
     parallel(blocks * each, p.threads, [&](int64_t piece, int worker) {
         const int64_t block = piece / each, sequence = piece % each / p.queries, head = piece % p.queries;
         const float* keys = head_at(sequence * p.heads + head / shared);
-        attend_rows(p, sequence, head, block * kQueryRows, keys, keys + key_floats, rest + row_floats * static_cast<size_t>(worker));
+        float* mine = rest + row_floats * static_cast<size_t>(worker);
+        attend_rows(p, sequence, head, p.wanted + block * kQueryRows, keys, keys + key_floats, mine);
     });
     return kDone;
 }

@@ -67,12 +67,32 @@ INLINE float inner(const float* a, const float* b, int64_t count) {
     return total;
 }
 
+// Sixteen lanes rounded to `type`.
+INLINE F16 rounded_lanes(const F16& value, int32_t type) {
+    if (type == kFloat32) return value;
+    float lanes[16];
+    uint16_t raw[16];
+    store(lanes, value);
+    store_floats(raw, 0, type, lanes, 16);
+    return load_floats(raw, 0, type);
+}
+
 // x cos + [-x2, x1] sin, every product and the sum rounded.
 inline void rotate(float* x, const float* cosine, const float* sine, int64_t size, int32_t type) {
-    float turned[kMostHead];
     const int64_t half = size / 2;
-    for (int64_t i = 0; i < half; ++i) turned[i] = -x[half + i], turned[half + i] = x[i];
-    for (int64_t i = 0; i < size; ++i) x[i] = rounded(rounded(x[i] * cosine[i], type) + rounded(turned[i] * sine[i], type), type);
+    int64_t i = 0;
+    for (; i + 16 <= half; i += 16) {
+        const F16 low = load<F16>(x + i), high = load<F16>(x + half + i);
+        const F16 low_c = rounded_lanes(low * load<F16>(cosine + i), type), low_s = rounded_lanes(low * load<F16>(sine + half + i), type);
+        const F16 high_c = rounded_lanes(high * load<F16>(cosine + half + i), type), high_s = rounded_lanes(high * load<F16>(sine + i), type);
+        store(x + i, rounded_lanes(low_c - high_s, type));
+        store(x + half + i, rounded_lanes(high_c + low_s, type));
+    }
+    for (; i < half; ++i) {
+        const float low = x[i], high = x[half + i];
+        x[i] = rounded(rounded(low * cosine[i], type) - rounded(high * sine[i], type), type);
+        x[half + i] = rounded(rounded(high * cosine[half + i], type) + rounded(low * sine[half + i], type), type);
+    }
 }
 
 // All queries of one key/value head of one sequence.
@@ -82,8 +102,8 @@ inline void attend_head(const Attend& a, int64_t sequence, int64_t head, float* 
     const int64_t cache = (sequence * a.heads + head) * a.slots, length = end - begin;
     float cosine[kMostHead], sine[kMostHead], row[kMostHead], query[kMostShare][kMostHead];
     const int64_t angle = a.angles_per_sequence ? sequence * D : 0;
-    to_floats(a.k, (sequence * a.heads + head) * D, a.type, row, D);
-    for (int64_t g = 0; g < G; ++g) to_floats(a.q, (sequence * a.queries + head * G + g) * D, a.type, query[g], D);
+    to_floats(a.k, sequence * a.k_step + head * D, a.type, row, D);
+    for (int64_t g = 0; g < G; ++g) to_floats(a.q, sequence * a.q_step + (head * G + g) * D, a.type, query[g], D);
     if (a.cosine) {
         to_floats(a.cosine, angle, a.type, cosine, D);
         to_floats(a.sine, angle, a.type, sine, D);
@@ -91,7 +111,7 @@ inline void attend_head(const Attend& a, int64_t sequence, int64_t head, float* 
         for (int64_t g = 0; g < G; ++g) rotate(query[g], cosine, sine, D, a.type);
     }
     from_floats(a.keys, (cache + slot) * D, a.type, row, D);
-    to_floats(a.v, (sequence * a.heads + head) * E, a.type, row, E);
+    to_floats(a.v, sequence * a.v_step + head * E, a.type, row, E);
     from_floats(a.values, (cache + slot) * E, a.type, row, E);
     for (int64_t s = 0; s < length; ++s) {
         to_floats(a.keys, (cache + begin + s) * D, a.type, row, D);

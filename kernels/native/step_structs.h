@@ -9,6 +9,7 @@ constexpr int64_t kMostShare = 64;   // queries that share a key
 
 struct Attend {
     const void *q, *k, *v;         // [batch, queries, key_size], [batch, heads, key_size], [batch, heads, value_size]
+    int64_t q_step, k_step, v_step;  // from one sequence to the next, in elements
     const void *cosine, *sine;     // [batch or 1, key_size] or null
     void *keys, *values;           // [batch, heads, slots, size]; the new ones are written at `slot`
     const int64_t* start;          // [batch]: the first slot of each sequence
@@ -21,11 +22,15 @@ struct Attend {
 
 struct Prompt {
     const void *q, *k, *v;                             // [batch, queries or heads, tokens, size], rows contiguous
-    void* out;                                         // [batch, tokens, queries, value_size]
+    const void *cosine, *sine;                         // [batch or 1, tokens, key_size], or null: rotated already
+    void *keys, *values;                               // [batch, heads, slots, size], or null: rotated keys and values to keep
+    const int64_t* start;                              // [batch]: first token of each sequence, or null for 0
+    void* out;                                         // [batch, tokens - wanted, queries, value_size]; zeros before `start`
     int64_t q_strides[3], k_strides[3], v_strides[3];  // of the first three axes, in elements
-    int64_t batch, queries, heads, tokens, key_size, value_size;
+    int64_t batch, queries, heads, tokens, key_size, value_size, slots;
+    int64_t wanted;                                    // the first token whose result is wanted
     float scale;
-    int32_t type, threads;
+    int32_t type, angles_per_sequence, threads;
 };
 
 struct Norm {
@@ -51,7 +56,7 @@ struct Rows {
 };
 
 // One operation of a program: a matmul (Weight or Lookup, and Call), rows of a weight (Weight and Rows) or one of the above.
-enum Kind : int32_t { kGemm = 0, kAttend = 1, kNorm = 2, kGate = 3, kLookup = 4, kRows = 5 };
+enum Kind : int32_t { kGemm = 0, kAttend = 1, kNorm = 2, kGate = 3, kLookup = 4, kRows = 5, kPrompt = 6 };
 
 struct Operation {
     int32_t kind, reserved;

@@ -1,0 +1,120 @@
+"""Runs of compiled CPU operations: what lies between is Python, what lies inside costs nothing.
+
+A step of a small model is three hundred operations of a few microseconds each; calling them one by one from Python costs as
+much again. But their tensors keep their places, so each operation becomes a C struct with addresses once, and a whole run of
+structs is handed over at once.
+
+Shape legend: M tokens, N out features, K in features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.kernels.embedding import PackedEmbedding, wanted
+from aerogel.kernels.gemm import cpu_lookup
+from aerogel.kernels.gemm.cpu import Native, structs
+from aerogel.kernels.linear import Linear
+from aerogel.kernels.native import library
+
+KINDS = {"gemm": 0, "attend": 1, "norm": 2, "gate": 3, "lookup": 4, "rows": 5, "prompt": 6}
+
+
+class _Operation(ctypes.Structure):
+    _fields_ = [
+        ("kind", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("arguments", ctypes.c_void_p),
+        ("more", ctypes.c_void_p),
+    ]
+
+
+class Operations:
+    """Operations in the order in which they are added; `run` does them all. count: how many of them are compiled."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._steps: list[Callable[[], object]] = []
+        self._pending: list[_Operation] = []
+        self._kept: list[Any] = []
+
+    @property
+    def calls(self) -> int:
+        """How many times `run` goes through Python for something: compiled runs, and what lies between them."""
+        self._close()
+        return len(self._steps)
+
+    def run(self) -> None:
+        """Everything, in order. Raises BadInput or RunFailed for what an operation refuses."""
+        self._close()
+        for step in self._steps:
+            step()
+
+    def add(self, kind: str, arguments: ctypes.Structure, more: ctypes.Structure | None, *held: Any) -> None:
+        """One compiled operation of a kind of `KINDS`; `held` is kept alive with it: the tensors whose addresses it has."""
+        self._kept += [arguments, more, *held]
+        self._pending.append(
+            _Operation(KINDS[kind], 0, ctypes.addressof(arguments), None if more is None else ctypes.addressof(more))
+        )
+        self.count += 1
+
+    def call(self, step: Callable[[], object]) -> None:
+        """A call of Python."""
+        self._close()
+        self._steps.append(step)
+
+    def linear(self, module: Linear, x: Tensor, y: Tensor) -> bool:
+        """y [..., N] = module(x [..., K]). False, and nothing added, where no compiled operation does it."""
+        problem, kernel = module._problem, module._kernel
+        if problem is None or not module.kernel_is_all or module.column_order is not None:
+            return False
+        if not issubclass(kernel, (Native, cpu_lookup.NativeLookup)) or x.dtype is not problem.dtype or not x.is_contiguous():
+            return False
+        layout, rows, group = module.held(), x.view(-1, problem.K), problem.grid.group_size or 0
+        if not issubclass(kernel, Native):
+            return self._lookup(rows, layout, module.bias, y, group)
+        numerics = library.NUMERICS[kernel.numerics]
+        tensors = layout["codes"], layout["scale"], layout.get("zero"), module.bias
+        weight, call = structs(rows, *tensors, y.view(-1, problem.N), problem.N, group, numerics)
+        library.check(library.library().aerogel_native_check(ctypes.byref(weight)), "a packed weight")
+        self.add("gemm", weight, call, layout, module.bias, rows, y)
+        return True
+
+    def _lookup(self, rows: Tensor, layout: dict[str, Tensor], bias: Tensor | None, y: Tensor, group: int) -> bool:
+        if len(rows) > cpu_lookup.MOST_TOKENS:
+            return False
+        weight = cpu_lookup.struct_of(layout, y.shape[-1], rows.shape[1], group)
+        call = cpu_lookup.call_of(rows, bias, y, cpu_lookup.numerics_of(rows.dtype))
+        library.check(library.library().aerogel_native_lookup_check(ctypes.byref(weight)), "a weight of tables")
+        self.add("lookup", weight, call, layout, bias, rows, y)
+        return True
+
+    def rows(self, module: PackedEmbedding, ids: Tensor, y: Tensor) -> bool:
+        """y [..., K] = module(ids). False, and nothing added, where no compiled operation does it."""
+        weight = module.weight()
+        if weight is None or ids.dtype != torch.int64 or not ids.is_contiguous():
+            return False
+        self.add("rows", weight, wanted(ids, y), module.head.held(), ids, y)
+        return True
+
+    def _close(self) -> None:
+        """Ends a run of compiled operations."""
+        if not self._pending:
+            return
+        count, operations = len(self._pending), (_Operation * len(self._pending))(*self._pending)
+        done, run = ctypes.c_int64(), library.library().aerogel_native_program
+        at, done_at = ctypes.addressof(operations), ctypes.addressof(done)
+        self._kept += [operations, done]
+        self._pending = []
+
+        def step() -> None:
+            status = run(at, count, done_at)
+            if status:
+                library.check(status, f"operation {done.value} of {count}")
+
+        self._steps.append(step)
