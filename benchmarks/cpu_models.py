@@ -5,13 +5,15 @@
     python benchmarks/cpu_models.py --write-gguf random.gguf          random weights of TinyLlama's shape in Q4_0
     python benchmarks/cpu_models.py --write-checkpoint DIR --bits 4   the same shape (1.1 billion), native, with an 8-bit head
 
-A contender of --ours is a checkpoint, run in bfloat16; `+int8` rounds activations to int8, as llama.cpp always does. Every
-contender lives in a process of its own and is stopped while others run; in a round each takes one turn: a prompt, then new
-tokens one at a time, always the likeliest. Given are medians of tokens per second (`prefill`, `decode`), resident memory with
-everything imported (`imports`) and after a turn, and ratios of medians. --without hides modules from our processes: triton,
-which torch's builds for CPUs do not bring, takes 76 MB where it is installed. llama.cpp runs in --peer-python
-(llama-cpp-python, compiled for the machine) through its C interface, with the same numbers of tokens and threads and
-`use_extra_bufts = False`: its repacking for AMX has crashed with such weights.
+A contender of --ours is a checkpoint, run in bfloat16; `+int8` rounds activations to int8, as llama.cpp always does, and
+`+fused` loads it through transformers although it could be loaded directly. Every contender lives in a process of its own and
+is stopped while others run; in a round each takes one turn: a prompt, then new tokens one at a time, always the likeliest.
+Given are medians of tokens per second (`prefill`, `decode`), resident memory before the model is loaded (`imports`) and after
+a turn, seconds from the start of the script to the loaded model and to its first token behind a prompt of 8, all imports
+included (`ready_seconds`, `first_seconds`), and ratios of medians. --without hides modules from our processes: triton, which
+torch's builds for CPUs do not bring, takes 76 MB where it is installed and transformers' modules are. llama.cpp runs in
+--peer-python (llama-cpp-python, compiled for the machine) through its C interface, with the same numbers of tokens and
+threads and `use_extra_bufts = False`: its repacking for AMX has crashed with such weights.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+BEGIN = time.perf_counter()
 HERE = Path(__file__).parent
 TINYLLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
              "num_key_value_heads": 4, "vocab_size": 32000}  # fmt: skip
@@ -39,37 +42,28 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def our_model(spec: str) -> Any:
-    import torch
-
-    from aerogel.kernels.linear import round_activations
-    from aerogel.model.loading import load
-
-    place, _, activations = spec.partition("+")
-    model: Any = load(place, dtype=torch.bfloat16, merge=True)
-    if activations == "int8":
-        round_activations(model)
-    return model
-
-
 def ours(spec: str, threads: int, prompt: int, new: int) -> Iterator[dict[str, Any]]:
     """First what was loaded, then one turn after the other."""
     import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401  (the import is no part of a load)
 
     from aerogel.eval.decode import facts
     from aerogel.kernels.decode.loop import Decoder
+    from aerogel.kernels.linear import round_activations
+    from aerogel.model.direct import load_to_decode
 
     torch.set_num_threads(threads)
+    place, *how = spec.split("+")
     imports, start = resident(), time.perf_counter()
-    model = our_model(spec)
-    seconds = time.perf_counter() - start
+    model: Any = load_to_decode(place, loop="fused" if "fused" in how else "auto", dtype=torch.bfloat16)
+    if "int8" in how:
+        round_activations(model)
+    ready = time.perf_counter()
     decoder = Decoder(model)
     ids = torch.randint(model.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(0))
     held = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-    for _ in decoder.stream([ids[:8]], 4):
-        pass
-    yield {"load_seconds": seconds, "imports": imports, "bytes": sum(held.values()), "ran": facts(decoder)}
+    marks = [time.perf_counter() for _ in decoder.stream([ids[:8]], 4)]
+    times = {"load_seconds": ready - start, "ready_seconds": ready - BEGIN, "first_seconds": marks[0] - BEGIN}
+    yield {**times, "imports": imports, "bytes": sum(held.values()), "ran": facts(decoder)}
     while True:
         start = first = time.perf_counter()
         for number, _ in enumerate(decoder.stream([ids], new + 1)):

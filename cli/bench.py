@@ -38,8 +38,8 @@ def command(
 ) -> None:
     """Measure load time, prefill and decode speed, and memory; with --against, side by side and with the quality."""
     with session(json=json, quiet=quiet, debug=debug, threads=threads) as output:
-        from aerogel.model.loading import at_bits
         from aerogel.model.pipeline import measure, pick_device
+        from aerogel.model.stored_bits import at_bits
         from aerogel.recipes.sections import Bench
 
         given = {

@@ -39,8 +39,8 @@ def command(
     """Measure quality. With --against, also divergence from that model and a paired test per task."""
     with session(json=json, quiet=quiet, debug=debug, threads=threads) as output:
         from aerogel.errors import BadInput
-        from aerogel.model.loading import at_bits
         from aerogel.model.pipeline import measure, pick_device
+        from aerogel.model.stored_bits import at_bits
 
         given = {
             "evaluate.tasks": None if tasks is None else f"[{tasks}]",

@@ -23,7 +23,9 @@ TopP = Annotated[float, typer.Option("--top-p", metavar="P", help="Draw among th
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End where this text comes up. Repeatable.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the sampling.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
-LoopName = Annotated[str, typer.Option("--loop", metavar="NAME", help="auto, fused, masked or plain: how steps are run.")]
+LoopName = Annotated[
+    str, typer.Option("--loop", metavar="NAME", help="auto, direct, fused, masked or plain: how steps are run.")
+]
 Merge = Annotated[bool, typer.Option("--merge/--no-merge", help="One linear for those that read the same input.")]
 
 
@@ -53,7 +55,7 @@ def command(
         from aerogel.kernels.decode.loop import LOOPS, Decoder
         from aerogel.kernels.decode.sample import Sampling
         from aerogel.kernels.linear import round_activations
-        from aerogel.model.loading import load
+        from aerogel.model.direct import load_to_decode
         from aerogel.model.pipeline import pick_device, tokenizer_of
         from aerogel.model.source import resolve
 
@@ -67,7 +69,7 @@ def command(
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         folder = resolve(model)
         tokenizer = tokenizer_of(folder)()
-        loaded = load(folder, device=pick_device(device), merge=merge, bits=bits)
+        loaded = load_to_decode(folder, loop=loop, device=pick_device(device), merge=merge, bits=bits)
         if activations == "int8":
             round_activations(loaded)
         decoder = Decoder(loaded, loop)  # type: ignore[arg-type]

@@ -18,19 +18,23 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from aerogel.errors import RunFailed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from aerogel.kernels.decode.direct import Direct
 
 LARGEST_IN_MEMORY = 2 << 30
 """Recorded hidden states above this many bytes go to a temporary file that is mapped into memory."""
 
 
-def vocabulary_of(model: PreTrainedModel) -> int:
+def vocabulary_of(model: PreTrainedModel | Direct) -> int:
     """Rows of the input embedding."""
     embedding: Any = model.get_input_embeddings()
     return int(embedding.num_embeddings)

@@ -23,10 +23,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.eval.body import HiddenStore, Split, vocabulary_of
@@ -34,10 +34,13 @@ from aerogel.eval.settings import Numerics
 from aerogel.eval.significance import exponential, mean_and_error
 from aerogel.model.progress import Progress, silent
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 LOGITS_PER_CHUNK = 1 << 24
 """Logits of one model held at once: 64 MiB of float32, whatever the vocabulary."""
 
-WhileLoaded = Callable[[str, PreTrainedModel], None]
+WhileLoaded: TypeAlias = "Callable[[str, PreTrainedModel], None]"
 """Called as `also("dense" | "compressed", model)` while that model is whole and in memory."""
 
 

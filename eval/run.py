@@ -5,27 +5,39 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from aerogel.errors import BadInput
 from aerogel.eval.memory import disk_bytes, peak_bytes, tensor_bytes
 from aerogel.eval.quality import evaluate_one, evaluate_pair, increase_of
 from aerogel.eval.settings import Activations, BenchSettings, Numerics, QualitySettings
-from aerogel.eval.speed import time_models
+from aerogel.eval.speed import Model, time_models
 from aerogel.eval.tasks import Suite
+from aerogel.kernels.decode.direct import Direct
 from aerogel.kernels.decode.merge import merge, merging
 from aerogel.kernels.linear import round_activations
+from aerogel.model.direct import load_to_decode
+from aerogel.model.pipeline import tokenizer_of
 from aerogel.model.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Load(Protocol):
     """Loads a checkpoint ready to run: `dtype` None keeps the stored one."""
 
     def __call__(self, path: Path, /, *, device: str, dtype: torch.dtype | None) -> PreTrainedModel:
+        """The model of `path` on `device`."""
+
+
+class LoadToDecode(Protocol):
+    """The same for models that only decode."""
+
+    def __call__(self, path: Path, /, *, device: str, dtype: torch.dtype | None) -> Model:
         """The model of `path` on `device`."""
 
 
@@ -38,25 +50,16 @@ def load_checkpoint(path: Path, /, *, device: str, dtype: torch.dtype | None) ->
 
 
 def _loaders(
-    path: Path,
-    against: Path | None,
-    device: str,
-    numerics: Numerics,
-    load: Load,
-    merged: bool = False,
-    activations: Activations = "stored",
+    path: Path, against: Path | None, device: str, numerics: Numerics, load: Load, activations: Activations = "stored"
 ) -> dict[str, Callable[[], PreTrainedModel]]:
-    """One loader for each model, dense first; the names are those of the report. `merged`: see `kernels.decode.merge`.
-    `activations`: of the model that is looked at, never of the one it is compared with."""
+    """One loader for each model, dense first; the names are those of the report. `activations`: of the model that is looked at,
+    never of the one it is compared with."""
     dtype = torch.float32 if numerics == "float32" else None
 
     def loader(place: Path, rounded: bool = False) -> Callable[[], PreTrainedModel]:
         def ready() -> PreTrainedModel:
-            with merging(merged):
-                model = load(place, device=device, dtype=dtype)
+            model = load(place, device=device, dtype=dtype)
             model.train(mode=False)
-            if merged:
-                merge(model)
             if rounded:
                 round_activations(model)
             return model
@@ -65,6 +68,32 @@ def _loaders(
 
     measured = loader(path, rounded=activations == "int8")
     return {"model": measured} if against is None else {"dense": loader(against), "compressed": measured}
+
+
+def _decoders(
+    path: Path, against: Path | None, device: str, settings: BenchSettings, load: LoadToDecode | None
+) -> dict[str, Callable[[], Model]]:
+    """The same for models that only decode: merged where that is wanted, and without transformers where possible."""
+    dtype = torch.float32 if settings.numerics == "float32" else None
+
+    def loader(place: Path, loop: str, rounded: bool = False) -> Callable[[], Model]:
+        def ready() -> Model:
+            if load is None:
+                model = load_to_decode(place, loop=loop, device=device, dtype=dtype, merge=settings.merge)
+            else:
+                with merging(settings.merge):
+                    model = load(place, device=device, dtype=dtype)
+                if settings.merge and not isinstance(model, Direct):
+                    merge(model)
+            model.train(mode=False)
+            if rounded:
+                round_activations(model)
+            return model
+
+        return ready
+
+    measured = loader(path, settings.loop, rounded=settings.activations == "int8")
+    return {"model": measured} if against is None else {"dense": loader(against, settings.loop), "compressed": measured}
 
 
 def _disk(path: Path, against: Path | None) -> dict[str, dict[str, int]]:
@@ -136,7 +165,7 @@ def evaluate(
     if settings.perplexity and ids_WT is None:
         raise BadInput("perplexity needs token ids to score: pass ids_WT, or set evaluate.perplexity: null")
     loaders = _loaders(path, against, device, settings.numerics, load, activations=settings.activations)
-    visitor = _Visitor(settings, tokenizer or (lambda: AutoTokenizer.from_pretrained(path)), progress)
+    visitor = _Visitor(settings, tokenizer or (tokenizer_of(path)), progress)
     result: dict[str, object] = {}
     scored = settings.perplexity and ids_WT is not None
     if scored and against is not None:
@@ -198,7 +227,7 @@ def benchmark(
     settings: BenchSettings,
     *,
     device: str = "cpu",
-    load: Load = load_checkpoint,
+    load: LoadToDecode | None = None,
     progress: Progress = silent,
 ) -> dict[str, object]:
     """Time the checkpoint `path`, interleaved with the dense checkpoint `against` where one is given.
@@ -206,6 +235,5 @@ def benchmark(
     Both models are in memory at once. Returns the report's `bench`: load time, time to first token, prefill and decode
     tokens per second with medians and spread for each batch size, speed-ups, bytes in memory and on disk.
     """
-    loaders = _loaders(path, against, device, settings.numerics, load, settings.merge, settings.activations)
-    result = time_models(loaders, settings, progress)
+    result = time_models(_decoders(path, against, device, settings, load), settings, progress)
     return {**result, "disk": _disk(path, against)}

@@ -13,10 +13,10 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.eval.body import vocabulary_of
@@ -27,7 +27,13 @@ from aerogel.eval.significance import Spread
 from aerogel.kernels.decode.loop import Decoder
 from aerogel.model.progress import Progress, silent
 
-Loader = Callable[[], PreTrainedModel]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from aerogel.kernels.decode.direct import Direct
+
+Model: TypeAlias = "PreTrainedModel | Direct"
+Loader = Callable[[], Model]
 Samples = dict[str, list[float]]
 
 QUANTITIES = ("first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
@@ -39,10 +45,10 @@ def order(names: list[str], repetition: int) -> list[str]:
     return names if repetition % 2 == 0 else names[::-1]
 
 
-def load_all(loaders: Mapping[str, Loader], loads: int, progress: Progress) -> tuple[dict[str, PreTrainedModel], Samples]:
+def load_all(loaders: Mapping[str, Loader], loads: int, progress: Progress) -> tuple[dict[str, Model], Samples]:
     """Load every model `loads` times, interleaved; only those of the last round stay in memory."""
     seconds: Samples = {name: [] for name in loaders}
-    models: dict[str, PreTrainedModel] = {}
+    models: dict[str, Model] = {}
     done, total = 0, loads * len(loaders)
     for repetition in range(loads):
         for name in order(list(loaders), repetition):
@@ -64,7 +70,7 @@ def prompt(vocabulary: int, batch: int, length: int, seed: int) -> Tensor:
     return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def check_length(models: Mapping[str, PreTrainedModel], settings: BenchSettings) -> None:
+def check_length(models: Mapping[str, Model], settings: BenchSettings) -> None:
     """Raise BadInput when prompt and new tokens do not fit in the positions a model has."""
     needed = settings.prompt + settings.new_tokens
     for name, model in models.items():

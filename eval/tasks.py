@@ -15,14 +15,15 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, cast
 
 from aerogel.errors import BadInput
 from aerogel.eval import offline_tasks
 from aerogel.eval.significance import mcnemar, mean_and_error
 from aerogel.model.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Answers = dict[str, dict[int, float]]
 """For one task: metric name -> document index -> its value for that document."""

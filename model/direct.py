@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from aerogel.errors import BadInput
-from aerogel.kernels.decode.direct import Block, Direct, Sizes
+from aerogel.kernels.decode.direct import Block, DenseHead, Direct, Sizes
 from aerogel.kernels.decode.merge import whole_of
 from aerogel.kernels.embedding import PackedEmbedding
 from aerogel.kernels.gemm.cpu import Native
@@ -32,6 +32,7 @@ from aerogel.kernels.native import library
 from aerogel.model.native import Native as NativeSource
 from aerogel.model.reader import CheckpointReader
 from aerogel.model.source import check_config
+from aerogel.model.stored_bits import bits_wanted
 from aerogel.pack.scheme import NotServed
 from aerogel.pack.source import Source, open_source
 
@@ -51,11 +52,22 @@ KNOWN: dict[str, tuple[Any, ...]] = {
 }
 """Settings that change what is computed, and the values of them that are served."""
 HARMLESS = frozenset(
-    """architectures attention_bias attention_dropout auto_map bos_token_id dtype eos_token_id head_dim hidden_size
-    initializer_range intermediate_size is_llama_config layer_types max_position_embeddings max_window_layers mlp_bias model_type
-    num_attention_heads num_hidden_layers num_key_value_heads pad_token_id quantization_config rms_norm_eps rope_interleaved
-    rope_parameters rope_scaling rope_theta sep_token_id tie_word_embeddings torch_dtype transformers_version transformers.js_config
-    unk_token_id use_cache vocab_size""".split()
+    {
+        *("architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype", "transformers_version"),
+        *(
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "sep_token_id",
+            "unk_token_id",
+            "transformers.js_config",
+            "use_cache",
+        ),
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "initializer_range"),
+        *("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout", "mlp_bias"),
+        *("max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta", "rope_interleaved", "is_llama_config"),
+        *("layer_types", "max_window_layers", "rms_norm_eps"),
+    }
 )
 """Settings that are read here, or change nothing of what is computed. Biases are those that the file has."""
 MOST_HEAD, MOST_SHARE = 512, 64
@@ -87,6 +99,7 @@ def load_to_decode(
     Raises:
         BadInput: as `load`; or loop "direct" where the model is not served that way.
     """
+    bits = bits_wanted() if bits is None else bits
     try:
         if loop not in ("auto", "direct"):
             raise NotDirect(f"the loop is {loop}")
@@ -131,8 +144,9 @@ def _check(config: Mapping[str, Any]) -> None:
         raise NotDirect(f"it is a {kind} as {config.get('architectures')}; served are {', '.join(FAMILIES.values())}")
     if not config.get("quantization_config"):
         raise NotDirect("it is not packed")
+    windowed = config.get("use_sliding_window") is not False
     for name, value in config.items():
-        if name in KNOWN and value not in KNOWN[name] and not (name == "sliding_window" and config.get("use_sliding_window") is False):
+        if name in KNOWN and value not in KNOWN[name] and (windowed or name != "sliding_window"):
             raise NotDirect(f"{name} is {value!r}")
         if name not in KNOWN and name not in HARMLESS and not name.startswith("_"):
             raise NotDirect(f"its config has a setting {name!r} that is not known here")
@@ -218,7 +232,7 @@ class _Checkpoint:
         file = self.folder / "generation_config.json"
         return SimpleNamespace(**(json.loads(file.read_text("utf-8")) if file.is_file() else {}))
 
-    def ends(self, V: int, N: int) -> tuple[PackedEmbedding | nn.Embedding, Linear | nn.Linear]:
+    def ends(self, V: int, N: int) -> tuple[PackedEmbedding | nn.Embedding, Linear | DenseHead]:
         """Embedding and head, which may be one weight."""
         table, last = "model.embed_tokens", "lm_head"
         if self.config.get("tie_word_embeddings"):
@@ -226,11 +240,13 @@ class _Checkpoint:
                 head = _ready(self.packed(table, V, N))
                 return PackedEmbedding(head), head
             weight = self.dense(f"{table}.weight", V, N)
-            return _embedding(weight), _dense_head(weight)
+            return _table(weight), DenseHead(weight)
         if table in self.groups:
             raise NotDirect("its embedding is packed alone")
-        head_of_its_own = _ready(self.packed(last, V, N)) if last in self.groups else _dense_head(self.dense(f"{last}.weight", V, N))
-        return _embedding(self.dense(f"{table}.weight", V, N)), head_of_its_own
+        embedding = _table(self.dense(f"{table}.weight", V, N))
+        if last in self.groups:
+            return embedding, _ready(self.packed(last, V, N))
+        return embedding, DenseHead(self.dense(f"{last}.weight", V, N))
 
     def norm(self, name: str, N: int) -> Tensor:
         """The weight of a norm."""
@@ -242,13 +258,14 @@ class _Checkpoint:
             raise NotDirect(f"it has no dense {name}")
         entry = self.entries[name]
         if entry.shape != shape:
-            raise BadInput(f"{name} has the shape {list(entry.shape)}, config.json wants {list(shape)}; get the checkpoint again")
+            raise BadInput(f"{name} is {list(entry.shape)}, config.json wants {list(shape)}; get the checkpoint again")
         return self.take(name).to(self.dtype)
 
     def take(self, name: str) -> Tensor:
         """A tensor as it lies in the file, mapped."""
         self.left.discard(name)
-        tensor: Tensor = self.files[self.entries[name].file].get_tensor(name)
+        file: Any = self.files[self.entries[name].file]
+        tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def packed(self, name: str, N: int, K: int) -> Linear:
@@ -289,13 +306,6 @@ def _served(layer: Linear) -> Linear:
     return layer
 
 
-def _embedding(weight_VN: Tensor) -> nn.Embedding:
-    found = nn.Embedding(*weight_VN.shape, device="meta")
-    found.weight = nn.Parameter(weight_VN, requires_grad=False)
-    return found
-
-
-def _dense_head(weight_VN: Tensor) -> nn.Linear:
-    found = nn.Linear(weight_VN.shape[1], weight_VN.shape[0], bias=False, device="meta")
-    found.weight = nn.Parameter(weight_VN, requires_grad=False)
-    return found
+def _table(weight_VN: Tensor) -> nn.Embedding:
+    V, N = weight_VN.shape
+    return nn.Embedding(V, N, _weight=weight_VN, _freeze=True)

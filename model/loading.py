@@ -16,9 +16,6 @@ Shape legend: N out features, K in features.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +27,11 @@ from aerogel.errors import BadInput
 from aerogel.kernels.decode.merge import merge as merge_linears
 from aerogel.kernels.decode.merge import merging
 from aerogel.model.quantizer import first_line, register
+from aerogel.model.stored_bits import at_bits, bits_wanted
 from aerogel.model.trim import trim
 from aerogel.pack.planes import narrowed
 
 __all__ = ["at_bits", "load", "register"]
-
-
-_BITS: ContextVar[int | None] = ContextVar("aerogel_bits", default=None)
-
-
-@contextmanager
-def at_bits(bits: int | None) -> Iterator[None]:
-    """Inside, quantized models are loaded with their first `bits` planes; None for all that is stored."""
-    token = _BITS.set(bits)
-    try:
-        yield
-    finally:
-        _BITS.reset(token)
 
 
 def load(
@@ -79,7 +64,7 @@ def load(
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} is not a checkpoint transformers can read ({first_line(error)})") from error
-    bits = _BITS.get() if bits is None else bits
+    bits = bits_wanted() if bits is None else bits
     stored = getattr(config, "quantization_config", None)
     beside = Path(path) / "hf_quant_config.json"
     if stored is None and beside.is_file():  # where ModelOpt once put it, and only there

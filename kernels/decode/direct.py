@@ -61,6 +61,19 @@ class Block(nn.Module):
             self.register_buffer(name, weight)
 
 
+class DenseHead(nn.Module):
+    """A head whose weight [V, N] is not packed. (An `nn.Linear` would be initialised first, even on the meta device.)"""
+
+    def __init__(self, weight_VN: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_VN, requires_grad=False)
+        self.out_features = len(weight_VN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., N] -> [..., V]."""
+        return nn.functional.linear(x, self.weight)
+
+
 class Direct(nn.Module):
     """See the module's text. Made by `model.direct.load`.
 
@@ -78,7 +91,7 @@ class Direct(nn.Module):
         embedding: PackedEmbedding | nn.Embedding,
         blocks: list[Block],
         norm: Tensor,
-        head: Linear | nn.Linear,
+        head: Linear | DenseHead,
     ) -> None:
         super().__init__()
         config.get_text_config = lambda decoder=False: config
@@ -87,6 +100,7 @@ class Direct(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm: Tensor
         self.register_buffer("norm", norm)
+        self.layers = tuple(blocks)
         self.eval()
 
     @property
@@ -119,7 +133,7 @@ class DirectSession:
     def __init__(self, model: Direct, batch: int, slots: int) -> None:
         self.model, self.batch, self.slots = model, batch, slots
         self.state = State.empty(batch, slots, model.device)
-        sizes, layers = model.sizes, len(model.blocks)
+        sizes, layers = model.sizes, len(model.layers)
         self.keys = torch.zeros(layers, batch, sizes.heads, slots, sizes.head_size, dtype=model.dtype)
         self.values = torch.zeros_like(self.keys)
         angles_LD = torch.arange(slots)[:, None].float() * sizes.frequencies.repeat(2)
@@ -147,7 +161,7 @@ class DirectSession:
     def stepper(self, sampling: Sampling) -> Callable[[], Tensor]:
         """A function that takes one step and returns `state.token_B1`, which holds the new tokens."""
         generator = self._generator.manual_seed(sampling.seed ^ OTHER)
-        dense = isinstance(self.model.head, nn.Linear)
+        dense = isinstance(self.model.head, DenseHead)
         own: Callable[[], AbstractContextManager[None]] = nullcontext if dense else library.own_pool
         if self._step is None or not self._step.fits(1):
             self._step = _List(self, 1, start_B=None, ids_BT=self.state.token_B1)
@@ -174,9 +188,9 @@ class _List:
         self._held: dict[tuple[str, int], Tensor] = {}
         self.rounding = self._numerics()
         x_BTN, y_BTN = self._embed(), self._empty(tokens, model.norm.shape[0])
-        self._norm(x_BTN, None, model.blocks[0].first_norm, y_BTN)
-        last = len(model.blocks) - 1
-        for index, block in enumerate(model.blocks):
+        self._norm(x_BTN, None, model.layers[0].first_norm, y_BTN)
+        last = len(model.layers) - 1
+        for index, block in enumerate(model.layers):
             only = index == last and tokens > 1
             attended = self._attention(index, block, y_BTN, 1 if only else tokens)
             if only:
@@ -186,7 +200,7 @@ class _List:
             self._linear(block.out, attended, y_BTN)
             self._norm(x_BTN, y_BTN, block.second_norm, y_BTN)
             self._mlp(block, y_BTN)
-            self._norm(x_BTN, y_BTN, model.norm if index == last else model.blocks[index + 1].first_norm, y_BTN)
+            self._norm(x_BTN, y_BTN, model.norm if index == last else model.layers[index + 1].first_norm, y_BTN)
         self.logits_B1V = self._empty(1, model.head.out_features)
         self._head(model.head, y_BTN)
 
@@ -225,7 +239,7 @@ class _List:
         if not self.operations.linear(module, x, y):
             self.operations.call(lambda: y.copy_(module(x)))
 
-    def _head(self, head: Linear | nn.Linear, y_B1N: Tensor) -> None:
+    def _head(self, head: Linear | DenseHead, y_B1N: Tensor) -> None:
         if isinstance(head, Linear):
             self._linear(head, y_B1N, self.logits_B1V)
         else:

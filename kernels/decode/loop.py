@@ -51,7 +51,7 @@ class Decoder:
         self.session: Session | DirectSession | None = None
         self.windows: list[int | None] = []
         self.reasons: dict[str, str] = {}
-        if isinstance(model, Direct) != (loop == "direct") and (isinstance(model, Direct) or loop == "direct") and loop != "auto":
+        if loop != "auto" and isinstance(model, Direct) != (loop == "direct"):
             raise BadInput(f"loop {loop} is not one of a {type(model).__name__}; load it for that loop, or write loop auto")
         if not isinstance(model, Direct):
             from aerogel.kernels.decode.slots import windows_of

@@ -285,8 +285,8 @@ def _same_order(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def whole_of(members: Sequence[Linear]) -> Merged | None:
-    """One linear of several that differ in nothing but their rows: in the kernel's layout without a second copy where that can be stacked, else through codes.
-    None where the weights have tables or factors of their own."""
+    """One linear of several that differ in nothing but their rows: in the kernel's layout without a second copy where that can
+    be stacked, else through codes. None where the weights have tables or factors of their own."""
     first = members[0]
     problem = replace(first.problem(), N=sum(member.out_features for member in members))
     biases = [member.bias.data for member in members if member.bias is not None]

@@ -37,7 +37,10 @@ class _Prompt(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cosine", "sine", "keys", "values", "start", "out")),
         *((name, ctypes.c_int64 * 3) for name in ("q_strides", "k_strides", "v_strides")),
-        *((name, ctypes.c_int64) for name in ("batch", "queries", "heads", "tokens", "key_size", "value_size", "slots", "wanted")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "queries", "heads", "tokens", "key_size", "value_size", "slots", "wanted")
+        ),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("type", "angles_per_sequence", "threads")),
     ]
@@ -113,7 +116,8 @@ def attend_arguments(
     B, H, _, D = q.shape
     J, E = k.shape[1], v.shape[3]
     simple = not softcap and sinks is None and max(D, E) <= _LARGEST_HEAD and H // J <= _LARGEST_SHARE
-    simple = simple and q.dtype == k.dtype == v.dtype == keys.dtype and all(x.stride()[1::2] == (x.shape[3], 1) for x in (q, k, v))
+    simple = simple and q.dtype == k.dtype == v.dtype == keys.dtype
+    simple = simple and all(x.stride(1) == x.shape[3] and x.stride(3) == 1 for x in (q, k, v))
     if not simple or not alike(keys, values, cos, sin) or not _fits(q, k, v, cos, sin, keys, values, slot, start):
         return None
     return _Attend(
@@ -191,7 +195,8 @@ def prompt_arguments(
     J, E = k.shape[1], v.shape[3]
     L = T if keys is None else keys.shape[2]
     fits = alike(out, cos, sin, keys, values) and out.dtype == q.dtype and out.shape[::2] == (B, H) and out.shape[3] == E
-    fits = fits and 1 <= out.shape[1] <= T <= L and all(angle is None or angle.shape in ((B, T, D), (1, T, D)) for angle in (cos, sin))
+    fits = fits and 1 <= out.shape[1] <= T <= L
+    fits = fits and all(angle is None or angle.shape in ((B, T, D), (1, T, D)) for angle in (cos, sin))
     fits = fits and (keys is None or keys.shape == (B, J, L, D)) and (values is None or values.shape == (B, J, L, E))
     if not fits or not (start is None or (start.dtype == torch.int64 and start.shape == (B,) and start.is_contiguous())):
         raise ValueError("results, angles, slots and starts do not belong to these queries")

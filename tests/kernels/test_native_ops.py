@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -110,3 +112,66 @@ def test_shapes_that_do_not_belong_together_never_reach_the_compiled_code() -> N
     }
     for name, tensor in wrong.items():
         assert native_ops.attend_arguments(**{**good, name: tensor}, **rest) is None, name
+
+
+def test_heads_of_several_sequences_may_lie_inside_wider_rows() -> None:
+    B, H, J, D, slots = 3, 4, 2, 16, 9
+    whole = torch.randn(B, 1, H + 2 * J, D).transpose(1, 2)
+    q, k, v = whole[:, :H], whole[:, H : H + J], whole[:, H + J :]
+    rest = (torch.tensor([5]), torch.tensor([0, 2, 5]), 0.25, 0, 0.0, None)
+    held = [(torch.randn(B, J, slots, D), torch.randn(B, J, slots, D))]
+    held.append((held[0][0].clone(), held[0][1].clone()))
+    out = torch.empty(B, 1, H, D)
+    arguments = native_ops.attend_arguments(out, q, k, v, None, None, *held[0], *rest)
+    assert arguments is not None and not q.is_contiguous()
+    library.check(library.library().aerogel_native_attend(ctypes.byref(arguments)), "attention")
+    assert relative(out, ops.attend(q, k, v, None, None, *held[1], *rest)) < CLOSE[torch.float32]
+    assert torch.equal(held[0][0], held[1][0]) and torch.equal(held[0][1], held[1][1])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("B", "H", "J", "T", "D", "R"), [(1, 9, 3, 40, 64, 40), (2, 4, 2, 13, 24, 5), (3, 2, 1, 1, 8, 1)])
+def test_a_prompt_rotates_keeps_its_keys_and_begins_where_it_is_told(
+    dtype: torch.dtype, B: int, H: int, J: int, T: int, D: int, R: int
+) -> None:
+    whole = torch.randn(B, T, H + 2 * J, D).to(dtype).transpose(1, 2)
+    q, k, v = whole[:, :H], whole[:, H : H + J], whole[:, H + J :]
+    angles = torch.rand(B, T, D) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    keys, values = torch.full((B, J, T + 3, D), 7.0).to(dtype), torch.full((B, J, T + 3, D), 7.0).to(dtype)
+    start = torch.tensor([0, 3, 0][:B]).clamp(max=T - 1)
+    out = torch.empty(B, R, H, D, dtype=dtype)
+    arguments = native_ops.prompt_arguments(out, q, k, v, 0.2, cos, sin, keys, values, start)
+    library.check(library.library().aerogel_native_prompt(ctypes.byref(arguments)), "attention of a prompt")
+    turned_q, turned_k = ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)
+    assert relative(keys[:, :, :T], turned_k) < (1e-6 if dtype == torch.float32 else 1e-9)
+    assert torch.equal(values[:, :, :T], v) and bool((keys[:, :, T:] == 7).all()) and bool((values[:, :, T:] == 7).all())
+    places = torch.arange(T)
+    seen = (places[None, :, None] >= places[None, None]) & (places[None, None] >= start[:, None, None])
+    scores = turned_q.double() @ turned_k.double().repeat_interleave(H // J, 1).transpose(2, 3) * 0.2
+    shares = torch.softmax(scores.masked_fill(~seen[:, None], -torch.inf), -1).nan_to_num(0.0)
+    wanted = (shares @ v.double().repeat_interleave(H // J, 1)).transpose(1, 2)[:, T - R :]
+    assert relative(out, wanted) < CLOSE[dtype]
+    before = (places[T - R :][None] < start[:, None])[..., None, None]
+    assert bool((out.masked_select(before.expand_as(out)) == 0).all())
+
+
+def test_prompts_whose_parts_do_not_belong_together_are_refused() -> None:
+    q = torch.zeros(1, 2, 6, 8)
+    slots, angles = torch.zeros(1, 2, 6, 8), torch.zeros(1, 6, 8)
+    good: dict[str, torch.Tensor] = {"cos": angles, "sin": angles, "keys": slots, "values": slots, "start": torch.tensor([0])}
+    native_ops.prompt_arguments(torch.empty(1, 6, 2, 8), q, q, q, 1.0, **good)
+    wrong = {
+        "cos": torch.zeros(1, 5, 8),
+        "keys": torch.zeros(1, 2, 5, 8),
+        "values": torch.zeros(1, 1, 6, 8),
+        "start": torch.tensor([0, 0]),
+    }
+    for name, tensor in wrong.items():
+        with pytest.raises(ValueError, match="belong"):
+            native_ops.prompt_arguments(torch.empty(1, 6, 2, 8), q, q, q, 1.0, **{**good, name: tensor})
+    with pytest.raises(ValueError, match="belong"):
+        native_ops.prompt_arguments(torch.empty(1, 7, 2, 8), q, q, q, 1.0)
+    late = native_ops.prompt_arguments(torch.empty(1, 6, 2, 8), q, q, q, 1.0, start=torch.tensor([6]))
+    with pytest.raises(BadInput, match="shape"):
+        library.check(library.library().aerogel_native_prompt(ctypes.byref(late)), "a prompt")
