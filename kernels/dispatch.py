@@ -21,6 +21,7 @@ GEMM: dict[str, str] = {
     "torch-int8-dynamic": "aerogel.kernels.gemm.torch_ops:Int8Dynamic",
     "cpu-int8": "aerogel.kernels.gemm.cpu:NativeInt8",
     "cpu": "aerogel.kernels.gemm.cpu:Native",
+    "cpu-tables": "aerogel.kernels.gemm.cpu_tables:NativeTables",
     "cpu-lookup": "aerogel.kernels.gemm.cpu_lookup:NativeLookup",
     "cpu-planes": "aerogel.kernels.gemm.plane_rows:PlaneRows",
     "torch-int4-cpu": "aerogel.kernels.gemm.torch_ops:Int4Cpu",

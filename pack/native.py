@@ -12,6 +12,8 @@ width w is a row of 64-byte vectors, each of 8 / w steps of four columns:
 
 A weight whose codes point into tables has strips of 4 rows and steps of 16 columns instead, see `pack/lookup.py`.
 
+The columns of a group that is no multiple of 16 are filled up to one (`fill`), so that half a tile has one scale.
+
 Why: kernels/native/layout.h. This file is plain torch, so that a checkpoint in this layout can be written and read back on
 any machine. Columns beyond K hold code 0: their activations are zeros. Cost: b bits per padded weight.
 
@@ -23,11 +25,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STRIP, TILE = 16, 32
+STRIP, TILE, HALF = 16, 32, 16
 WORDS_AT_ONCE = 1 << 16
 """Words that are rearranged at a time: they stay in a core's second-level cache."""
 ROWS_AT_ONCE = 1024
 """Rows that are packed at a time, so that what is added at the peak stays small beside the weight."""
+
+
+def columns(K: int, group: int) -> int:
+    """How many columns a weight of K has in this layout; group: 0 for all columns."""
+    return -(-K // group) * (-(-group // HALF) * HALF) if 0 < group < K and group % HALF else K
+
+
+def fill(values_NK: Tensor, group: int) -> Tensor:
+    """[N, K] -> [N, columns(K, group)] with zeros where a group is filled up; the same tensor where nothing is."""
+    N, K = values_NK.shape
+    if columns(K, group) == K:
+        return values_NK
+    whole = torch.nn.functional.pad(values_NK, (0, -K % group)).reshape(N, -1, group)
+    return torch.nn.functional.pad(whole, (0, -group % HALF)).flatten(1)
+
+
+def unfill(filled: Tensor, K: int, group: int) -> Tensor:
+    """The inverse of `fill`."""
+    if columns(K, group) == K:
+        return filled
+    return filled.reshape(len(filled), -(-K // group), -1)[:, :, :group].flatten(1)[:, :K].contiguous()
 
 
 def limbs(bits: int) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.embedding import PackedEmbedding, wanted
-from aerogel.kernels.gemm import cpu_lookup
+from aerogel.kernels.gemm import cpu_lookup, cpu_tables
 from aerogel.kernels.gemm.cpu import Native, structs
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
@@ -73,14 +73,20 @@ class Operations:
         problem, kernel = module._problem, module._kernel
         if problem is None or not module.kernel_is_all or module.column_order is not None:
             return False
-        if not issubclass(kernel, (Native, cpu_lookup.NativeLookup)) or x.dtype is not problem.dtype or not x.is_contiguous():
+        known = issubclass(kernel, (Native, cpu_lookup.NativeLookup, cpu_tables.NativeTables))
+        if not known or x.dtype is not problem.dtype or not x.is_contiguous():
             return False
         layout, rows, group = module.held(), x.view(-1, problem.K), problem.grid.group_size or 0
-        if not issubclass(kernel, Native):
+        if issubclass(kernel, cpu_lookup.NativeLookup):
             return self._lookup(rows, layout, module.bias, y, group)
-        numerics = library.NUMERICS[kernel.numerics]
-        tensors = layout["codes"], layout["scale"], layout.get("zero"), module.bias
-        weight, call = structs(rows, *tensors, y.view(-1, problem.N), problem.N, group, numerics)
+        if issubclass(kernel, Native):
+            tensors = layout["codes"], layout["scale"], layout.get("zero"), module.bias
+            numerics = library.NUMERICS[kernel.numerics]
+            weight, call = structs(rows, *tensors, y.view(-1, problem.N), problem.N, group, numerics)
+        else:
+            if problem.activations != "none":  # which are rounded before
+                return False
+            weight, call = cpu_tables.structs(rows, layout, module.bias, y.view(-1, problem.N), problem.N, group)
         library.check(library.library().aerogel_native_check(ctypes.byref(weight)), "a packed weight")
         self.add("gemm", weight, call, layout, module.bias, rows, y)
         return True

@@ -31,8 +31,6 @@ from aerogel.pack import bits, native
 from aerogel.pack.format import Activations, Shapes, take
 from aerogel.quantize.grids import Codes
 
-GROUP_STEP = 16
-
 
 def refusal(problem: Problem, fast: bool = False, activations: Activations = "none") -> str | None:
     """Why no kind of arithmetic can run the problem; `fast` only where activations may be rounded."""
@@ -53,8 +51,6 @@ def _unfit(problem: Problem, activations: Activations) -> str | None:
         return f"{kind}, activations are {problem.activations}"
     if problem.dtype not in library.TYPES:
         return f"activations must be float32, float16 or bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
-    if grid.group_size is not None and grid.group_size % GROUP_STEP and grid.group_size < problem.K:
-        return f"group_size must be a multiple of {GROUP_STEP}, or null, found {grid.group_size}"
     return None
 
 
@@ -78,7 +74,7 @@ class Native(Kernel):
 
     @classmethod
     def refuses_layout(cls, problem: Problem) -> str | None:
-        """Anything but integer weights in groups of a multiple of 16, with activations that stay floats."""
+        """Anything but integer weights with activations that stay floats."""
         return _unfit(problem, "none")
 
     @staticmethod
@@ -86,7 +82,7 @@ class Native(Kernel):
         """Of codes, scale and, with zero points, zero."""
         factors = (-(-problem.N // native.STRIP), problem.grid.groups(problem.K), native.STRIP)
         found: Shapes = {
-            "codes": (native.shape_of(problem.N, problem.K, problem.grid.bits), torch.uint8),
+            "codes": (native.shape_of(problem.N, _columns(problem), problem.grid.bits), torch.uint8),
             "scale": (factors, problem.grid.scale_dtype),
         }
         if problem.integer is not None and not problem.integer.symmetric:
@@ -97,7 +93,7 @@ class Native(Kernel):
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """codes uint8 [strips, tiles, 64 * bits]; scale and zero [strips, G, 16]; see `aerogel.pack.native`."""
         layout = {
-            "codes": native.pack_codes(codes.values_NK, codes.grid.bits),
+            "codes": native.pack_codes(native.fill(codes.values_NK, codes.grid.group_size or 0), codes.grid.bits),
             "scale": native.pack_factors(codes.scale_NG),
         }
         if codes.zero_NG is not None:
@@ -108,7 +104,7 @@ class Native(Kernel):
     def rearrange(stored: Layout, problem: Problem) -> dict[str, Tensor] | None:
         """Codes of 2, 4 and 8 bits change places inside their words."""
         grid = problem.integer
-        if grid is None or problem.format != "pack-quantized" or grid.bits not in (2, 4, 8):
+        if grid is None or problem.format != "pack-quantized" or grid.bits not in (2, 4, 8) or _columns(problem) != problem.K:
             return None
         factors = (problem.N, grid.groups(problem.K))
         words = take(stored, "weight_packed", (problem.N, bits.words(problem.K, grid.bits)), (torch.int32,))
@@ -126,8 +122,9 @@ class Native(Kernel):
     def unpack(layout: Layout, problem: Problem) -> Codes:
         """The same codes, scales and zero points."""
         zero = layout.get("zero")
+        filled = native.unpack_codes(layout["codes"], problem.grid.bits, problem.N, _columns(problem))
         return Codes(
-            values_NK=native.unpack_codes(layout["codes"], problem.grid.bits, problem.N, problem.K),
+            values_NK=native.unfill(filled, problem.K, problem.grid.group_size or 0),
             scale_NG=native.unpack_factors(layout["scale"], problem.N),
             zero_NG=None if zero is None else native.unpack_factors(zero, problem.N),
             grid=problem.grid,
@@ -204,6 +201,10 @@ class NativeDynamic(Native):
     def refuses(cls, problem: Problem) -> str | None:
         """Anything but integer weights with int8 activations on a CPU."""
         return refusal(problem, activations="int8")
+
+
+def _columns(problem: Problem) -> int:
+    return native.columns(problem.K, problem.grid.group_size or 0)
 
 
 def linear(
@@ -291,20 +292,10 @@ def structs(
 
 
 def weight_of(codes: Tensor, scale: Tensor, zero: Tensor | None, N: int, K: int, group: int) -> library.Weight:
-    """The struct of a weight [N, K] in this layout: valid while its tensors live."""
-    return library.Weight(
-        codes.data_ptr(),
-        scale.data_ptr(),
-        None if zero is None else zero.data_ptr(),
-        codes.nbytes,
-        scale.nbytes,
-        0 if zero is None else zero.nbytes,
-        N,
-        K,
-        group,
-        codes.shape[-1] // 64,
-        library.TYPES[scale.dtype],
-    )
+    """The struct of a weight [N, K] of integers in this layout: valid while its tensors live."""
+    addresses = (codes.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr(), None, None)
+    sizes = (codes.nbytes, scale.nbytes, 0 if zero is None else zero.nbytes, 0, 0)
+    return library.Weight(*addresses, *sizes, N, K, group, 1.0, codes.shape[-1] // 64, library.TYPES[scale.dtype])
 
 
 def _operator(

@@ -36,7 +36,6 @@ GROUP_STEP = 16
 MOST_TOKENS = 24
 CHUNK_ELEMENTS = 1 << 20
 """Weights decoded at a time: 4 MB, which the last-level cache holds."""
-SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4}
 NUMERICS = {"exact": 0, "fixed": 2}
 
 
@@ -155,12 +154,12 @@ def struct_of(layout: Layout, N: int, K: int, group: int) -> library.Lookup:
     if any(not tensor.is_contiguous() or tensor.device.type != "cpu" for tensor in held):
         raise BadInput("a CPU matmul wants contiguous tensors in main memory; call .contiguous() and .cpu() on them")
     codes, scale, number, fixed, unit = held
-    if codes.dtype != torch.uint8 or scale.dtype not in SCALES or unit.dtype != torch.float32:
+    if codes.dtype != torch.uint8 or scale.dtype not in library.SCALES or unit.dtype != torch.float32:
         raise BadInput(f"a weight of tables wants uint8 codes and float scales, found {codes.dtype} and {scale.dtype}")
     where = [None if tensor is None else tensor.data_ptr() for tensor in (codes, scale, pick, number, fixed, unit)]
     sizes = [0 if tensor is None else tensor.nbytes for tensor in (codes, scale, pick, number, fixed, unit)]
     factor = float(layout["factor"])
-    return library.Lookup(*where, *sizes, N, K, group, len(number), factor, codes.shape[-1] // 64, SCALES[scale.dtype])
+    return library.Lookup(*where, *sizes, N, K, group, len(number), factor, codes.shape[-1] // 64, library.SCALES[scale.dtype])
 
 
 def call_of(

@@ -21,25 +21,36 @@ int32_t default_path(int32_t numerics) {
     return best[numerics != kExact];
 }
 
+// The size of tables and picks; not which table a pick is, see aerogel_native_check_picks.
+Status check_tables(const Weight& w, int64_t factors) {
+    if (!w.table) return w.pick ? kBadTable : kDone;
+    const int64_t entries = int64_t{1} << w.bits, count = w.table_bytes / 4;
+    if (w.zero || w.table_bytes % 4 != 0 || misaligned(w.table, 4)) return kBadTable;
+    if (!w.pick) return count == entries ? kDone : kBadTable;
+    return count > 0 && count % entries == 0 && count <= kPickedEntries && w.bits <= 4 && w.pick_bytes == factors ? kDone : kBadTable;
+}
+
 Status check_weight(const Weight& w) {
     if (w.bits < 1 || w.bits > 8) return kBadWidth;
     constexpr int64_t kMost = int64_t{1} << 31;
     if (w.rows < 1 || w.columns < 1 || w.rows > kMost || w.columns > kMost) return kBadShape;
-    if (w.group < 0 || (w.group % 16 != 0 && w.group < w.columns)) return kBadGroup;
-    if (!known_type(w.scale_type)) return kBadType;
-    const int64_t strips = ceil_div(w.rows, kStrip), groups = w.group ? ceil_div(w.columns, w.group) : 1;
-    const int64_t factors = strips * groups * kStrip;
-    if (w.codes_bytes != strips * ceil_div(w.columns, kTile) * kVector * w.bits) return kTruncatedCodes;
-    if (w.scale_bytes != factors * type_size(w.scale_type)) return kTruncatedScale;
+    if (w.group < 0) return kBadGroup;
+    const bool small = w.table && (w.scale_type == kFloat8E4m3 || w.scale_type == kFloat8E8m0);
+    if (!known_type(w.scale_type) && !small) return kBadType;
+    const int64_t scale_size = small ? 1 : type_size(w.scale_type);
+    const Columns columns = columns_of(w);
+    const int64_t strips = ceil_div(w.rows, kStrip), factors = strips * columns.groups * kStrip;
+    if (w.codes_bytes != strips * ceil_div(columns.count, kTile) * kVector * w.bits) return kTruncatedCodes;
+    if (w.scale_bytes != factors * scale_size) return kTruncatedScale;
     if (w.zero && w.zero_bytes != factors) return kTruncatedZero;
-    if (!w.codes || !w.scale || misaligned(w.codes, kVector) || misaligned(w.scale, type_size(w.scale_type))) return kMisaligned;
-    return kDone;
+    if (!w.codes || !w.scale || misaligned(w.codes, kVector) || misaligned(w.scale, scale_size)) return kMisaligned;
+    return check_tables(w, factors);
 }
 
 Status check_call(const Weight& w, const Call& c) {
     // 4 * 2^28 tokens * 2^31 columns stay below 2^63: the products below cannot overflow.
     if (c.tokens < 0 || c.tokens > (int64_t{1} << 28)) return kBadShape;
-    if (c.numerics < kExact || c.numerics > kInt8Token) return kNoSuchPath;
+    if (c.numerics < kExact || c.numerics > kInt8Token || (w.table && c.numerics != kExact)) return kNoSuchPath;
     if (!known_type(c.x_type) || (c.bias && !known_type(c.bias_type))) return kBadType;
     const int64_t size = type_size(c.x_type);
     if (c.x_bytes != c.tokens * w.columns * size || c.y_bytes != c.tokens * w.rows * size) return kTruncatedActivations;
@@ -59,7 +70,7 @@ thread_local volatile uint64_t kept_sum;  // what a reader found: without a use 
 
 }  // namespace
 
-int32_t aerogel_native_version() { return 8; }
+int32_t aerogel_native_version() { return 9; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });
@@ -72,6 +83,16 @@ uint32_t aerogel_native_able() {
 int32_t aerogel_native_best(int32_t numerics) { return default_path(numerics); }
 
 int32_t aerogel_native_check(const Weight* weight) { return check_weight(*weight); }
+
+int32_t aerogel_native_check_picks(const Weight* weight) {
+    const Status status = check_weight(*weight);
+    const uint8_t* pick = static_cast<const uint8_t*>(weight->pick);
+    const int64_t tables = weight->table_bytes / 4 >> weight->bits;
+    for (int64_t i = 0; status == kDone && pick && i < weight->pick_bytes; ++i) {
+        if (pick[i] >= tables) return kBadTable;
+    }
+    return status;
+}
 
 int32_t aerogel_native_gemm(const Weight* weight, const Call* call) {
     Status status = check_weight(*weight);
@@ -91,6 +112,7 @@ int32_t aerogel_native_gemm(const Weight* weight, const Call* call) {
 int32_t aerogel_native_rows(const Weight* weight, const Rows* wanted) {
     const Status status = check_weight(*weight);
     if (status != kDone) return status;
+    if (weight->table) return kBadTable;
     if (!known_type(wanted->type)) return kBadType;
     if (wanted->count < 0 || wanted->count > (int64_t{1} << 28)) return kBadShape;
     const int64_t size = type_size(wanted->type);

@@ -24,6 +24,9 @@ PUBLIC int32_t aerogel_native_gemm(const aerogel::Weight* weight, const aerogel:
 // One weight's view of the same, for callers that keep structs: returns a Status without reading the weight.
 PUBLIC int32_t aerogel_native_check(const aerogel::Weight* weight);
 
+// The same, and every pick is looked at, once when a weight is made: `gemm` relies on it.
+PUBLIC int32_t aerogel_native_check_picks(const aerogel::Weight* weight);
+
 // The same for weights that are tables, see lookup.h; `check` also looks at every pick, which `lookup` relies on. `decode`
 // writes rows first .. first + count - 1 as float32 [count, columns]: whole strips, or up to the last row.
 PUBLIC int32_t aerogel_native_lookup(const aerogel::Lookup* weight, const aerogel::Call* call);

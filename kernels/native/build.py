@@ -38,7 +38,7 @@ UNITS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx2": _AVX2,
         "avxvnni": (*_AVX2, "-mavxvnni"),
         "avx512": _AVX512,
-        "avx512bf16": (*_AVX512, "-mavx512bf16"),
+        "avx512bf16": (*_AVX512, "-mavx512bf16", "-mavx512vbmi"),
         "amx": (*_AVX512, "-mamx-tile", "-mamx-int8"),
     },
     "aarch64": {"neon": ("-march=armv8.2-a+dotprod+fp16",)},

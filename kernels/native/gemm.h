@@ -36,6 +36,11 @@ constexpr bool tuned(int bits) { return kMostRows > 0 && bits == 3; }  // one wi
 #else
 constexpr bool tuned(int bits) { return kMostRows > 0 && (bits == 2 || bits == 3 || bits == 4 || bits == 8); }
 #endif
+// Where an arithmetic is not made for tables, only the loops for those of bytes are; and few bits are never picked among tables.
+template <class P>
+constexpr bool tuned_for(int bits, Form form) {
+    return tuned(bits) && (form == kIntegers || (P::kOperands == 2 ? form == kOneTable || bits > 2 : bits == 8));
+}
 constexpr bool paired(int bits) { return tuned(bits) && bits <= 4; }
 constexpr int strips_for(int rows) {
     return kNative == 16 ? (rows <= 2 ? 4 : rows <= 8 ? 2 : 1) : kNative == 8 && rows == 1 ? 2 : 1;
@@ -59,12 +64,12 @@ inline void finish(const Plan& plan, int64_t strip, int64_t block, const float* 
         F16 sum = load<F16>(total + token * plan.terms * stride);
         for (int64_t term = 1; term < plan.terms; ++term) sum = sum + load<F16>(total + (token * plan.terms + term) * stride);
         float out[kStrip];
-        store(out, sum + load<F16>(bias));
+        store(out, multiply_add(sum, spread<F16>(plan.factor_of_all), load<F16>(bias)));
         store_floats(call.y, (first + token) * weight.rows + row0, call.x_type, out, count);
     }
 }
 
-template <class P, int BITS, int M>
+template <class P, int BITS, Form FORM, int M>
 void few(const Plan& plan) {
     constexpr int R = P::kOnlyOneRow ? 1 : strips_for(M);
     const int64_t units = ceil_div(plan.strips, R);
@@ -78,7 +83,7 @@ void few(const Plan& plan) {
             float* to[R];
             for (int r = 0; r < R; ++r) to[r] = total[r];
             for (int64_t block = 0; block < plan.blocks; ++block) {
-                strips<P, BITS, R, M>(plan, unit * R, block, to);
+                strips<P, BITS, FORM, R, M>(plan, unit * R, block, to);
                 for (int r = 0; r < R && unit * R + r < plan.strips; ++r) finish(plan, unit * R + r, block, total[r], kStrip);
             }
         }
@@ -86,9 +91,9 @@ void few(const Plan& plan) {
 }
 
 // Blocks first .. first + count - 1 against strips start .. stop - 1; `memory` holds a panel and the totals.
-template <class P, int BITS, int R, int M>
+template <class P, int BITS, Form FORM, int R, int M>
 void panels(const Plan& plan, int64_t start, int64_t stop, int64_t first, int64_t count, uint8_t* operands, float* totals) {
-    constexpr float kBias = static_cast<float>(P::template bias<BITS>());
+    constexpr float kBias = static_cast<float>(P::template bias<BITS, FORM>());
     constexpr Range kRange = P::template moves<BITS>() ? kMoved : P::template range<BITS>();
     I16 begin[P::template moves<BITS>() ? 2 * kBlockTiles * R : 1];
     const int64_t whole = plan.segment_tiles ? plan.segment_tiles : 1, step = kBlockTiles / whole * whole;
@@ -100,7 +105,7 @@ void panels(const Plan& plan, int64_t start, int64_t stop, int64_t first, int64_
     for (int64_t tile = 0; tile < plan.tiles; tile += step) {
         const int64_t tiles = plan.tiles - tile < step ? plan.tiles - tile : step;
         for (int64_t strip = start; strip < stop; strip += R) {
-            decode<P, BITS, R>(plan, strip, tile, tiles, operands, begin);
+            decode<P, BITS, FORM, R>(plan, strip, tile, tiles, operands, begin);
             float* to = totals + (strip - start) / R * strip_size;
             for (int64_t block = 0; block < count; ++block, to += block_size) {
 #if defined(AEROGEL_TILES)
@@ -126,7 +131,7 @@ void panels(const Plan& plan, int64_t start, int64_t stop, int64_t first, int64_
     }
 }
 
-template <class P, int BITS, int R, int M>
+template <class P, int BITS, Form FORM, int R, int M>
 Status many(const Plan& plan) {
     constexpr int64_t kPanelBytes = kBlockTiles * 8 * P::kOperands * R * kVector;
     const int threads = plan.call->threads;
@@ -144,30 +149,45 @@ Status many(const Plan& plan) {
         const int64_t start = piece % pieces * size, first = piece / pieces * per_pass;
         const int64_t stop = start + size < plan.strips ? start + size : plan.strips;
         const int64_t count = plan.blocks - first < per_pass ? plan.blocks - first : per_pass;
-        panels<P, BITS, R, M>(plan, start, stop, first, count, mine, reinterpret_cast<float*>(mine + kPanelBytes));
+        panels<P, BITS, FORM, R, M>(plan, start, stop, first, count, mine, reinterpret_cast<float*>(mine + kPanelBytes));
     });
     return kDone;
 }
 
-template <class P, int BITS>
-Status multiply(const Plan& plan) {
+template <class P, int BITS, Form FORM>
+Status multiply_form(Plan& plan) {
+    P::template write_decoder<BITS, FORM>(*plan.weight, plan.decoder);
     if constexpr (P::kTiles) {
-        return many<P, BITS, 4, kTileRows>(plan);
+        return many<P, BITS, FORM, 4, kTileRows>(plan);
     } else if constexpr (P::kOnlyOneRow) {
-        if constexpr (paired(BITS)) few<P, BITS, 1>(plan);
+        if constexpr (paired(BITS)) few<P, BITS, FORM, 1>(plan);
     } else if (!plan.few) {
-        if (plan.block_rows == 1) return many<P, BITS, kThinStrips, 1>(plan);
-        return many<P, BITS, kPanelStrips, kPanelRows>(plan);
-    } else if constexpr (tuned(BITS)) {  // more rows than a policy has loops for never come here
-        if (plan.block_rows == 1) few<P, BITS, 1>(plan);
-        if (plan.block_rows == 2) few<P, BITS, 2>(plan);
-        if (plan.block_rows == 4) few<P, BITS, 4>(plan);
+        if (plan.block_rows == 1) return many<P, BITS, FORM, kThinStrips, 1>(plan);
+        return many<P, BITS, FORM, kPanelStrips, kPanelRows>(plan);
+    } else if constexpr (tuned_for<P>(BITS, FORM)) {  // more rows than a policy has loops for never come here
+        if (plan.block_rows == 1) few<P, BITS, FORM, 1>(plan);
+        if (plan.block_rows == 2) few<P, BITS, FORM, 2>(plan);
+        if (plan.block_rows == 4) few<P, BITS, FORM, 4>(plan);
         if constexpr (most_rows<P>() == 16) {
-            if (plan.block_rows == 8) few<P, BITS, 8>(plan);
-            if (plan.block_rows == 16) few<P, BITS, 16>(plan);
+            if (plan.block_rows == 8) few<P, BITS, FORM, 8>(plan);
+            if (plan.block_rows == 16) few<P, BITS, FORM, 16>(plan);
         }
     }
     return kDone;
+}
+
+template <class P, int BITS>
+Status multiply(Plan& plan) {
+    if constexpr (P::template runs<BITS, kIntegers>()) {
+        if (plan.form == kIntegers) return multiply_form<P, BITS, kIntegers>(plan);
+    }
+    if constexpr (P::template runs<BITS, kOneTable>()) {
+        if (plan.form == kOneTable) return multiply_form<P, BITS, kOneTable>(plan);
+    }
+    if constexpr (P::template runs<BITS, kTables>()) {
+        if (plan.form == kTables) return multiply_form<P, BITS, kTables>(plan);
+    }
+    return kBadTable;
 }
 
 // Rows of a block, and how many blocks, for all tokens of the call.
@@ -175,7 +195,8 @@ template <class P>
 void choose_blocks(Plan& plan) {
     constexpr bool kMoves[] = {P::template moves<1>(), P::template moves<8>()};
     const int64_t rows = plan.call->tokens * plan.terms;
-    plan.few = !P::kTiles && rows <= most_rows<P>() && tuned(plan.weight->bits) && plan.segment_tiles > 0;
+    plan.form = P::form(!plan.weight->table ? kIntegers : plan.weight->pick ? kTables : kOneTable);
+    plan.few = !P::kTiles && rows <= most_rows<P>() && tuned_for<P>(plan.weight->bits, plan.form) && plan.segment_tiles > 0;
     plan.block_rows = P::kTiles ? kTileRows : rows == 1 ? 1 : kPanelRows;
     if (plan.few) {
         for (plan.block_rows = 1; plan.block_rows < rows;) plan.block_rows *= 2;
@@ -198,6 +219,7 @@ Status run(const Weight& weight, const Call& call) {
     plan.x_scale = reinterpret_cast<float*>(memory + x_bytes + factor_bytes);
     const bool padded = plan.tokens_per_block * plan.terms != plan.block_rows || call.tokens % plan.tokens_per_block != 0;
     if (padded) memset(memory, 0, x_bytes + 2 * factor_bytes);
+    plan.factor_of_all = weight.table ? weight.factor : 1.0f;
     const int threads = call.tokens * weight.columns < (1 << 16) ? 1 : call.threads;
     const int64_t grain = threads == 1 ? call.tokens : ceil_div(call.tokens, 4 * threads);
     parallel(ceil_div(call.tokens, grain), threads, [&](int64_t piece, int) {

@@ -18,12 +18,28 @@ struct Factors {
 
 INLINE Factors factors_of(const Plan& plan, int64_t strip, int64_t group, float bias) {
     const Weight& weight = *plan.weight;
-    const int64_t at = (strip * plan.groups + group) * kStrip;
+    const int64_t at = (strip * plan.columns.groups + group) * kStrip;
     Factors f;
-    f.scale = load_floats(weight.scale, at, weight.scale_type);
+    f.scale = weight.scale_type < kFloat8E4m3 ? load_floats(weight.scale, at, weight.scale_type)
+                                              : load_small(static_cast<const uint8_t*>(weight.scale) + at, weight.scale_type);
     f.offset = spread<F16>(bias);
     if (weight.zero) f.offset = f.offset + load_bytes(static_cast<const int8_t*>(weight.zero) + at);
     return f;
+}
+
+// What the picks of a strip in a group add to the indices of its codes.
+template <class P, int BITS, Form FORM>
+INLINE U16 picks_of(const Plan& plan, int64_t strip, int64_t group) {
+    if constexpr (FORM == kTables) {
+        const uint8_t* pick = static_cast<const uint8_t*>(plan.weight->pick);
+        if (pick) {
+            uint32_t added[kStrip];
+            pick += (strip * plan.columns.groups + group) * kStrip;
+            for (int lane = 0; lane < kStrip; ++lane) added[lane] = pick[lane] * P::template pick_step<BITS>();
+            return load<U16>(added);
+        }
+    }
+    return spread<U16>(0u);
 }
 
 template <class P>
@@ -35,8 +51,9 @@ INLINE F16 joined(const typename P::Accumulator& sum, const F16& total, const Fa
 }
 
 // A tile of R strips against M rows. CHAINS sums take turns.
-template <class P, int BITS, int R, int M, int CHAINS>
-INLINE void accumulate(const uint8_t* const (&codes)[R], int64_t at, const uint8_t* x, typename P::Accumulator (&total)[R][M][CHAINS]) {
+template <class P, int BITS, Form FORM, int R, int M, int CHAINS>
+INLINE void accumulate(const typename P::Decoder& decoder, const uint8_t* const (&codes)[R], const U16 (&picks)[R], int64_t at, const uint8_t* x,
+                       typename P::Accumulator (&total)[R][M][CHAINS]) {
     constexpr int kRow = 8 * P::kOperands * P::kWordBytes;
     constexpr Range kRange = P::template range<BITS>();
     typename P::Accumulator pairs[R][M][CHAINS];
@@ -48,7 +65,7 @@ INLINE void accumulate(const uint8_t* const (&codes)[R], int64_t at, const uint8
         constexpr int kStep = step;
         unroll<R>([&](auto r) ALWAYS {
             typename P::Operand w[P::kOperands];
-            P::template weights<BITS, kStep>(codes[r] + at, w);
+            P::template weights<BITS, FORM, kStep>(decoder, codes[r] + at, picks[r], w);
             unroll<P::kOperands>([&](auto o) ALWAYS {
                 constexpr int kNumber = kStep * P::kOperands + o, kChain = kNumber % CHAINS;
                 unroll<M>([&](auto m) ALWAYS {
@@ -68,11 +85,12 @@ INLINE void accumulate(const uint8_t* const (&codes)[R], int64_t at, const uint8
 constexpr int64_t kAhead = 1536;
 
 // Totals [row][16] of strips first .. first + R - 1 for one block of M rows. Strips beyond the last repeat it.
-template <class P, int BITS, int R, int M>
+template <class P, int BITS, Form FORM, int R, int M>
 void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R]) {
     // More sums than these would not stay in registers.
     constexpr int kChains = P::kOnlyOneRow || R * M * kParts >= 8 || P::template range<BITS>() == kNibbles ? 1 : 2;
-    constexpr float kBias = static_cast<float>(P::template bias<BITS>());
+    constexpr float kBias = static_cast<float>(P::template bias<BITS, FORM>());
+    const typename P::Decoder decoder = P::template decoder<BITS, FORM>(plan.decoder);
     const bool offset = kBias != 0.0f || plan.weight->zero != nullptr;
     int64_t strip[R];
     const uint8_t* codes[R];
@@ -88,7 +106,9 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R
         const int64_t tile = segment * plan.segment_tiles, end = tile + plan.segment_tiles;
         const int64_t stop = end < plan.tiles ? end : plan.tiles;
         typename P::Accumulator sum[R][M][kChains];
+        U16 picks[R];
         unroll<R>([&](auto r) ALWAYS {
+            picks[r] = picks_of<P, BITS, FORM>(plan, strip[r], group);
             unroll<M>([&](auto m) ALWAYS { unroll<kChains>([&](auto c) ALWAYS { sum[r][m][c] = P::none(); }); });
         });
         for (int64_t t = tile; t < stop; ++t) {
@@ -100,7 +120,7 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R
                     unroll<BITS>([&](auto line) ALWAYS { __builtin_prefetch(codes[r] + next + line * kVector); });
                 });
             }
-            accumulate<P, BITS, R, M, kChains>(codes, t * tile_bytes<BITS>(), plan.x_at(block, t), sum);
+            accumulate<P, BITS, FORM, R, M, kChains>(decoder, codes, picks, t * tile_bytes<BITS>(), plan.x_at(block, t), sum);
         }
         const int64_t factor = plan.factor(block, segment);
         unroll<R>([&](auto r) ALWAYS {
@@ -121,7 +141,7 @@ INLINE U16 byte_offsets(const Plan& plan, int64_t strip, int64_t group, int bias
     const int8_t* zero = static_cast<const int8_t*>(plan.weight->zero);
     uint32_t bytes[kStrip];
     for (int lane = 0; lane < kStrip; ++lane) {
-        const int offset = bias + (zero ? zero[(strip * plan.groups + group) * kStrip + lane] : 0);
+        const int offset = bias + (zero ? zero[(strip * plan.columns.groups + group) * kStrip + lane] : 0);
         bytes[lane] = (static_cast<uint32_t>(offset) & 0xffu) * 0x01010101u;
     }
     return load<U16>(bytes);
@@ -129,22 +149,24 @@ INLINE U16 byte_offsets(const Plan& plan, int64_t strip, int64_t group, int bias
 
 // Operands of tiles first .. first + count - 1 of R strips: [tile][step][operand][strip], signed codes where the arithmetic wants
 // them. Where activations are moved, `begin` [segment][strip] gets what the sums of each segment begin with.
-template <class P, int BITS, int R>
+template <class P, int BITS, Form FORM, int R>
 void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count, uint8_t* to, I16* begin) {
     constexpr bool kMoves = P::template moves<BITS>();
+    const typename P::Decoder decoder = P::template decoder<BITS, FORM>(plan.decoder);
     const int64_t first_segment = plan.segment_tiles ? first / plan.segment_tiles : 2 * first;
     if constexpr (kMoves) memset(begin, 0, sizeof(I16) * 2 * static_cast<size_t>(count * R));
     for (int64_t tile = first; tile < first + count; ++tile) {
         unroll<R>([&](auto r) ALWAYS {
             const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
             const uint8_t* codes = static_cast<const uint8_t*>(plan.weight->codes) + strip * plan.strip_bytes + tile * tile_bytes<BITS>();
-            U16 offsets;
+            U16 offsets, picks;
             unroll<8>([&](auto step) ALWAYS {
                 typename P::Operand w[P::kOperands];
-                P::template weights<BITS, step>(codes, w);
+                const int64_t segment = plan.segment_tiles ? tile / plan.segment_tiles : 2 * tile + step / 4;
+                if constexpr (step % 4 == 0) picks = picks_of<P, BITS, FORM>(plan, strip, plan.group_of(segment));
+                P::template weights<BITS, FORM, step>(decoder, codes, picks, w);
                 if constexpr (P::template signed_codes<BITS>()) {
-                    const int64_t segment = plan.segment_tiles ? tile / plan.segment_tiles : 2 * tile + step / 4;
-                    if constexpr (step % 4 == 0) offsets = byte_offsets(plan, strip, plan.group_of(segment), P::template bias<BITS>());
+                    if constexpr (step % 4 == 0) offsets = byte_offsets(plan, strip, plan.group_of(segment), P::template bias<BITS, FORM>());
                     w[0] = P::less(w[0], offsets);
                     if constexpr (kMoves) {
                         I16& sum = begin[(segment - first_segment) * R + r];

@@ -13,6 +13,13 @@
 // accumulator's lane is a row, so nothing is ever summed across lanes, and an activation is a broadcast.
 //
 // Scales lie as [strip][group][16] in their stored type, zero points as signed bytes in the same order.
+//
+// A code is an integer, or points into a table of 2^bits numbers:
+//
+//     W[n, k] = (u - 2^(bits-1) - zero) * scale        or        table[pick][u] * (scale * factor)
+//
+// with one table for the whole weight, or one of a few picked for each scale. Groups of any size: the columns of one that is no
+// multiple of 16 are filled up to it, so that half a tile has one scale; what fills them meets activations that are zero.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -24,6 +31,9 @@ constexpr int kTile = 32;
 constexpr int kVector = 64;
 
 enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+
+// Types of the scales of tables beyond those: bytes, a float of 4 exponent and 3 mantissa bits, and a power of two.
+enum ScaleType : int32_t { kFloat8E4m3 = 3, kFloat8E8m0 = 4 };
 
 enum Numerics : int32_t {
     kExact = 0,  // activations as they are, products and sums in float32
@@ -51,10 +61,13 @@ enum Status : int32_t {
 struct Weight {
     const void* codes;
     const void* scale;
-    const void* zero;  // null when symmetric
-    int64_t codes_bytes, scale_bytes, zero_bytes;
+    const void* zero;   // null when symmetric, and with tables
+    const void* table;  // float32 [tables][2^bits], or null: codes are integers
+    const void* pick;   // one byte per scale, in their order: its table; or null: there is one
+    int64_t codes_bytes, scale_bytes, zero_bytes, table_bytes, pick_bytes;
     int64_t rows, columns;  // N, K
     int64_t group;          // columns that share a scale; 0 for all of them
+    float factor;           // of all scales, where there are tables
     int32_t bits, scale_type;
 };
 
@@ -69,5 +82,21 @@ struct Call {
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Entries of all tables of a weight that picks among several: what two registers of 16-bit numbers hold.
+constexpr int64_t kPickedEntries = 64;
+
+// The columns of a weight as they are stored, groups filled up.
+struct Columns {
+    int64_t count, group, groups;
+};
+
+inline Columns columns_of(const Weight& weight) {
+    if (weight.group == 0) return {weight.columns, 0, 1};
+    const int64_t groups = ceil_div(weight.columns, weight.group);
+    if (weight.group % 16 == 0 || groups == 1) return {weight.columns, weight.group, groups};
+    const int64_t group = ceil_div(weight.group, 16) * 16;
+    return {groups * group, group, groups};
+}
 
 }  // namespace aerogel

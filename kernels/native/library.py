@@ -19,10 +19,12 @@ import torch
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.native.build import FOLDER, LIBRARY
 
-VERSION = 8
+VERSION = 9
 """Of the C interface: structs, codes and layout."""
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SCALES = {**TYPES, torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4}
+"""Types of the scales of tables."""
 NUMERICS = {"exact": 0, "int8": 1, "int8-token": 2}
 PATHS = ("portable", "avx2", "avxvnni", "avx512", "avx512bf16", "amx", "neon")
 """Instruction-set paths by their number."""
@@ -30,7 +32,7 @@ PATHS = ("portable", "avx2", "avxvnni", "avx512", "avx512bf16", "amx", "neon")
 STATUS = {
     1: "bits must lie between 1 and 8",
     2: "a shape is empty or too large",
-    3: "the group size must be a multiple of 16, or cover all columns",
+    3: "the group size must not be negative, and for tables of rows a multiple of 16 or all columns",
     4: "a number type is none of float32, float16, bfloat16",
     5: "the codes have another size than shape and bits imply",
     6: "the scales have another size than shape and group imply",
@@ -48,8 +50,10 @@ class Weight(ctypes.Structure):
     """A packed weight: pointers, their sizes, and the shape."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero")),
-        *((name, ctypes.c_int64) for name in ("codes_bytes", "scale_bytes", "zero_bytes", "rows", "columns", "group")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table", "pick")),
+        *((name + "_bytes", ctypes.c_int64) for name in ("codes", "scale", "zero", "table", "pick")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "group")),
+        ("factor", ctypes.c_float),
         ("bits", ctypes.c_int32),
         ("scale_type", ctypes.c_int32),
     ]
@@ -111,7 +115,7 @@ def _load() -> ctypes.CDLL | str:
     library.aerogel_native_lookup_decode.argtypes = [
         *(ctypes.POINTER(Lookup), ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64),
     ]
-    library.aerogel_native_check.argtypes = [ctypes.POINTER(Weight)]
+    library.aerogel_native_check.argtypes = library.aerogel_native_check_picks.argtypes = [ctypes.POINTER(Weight)]
     library.aerogel_native_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     library.aerogel_native_read.restype = ctypes.c_double
     library.aerogel_native_program.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]

@@ -16,9 +16,6 @@ constexpr int kLookupTile = 128;
 constexpr int kLookupStep = 16;
 constexpr int kEntries = 16;
 
-// Types of scales beyond those of layout.h: bytes, a float of 4 exponent and 3 mantissa bits, and a power of two.
-enum ScaleType : int32_t { kFloat8E4m3 = 3, kFloat8E8m0 = 4 };
-
 struct Lookup {
     const void* codes;
     const void* scale;

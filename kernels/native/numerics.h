@@ -8,7 +8,7 @@
 //     Int8                          1 operand    four columns of bytes
 //
 // Codes are small integers, which bfloat16 holds exactly, so every product is exact and only float32 sums round: scales are
-// applied to sums. `bias<BITS>` is what was added to the signed code q and has to be taken out again, times the sum of the
+// applied to sums. So are floats of up to 8 bits; numbers of other tables are rounded where the operands are. `bias` is what was added to the signed code q and has to be taken out again, times the sum of the
 // activations; it joins the zero point, so it costs nothing.
 #pragma once
 #include "codes.h"
@@ -19,6 +19,33 @@ namespace UNIT {
 // What codes may be, where that takes other instructions: up to 15, so that the sums of a tile's eight steps fit in 16 bits
 // (8 * 2 * 15 * 127 = 30480); up to 127; signed bytes; signed bytes whose activations have 128 added, see Int8::moves.
 enum Range { kNibbles, kBytes, kWide, kMoved };
+
+// What codes are: integers, or numbers of one table, or of one that is picked for each scale. An arithmetic says which of them
+// its loops are compiled for, `form` of the weight's own.
+enum Form { kIntegers, kOneTable, kTables };
+
+// Bytes that hold whatever an arithmetic keeps of a weight's tables.
+constexpr int kDecoderBytes = 512;
+
+// What an arithmetic on integers alone has in the place of tables.
+struct IntegersOnly {
+    static constexpr Form form(Form given) { return given; }
+    template <int BITS, Form FORM>
+    static constexpr bool runs() {
+        return FORM == kIntegers;
+    }
+    struct Decoder {};
+    template <int BITS, Form FORM>
+    static void write_decoder(const Weight&, uint8_t*) {}
+    template <int BITS, Form FORM>
+    static INLINE Decoder decoder(const uint8_t*) {
+        return {};
+    }
+    template <int BITS>
+    static constexpr uint32_t pick_step() {
+        return 0;
+    }
+};
 
 INLINE uint32_t word_of(const uint8_t* x) {
     uint32_t word;
@@ -33,50 +60,91 @@ struct Exact {
     using Operand = U16;
     static constexpr int kOperands = 2, kWordBytes = 4, kLongestSegment = 256;
     static constexpr bool kTerms = true, kOnlyOneRow = false, kTiles = false;
-    // A table of 32 entries: the index is five bits, and codes of fewer bits repeat in it.
-    template <int BITS>
-    static constexpr bool kTable = BITS <= 5;
-    template <int BITS>
+    // Integers are one more table.
+    static constexpr Form form(Form given) { return given == kIntegers ? kOneTable : given; }
+    template <int BITS, Form FORM>
+    static constexpr bool runs() {
+        return FORM == kOneTable || (FORM == kTables && BITS <= 4);
+    }
+    template <int BITS, Form FORM>
     static constexpr int bias() {
-        return kTable<BITS> ? 0 : 1 << (BITS - 1);
+        return 0;
     }
 
+    // Entries of the table that registers hold: indices are of five bits at least, and codes of fewer bits repeat in them.
+    template <int BITS, Form FORM>
+    static constexpr int entries() {
+        return FORM == kTables || BITS == 6 ? 64 : BITS <= 5 ? 32 : 256;
+    }
+    // Numbers of 16 bits; of 256 first all their low bytes, then all high ones.
+    struct Decoder {
+        __m512i part[8];
+    };
+    template <int BITS, Form FORM>
+    static void write_decoder(const Weight& weight, uint8_t* to) {
+        constexpr int kCount = entries<BITS, FORM>();
+        const float* table = static_cast<const float*>(weight.table);
+        const int held = FORM == kTables ? static_cast<int>(weight.table_bytes / 4) : 1 << BITS;
+        for (int i = 0; i < kCount; ++i) {
+            const int u = i % held;
+            const uint16_t number = float_to_bfloat(table ? table[u] : static_cast<float>(u - (1 << (BITS - 1))));
+            if constexpr (kCount == 256) {
+                to[i] = static_cast<uint8_t>(number), to[256 + i] = static_cast<uint8_t>(number >> 8);
+            } else {
+                memcpy(to + 2 * i, &number, 2);
+            }
+        }
+    }
+    template <int BITS, Form FORM>
+    static INLINE Decoder decoder(const uint8_t* written) {
+        Decoder d;
+        unroll<entries<BITS, FORM>() / 32>([&](auto i) ALWAYS { d.part[i] = _mm512_loadu_si512(written + 64 * i); });
+        return d;
+    }
+    // What a pick adds to the indices of a lane.
     template <int BITS>
-    static INLINE __m512i table() {
-        alignas(64) uint16_t entries[32];
-        for (int i = 0; i < 32; ++i) {
-            const float q = static_cast<float>((i & ((1 << BITS) - 1)) - (1 << (BITS - 1)));
-            entries[i] = static_cast<uint16_t>(float_to_bits(q) >> 16);
-        }
-        return _mm512_load_si512(entries);
+    static constexpr uint32_t pick_step() {
+        return 0x00010001u << BITS;
     }
 
-    // Byte BYTE of each lane as a float whose upper half is the bfloat16.
+    // Byte BYTE, 0 low and 1 high, of the numbers of 64 codes.
     template <int BYTE>
-    static INLINE __m512i as_float(const U16& u) {
-        const U16 code = field<8 * BYTE>(u, 0xffu);
-        return _mm512_castps_si512(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(code.part[0])));
+    static INLINE __m512i plane(const Decoder& d, __m512i u, __mmask64 upper) {
+        const __m512i low = _mm512_permutex2var_epi8(d.part[4 * BYTE], u, d.part[4 * BYTE + 1]);
+        return _mm512_mask_blend_epi8(upper, low, _mm512_permutex2var_epi8(d.part[4 * BYTE + 2], u, d.part[4 * BYTE + 3]));
     }
 
-    template <int BITS, int STEP>
-    static INLINE void weights(const uint8_t* tile, Operand (&out)[kOperands]) {
+    template <int BITS, Form FORM, int STEP>
+    static INLINE void weights(const Decoder& d, const uint8_t* tile, const U16& pick, Operand (&out)[kOperands]) {
+        __m512i u;
         if constexpr (BITS == 4 || BITS == 2) {
-            // One limb: its neighbours are bits that the repeated table ignores, so nothing is masked.
+            // One limb: its neighbours are bits that an index leaves out.
             constexpr int kPer = 8 / BITS, kShift = BITS * (STEP % kPer);
-            const __m512i v = reinterpret_cast<__m512i>(load<U16>(tile + kVector * (STEP / kPer)).part[0]);
-            const __m512i entries = table<BITS>();
-            out[0].part[0] = reinterpret_cast<NativeU>(_mm512_permutexvar_epi16(_mm512_srli_epi32(v, kShift), entries));
-            out[1].part[0] = reinterpret_cast<NativeU>(_mm512_permutexvar_epi16(_mm512_srli_epi32(v, kShift + 8), entries));
-        } else if constexpr (kTable<BITS>) {
-            const __m512i u = reinterpret_cast<__m512i>(quad<BITS, STEP>(tile).part[0]);
-            const __m512i entries = table<BITS>();
-            out[0].part[0] = reinterpret_cast<NativeU>(_mm512_permutexvar_epi16(u, entries));
-            out[1].part[0] = reinterpret_cast<NativeU>(_mm512_permutexvar_epi16(_mm512_srli_epi32(u, 8), entries));
+            u = _mm512_srli_epi32(reinterpret_cast<__m512i>(load<U16>(tile + kVector * (STEP / kPer)).part[0]), kShift);
         } else {
-            const U16 u = quad<BITS, STEP>(tile);
-            out[0].part[0] = reinterpret_cast<NativeU>(_mm512_or_si512(_mm512_srli_epi32(as_float<0>(u), 16), as_float<2>(u)));
-            out[1].part[0] = reinterpret_cast<NativeU>(_mm512_or_si512(_mm512_srli_epi32(as_float<1>(u), 16), as_float<3>(u)));
+            u = reinterpret_cast<__m512i>(quad<BITS, STEP>(tile).part[0]);
         }
+        __m512i first, second;
+        if constexpr (entries<BITS, FORM>() == 256) {
+            const __mmask64 upper = _mm512_movepi8_mask(BITS == 7 ? _mm512_setzero_si512() : u), odd = 0xaaaaaaaaaaaaaaaaull;
+            const __m512i low = plane<0>(d, u, upper), high = plane<1>(d, u, upper);
+            first = _mm512_mask_blend_epi8(odd, low, _mm512_slli_epi16(high, 8));
+            second = _mm512_mask_blend_epi8(odd, _mm512_srli_epi16(low, 8), high);
+        } else {
+            __m512i even = u, odd = _mm512_srli_epi32(u, 8);
+            if constexpr (FORM == kTables) {
+                const __m512i mask = _mm512_set1_epi16((1 << BITS) - 1), added = reinterpret_cast<__m512i>(pick.part[0]);
+                constexpr int kAndOr = 0xea;  // (a & b) | c
+                even = _mm512_ternarylogic_epi32(even, mask, added, kAndOr), odd = _mm512_ternarylogic_epi32(odd, mask, added, kAndOr);
+            }
+            if constexpr (entries<BITS, FORM>() == 64) {
+                first = _mm512_permutex2var_epi16(d.part[0], even, d.part[1]);
+                second = _mm512_permutex2var_epi16(d.part[0], odd, d.part[1]);
+            } else {
+                first = _mm512_permutexvar_epi16(even, d.part[0]), second = _mm512_permutexvar_epi16(odd, d.part[0]);
+            }
+        }
+        out[0].part[0] = reinterpret_cast<NativeU>(first), out[1].part[0] = reinterpret_cast<NativeU>(second);
     }
 
     template <Range>
@@ -111,17 +179,44 @@ struct Exact {
     using Operand = F16;
     static constexpr int kOperands = 4, kWordBytes = 4, kLongestSegment = 256;
     static constexpr bool kTerms = false, kOnlyOneRow = false, kTiles = false;
-    template <int BITS>
-    static constexpr int bias() {
-        return 1 << (BITS - 1);
+    // One table is one of several.
+    static constexpr Form form(Form given) { return given == kIntegers ? kIntegers : kTables; }
+    template <int BITS, Form FORM>
+    static constexpr bool runs() {
+        return FORM != kOneTable;
     }
-    template <int BITS, int STEP>
-    static INLINE void weights(const uint8_t* tile, Operand (&out)[kOperands]) {
+    template <int BITS, Form FORM>
+    static constexpr int bias() {
+        return FORM == kIntegers ? 1 << (BITS - 1) : 0;
+    }
+    struct Decoder {
+        const float* table;
+    };
+    template <int BITS, Form FORM>
+    static void write_decoder(const Weight& weight, uint8_t* to) {
+        memcpy(to, &weight.table, sizeof weight.table);
+    }
+    template <int BITS, Form FORM>
+    static INLINE Decoder decoder(const uint8_t* written) {
+        Decoder d;
+        memcpy(&d.table, written, sizeof d.table);
+        return d;
+    }
+    template <int BITS>
+    static constexpr uint32_t pick_step() {
+        return 1u << BITS;
+    }
+    template <int BITS, Form FORM, int STEP>
+    static INLINE void weights(const Decoder& d, const uint8_t* tile, const U16& pick, Operand (&out)[kOperands]) {
         const U16 u = quad<BITS, STEP>(tile);
         unroll<4>([&](auto j) ALWAYS {
             const U16 code = field<8 * j>(u, 0xffu);
             unroll<kParts>([&](auto p) ALWAYS {
-                out[j].part[p] = __builtin_convertvector(reinterpret_cast<NativeI>(code.part[p]), NativeF);
+                if constexpr (FORM == kIntegers) {
+                    out[j].part[p] = __builtin_convertvector(reinterpret_cast<NativeI>(code.part[p]), NativeF);
+                } else {
+                    out[j].part[p] = gather(d.table, code.part[p] + pick.part[p]);
+                }
             });
         });
     }
@@ -147,7 +242,7 @@ struct Exact {
 
 #endif
 
-struct Int8 {
+struct Int8 : IntegersOnly {
     using Accumulator = I16;
     using Operand = U16;
     // Products that pass through sums of two in 16 bits; and machines whose product of bytes is signed, or is made so.
@@ -176,12 +271,12 @@ struct Int8 {
     static constexpr bool signed_codes() {
         return moves<BITS>();
     }
-    template <int BITS>
+    template <int BITS, Form FORM>
     static constexpr int bias() {
         return kSigned && BITS == 8 ? 0 : 1 << (BITS - 1);  // 8-bit codes are moved before a signed product
     }
-    template <int BITS, int STEP>
-    static INLINE void weights(const uint8_t* tile, Operand (&out)[kOperands]) {
+    template <int BITS, Form FORM, int STEP>
+    static INLINE void weights(const Decoder&, const uint8_t* tile, const U16&, Operand (&out)[kOperands]) {
         out[0] = quad<BITS, STEP>(tile);
         if constexpr (kSigned && BITS == 8) unroll<kParts>([&](auto p) ALWAYS { out[0].part[p] ^= 0x80808080u; });
     }

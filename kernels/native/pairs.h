@@ -15,14 +15,14 @@
 namespace aerogel {
 namespace UNIT {
 
-struct Pairs {
+struct Pairs : IntegersOnly {
     struct Accumulator {
         NativeF part[4];  // rows 0 1 4 5, rows 2 3 6 7, and the same of the second eight
     };
     using Operand = Accumulator;
     static constexpr int kOperands = 2, kWordBytes = 8, kLongestSegment = 256;
     static constexpr bool kTerms = false, kOnlyOneRow = true, kTiles = false;
-    template <int BITS>
+    template <int BITS, Form FORM>
     static constexpr int bias() {
         return 0;
     }
@@ -46,8 +46,8 @@ struct Pairs {
         return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(entries)));
     }
 
-    template <int BITS, int STEP>
-    static INLINE void weights(const uint8_t* tile, Operand (&out)[kOperands]) {
+    template <int BITS, Form FORM, int STEP>
+    static INLINE void weights(const Decoder&, const uint8_t* tile, const U16&, Operand (&out)[kOperands]) {
         const U16 u = quad<BITS, STEP>(tile);
         const __m256i first = table<BITS, 0>(), second = table<BITS, 1>(), upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
         unroll<2>([&](auto p) ALWAYS {

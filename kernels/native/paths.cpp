@@ -56,7 +56,8 @@ bool fill() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512vnni");
-    (void)avx512;
+    const bool bfloat = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    (void)avx512, (void)bfloat;
 #if defined(HAVE_AVX2)
     table[kAvx2] = {exact_avx2, int8_avx2, avx2, step_avx2};
 #if defined(HAVE_AVXVNNI)
@@ -66,7 +67,7 @@ bool fill() {
 #if defined(HAVE_AVX512)
     table[kAvx512] = {exact_avx512, int8_avx512, avx512, step_avx512};
 #if defined(HAVE_AVX512BF16)
-    table[kAvx512Bf16] = {exact_avx512bf16, int8_avx512, avx512 && __builtin_cpu_supports("avx512bf16"), step_avx512};
+    table[kAvx512Bf16] = {exact_avx512bf16, int8_avx512, bfloat, step_avx512};
 #if defined(HAVE_AMX)
     table[kAmx] = {exact_avx512bf16, int8_amx, table[kAvx512Bf16].able && may_use_tiles(), step_avx512};
 #endif

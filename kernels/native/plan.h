@@ -20,33 +20,37 @@ namespace UNIT {
 struct Plan {
     const Weight* weight;
     const Call* call;
-    int64_t strips, tiles, groups, segments, strip_bytes;
+    Columns columns;
+    int64_t strips, tiles, segments, strip_bytes;
     int64_t segment_tiles;       // whole tiles of a segment; 0: segments are half tiles
     int64_t segments_per_group;  // with whole tiles
     int64_t terms, tokens_per_block, blocks;
     int block_rows;
+    Form form;       // what the loops take the codes for
     bool few;        // the loop for few rows runs it
     bool moved;      // int8 activations have 128 added
     uint8_t* x;      // [block][tile][row][row_bytes]
     float* x_sum;    // [block][segment][row]
     float* x_scale;  // [block][segment][row], int8 only
     int row_bytes;
+    float factor_of_all;  // of the results, before the bias
+    alignas(64) uint8_t decoder[kDecoderBytes];  // see numerics.h
 
     int64_t group_of(int64_t segment) const {
         if (segment_tiles) return segment / segments_per_group;
         // The last half tile may lie wholly beyond the last column: its activations are zeros, any scale will do.
-        const int64_t group = weight->group ? segment * 16 / weight->group : 0;
-        return group < groups ? group : groups - 1;
+        const int64_t group = columns.group ? segment * 16 / columns.group : 0;
+        return group < columns.groups ? group : columns.groups - 1;
     }
     const uint8_t* x_at(int64_t block, int64_t tile) const { return x + (block * tiles + tile) * block_rows * row_bytes; }
     int64_t factor(int64_t block, int64_t segment) const { return (block * segments + segment) * block_rows; }
 };
 
-inline int64_t segment_tiles(int64_t group, int64_t columns, int64_t longest) {
-    if (group == 0 || group >= columns) return longest / kTile;
-    if (group % kTile) return 0;
+inline int64_t segment_tiles(const Columns& columns, int64_t longest) {
+    if (columns.groups == 1) return longest / kTile;
+    if (columns.group % kTile) return 0;
     int64_t tiles = longest / kTile;
-    while ((group / kTile) % tiles) --tiles;
+    while ((columns.group / kTile) % tiles) --tiles;
     return tiles;
 }
 
@@ -54,14 +58,14 @@ template <class P>
 inline Plan make_plan(const Weight& weight, const Call& call) {
     Plan plan{};
     plan.weight = &weight, plan.call = &call;
-    plan.strips = ceil_div(weight.rows, kStrip), plan.tiles = ceil_div(weight.columns, kTile);
+    plan.columns = columns_of(weight);
+    plan.strips = ceil_div(weight.rows, kStrip), plan.tiles = ceil_div(plan.columns.count, kTile);
     plan.strip_bytes = plan.tiles * kVector * weight.bits;
-    plan.groups = weight.group ? ceil_div(weight.columns, weight.group) : 1;
-    plan.segment_tiles = segment_tiles(weight.group, weight.columns, P::kLongestSegment);
+    plan.segment_tiles = segment_tiles(plan.columns, P::kLongestSegment);
     plan.segments = plan.segment_tiles ? ceil_div(plan.tiles, plan.segment_tiles) : 2 * plan.tiles;
-    plan.segments_per_group = plan.groups == 1 ? plan.segments
-                              : plan.segment_tiles ? weight.group / kTile / plan.segment_tiles
-                                                   : 0;
+    plan.segments_per_group = plan.columns.groups == 1 ? plan.segments
+                              : plan.segment_tiles     ? plan.columns.group / kTile / plan.segment_tiles
+                                                       : 0;
     plan.terms = !P::kTerms || call.x_type == kBfloat16 ? 1 : call.x_type == kFloat16 ? 2 : 3;
     plan.row_bytes = 8 * P::kOperands * P::kWordBytes;
     return plan;
@@ -77,9 +81,22 @@ INLINE float lane_sum(const F16& v) {
     return lanes[0];
 }
 
+// The same 16 columns at a time where groups are filled up, with zeros for what fills them.
+inline void read_filled(const Plan& plan, int64_t token, int64_t begin, float* to) {
+    const int64_t columns = plan.weight->columns, group = plan.weight->group;
+    for (int64_t half = 0; half < kTile; half += 16) {
+        const int64_t number = (begin + half) / plan.columns.group, offset = (begin + half) % plan.columns.group;
+        const int64_t first = number * group + offset, stop = (number + 1) * group < columns ? (number + 1) * group : columns;
+        for (int64_t k = 0; k < 16; ++k) {
+            to[half + k] = first + k < stop ? read_float(plan.call->x, token * columns + first + k, plan.call->x_type) : 0.0f;
+        }
+    }
+}
+
 // 32 columns of a token from column `begin` on as floats, zeros after the last.
 INLINE void read_tile(const Plan& plan, int64_t token, int64_t begin, float* to) {
     const int64_t columns = plan.weight->columns, left = columns - begin, at = token * columns + begin;
+    if (plan.columns.group != plan.weight->group) return read_filled(plan, token, begin, to);
     if (left >= kTile) {
         store(to, load_floats(plan.call->x, at, plan.call->x_type));
         store(to + 16, load_floats(plan.call->x, at + 16, plan.call->x_type));

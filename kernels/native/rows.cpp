@@ -29,21 +29,24 @@ void tile_codes(const uint8_t* tile, int64_t lane, int bits, int32_t (&u)[kTile]
 }
 
 void decode_row(const Weight& weight, int64_t row, void* to, int64_t at, int32_t type) {
-    const int64_t strip = row / kStrip, lane = row % kStrip, tiles = ceil_div(weight.columns, kTile);
-    const int64_t group = weight.group ? weight.group : weight.columns, groups = ceil_div(weight.columns, group);
+    const Columns columns = columns_of(weight);
+    const int64_t strip = row / kStrip, lane = row % kStrip, tiles = ceil_div(columns.count, kTile);
+    const int64_t group = columns.groups > 1 ? columns.group : columns.count, own = columns.groups > 1 ? weight.group : columns.count;
     const uint8_t* codes = static_cast<const uint8_t*>(weight.codes) + strip * tiles * kVector * weight.bits;
-    for (int64_t begin = 0; begin < weight.columns; begin += kTile, codes += kVector * weight.bits) {
+    for (int64_t begin = 0; begin < columns.count; begin += kTile, codes += kVector * weight.bits) {
         int32_t u[kTile];
         float value[kTile];
         tile_codes(codes, lane, weight.bits, u);
-        const int count = static_cast<int>(weight.columns - begin < kTile ? weight.columns - begin : kTile);
-        for (int first = 0; first < count; first += 16) {  // whose columns share a group
-            const int64_t factor = (strip * groups + (begin + first) / group) * kStrip + lane;
+        for (int first = 0; first < kTile && begin + first < columns.count; first += 16) {  // whose columns share a group
+            const int64_t number = (begin + first) / group, within = (begin + first) % group, real = number * own + within;
+            const int64_t left = own - within < weight.columns - real ? own - within : weight.columns - real;
+            if (left <= 0) continue;  // what fills up a group
+            const int64_t factor = (strip * columns.groups + number) * kStrip + lane;
             const float scale = read_float(weight.scale, factor, weight.scale_type);
             const int32_t zero = weight.zero ? static_cast<const int8_t*>(weight.zero)[factor] : 0;
             const int32_t offset = (1 << (weight.bits - 1)) + zero;
             for (int k = first; k < first + 16; ++k) value[k] = static_cast<float>(u[k] - offset) * scale;
-            store_floats(to, at + begin + first, type, value + first, count - first < 16 ? count - first : 16);
+            store_floats(to, at + real, type, value + first, left < 16 ? static_cast<int>(left) : 16);
         }
     }
 }

@@ -9,8 +9,8 @@ namespace aerogel {
 
 Status exact_avx2(const Weight& weight, const Call& call) {
     using namespace avx2;
-    const bool whole_tiles = segment_tiles(weight.group, weight.columns, Pairs::kLongestSegment) > 0;
-    if (call.tokens == 1 && paired(weight.bits) && whole_tiles) return run<Pairs>(weight, call);
+    const bool whole_tiles = segment_tiles(columns_of(weight), Pairs::kLongestSegment) > 0;
+    if (call.tokens == 1 && paired(weight.bits) && whole_tiles && !weight.table) return run<Pairs>(weight, call);
     return run<Exact>(weight, call);
 }
 Status int8_avx2(const Weight& weight, const Call& call) { return avx2::run<avx2::Int8>(weight, call); }

@@ -1,4 +1,4 @@
-// AVX-512 with the bfloat16 dot product: Cooper Lake, Sapphire Rapids, Zen 4 and later. Int8 is that of unit_avx512.
+// AVX-512 with the bfloat16 dot product and permutations of bytes: Sapphire Rapids, Zen 4 and later. Int8 is that of unit_avx512.
 #define UNIT avx512bf16
 #include "gemm.h"
 

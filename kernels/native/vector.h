@@ -142,6 +142,19 @@ INLINE U16 shift_left(const U16& a) {
     return v;
 }
 
+// The numbers of a table, one for each lane.
+INLINE NativeF gather(const float* table, const NativeU& index) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<NativeF>(_mm512_i32gather_ps(reinterpret_cast<__m512i>(index), table, 4));
+#elif defined(__AVX2__)
+    return reinterpret_cast<NativeF>(_mm256_i32gather_ps(table, reinterpret_cast<__m256i>(index), 4));
+#else
+    NativeF v;
+    for (int lane = 0; lane < kNative; ++lane) v[lane] = table[index[lane]];
+    return v;
+#endif
+}
+
 INLINE float bits_to_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, 4);
@@ -226,6 +239,28 @@ INLINE F16 load_bytes(const int8_t* from) {
 #else
     for (int lane = 0; lane < 16; ++lane) v.part[lane / kNative][lane % kNative] = from[lane];
 #endif
+    return v;
+}
+
+// Sixteen scales of eight bits as floats, of a type of ScaleType.
+INLINE F16 load_small(const uint8_t* from, int32_t type) {
+    U16 byte;
+#if defined(__AVX512F__)
+    byte.part[0] = reinterpret_cast<NativeU>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    for (int lane = 0; lane < 16; ++lane) byte.part[lane / kNative][lane % kNative] = from[lane];
+#endif
+    F16 v;
+    unroll<kParts>([&](auto p) ALWAYS {
+        const NativeU b = byte.part[p];
+        if (type == kFloat8E8m0) {
+            const NativeU bits = b << 23;
+            v.part[p] = reinterpret_cast<NativeF>(bits | (reinterpret_cast<NativeU>(b == 0u) & 0x00400000u));  // 2^-127 is subnormal
+        } else {
+            // The exponent is moved by a multiplication, which takes subnormal numbers along.
+            v.part[p] = reinterpret_cast<NativeF>((b & 0x80u) << 24 | (b & 0x7fu) << 20) * 0x1p120f;
+        }
+    });
     return v;
 }
 

@@ -15,18 +15,19 @@ uint32_t random_bits() { return static_cast<uint32_t>((state = state * 636413622
 float uniform() { return static_cast<float>(random_bits() % 20001) / 10000.0f - 1.0f; }
 
 // The layout of layout.h, one code at a time.
-std::vector<uint8_t> packed(const std::vector<int>& u, int64_t N, int64_t K, int bits) {
-    const int64_t strips = ceil_div(N, kStrip), tiles = ceil_div(K, kTile);
+std::vector<uint8_t> packed(const std::vector<int>& u, int64_t N, int64_t K, int bits, int64_t group, const Columns& columns) {
+    const int64_t strips = ceil_div(N, kStrip), tiles = ceil_div(columns.count, kTile);
     std::vector<uint8_t> memory(static_cast<size_t>(strips * tiles * kVector * bits) + kVector);
     uint8_t* codes = memory.data() + (kVector - reinterpret_cast<uintptr_t>(memory.data()) % kVector) % kVector;
     for (int64_t n = 0; n < N; ++n) {
-        for (int64_t k = 0; k < K; ++k) {
+        for (int64_t column = 0; column < K; ++column) {
+            const int64_t k = columns.groups > 1 ? column / group * columns.group + column % group : column;
             uint8_t* tile = codes + ((n / kStrip) * tiles + k / kTile) * kVector * bits;
             int value = 0;
             for (int width : {8, 4, 2, 1}) {
                 if (bits == 8 ? width != 8 : (width == 8 || !(bits & width))) continue;
                 const int per = 8 / width, step = static_cast<int>(k % kTile / 4);
-                const int part = u[static_cast<size_t>(n * K + k)] >> value & ((1 << width) - 1);
+                const int part = u[static_cast<size_t>(n * K + column)] >> value & ((1 << width) - 1);
                 tile[kVector * (step / per) + 4 * (n % kStrip) + k % 4] |= static_cast<uint8_t>(part << (width * (step % per)));
                 tile += kVector * width, value += width;
             }
@@ -35,19 +36,31 @@ std::vector<uint8_t> packed(const std::vector<int>& u, int64_t N, int64_t K, int
     return memory;
 }
 
-double error_of(int path, int numerics, int bits, int64_t N, int64_t K, int64_t group, int64_t M) {
-    const int64_t strips = ceil_div(N, kStrip), G = group ? ceil_div(K, group) : 1;
+// kind: 0 integers, 1 a table of small integers, 2 two tables that are picked for each scale.
+double error_of(int path, int numerics, int bits, int64_t N, int64_t K, int64_t group, int64_t M, int kind) {
+    Weight weight{};
+    weight.rows = N, weight.columns = K, weight.group = group, weight.factor = 0.5f, weight.bits = bits, weight.scale_type = kFloat32;
+    const Columns columns = columns_of(weight);
+    const int64_t strips = ceil_div(N, kStrip), G = columns.groups;
     std::vector<int> u(static_cast<size_t>(N * K));
     for (int& each : u) each = static_cast<int>(random_bits() % (1u << bits));
-    std::vector<uint8_t> codes = packed(u, N, K, bits);
+    std::vector<uint8_t> codes = packed(u, N, K, bits, group, columns);
     std::vector<float> scale(static_cast<size_t>(strips * G * kStrip)), x(static_cast<size_t>(M * K)), y(static_cast<size_t>(M * N), NAN);
     std::vector<int8_t> zero(scale.size());
     for (float& each : scale) each = uniform() + 1.5f;
     for (float& each : x) each = uniform();
     for (int8_t& each : zero) each = static_cast<int8_t>(static_cast<int>(random_bits() % (1u << bits)) - (1 << (bits - 1)));
     uint8_t* at = codes.data() + (kVector - reinterpret_cast<uintptr_t>(codes.data()) % kVector) % kVector;
-    const Weight weight{at, scale.data(), zero.data(), strips * ceil_div(K, kTile) * kVector * bits,
-                        static_cast<int64_t>(scale.size() * 4), static_cast<int64_t>(zero.size()), N, K, group, bits, kFloat32};
+    std::vector<float> table(static_cast<size_t>(kind) << bits);
+    std::vector<uint8_t> pick(scale.size());
+    for (float& each : table) each = static_cast<float>(static_cast<int>(random_bits() % 255) - 127);
+    for (uint8_t& each : pick) each = kind == 2 ? static_cast<uint8_t>(random_bits() % 2) : 0;
+    weight.codes = at, weight.codes_bytes = strips * ceil_div(columns.count, kTile) * kVector * bits;
+    weight.scale = scale.data(), weight.scale_bytes = static_cast<int64_t>(scale.size() * 4);
+    if (kind == 0) weight.zero = zero.data(), weight.zero_bytes = static_cast<int64_t>(zero.size());
+    if (kind > 0) weight.table = table.data(), weight.table_bytes = static_cast<int64_t>(table.size() * 4);
+    if (kind == 2) weight.pick = pick.data(), weight.pick_bytes = static_cast<int64_t>(pick.size());
+    if (aerogel_native_check_picks(&weight) != kDone) return INFINITY;
     Call call{x.data(), nullptr, y.data(), M * K * 4, M * N * 4, 0, M, kFloat32, 0, numerics, path, 1};
     if (aerogel_native_gemm(&weight, &call) != kDone) return INFINITY;
     std::vector<float> again(y.size());
@@ -59,8 +72,10 @@ double error_of(int path, int numerics, int bits, int64_t N, int64_t K, int64_t 
             double sum = 0;
             for (int64_t k = 0; k < K; ++k) {
                 const int64_t factor = ((n / kStrip) * G + (group ? k / group : 0)) * kStrip + n % kStrip;
-                const int q = u[static_cast<size_t>(n * K + k)] - (1 << (bits - 1)) - zero[static_cast<size_t>(factor)];
-                sum += static_cast<double>(q) * scale[static_cast<size_t>(factor)] * x[static_cast<size_t>(m * K + k)];
+                const int code = u[static_cast<size_t>(n * K + k)];
+                const double q = kind > 0 ? 0.5 * table[(static_cast<size_t>(pick[static_cast<size_t>(factor)]) << bits) + static_cast<size_t>(code)]
+                                          : code - (1 << (bits - 1)) - zero[static_cast<size_t>(factor)];
+                sum += q * scale[static_cast<size_t>(factor)] * x[static_cast<size_t>(m * K + k)];
             }
             const double found = y[static_cast<size_t>(m * N + n)];
             wrong += (found - sum) * (found - sum), all += sum * sum;
@@ -79,12 +94,15 @@ int main() {
             for (int numerics : {0, 1, 2}) {
                 for (int64_t M : {1, 3, 9}) {
                     const double limit = numerics == kExact ? 1e-5 : 3e-2;
-                    for (int64_t group : {0, 16, 32}) {
-                        const double error = error_of(path, numerics, bits, 37, 100, group, M);
-                        ++ran;
-                        if (error <= limit) continue;
-                        ++failed;
-                        std::printf("path %d numerics %d bits %d M %d group %d: %g\n", path, numerics, bits, static_cast<int>(M), static_cast<int>(group), error);
+                    for (int64_t group : {0, 16, 24, 32}) {
+                        for (int kind = 0; kind <= (numerics != kExact ? 0 : bits <= 4 ? 2 : 1); ++kind) {
+                            const double error = error_of(path, numerics, bits, 37, 100, group, M, kind);
+                            ++ran;
+                            if (error <= limit) continue;
+                            ++failed;
+                            std::printf("path %d numerics %d bits %d M %d group %d kind %d: %g\n", path, numerics, bits,
+                                        static_cast<int>(M), static_cast<int>(group), kind, error);
+                        }
                     }
                 }
             }

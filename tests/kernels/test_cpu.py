@@ -32,7 +32,17 @@ pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(librar
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 EXACT = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
 """Relative Frobenius error against float64: sums in float32, then one rounding of the result."""
-SHAPES = [(1, 1, 0), (37, 70, 0), (70, 200, 32), (33, 100, 16), (50, 300, 48), (130, 520, 128), (40, 1000, 256), (66, 190, 96)]
+SHAPES = [
+    (1, 1, 0),
+    (37, 70, 0),
+    (70, 200, 32),
+    (33, 100, 16),
+    (50, 300, 48),
+    (130, 520, 128),
+    (40, 1000, 256),
+    (66, 190, 96),
+    (35, 230, 72),
+]
 """N, K, group size (0: per channel)."""
 TOKENS = (1, 2, 3, 5, 11, 16, 17, 40)
 
@@ -48,7 +58,7 @@ class Weight:
         self.values_NK = torch.randint(low, high, (N, K), dtype=torch.int8, generator=random)
         self.scale_NG = (torch.rand(N, G, generator=random) + 0.1).to(scale_dtype)
         self.zero_NG = torch.randint(low, high, (N, G), dtype=torch.int8, generator=random) if zero else None
-        self.codes = native.pack_codes(self.values_NK, bits)
+        self.codes = native.pack_codes(native.fill(self.values_NK, group), bits)
         self.scale = native.pack_factors(self.scale_NG)
         self.zero = None if self.zero_NG is None else native.pack_factors(self.zero_NG)
 
@@ -78,11 +88,14 @@ def int8_rounded(x: torch.Tensor, group: int, numerics: str = "int8") -> torch.T
         values, scale = quantize_int8(x)
         return (values.float() * scale).double()
     K = x.shape[1]
-    size = 128 if group == 0 or group >= K else 32 if group % 32 else max(s for s in (32, 64, 96, 128) if group % s == 0)
-    padded = torch.nn.functional.pad(x.float(), (0, -K % size)).reshape(x.shape[0], -1, size)
+    filled = native.fill(x.float(), group)
+    stored = 0 if group == 0 or group >= K else -(-group // 16) * 16
+    size = 128 if stored == 0 else 32 if stored % 32 else max(s for s in (32, 64, 96, 128) if stored % s == 0)
+    padded = torch.nn.functional.pad(filled, (0, -filled.shape[1] % size)).reshape(x.shape[0], -1, size)
     peak = padded.abs().amax(-1, keepdim=True)
     scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
-    return ((padded * (1 / scale)).round() * scale).flatten(1)[:, :K].double()
+    rounded = ((padded * (1 / scale)).round() * scale).flatten(1)[:, : filled.shape[1]]
+    return native.unfill(rounded, K, group).double()
 
 
 @pytest.mark.parametrize("path", library.PATHS)
@@ -122,7 +135,7 @@ def test_threads_change_no_bit(numerics: str) -> None:
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
     bits, N, K = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 90)), data.draw(st.integers(1, 300))
-    group = data.draw(st.sampled_from([0, 16, 32, 48, 64, 80, 128, 256]))
+    group = data.draw(st.sampled_from([0, 1, 7, 16, 24, 32, 40, 48, 64, 72, 80, 128, 200, 256]))
     M, dtype = data.draw(st.integers(1, 30)), data.draw(st.sampled_from(TYPES))
     weight = Weight(bits, N, K, group, zero=data.draw(st.booleans()), scale_dtype=data.draw(st.sampled_from(TYPES)))
     x = activations(M, K, dtype)
@@ -164,17 +177,9 @@ def test_outputs_are_written_whole_and_nothing_beyond() -> None:
         y = memory[guard : guard + M * 37]
         structs = (
             library.Weight(
-                weight.codes.data_ptr(),
-                weight.scale.data_ptr(),
-                None,
-                weight.codes.nbytes,
-                weight.scale.nbytes,
-                0,
-                37,
-                64,
-                32,
-                3,
-                0,
+                *(weight.codes.data_ptr(), weight.scale.data_ptr(), None, None, None),
+                *(weight.codes.nbytes, weight.scale.nbytes, 0, 0, 0),
+                *(37, 64, 32, 1.0, 3, 0),
             ),
             library.Call(x.data_ptr(), None, y.data_ptr(), x.nbytes, y.nbytes, 0, M, 0, 0, 0, -1, 2),
         )
@@ -197,7 +202,8 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
     refused("scales have another size", scale=weight.scale[:-1].contiguous())
     refused("scales have another size", group=64)
     refused("zero points have another size", zero=weight.zero[:-1].contiguous())
-    refused("group size must be", group=24)
+    refused("codes have another size", group=24)
+    refused("group size must not be", group=-8)
     refused("another size than the shapes", bias_N=torch.zeros(39))
     refused("no such instruction-set path", path=library.PATHS.index("neon") if sys.platform == "linux" else 99)
     refused("contiguous", weight.codes.transpose(0, 1))
@@ -217,7 +223,6 @@ def test_the_dispatcher_and_the_layer_use_it() -> None:
     for changed, word in (
         ({"device": "cuda"}, "cuda"),
         ({"dtype": torch.float64}, "float64"),
-        ({"grid": IntGrid(bits=4, group_size=40)}, "40"),
         ({"activations": "int8"}, "weight-only"),
     ):
         fields = {"format": "pack-quantized", "grid": grid, "N": 48, "K": 96, **changed}

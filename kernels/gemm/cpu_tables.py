@@ -1,0 +1,160 @@
+"""The matmul with a weight whose codes point into tables that all outputs share, on a CPU: other numbers in integers' loops.
+
+    W[n, k] = table[pick[n, g]][code[n, k]] * (s[n, g] * factor)        1 to 8 bits, any group size
+
+The loops for exact integers look their numbers up in registers anyway where the processor multiplies bfloat16; here the numbers
+are a table's. FP8 (e4m3 per channel, tensor or block), e5m2, RF8, FP6, FP5, FP4, FP3, MX and NVFP4 are numbers that bfloat16
+holds exactly, so their products are exact like those of integers. NF4 and the like are rounded to it (about 1e-3 of the
+result's norm, where rounding the result to bfloat16 costs 1.7e-3), for activations in bfloat16 only: others are multiplied
+in float32.
+Without such a product (AVX2, NEON) numbers are gathered from memory; up to 4 bits are left to `cpu_lookup` there.
+With `activations: fp8` the input is rounded first and then multiplied by the same loops.
+
+Layout: `aerogel.pack.native_tables`. Shape legend: M tokens, N out features, K in features, G groups along K, T tables.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import BadInput
+from aerogel.kernels.gemm import cpu_lookup
+from aerogel.kernels.gemm.ref import round_input
+from aerogel.kernels.native import library
+from aerogel.kernels.problem import Kernel, Layout, Problem
+from aerogel.pack import native, native_tables
+from aerogel.quantize.codes import Codes
+from aerogel.quantize.grids import Fp8Grid
+from aerogel.quantize.scales import TYPES
+from aerogel.quantize.tables import TableGrid
+
+MOST_PICKED = 64
+"""Numbers of all tables of a weight that picks among several (kernels/native/layout.h)."""
+FLOAT32_PATHS = {"avx512bf16": "avx512", "amx": "avx512"}
+"""For a path that multiplies bfloat16, the one of the same machine that multiplies float32."""
+
+
+class NativeTables(Kernel):
+    """Compiled CPU kernels for codes that point into shared tables."""
+
+    about: ClassVar[str] = "compiled for the CPU: floats of 3 to 8 bits and other tables, in the loops of integers"
+    rows: ClassVar[int] = native.STRIP
+    shared: ClassVar[frozenset[str]] = frozenset({"number", "table", "unit", "factor"})
+
+    @staticmethod
+    def refuses(problem: Problem) -> str | None:
+        """Anything but such a table on a CPU, and tables that `cpu_lookup` is faster with."""
+        if problem.device != "cpu":
+            return f"runs on the CPU only, not on {problem.device}"
+        return _unfit(problem) or library.missing() or _better_looked_up(problem)
+
+    @staticmethod
+    def runs_stored(problem: Problem) -> bool:
+        """Its own layout."""
+        return False
+
+    @staticmethod
+    def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
+        """See `aerogel.pack.native_tables`; the picks are checked here, and never again."""
+        layout = native_tables.tensors_of(codes)
+        weight = struct_of(layout, problem.N, problem.K, problem.grid.group_size or 0)
+        library.check(library.library().aerogel_native_check_picks(ctypes.byref(weight)), "a weight of tables")
+        return layout
+
+    @staticmethod
+    def unpack(layout: Layout, problem: Problem) -> Codes:
+        """The same codes, scales, tables and factor."""
+        return native_tables.codes_of(layout, problem.grid, problem.N, problem.K)
+
+    @staticmethod
+    def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
+        """One call of the library."""
+        if problem.activations != "none":
+            x_MK = round_input(x_MK.float(), problem, layout.get("input_scale")).to(x_MK.dtype).contiguous()
+        return linear(x_MK, layout, bias_N, problem.N, problem.grid.group_size or 0)
+
+
+def _unfit(problem: Problem) -> str | None:
+    """What no machine changes: numbers that the layout does not hold, types that the kernels do not read."""
+    grid = problem.grid
+    if not isinstance(grid, TableGrid | Fp8Grid) or getattr(grid, "learned", False):
+        return "runs tables that all outputs share"
+    if len(native_tables.table_of(grid)) > 1 and (grid.bits > 4 or native_tables.table_of(grid).numel() > MOST_PICKED):
+        return f"picks among tables of at most 4 bits and {MOST_PICKED} numbers in all"
+    if grid.scale_dtype not in TYPES.values():
+        return f"knows no scales in {grid.scale_dtype}"
+    if problem.activations not in ("none", "fp8", "fp8-static"):
+        return f"runs activations: none or fp8, found {problem.activations}"
+    if problem.dtype not in library.TYPES:
+        return f"activations must be float32, float16 or bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _better_looked_up(problem: Problem) -> str | None:
+    """Lookups of bytes beat what is not looked up in registers here."""
+    multiplies_bfloat16 = library.best("exact") in FLOAT32_PATHS
+    if problem.grid.bits > 4 or (multiplies_bfloat16 and problem.dtype == torch.bfloat16):
+        return None
+    return None if cpu_lookup.NativeLookup.refuses(problem) else "tables of up to 4 bits are faster by lookups of bytes here"
+
+
+def linear(
+    x_MK: Tensor, layout: Layout, bias_N: Tensor | None, N: int, group: int, path: int = -1, threads: int | None = None
+) -> Tensor:
+    """x @ W.T (+ bias), [M, N] in x's dtype, through the compiled kernel.
+
+    Args:
+        x_MK: float32, float16 or bfloat16 [M, K], contiguous.
+        layout: the tensors of `aerogel.pack.native_tables`, whose picks `NativeTables.pack` has checked.
+        bias_N: [N] of any of the three types, or None.
+        N, group: out features; columns that share a scale, 0 for all.
+        path: an index of `library.PATHS`, -1 for the best this machine has for these numbers.
+        threads: torch's number of threads unless given.
+
+    Raises:
+        BadInput: tensors whose sizes, types or alignment do not agree. Nothing has been read then.
+    """
+    M, K = x_MK.shape
+    y_MN = torch.empty(M, N, dtype=x_MK.dtype)
+    weight, call = structs(x_MK, layout, bias_N, y_MN, N, group, path, threads)
+    status = library.library().aerogel_native_gemm(ctypes.byref(weight), ctypes.byref(call))
+    library.check(status, f"a weight of tables [{N}, {K}]")
+    return y_MN
+
+
+def structs(
+    x_MK: Tensor,
+    layout: Layout,
+    bias_N: Tensor | None,
+    y_MN: Tensor,
+    N: int,
+    group: int,
+    path: int = -1,
+    threads: int | None = None,
+) -> tuple[library.Weight, library.Call]:
+    """What `linear` hands over, valid while the tensors live. Raises `BadInput` for tensors that no kernel reads."""
+    weight = struct_of(layout, N, x_MK.shape[1], group)
+    if path < 0 and x_MK.dtype != torch.bfloat16 and float(layout["unit"]) != 1.0:
+        best = library.best("exact")
+        path = library.PATHS.index(FLOAT32_PATHS.get(best, best))
+    return weight, cpu_lookup.call_of(x_MK, bias_N, y_MN, "exact", path, threads)
+
+
+def struct_of(layout: Layout, N: int, K: int, group: int) -> library.Weight:
+    """The weight as the library takes it, valid while the tensors live. Raises `BadInput` for other tensors."""
+    codes, scale, table, pick = (layout.get(name) for name in ("codes", "scale", "table", "pick"))
+    if codes is None or scale is None or table is None:
+        raise BadInput("a weight of tables wants codes, scale and table; these tensors do not belong to this kernel")
+    for tensor in (codes, scale, table, *([] if pick is None else [pick])):
+        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise BadInput("a CPU matmul wants contiguous tensors in main memory; call .contiguous() and .cpu() on them")
+    if codes.dtype != torch.uint8 or scale.dtype not in library.SCALES or table.dtype != torch.float32:
+        raise BadInput(f"a weight of tables wants uint8 codes and float scales, found {codes.dtype} and {scale.dtype}")
+    where = [None if tensor is None else tensor.data_ptr() for tensor in (codes, scale, None, table, pick)]
+    sizes = [0 if tensor is None else tensor.nbytes for tensor in (codes, scale, None, table, pick)]
+    factor = float(layout["factor"]) / float(layout["unit"])
+    return library.Weight(*where, *sizes, N, K, group, factor, codes.shape[-1] // 64, library.SCALES[scale.dtype])

@@ -1,0 +1,202 @@
+"""The CPU kernels for shared tables: every such format against the definition in float64, on every path of this machine."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from tests.quantize.test_tables import GRIDS, weight
+
+from aerogel.errors import BadInput
+from aerogel.kernels.dispatch import choose
+from aerogel.kernels.gemm.cpu_tables import NativeTables, linear, struct_of
+from aerogel.kernels.gemm.ref import Reference
+from aerogel.kernels.linear import Linear
+from aerogel.kernels.native import library
+from aerogel.kernels.problem import Problem
+from aerogel.pack import native_tables
+from aerogel.quantize.codes import Codes, Grid, quantized
+from aerogel.quantize.formats.bitmod import Bitmod
+from aerogel.quantize.formats.floats import Float
+from aerogel.quantize.formats.mx import Mx
+from aerogel.quantize.formats.nf4 import Nf4
+from aerogel.quantize.formats.nvfp4 import Nvfp4
+from aerogel.quantize.formats.rf8 import Rf8
+from aerogel.quantize.grids import Fp8Grid
+
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+
+MORE: list[Grid] = [
+    Fp8Grid(),
+    Fp8Grid(strategy="block", scale_dtype=torch.bfloat16),
+    Fp8Grid(strategy="tensor"),
+    Rf8(),
+    Mx(kind="e4m3"),
+    Mx(kind="e5m2"),
+    Float(kind="e5m2"),
+    Float(kind="e3m2", group_size=24),
+    Float(kind="e2m2", group_size=64, scale_dtype=torch.float16),
+    Nf4(group_size=40),
+    Bitmod(bits=3, group_size=72),
+    Bitmod(bits=4, group_size=40, scale_dtype=torch.float8_e4m3fn),
+]
+SHARED = [*MORE, *(grid for grid in GRIDS if not grid.learned and grid not in MORE)]
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+ROUNDING = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
+"""Of the result; relative Frobenius error."""
+ROUNDED = 2e-3
+"""Where numbers are rounded to bfloat16."""
+SHAPES = [(1, 16), (7, 40), (37, 200), (66, 300)]
+TOKENS = (1, 2, 3, 9, 16, 17, 40)
+
+
+def codes_on(grid: Grid, N: int, K: int) -> Codes:
+    w_NK = weight(N, K)
+    return quantized(grid, w_NK, grid.fit(w_NK))
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+def problem_of(codes: Codes, dtype: torch.dtype = torch.bfloat16, **more: Any) -> Problem:
+    N, K = codes.values_NK.shape
+    return Problem(format="any", grid=codes.grid, N=N, K=K, dtype=dtype, **more)
+
+
+@pytest.mark.parametrize("path", library.PATHS)
+@pytest.mark.parametrize("grid", SHARED, ids=str)
+def test_every_path_against_float64(path: str, grid: Grid) -> None:
+    if path not in library.paths():
+        pytest.skip(f"{path}: not built, or this machine has not its instructions")
+    number = library.PATHS.index(path)
+    held = native_tables.exact(native_tables.table_of(grid)) or path not in ("avx512bf16", "amx")
+    for index, (N, K) in enumerate(SHAPES):
+        codes = codes_on(grid, N, K)
+        layout, group = native_tables.tensors_of(codes), grid.group_size or 0
+        dense = codes.decode().double()
+        for M in TOKENS:
+            dtype = TYPES[(index + M) % 3]
+            x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(dtype)
+            bias = torch.randn(N, generator=torch.Generator().manual_seed(N)).to(TYPES[M % 3])
+            product, added = x.double() @ dense.T, bias.double()
+            found = linear(x, layout, bias, N, group, number, threads=1)
+            error = (found.double() - (product + added)).norm() / (product.norm() + added.norm() * M**0.5)
+            limit = ROUNDING[dtype] + (0.0 if held else 4 * ROUNDED if N == 1 else ROUNDED)
+            assert error <= limit, f"[{M}, {N}, {K}] {dtype}: {error:.1e}"
+            assert torch.equal(found, linear(x, layout, bias, N, group, number, threads=3)), "threads change bits"
+
+
+@pytest.mark.parametrize("grid", SHARED, ids=str)
+def test_the_layout_inverts(grid: Grid) -> None:
+    for N, K in ((1, 1), (13, 130), (130, 200)):
+        codes = codes_on(grid, N, K)
+        back = native_tables.codes_of(native_tables.tensors_of(codes), grid, N, K)
+        for name in ("values_NK", "scale_NG", "table_TE", "pick_NG", "factor"):
+            a, b = getattr(back, name), getattr(codes, name)
+            assert (a is None) == (b is None), name
+            if a is not None:
+                assert a.dtype == b.dtype and a.shape == b.shape, name
+                assert torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8)), name
+
+
+def test_rounding_to_bfloat16_costs_less_than_rounding_the_result() -> None:
+    for grid in (Nf4(), Nf4(group_size=40), Nvfp4(), Bitmod()):
+        w_NK = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
+        codes = quantized(grid, w_NK, grid.fit(w_NK))
+        layout, x = native_tables.tensors_of(codes), torch.randn(20, 1024).bfloat16()
+        wanted = x.double() @ codes.decode().double().T
+        dense = relative(wanted.bfloat16(), wanted)
+        for M in (1, 20):
+            found = linear(x[:M].contiguous(), layout, None, 256, grid.group_size or 0)
+            assert relative(found, wanted[:M]) < 1.25 * dense, grid
+
+
+def test_all_256_bytes_of_e4m3_and_its_nan() -> None:
+    for byte in range(256):
+        values = torch.full((20, 32), 0, dtype=torch.uint8)
+        values[3, 5] = byte
+        codes = Codes(values_NK=values.view(torch.float8_e4m3fn), scale_NG=torch.ones(20, 1), grid=Fp8Grid())
+        layout = native_tables.tensors_of(codes)
+        for path in library.paths():
+            for M in (1, 20):
+                x = torch.zeros(M, 32, dtype=torch.bfloat16)
+                x[:, 5] = 1
+                y = linear(x, layout, None, 20, 0, library.PATHS.index(path))
+                wanted = codes.values_NK.float()[3, 5]
+                assert torch.equal(y[:, 3].float().nan_to_num(nan=-1e9), wanted.expand(M).nan_to_num(nan=-1e9)), (byte, path)
+                assert not y[:, 4].any()
+
+
+def test_the_dispatcher_and_the_layer_use_it() -> None:
+    for grid in (Fp8Grid(), Fp8Grid(strategy="block"), Mx(kind="e4m3"), Float(kind="e3m2"), Nf4(group_size=72)):
+        codes = codes_on(grid, 150, 288)
+        layer = Linear.from_codes(codes, bias=torch.randn(150))
+        assert layer.kernel_name == "cpu-tables"
+        x = torch.randn(5, 288)
+        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, codes.decode(), layer.bias), rtol=1e-5, atol=1e-5)
+        assert torch.equal(layer.dequantize(), codes.decode())
+        layer.restore()
+        assert torch.equal(layer.dequantize(), codes.decode())
+    bfloat16 = library.best("exact") in ("avx512bf16", "amx")
+    assert choose(problem_of(codes_on(Nf4(), 16, 64)))[0] == ("cpu-tables" if bfloat16 else "cpu-lookup")
+    assert choose(problem_of(codes_on(Nf4(), 16, 64), torch.float32))[0] == "cpu-lookup"
+
+
+@pytest.mark.parametrize("strategy", ["channel", "block", "tensor"])
+def test_activations_in_fp8(strategy: Any) -> None:
+    codes = codes_on(Fp8Grid(strategy=strategy), 150, 300)
+    problem = Problem(format="float-quantized", grid=codes.grid, N=150, K=300, dtype=torch.bfloat16, activations="fp8")
+    name, kernel = choose(problem)
+    assert name == "cpu-tables"
+    stored = problem.stored.encode(codes)
+    for M in (1, 7, 40):
+        x = torch.randn(M, 300).bfloat16()
+        found = kernel.run(x, kernel.pack(codes, problem), problem)
+        assert relative(found, Reference.run(x.float(), stored, problem).double()) < 6e-3
+
+
+def test_what_is_refused() -> None:
+    assert "one for each" in _message(lambda: native_tables.tensors_of(_per_row()))
+    assert "cuda" in (NativeTables.refuses(Problem(format="any", grid=Fp8Grid(), N=4, K=32, device="cuda")) or "")
+    assert "int8" in (NativeTables.refuses(Problem(format="any", grid=Fp8Grid(), N=4, K=32, activations="int8")) or "")
+    codes = codes_on(Bitmod(), 40, 256)
+    layout, x = native_tables.tensors_of(codes), torch.randn(2, 256)
+
+    def refused(match: str, **changed: Any) -> None:
+        with pytest.raises(BadInput, match=match):
+            linear(changed.pop("x", x), {**layout, **changed}, None, 40, 128)
+
+    refused("codes have another size", codes=layout["codes"][:-1].contiguous())
+    refused("codes have another size", x=torch.randn(2, 100))
+    refused("scales have another size", scale=layout["scale"][:-1].contiguous())
+    refused("tables have another size", pick=layout["pick"][:-1].contiguous())
+    refused("tables have another size", table=torch.zeros(5, 16))
+    refused("tables have another size", table=torch.zeros(63))
+    refused("contiguous", codes=layout["codes"].transpose(0, 1))
+    layout["pick"][2, 0, 1] = len(layout["number"])
+    assert library.library().aerogel_native_check_picks(ctypes.byref(struct_of(layout, 40, 256, 128))) == 12
+
+
+def _per_row() -> Codes:
+    table = torch.randn(8, 16)
+    values = torch.zeros(8, 32, dtype=torch.uint8)
+    return Codes(values_NK=values, scale_NG=torch.ones(8, 1), table_TE=table, grid=Float(kind="e2m1", group_size=None))
+
+
+def _message(act: Any) -> str:
+    with pytest.raises(BadInput) as caught:
+        act()
+    return str(caught.value)
+
+
+def test_what_is_infinite_or_no_number_is_seen() -> None:
+    for grid in (Nf4(), Fp8Grid(), Bitmod()):
+        layout = native_tables.tensors_of(codes_on(grid, 20, 128))
+        for bad in (float("inf"), float("nan")):
+            x = torch.randn(3, 128).bfloat16()
+            x[1, 40] = bad
+            finite = torch.isfinite(linear(x, layout, None, 20, grid.group_size or 0)).all(1).tolist()
+            assert finite == [True, False, True], (grid, bad)
