@@ -170,7 +170,7 @@ class Cuda(Kernel):
     rows: ClassVar[int] = tiles.ROWS
     shared: ClassVar[frozenset[str]] = frozenset({"tile_table", "tile_factor", "stored_factor"})
     about: ClassVar[str] = (
-        "CUDA kernels compiled at run time: integers of 1 to 8 bits, e2m1, e4m3, tables of 16 and 256 numbers; 16-bit inputs"
+        "CUDA kernels compiled at run time: integers of 1 to 8 bits, e2m1, e4m3, tables of up to 256 numbers; 16-bit inputs"
     )
 
     @staticmethod
@@ -292,10 +292,7 @@ def _unfit(problem: Problem) -> str | None:
 def _refuses_grid(grid: Grid) -> str | None:
     if isinstance(grid, Fp8Grid):
         return None
-    if isinstance(grid, TableGrid):
-        if grid.bits not in (4, 8):
-            return f"runs tables of 16 and 256 numbers, found codes of {grid.bits} bits"
-    elif not isinstance(grid, IntGrid):
+    if not isinstance(grid, IntGrid | TableGrid):
         return f"runs integers, e4m3 floats and tables, not codes on a {type(grid).__name__}"
     if grid.group_size is not None and grid.group_size % 16:
         return f"group_size must be a multiple of 16, or null, found {grid.group_size}"

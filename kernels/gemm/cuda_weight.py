@@ -10,6 +10,9 @@ and for tables of 16.
 
 Shape legend: N out features, K in features, R = ceil(N / 16) row tiles, C = ceil(K / 128) k tiles, G groups along K,
 T tables, E = 16 or 256 entries.
+
+Codes of other widths into tables are held in the next of 4 and 8 bits, with tables filled up by zeros: 3 bits take a third
+more memory than in the file, and run.
 """
 
 from __future__ import annotations
@@ -204,10 +207,10 @@ def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[
     values, layout = codes.values_NK, _scale_tensors(codes, shared, N, as_bytes=ours)
     if ours and of_floats(codes.grid):
         return layout | {"tile_codes": _pack_floats(_nothing_without_scale(codes, shared), codes.grid.bits)}
-    packed = pack_in_order(values, 4, PAIRS) if ours and codes.grid.bits == 4 else pack(values, codes.grid.bits)
-    layout |= {"tile_codes": packed, "tile_table": table_TE}
-    if codes.table_per_row:
-        layout["tile_table"] = torch.nn.functional.pad(table_TE, (0, 0, 0, -N % tiles.ROWS))
+    bits = 4 if codes.grid.bits <= 4 else 8
+    rows = -N % tiles.ROWS if codes.table_per_row else 0
+    layout["tile_table"] = torch.nn.functional.pad(table_TE, (0, (1 << bits) - table_TE.shape[1], 0, rows))
+    layout["tile_codes"] = pack_in_order(values, 4, PAIRS) if ours and bits == 4 else pack(values, bits)
     if codes.pick_NG is not None:
         layout["tile_pick"] = tiles.pack_rows_of_tiles(codes.pick_NG.repeat_interleave(shared, 0)[:N])
     return layout
@@ -259,7 +262,7 @@ def _table_codes(layout: Mapping[str, Tensor], values: Tensor, grid: Grid) -> Co
     return Codes(
         values_NK=values,
         scale_NG=scale,
-        table_TE=table_TE[:N] if per_row and table_TE is not None else table_TE,
+        table_TE=table_TE if table_TE is None else table_TE[: N if per_row else None, : 1 << grid.bits].contiguous(),
         pick_NG=None if pick is None else tiles.unpack_rows_of_tiles(pick, N)[first_rows].contiguous(),
         factor=layout.get("stored_factor", layout.get("tile_factor")),
         grid=grid,
@@ -276,8 +279,9 @@ def codes_of(
     """The inverse of `tensors_of`, exactly; `unpack` inverts its `pack`."""
     table = "tile_table" in layout
     ours, packed = unpack is tiles.unpack_tiles, layout["tile_codes"]
-    order = order_of(grid.bits, of_floats(grid) and not table, table) if ours else None
-    values = unpack(packed, grid.bits, N, K) if order is None else unpack_in_order(packed, grid.bits, order, N, K)
+    bits = packed.shape[2] // 256
+    order = order_of(bits, of_floats(grid) and not table, table) if ours else None
+    values = unpack(packed, bits, N, K) if order is None else unpack_in_order(packed, bits, order, N, K)
     if not isinstance(grid, IntGrid | Fp8Grid):
         return _table_codes(layout, values, grid)
     scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], N)

@@ -56,7 +56,7 @@ class PlaneRows(Kernel):
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """The integer kernel's tensors of [q N, K], with the stored scales, offsets and what the rows of one leave to add."""
-        inner, grid = _inner(problem), _planes(problem)
+        inner, grid = _inner(problem), planes_of(problem)
         N = codes.values_NK.shape[0]
         alpha, offset = (x.repeat_interleave(grid.block_rows, 0)[:N] for x in grid.numbers(codes))
         signs = [((codes.values_NK >> (grid.bits - 1 - i)) & 1).to(torch.int8) - 1 for i in range(grid.bits)]
@@ -69,19 +69,18 @@ class PlaneRows(Kernel):
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:
         """The same planes, scales and offsets."""
-        inner, grid = _inner(problem), _planes(problem)
+        inner, grid = _inner(problem), planes_of(problem)
         rows = Native.unpack(layout, inner)
         values = torch.zeros(problem.N, problem.K, dtype=torch.uint8)
         for i, part in enumerate(torch.split(rows.values_NK, problem.N)):
             values |= (part + 1).to(torch.uint8) << (grid.bits - 1 - i)
         alpha = rows.scale_NG.reshape(grid.bits, problem.N, -1)[:, :: grid.block_rows].permute(1, 2, 0) / 2
-        stored = exponent_bytes(alpha) if grid.power_of_two else alpha.to(grid.scale_dtype)
-        return Codes(values_NK=values, scale_NG=stored.contiguous(), zero_NG=layout.get("stored_offset"), grid=grid)
+        return Codes(values_NK=values, scale_NG=stored_scales(grid, alpha), zero_NG=layout.get("stored_offset"), grid=grid)
 
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """y: the rows' sums over planes, and the shift."""
-        inner, grid = _inner(problem), _planes(problem)
+        inner, grid = _inner(problem), planes_of(problem)
         wide_MK = x_MK.float()
         M, K = x_MK.shape
         parts_MqN = Native.run(wide_MK, layout, inner).reshape(M, grid.bits, problem.N)
@@ -95,14 +94,21 @@ class PlaneRows(Kernel):
 
 def _inner(problem: Problem) -> Problem:
     """The matmul with all planes of the weight below one another."""
-    grid = _planes(problem)
+    grid = planes_of(problem)
     # Twice a float16 may be too large for one.
     kind = torch.bfloat16 if grid.scale_dtype == torch.bfloat16 and not grid.power_of_two else torch.float32
     bit = BitGrid(group_size=grid.group_size, scale_dtype=kind)
     return replace(problem, grid=bit, N=problem.N * grid.bits, dtype=torch.float32)
 
 
-def _planes(problem: Problem) -> PlaneGrid:
+def planes_of(problem: Problem) -> PlaneGrid:
+    """The grid of a problem that is known to have planes."""
     if not isinstance(problem.grid, PlaneGrid):
         raise TypeError(f"plane rows were asked to run a {type(problem.grid).__name__}")
     return problem.grid
+
+
+def stored_scales(grid: PlaneGrid, alpha_BGq: Tensor) -> Tensor:
+    """Scales that are exact in the type that files have them in, in that type."""
+    stored = exponent_bytes(alpha_BGq) if grid.power_of_two else alpha_BGq.to(grid.scale_dtype)
+    return stored.contiguous()

@@ -36,7 +36,8 @@ def check(codes: Codes) -> None:
         assert same(a, b), name
     scale = tiles.unpack_rows_of_tiles(tile_numbers(layout["tile_scale"]), N) * layout.get("tile_factor", torch.ones(()))
     g = torch.arange(K) // (codes.grid.group_size or K)
-    table, bits, packed = "tile_table" in layout, codes.grid.bits, layout["tile_codes"]
+    table, packed = "tile_table" in layout, layout["tile_codes"]
+    bits = packed.shape[2] // 256
     order = order_of(bits, not table, table)
     values = tiles.unpack_tiles(packed, bits, N, K) if order is None else unpack_in_order(packed, bits, order, N, K)
     values = values.long()
@@ -67,7 +68,7 @@ def test_portable_kernels_get_codes_tables_and_wide_scales(grid: Any) -> None:
     codes = quantized(grid, w_NK, grid.fit(w_NK))
     layout = tensors_of(codes, words.pack_words)
     assert layout["tile_scale"].dtype in SCALE_DTYPES
-    u_NK = words.unpack_words(layout["tile_codes"], grid.bits, 48, 256).long()
+    u_NK = words.unpack_words(layout["tile_codes"], layout["tile_codes"].shape[2] // 256, 48, 256).long()
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         found = tiles.unpack_rows_of_tiles(values, 48)
