@@ -57,7 +57,8 @@ constexpr int limb_word(int l) { return l == 0 ? 0 : limb_word(l - 1) + 2 * limb
 
 constexpr int RUN = GROUP == 0 ? 128 : GROUP % 128 == 0 ? 128 : GROUP % 64 == 0 ? 64 : GROUP % 32 == 0 ? 32 : 16;
 constexpr int RUNS = 128 / RUN;  // runs of columns with one scale in a tile
-constexpr bool FOLDED = !TABLE && BITS <= 3 && RUN >= 64;
+constexpr bool CHOSEN = !TABLE && BITS == 1 && RUN >= 64;
+constexpr bool FOLDED = !TABLE && (BITS == 2 || BITS == 3) && RUN >= 64;
 constexpr bool SCALED = FLOATS && (SCALE == 3 || (SCALE == 4 && !FP16));
 
 // ---- Where a field lies ----------------------------------------------------------------------------------------------

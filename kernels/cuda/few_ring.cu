@@ -10,7 +10,7 @@
 // of a cluster fetch x once, each some tokens, and the engine puts them into the shared memory of all. x then lies in the
 // stages if it is not resident, and a stage is free when the warps of all these blocks have read it.
 //
-// Shared memory: barriers in 256 bytes, tables, the ring, the tokens, partial sums (in place of the ring where the block has
+// Shared memory: barriers in 256 bytes, tables, a cluster's inbox, the ring, the tokens, partial sums (in place of the ring where the block has
 // one row block only).
 
 #include "few_tokens.cuh"
@@ -47,16 +47,21 @@ INLINE Share share_of(const Arguments& p) {
 
 // Where things lie in shared memory.
 struct Room {
-  u32 full, empty;  // barriers: a stage is filled, a stage is read
-  u8 *tables, *ring;
+  u32 full, empty, bell;  // barriers: a stage is filled, a stage is read, all of a cluster's sums are here
+  u8 *tables, *inbox, *ring;
   u32 x, x_stride;  // x_stride: bytes from token to token where x is resident
   float* partials;
 };
 INLINE Room room_of(const Arguments& p, bool single) {
   Room r;
-  r.full = shared_address(shared), r.empty = r.full + 8 * p.stages;
+  r.full = shared_address(shared), r.empty = r.full + 8 * p.stages, r.bell = r.full + 248;
   r.tables = shared + 256;
-  r.ring = shared + 256 + ((table_room(p.tables) + 127) & ~127);
+  r.inbox = shared + 256 + ((table_room(p.tables) + 127) & ~127);
+#if CLUSTER > 1
+  r.ring = r.inbox + inbox_bytes(p);
+#else
+  r.ring = r.inbox;
+#endif
   r.x = shared_address(r.ring) + p.stages * STAGE_BYTES;
   r.x_stride = (((p.k_tiles + K_WARPS - 1) / K_WARPS + CLUSTER - 1) / CLUSTER) * K_WARPS * 256 + 16;
   const int x_bytes = X_RESIDENT ? p.M * r.x_stride : X_BY_WARPS ? WARPS * 2 * p.M * TOKEN_BYTES : 0;
@@ -188,7 +193,11 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
     store_partials(room.partials, p, row_warp, slice, acc);
     barrier_of(1, THREADS);
     if (!X_BY_WARPS && block == 0) wait_for_previous_kernel();
+#if CLUSTER > 1
+    finish_in_cluster(room.partials, (const float*)room.inbox, room.bell, p, factor, first_row_tile, threadIdx.x);
+#else
     finish(room.partials, p, factor, first_row_tile, threadIdx.x);
+#endif
   }
 }
 
@@ -198,10 +207,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS) few_ring(cons
   const Room room = room_of(p, single);
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; i++) mbarrier_init(room.full + 8 * i, 1), mbarrier_init(room.empty + 8 * i, WARPS * X_SHARE);
+#if CLUSTER > 1
+    mbarrier_init(room.bell, 1), mbarrier_expect(room.bell, p.M * BLOCK_ROWS * 4);
+#endif
     mbarrier_init_done();
   }
-#if X_SHARE > 1
-  cluster_meet();
+#if X_SHARE * CLUSTER > 1
+  cluster_meet();  // before anyone arrives here, or sends
 #else
   __syncthreads();
 #endif
@@ -210,10 +222,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS) few_ring(cons
     consume(p, share, room);
   } else {
     produce(p, share, room);
-#if CLUSTER > 1
-    __syncwarp();
-    cluster_meet(), cluster_meet();  // every thread of a cluster must come to its meetings
-#endif
   }
 #if X_SHARE > 1
   cluster_meet();  // nobody leaves while another still arrives here

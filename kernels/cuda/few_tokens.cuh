@@ -89,9 +89,14 @@ INLINE void fetch_tokens(const Arguments& p, u32 slot, int tile) {
 INLINE void load_tokens(u32 address, int stride, int M, Tokens& x) {
   const int lane = threadIdx.x & 31;
   UNROLL for (int n = 0; n < TOKEN_TILES; n++) {
-    const int token = n * 8 + (lane & 7);
-    const u32 row = address + (token < M ? token : 0) * stride + (lane >> 3) * 16;
-    UNROLL for (int half = 0; half < 4; half++) load_matrices(x.fragments[n] + 4 * half, row + 64 * half);
+    const int token = n * 8 + (CHOSEN ? lane >> 2 : lane & 7);
+    const u32 row = address + (token < M ? token : 0) * stride + (CHOSEN ? lane & 3 : lane >> 3) * 16;
+    UNROLL for (int quarter = 0; quarter < 4; quarter++) {
+      if constexpr (CHOSEN)
+        load_shared_u32x4(x.fragments[n] + 4 * quarter, row + 64 * quarter);
+      else
+        load_matrices(x.fragments[n] + 4 * quarter, row + 64 * quarter);
+    }
   }
   UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int run = 0; run < RUNS; run++) {
     float sum[4] = {}, folded[4] = {};
@@ -106,6 +111,29 @@ INLINE void load_tokens(u32 address, int stride, int M, Tokens& x) {
     }
     x.sums[n][run][0] = sum[0], x.sums[n][run][1] = sum[1];
     UNROLL for (int j = 0; j < 4; j++) x.folded[n][run][j] = folded[j];
+  }
+}
+
+// ---- Single bits -----------------------------------------------------------------------------------------------------
+// part += (bit - 1) x for one word of a tile, 16 rows x 64 columns, and no number is decoded: to the instruction for sparse A
+// every column of x looks like two, itself and 0 x, and the bit is the place of the one number, -1, that A has there.
+// A lane's word has bit 16 e + 2 n + i0 for row g + 8 i0 and column 8 n + 2 t + e; so a product takes the columns of one e and of
+// two lanes, and the 16 bytes of x from column 8 (t + 4 q) on are what lane t needs of B. (0 x, not 0: not finite stays so.)
+INLINE void multiply_chosen(u32 word, int w, const Tokens& x, float (*part)[4]) {
+  constexpr u32 less = both(minus(1));
+  const u32 a[4] = {less, less, less, less};
+  const u32 upper = and_or(word, 0x55555555u, 0x88888888u), lower = and_or(word >> 1, 0x55555555u, 0x88888888u);
+  UNROLL for (int e = 0; e < 2; e++) {
+    const u32 places = __byte_perm(upper, lower, e ? 0x7632 : 0x5410);
+    UNROLL for (int n = 0; n < TOKEN_TILES; n++) {
+      u32 b[2][4];
+      UNROLL for (int h = 0; h < 2; h++) UNROLL for (int r = 0; r < 4; r++) {
+        const u32 columns = x.fragments[n][8 * w + 4 * (r & 1) + 2 * h + (r >> 1)];
+        b[h][r] = __byte_perm(columns, multiply_pairs(columns, 0), e ? 0x7632 : 0x5410);
+      }
+      matrix_multiply_chosen<0>(part[n], a, b[0], places, part[n]);
+      matrix_multiply_chosen<1>(part[n], a, b[1], places, part[n]);
+    }
   }
 }
 
@@ -133,7 +161,8 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
       upper_unit = scale_pair(side, group * 16 + g), lower_unit = scale_pair(side, group * 16 + g + 8);
       UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) part[n][j] = acc[n][j];
     }
-    UNROLL for (int step = 0; step < RUN / 16; step++) {
+    if constexpr (CHOSEN) UNROLL for (int w = run * RUN / 64; w < (run + 1) * RUN / 64; w++) multiply_chosen(words[w], w, x, part);
+    UNROLL for (int step = 0; step < (CHOSEN ? 0 : RUN / 16); step++) {
       const int s = run * (RUN / 16) + step;
       u32 a[4];
       if constexpr (PAIRED)
@@ -192,30 +221,36 @@ INLINE float factor_of(const Arguments& p) {
   return SCALE >= 3 ? (p.factor ? *p.factor : 1.0f) * (SCALED ? 1 << SCALED_SHRINK : 1) : 1.0f;
 }
 
-INLINE void finish(float* partials, const Arguments& p, float factor, int first_tile, int thread) {
-  const int count = p.M * BLOCK_ROWS;
-#if CLUSTER > 1
-  float* sums = partials + K_WARPS * p.M * PARTIAL_STRIDE;
-#endif
-  for (int i = thread; i < count; i += THREADS) {
-    const int token = i / BLOCK_ROWS, row = i % BLOCK_ROWS;
-    float sum = 0;
-    UNROLL for (int slice = 0; slice < K_WARPS; slice++) sum += partials[(slice * p.M + token) * PARTIAL_STRIDE + row];
-#if CLUSTER > 1
-    sums[i] = sum;
-#else
-    store_output(p, first_tile, row, token, factor, sum);
-#endif
-  }
-#if CLUSTER > 1
-  cluster_meet();
-  for (int i = cluster_rank() * THREADS + thread; i < count; i += CLUSTER * THREADS) {
-    float sum = 0;
-    UNROLL for (int rank = 0; rank < CLUSTER; rank++) sum += load_from_block(shared_address(sums + i), rank);
-    store_output(p, first_tile, i % BLOCK_ROWS, i / BLOCK_ROWS, factor, sum);
-  }
-  cluster_meet();  // nobody leaves while another still reads its sums
-#endif
+INLINE float sum_of_slices(const float* partials, int M, int token, int row) {
+  float sum = 0;
+  UNROLL for (int slice = 0; slice < K_WARPS; slice++) sum += partials[(slice * M + token) * PARTIAL_STRIDE + row];
+  return sum;
 }
+INLINE void finish(const float* partials, const Arguments& p, float factor, int first_tile, int thread) {
+  for (int i = thread; i < p.M * BLOCK_ROWS; i += THREADS) {
+    const int token = i / BLOCK_ROWS, row = i % BLOCK_ROWS;
+    store_output(p, first_tile, row, token, factor, sum_of_slices(partials, p.M, token, row));
+  }
+}
+
+#if CLUSTER > 1
+// The same where a cluster's blocks share K. Each is responsible for a part of the outputs and has an inbox, [block][output],
+// where the others send their sums; it is outside of the ring, which a slower block may still be reading.
+INLINE int inbox_bytes(const Arguments& p) { return (p.M * BLOCK_ROWS * 4 + 127) & ~127; }
+INLINE void finish_in_cluster(const float* partials, const float* inbox, u32 bell, const Arguments& p, float factor,
+                              int first_tile, int thread) {
+  const int part = p.M * BLOCK_ROWS / CLUSTER, rank = cluster_rank();
+  for (int i = thread; i < p.M * BLOCK_ROWS; i += THREADS)
+    send(shared_address(inbox + rank * part + i % part), sum_of_slices(partials, p.M, i / BLOCK_ROWS, i % BLOCK_ROWS), bell,
+         i / part);
+  mbarrier_wait_for_cluster(bell, 0);
+  for (int i = thread; i < part; i += THREADS) {
+    const int output = rank * part + i;
+    float sum = 0;
+    UNROLL for (int block = 0; block < CLUSTER; block++) sum += inbox[block * part + i];
+    store_output(p, first_tile, output % BLOCK_ROWS, output / BLOCK_ROWS, factor, sum);
+  }
+}
+#endif
 
 extern __shared__ __align__(128) u8 shared[];

@@ -35,6 +35,21 @@ INLINE void matrix_multiply(float* d, const u32* a, u32 b0, u32 b1, const float*
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
+// D (16 x 8) = A (16 x 32) B (32 x 8) + C, where of every four columns of A only two are not zero. `a` holds those two, as
+// many registers as above; `places` where they lie, two bits each, the lower one first: of columns 0..15 in lane 4g + 2 SELECTOR,
+// of 16..31 in the lane behind it, row g in the lower half, g + 8 in the upper one. B has registers 2, 3 for rows 2t + 16 and 2t + 24.
+template <int SELECTOR> INLINE void matrix_multiply_chosen(float* d, const u32* a, const u32* b, u32 places, const float* c) {
+#if FP16
+#define AEROGEL_MMA_CHOSEN "mma.sp.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32"
+#else
+#define AEROGEL_MMA_CHOSEN "mma.sp.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32"
+#endif
+  asm(AEROGEL_MMA_CHOSEN " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%12,%13,%14,%15}, %16, %17;"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]), "r"(places), "n"(SELECTOR));
+}
+
 // Four 8 x 8 matrices of 16-bit numbers; lane 8i + r gives the address of row r of matrix i.
 INLINE void load_matrices(u32* r, u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -113,6 +128,9 @@ INLINE u32 load_shared_u32(u32 address) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
   return v;
 }
+INLINE void load_shared_u32x4(u32* v, u32 address) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
+}
 INLINE u16 load_shared_u16(u32 address) {
   u16 v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
@@ -169,7 +187,7 @@ INLINE void mbarrier_arrive_at(u32 barrier, u32 rank) {
       ::"r"(barrier), "r"(rank) : "memory");
 }
 
-// Blocks of a cluster: who am I, meet the others, read their shared memory.
+// Blocks of a cluster: who am I, meet the others, send them something.
 INLINE u32 cluster_rank() {
   u32 r;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
@@ -179,13 +197,19 @@ INLINE void cluster_meet() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-INLINE float load_from_block(u32 shared, u32 rank) {
-  float v;
-  asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
-               : "=f"(v)
-               : "r"(shared), "r"(rank)
-               : "memory");
-  return v;
+// `value` to the shared memory of another block, which the barrier beside it there counts as four bytes.
+INLINE void send(u32 shared, float value, u32 barrier, u32 rank) {
+  asm volatile(
+      "{\n.reg .u32 there, bell;\nmapa.shared::cluster.u32 there, %0, %3;\nmapa.shared::cluster.u32 bell, %2, %3;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %1, [bell];\n}" ::"r"(shared),
+      "f"(value), "r"(barrier), "r"(rank)
+      : "memory");
+}
+// Waits for what other blocks have sent.
+INLINE void mbarrier_wait_for_cluster(u32 barrier, u32 phase) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
+      ::"r"(barrier), "r"(phase) : "memory");
 }
 #endif
 

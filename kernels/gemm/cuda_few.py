@@ -55,7 +55,9 @@ class Config:
     row_tiles: tiles of 16 rows of one warp. row_warps, k_warps: warps of a block along rows and along K.
     stages: of the ring. x_resident: all of x stays in shared memory (ring only). cluster: blocks that split K among them.
     share: blocks of a cluster that fetch x together, for other rows each (ring only, and not where K is split).
-    blocks: row blocks resident on a multiprocessor at once, which limits registers.
+    blocks: row blocks resident on a multiprocessor at once.
+    seats: blocks that a multiprocessor has registers for. More than `blocks` let those of the next launch move in early,
+        which is worth much for small weights.
     """
 
     ring: bool
@@ -67,6 +69,7 @@ class Config:
     cluster: int = 1
     share: int = 1
     blocks: int = 1
+    seats: int = 1
 
     @property
     def block_tiles(self) -> int:
@@ -107,7 +110,7 @@ def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> d
         "X_RESIDENT": int(config.x_resident),
         "CLUSTER": config.cluster,
         "X_SHARE": config.share,
-        "BLOCKS": config.blocks,
+        "BLOCKS": max(config.blocks, config.seats),
     }
 
 
@@ -156,7 +159,7 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     """Dynamic shared memory of a launch, laid out as the source does."""
     rows = config.block_tiles * 16
     k_tiles = weight.codes.shape[1]
-    partials = config.k_warps * M * (rows + 4) * 4 + (M * rows * 4 if config.cluster > 1 else 0)
+    partials = config.k_warps * M * (rows + 4) * 4
     tables = table_room(weight, config.block_tiles)
     if not config.ring:
         slots = config.warps * 2 * (M * 272 + config.row_tiles * side_bytes(weight, 128))
@@ -173,8 +176,9 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
         ring += M * (stages_each * config.k_warps * 256 + 16)
     elif not in_stage:
         ring += config.warps * 2 * M * 272
+    inbox = (M * rows * 4 + 127) // 128 * 128 if config.cluster > 1 else 0
     single = grid // config.cluster >= ceil_divide(weight.codes.shape[0], config.block_tiles)
-    return 256 + tables + (max(ring, partials) if single else ring + partials)
+    return 256 + tables + inbox + (max(ring, partials) if single else ring + partials)
 
 
 def grid_of(weight: TileWeight, config: Config, multiprocessors: int) -> int:

@@ -129,6 +129,31 @@ def test_three_bits_are_raised_whole(dtype: torch.dtype, mantissa: int) -> None:
                 assert torch.equal(found, codes[row, column].float())
 
 
+def test_single_bits_are_the_places_of_a_sparse_factor() -> None:
+    """`multiply_chosen` of few_tokens.cuh on real words, with the instruction played in float64: (bit - 1) times x, exactly."""
+    codes = torch.randint(0, 2, (16, 128), dtype=torch.uint8)
+    words = tiles.pack_tiles(codes, 1).flatten().view(torch.int32).reshape(8, 4, 2).long() & 0xFFFFFFFF  # g, t, word
+    x_KM = torch.randn(128, 8, dtype=torch.float64)
+    pieces_KQ = x_KM.reshape(2, 2, 4, 4, 2, 8)  # word, q, t, column pair, e, token: the 16 bytes that a lane loads
+    found = torch.zeros(16, 8, dtype=torch.float64)
+    for w in range(2):
+        upper = words[..., w] & 0x55555555 | 0x88888888
+        lower = words[..., w] >> 1 & 0x55555555 | 0x88888888
+        for e in range(2):
+            places = (upper >> 16 * e & 0xFFFF) | (lower >> 16 * e & 0xFFFF) << 16
+            for selector in range(2):
+                a = torch.zeros(16, 32, dtype=torch.float64)
+                for g, i0, j, n in itertools.product(range(8), range(2), range(2), range(8)):
+                    place = int(places[g, 2 * selector + j]) >> (16 * i0 + 2 * n) & 3
+                    assert place // 2 == n % 2  # one of each two columns: the places of four are in order
+                    a[g + 8 * i0, 16 * j + 4 * (n // 2) + place] = -1
+                b = torch.zeros(32, 8, dtype=torch.float64)
+                for t, r in itertools.product(range(4), range(4)):
+                    b[8 * r + 2 * t] = pieces_KQ[w, r % 2, t, 2 * selector + r // 2, e]
+                found += a @ b
+    assert torch.allclose(found, (codes.double() - 1) @ x_KM, rtol=0, atol=1e-12)
+
+
 # ---- sources ---------------------------------------------------------------------------------------------------------
 @needs_nvrtc
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
