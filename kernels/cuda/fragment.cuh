@@ -8,7 +8,7 @@
 // Four instructions for two weights. Widths of 5 to 7 are stored as limbs of 4, 2 and 1 bits: each more limb
 // costs a shift and an and-or. 8 bits overflow bfloat16's mantissa: their two limbs are joined by an exact
 // multiply-add. Floating zero points go through float32: (u - z) * s is then rounded once, whatever z is. Codes that stand
-// for the entries of a table of 16 or 256 numbers are looked up in shared memory, one 16-bit load each. Floats (FLOATS) lie
+// for the entries of a table of 16 or 256 numbers are looked up in shared memory, one 16-bit load each, or a pair at a time. Floats (FLOATS) lie
 // in their words as pack/tile_orders.py says: masked they are the number times a power of two, which the scale takes back.
 //
 // Set from outside: BITS 1..8; GROUP columns that share a scale (0: all of them); FLOATS; ACTIVATION, SCALE, ZERO, TABLE below.
@@ -82,6 +82,10 @@ constexpr int SCALE_BYTES = 16 * SCALE_SIZE;  // the scales of 16 rows for one g
 constexpr int ZERO_BYTES = TABLE == TABLE_PER_GROUP ? 16 : ZERO == SYMMETRIC ? 0 : ZERO == INTEGER ? 16 : SCALE_BYTES;
 constexpr int ENTRY_BYTES = 2;
 constexpr int TABLE_SIZE = ENTRY_BYTES << BITS;
+// Of one table of 16 numbers all 256 pairs are held, each as often as there are lanes: one look-up gives a register, and lanes
+// do not meet in the banks.
+constexpr bool PAIRED = TABLE == ONE_TABLE && BITS == 4;
+constexpr int PAIR_BYTES = 32 * 4 * 256;
 
 // A float's register is the number times 2^-FLOAT_SHRINK; a scale of a byte takes that back but for 2^-SCALED_SHRINK, exactly.
 constexpr bool SCALED_FLOATS = FLOATS && (SCALE == E5M3 || (SCALE == E8M0 && ACTIVATION == BF16));
@@ -201,6 +205,7 @@ FN u32 placed_float(const Codes& codes, int s, int i) {
 
 // The two table entries of register i at step s.
 FN u32 looked_up(const Codes& codes, int s, int i, u32 table) {
+    if constexpr (PAIRED) return *(const u32*)(memory + table + __byte_perm(codes.four[0][s], 0, 0x4440 + i) * (32 * 4));
     u32 entry[2];
 #pragma unroll
     for (int e = 0; e < 2; e++) {

@@ -100,7 +100,7 @@ struct Consumer {
 #endif
             if (!GROUPED) read_group(group[b], p.scale, p.zero + (size_t)tile * ZERO_BYTES, AT_TABLES, row, false);
 #if !INT8
-            if (TABLE == ONE_TABLE) group[b].table[0] = group[b].table[1] = AT_TABLES;
+            if (TABLE == ONE_TABLE) group[b].table[0] = group[b].table[1] = AT_TABLES + (PAIRED ? 4 * lane : 0);
             if (TABLE == TABLE_PER_ROW) {
                 const int first = AT_TABLES + row_tile(b) * 16 * TABLE_SIZE;
                 const uint4* from = (const uint4*)(p.table + (size_t)tile * 16 * (TABLE_SIZE / 2));
@@ -361,7 +361,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
     const Work work(p);
     const Barriers barriers{shared_address(memory + AT_BARRIERS)};
     if (threadIdx.x == 0) barriers.init(work.split);
-    if constexpr (TABLE == ONE_TABLE || TABLE == TABLE_PER_GROUP)
+    if constexpr (PAIRED)
+        for (int i = threadIdx.x; i < PAIR_BYTES / 16; i += CONSUMERS + 128) {
+            const u32 pair = p.table[i / 8 % 16] | (u32)p.table[i / 128] << 16;
+            ((uint4*)(memory + AT_TABLES))[i] = make_uint4(pair, pair, pair, pair);
+        }
+    else if constexpr (TABLE == ONE_TABLE || TABLE == TABLE_PER_GROUP)
         for (int i = threadIdx.x; i < TABLES * TABLE_SIZE / 2; i += CONSUMERS + 128) ((u16*)(memory + AT_TABLES))[i] = p.table[i];
     __syncthreads();
     if (CLUSTER > 1) cluster_meet();

@@ -144,7 +144,7 @@ def table_bytes(weight: TileWeight, row_tiles: int) -> int:
 
 
 def table_room(weight: TileWeight, row_tiles: int) -> int:
-    """The same as the few-token kernels keep them: of one table of 16 numbers all pairs, with a copy for each lane."""
+    """The same as kernels of matrix products keep them: of one table of 16 numbers all pairs, with a copy for each lane."""
     return PAIR_BYTES if table_kind(weight) == 1 and weight.bits == 4 else table_bytes(weight, row_tiles)
 
 

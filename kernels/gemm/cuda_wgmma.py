@@ -22,7 +22,7 @@ import torch
 from aerogel.errors import RunFailed
 from aerogel.kernels.cuda.tensor_map import LARGEST_BOX
 from aerogel.kernels.gemm.cuda import Runner
-from aerogel.kernels.gemm.cuda_few import SCALE_NUMBER, table_kind
+from aerogel.kernels.gemm.cuda_few import SCALE_NUMBER, table_kind, table_room
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 
 SOURCE = "wgmma.cu"
@@ -138,9 +138,6 @@ def space(weight: TileWeight, config: Config) -> Space:
     scale, zero = side_bytes(weight)
     touched = config.row_tiles * window(weight.group_size, config.w_tiles) if weight.group_size else 0
     threads, pieces = 128 * config.warpgroups, config.blocks * config.tokens // 16
-    tables = 0
-    if weight.table is not None:
-        tables = config.row_tiles * 16 if table_kind(weight) == 2 else weight.table.shape[0]
     out = 4 * config.warpgroups * min(config.tokens, 64) * 32
     return Space(
         x_stage=config.tokens * (256 if config.batch == 8 else 128),
@@ -148,7 +145,7 @@ def space(weight: TileWeight, config: Config) -> Space:
         + ceil_divide(touched * scale, 128) * 128
         + ceil_divide(touched * zero, 128) * 128,
         sums=ceil_divide(pieces, config.split) * config.split * threads * 32 if config.split > 1 else 0,
-        beside=out + tables * (2 << weight.bits) + 16,
+        beside=out + table_room(weight, config.row_tiles) + 16,
     )
 
 
