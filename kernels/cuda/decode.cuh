@@ -22,7 +22,8 @@
 // times a power of two, and one product brings them to size. Where a group's scale is a byte, that product is with
 // the scale: 2 or 4 significant bits times at most 4, which is exact, and no sum needs scaling any more (SCALED).
 //
-// Defines used: BITS, FP16, TABLE (0 none, 1 one table, 2 one per row, 3 picked per group), FLOATS, ZERO, SCALE, GROUP.
+// Defines used: BITS, FP16, TABLE (0 none, 1 one table, 2 one per row, 3 picked per group), COPIES (0, or a multiple of 4: tables
+// of 16 are looked up in pairs), FLOATS, ZERO, SCALE, GROUP.
 
 #pragma once
 #include "machine.cuh"
@@ -182,16 +183,51 @@ INLINE void decode_table(const u32* words, int s, u32 upper, u32 lower, u32* a) 
   }
 }
 
-// The same with one load for both halves of a register: a table of all 256 pairs, and of each entry a copy for every lane,
-// since 32 lanes that look up 32 entries would else meet in the banks. 32 KB; `own` is this lane's copy of the first.
-constexpr int PAIR_BYTES = 256 * 32 * 4;
-INLINE void decode_pairs(u32 word, u32 own, u32* a) {
-  UNROLL for (int i = 0; i < 4; i++) a[i] = load_shared_u32(own + __byte_perm(word, 0, 0x4440 + i) * 128);
+// The same with one load for both halves of a register: tables of all 256 pairs, and of each entry COPIES, one for every lane if
+// there is room, since 32 lanes that look up 32 entries would else meet in the banks. `upper` and `lower` are this lane's copies
+// of the first entry.
+constexpr bool PAIRED = COPIES > 0;
+constexpr int PAIRS_BYTES = 256 * COPIES * 4;  // of one table
+INLINE void decode_pairs(u32 word, u32 upper, u32 lower, u32* a) {
+  UNROLL for (int i = 0; i < 4; i++)
+    a[i] = load_shared_u32((i & 1 ? lower : upper) + __byte_perm(word, 0, 0x4440 + i) * (COPIES * 4));
 }
-INLINE void fetch_pairs(const u16* table, u8* room, int thread, int threads) {
-  for (int i = thread; i < PAIR_BYTES / 16; i += threads) {
-    const u32 pair = table[i >> 3 & 15] | (u32)table[i >> 7] << 16;
+INLINE void fetch_pairs(const u16* table, int tables, u8* room, int thread, int threads) {
+  constexpr int pieces = COPIES / 4 ? COPIES / 4 : 1;  // of 16 bytes
+  for (int i = thread; i < tables * 256 * pieces; i += threads) {
+    const int code = i / pieces;
+    const u16* own = table + code / 256 * 16;
+    const u32 pair = own[code & 15] | (u32)own[code >> 4 & 15] << 16;
     ((uint4*)room)[i] = make_uint4(pair, pair, pair, pair);
+  }
+}
+
+// The same through a table of 16 for each of the lane's two rows, in registers: a byte permutation looks up four codes among eight
+// bytes, so 16 entries take two for their low and two for their high bytes, and the codes' upper bits choose between them.
+constexpr bool BY_ROWS = TABLE == 2 && BITS == 4;
+struct RowTable {
+  u32 low[4], high[4];  // bytes of the 16 entries
+};
+INLINE void decode_by_rows(u32 word, const RowTable* tables, u32* a) {
+  const u32 below8 = word & 0x77777777u, even = word << 4;
+  UNROLL for (int h = 0; h < 2; h++) {  // bytes h and 2 + h of the word are the codes of registers h and 2 + h
+    const u32 codes = __byte_perm(below8, 0, h ? 0x4431 : 0x4420), upper = __byte_perm(even, word, h ? 0xFBD9 : 0xEAC8);
+    const RowTable& own = tables[h];
+    const u32 low = select_bits(upper, __byte_perm(own.low[2], own.low[3], codes), __byte_perm(own.low[0], own.low[1], codes));
+    const u32 high = select_bits(upper, __byte_perm(own.high[2], own.high[3], codes), __byte_perm(own.high[0], own.high[1], codes));
+    a[h] = __byte_perm(low, high, 0x5140), a[2 + h] = __byte_perm(low, high, 0x7362);
+  }
+}
+INLINE RowTable load_row_table(u32 room) {
+  RowTable table;
+  load_shared_u32x4(table.low, room), load_shared_u32x4(table.high, room + 16);
+  return table;
+}
+template <int ROWS> INLINE void fetch_row_tables(const u16* table, int rows, u8* room, int first_row, int thread, int threads) {
+  for (int i = thread; i < ROWS * 16; i += threads) {
+    const u16 entry = first_row + i / 16 < rows ? table[first_row * 16 + i] : (u16)0;
+    u8* to = room + i / 16 * 32 + i % 16;
+    to[0] = (u8)entry, to[16] = (u8)(entry >> 8);
   }
 }
 

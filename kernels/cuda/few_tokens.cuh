@@ -27,19 +27,21 @@ constexpr int WARPS = ROW_WARPS * K_WARPS;
 constexpr int THREADS = WARPS * 32;
 constexpr int PARTIAL_STRIDE = BLOCK_ROWS + 4;  // of one token: four tokens of a warp's store then fall into four banks
 
-// One table of 16 numbers is looked up in pairs; other tables number by number.
-constexpr bool PAIRED = TABLE == 1 && BITS == 4;
 INLINE int table_room(int tables) {
-  return PAIRED ? PAIR_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
+  return PAIRED ? tables * PAIRS_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
 }
 INLINE void fetch_tables_of_block(const u16* table, int tables, u8* room, int first_tile) {
   if constexpr (PAIRED)
-    fetch_pairs(table, room, threadIdx.x, THREADS);
+    fetch_pairs(table, tables, room, threadIdx.x, THREADS);
+  else if constexpr (BY_ROWS)
+    fetch_row_tables<BLOCK_ROWS>(table, tables, room, first_tile * 16, threadIdx.x, THREADS);
   else
     fetch_tables<BLOCK_ROWS>(table, tables, (u16*)room, first_tile, threadIdx.x, THREADS);
 }
-// Where a lane finds the table of `row` in row tile `tile` of the block.
-INLINE u32 table_at(u32 room, int tile, int row) { return PAIRED ? room + (threadIdx.x & 31) * 4 : table_of(room, tile, row); }
+// Where a lane finds the table of `row` in row tile `tile` of the block, or the first of those that groups pick from.
+INLINE u32 table_at(u32 room, int tile, int row) {
+  return PAIRED ? room + threadIdx.x % (COPIES ? COPIES : 1) * 4 : table_of(room, tile, row);
+}
 
 struct Arguments {
   const u8* codes;   // [row tile][k tile][256 * BITS]
@@ -144,13 +146,16 @@ template <int TILES>
 INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int tile, int first, int groups, u32 table_upper,
                           u32 table_lower, const Tokens& x, float (*acc)[4]) {
   const int g = (threadIdx.x & 31) >> 2;
+  RowTable tables[2];
+  if constexpr (BY_ROWS) tables[0] = load_row_table(table_upper), tables[1] = load_row_table(table_lower);
   UNROLL for (int run = 0; run < RUNS; run++) {
     // Columns beyond K have no group; x is zero there, so any finite scale will do.
     const int group = (GROUP % 128 ? min(group_of(tile, run), groups - 1) : group_of(tile, run)) - first;
     u32 upper = table_upper, lower = table_lower;
     if constexpr (TABLE == 3) {
       const u8* number = side + Side<TILES>::picks + group * 16;
-      upper += number[g] * (2 << BITS), lower += number[g + 8] * (2 << BITS);
+      constexpr int bytes = PAIRED ? PAIRS_BYTES : 2 << BITS;
+      upper += number[g] * bytes, lower += number[g + 8] * bytes;
     }
     float part[TOKEN_TILES][4] = {};
     const bool folded_last = FOLDED && row_tile < 2;  // the first tiles do not wait for what is being computed
@@ -166,7 +171,9 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
       const int s = run * (RUN / 16) + step;
       u32 a[4];
       if constexpr (PAIRED)
-        decode_pairs(words[s], upper, a);
+        decode_pairs(words[s], upper, lower, a);
+      else if constexpr (BY_ROWS)
+        decode_by_rows(words[s], tables, a);
       else if constexpr (TABLE)
         decode_table(words, s, upper, lower, a);
       else if constexpr (FLOATS)

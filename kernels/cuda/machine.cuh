@@ -66,6 +66,13 @@ INLINE u32 and_or(u32 v, u32 mask, u32 bits) {
   return d;
 }
 
+// The bits of `a` where `mask` has ones, else those of `b`.
+INLINE u32 select_bits(u32 mask, u32 a, u32 b) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(d) : "r"(mask), "r"(a), "r"(b));
+  return d;
+}
+
 // Both halves of a + b.
 INLINE u32 add_pairs(u32 a, u32 b) {
   u32 d;
