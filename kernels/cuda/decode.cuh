@@ -58,8 +58,7 @@ constexpr int limb_word(int l) { return l == 0 ? 0 : limb_word(l - 1) + 2 * limb
 
 constexpr int RUN = GROUP == 0 ? 128 : GROUP % 128 == 0 ? 128 : GROUP % 64 == 0 ? 64 : GROUP % 32 == 0 ? 32 : 16;
 constexpr int RUNS = 128 / RUN;  // runs of columns with one scale in a tile
-constexpr bool CHOSEN = !TABLE && BITS == 1 && RUN >= 64;
-constexpr bool FOLDED = !TABLE && (BITS == 2 || BITS == 3) && RUN >= 64;
+constexpr bool FOLDED = !TABLE && BITS <= 3 && RUN >= 64;
 constexpr bool SCALED = FLOATS && (SCALE == 3 || (SCALE == 4 && !FP16));
 
 // ---- Where a field lies ----------------------------------------------------------------------------------------------
@@ -291,5 +290,7 @@ INLINE float read_zero(const u8* p, int i) {
 // The group of the first column of a run; one group when scales are per channel.
 INLINE int group_of(int tile, int run) {
   if constexpr (GROUP == 0) return 0;
-  return (tile * 128 + run * RUN) / (GROUP ? GROUP : 1);
+  constexpr int size = GROUP ? GROUP : 1;
+  if constexpr (128 % size == 0) return tile * (128 / size) + run * RUN / size;
+  return (u32)(tile * 128 + run * RUN) / size;
 }

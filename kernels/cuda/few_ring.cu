@@ -23,6 +23,10 @@ constexpr int STAGE_TOKEN_BYTES = K_WARPS * 256 + 16;  // of one token in a stag
 constexpr int STAGE_BYTES = WEIGHT_BYTES + (X_IN_STAGE ? (TOKEN_TILES * 8 * STAGE_TOKEN_BYTES + 127) & ~127 : 0);
 constexpr bool SIDES = GROUP != 0 || ZERO != 0 || TABLE == 3;
 
+// Warps beside the multiplying ones: the one that produces, and with 8 multiplying warps three more that only give up registers, which
+// a multiprocessor hands out by warpgroups. Many row tiles of 16 tokens are too much for the 168 that 9 warps could have.
+constexpr int PRODUCER_THREADS = TRADE ? 128 : 32;
+
 // This block's part of the work: its k tiles (a cluster's blocks share K), its row blocks.
 struct Share {
   int first_tile, end_tile, stages, row_blocks, row_step, row_start;
@@ -201,7 +205,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS) few_ring(const __grid_constant__ Arguments p) {
+extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS, BLOCKS) few_ring(const __grid_constant__ Arguments p) {
   const Share share = share_of(p);
   const bool single = share.row_step >= (p.row_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
   const Room room = room_of(p, single);
@@ -219,9 +223,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS) few_ring(cons
 #endif
   allow_next_kernel();
   if (threadIdx.x < THREADS) {
+    if constexpr (TRADE) registers_take<232>();
     consume(p, share, room);
   } else {
-    produce(p, share, room);
+    if constexpr (TRADE) registers_give<40>();
+    if (threadIdx.x < THREADS + 32) produce(p, share, room);
   }
 #if X_SHARE > 1
   cluster_meet();  // nobody leaves while another still arrives here

@@ -27,6 +27,10 @@ constexpr int WARPS = ROW_WARPS * K_WARPS;
 constexpr int THREADS = WARPS * 32;
 constexpr int PARTIAL_STRIDE = BLOCK_ROWS + 4;  // of one token: four tokens of a warp's store then fall into four banks
 
+// How numbers of one to three bits are multiplied: single bits with up to 8 tokens as places (below), else with their powers of two.
+// With more tokens the sparse instruction, which takes two thirds longer, costs more than the decoding that it saves.
+constexpr bool CHOSEN = FOLDED && BITS == 1 && TOKEN_TILES == 1, FOLDS = FOLDED && !CHOSEN;
+
 INLINE int table_room(int tables) {
   return PAIRED ? tables * PAIRS_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
 }
@@ -105,7 +109,7 @@ INLINE void load_tokens(u32 address, int stride, int M, Tokens& x) {
     UNROLL for (int s = run * (RUN / 16); s < (run + 1) * (RUN / 16); s++) {
       const u32 b0 = x.fragments[n][2 * s], b1 = x.fragments[n][2 * s + 1], ones[4] = {ONES, ONES, ONES, ONES};
       if constexpr (ZERO) matrix_multiply(sum, ones, b0, b1, sum);
-      if constexpr (FOLDED) {
+      if constexpr (FOLDS) {
         u32 offsets[4];
         folded_offsets(s, offsets);
         matrix_multiply(folded, offsets, b0, b1, folded);
@@ -140,6 +144,11 @@ INLINE void multiply_chosen(u32 word, int w, const Tokens& x, float (*part)[4]) 
 }
 
 // ---- One tile --------------------------------------------------------------------------------------------------------
+// Groups from a tile's first to that of a run. Columns beyond K (WHOLE: there are none) have no group; x is zero there, so any
+// finite scale will do, and they take the last.
+constexpr bool STEADY = GROUP == 0 || GROUP % 128 == 0 || (WHOLE && 128 % (GROUP ? GROUP : 1) == 0);
+constexpr int run_group(int run) { return GROUP && GROUP < 128 ? run * RUN / (GROUP ? GROUP : 1) : 0; }
+
 // acc += W x for one tile, all 8 steps: the warp's row tile `row_tile`. `first` is the group that `side` begins with, `groups` how
 // many there are.
 template <int TILES>
@@ -148,22 +157,24 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
   const int g = (threadIdx.x & 31) >> 2;
   RowTable tables[2];
   if constexpr (BY_ROWS) tables[0] = load_row_table(table_upper), tables[1] = load_row_table(table_lower);
+  // What lies beside the tile's first group, for row g; other groups are at places that the compiler knows, if it can.
+  const int own = (group_of(tile, 0) - first) * 16 + g;
+  const u8 *scales = side + own * SCALE_BYTES, *zeros = side + Side<TILES>::zeros + own * ZERO_BYTES;
+  const u8* picks = side + Side<TILES>::picks + own;
   UNROLL for (int run = 0; run < RUNS; run++) {
-    // Columns beyond K have no group; x is zero there, so any finite scale will do.
-    const int group = (GROUP % 128 ? min(group_of(tile, run), groups - 1) : group_of(tile, run)) - first;
+    const int at = 16 * (STEADY ? run_group(run) : min(group_of(tile, run), groups - 1) - group_of(tile, 0));
     u32 upper = table_upper, lower = table_lower;
     if constexpr (TABLE == 3) {
-      const u8* number = side + Side<TILES>::picks + group * 16;
       constexpr int bytes = PAIRED ? PAIRS_BYTES : 2 << BITS;
-      upper += number[g] * bytes, lower += number[g + 8] * bytes;
+      upper += picks[at] * bytes, lower += picks[at + 8] * bytes;
     }
     float part[TOKEN_TILES][4] = {};
-    const bool folded_last = FOLDED && row_tile < 2;  // the first tiles do not wait for what is being computed
-    if (FOLDED && !folded_last)
+    const bool folded_last = FOLDS && row_tile < 2;  // the first tiles do not wait for what is being computed
+    if (FOLDS && !folded_last)
       UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) part[n][j] = x.folded[n][run][j];
     u32 upper_unit = both(power_of_two(FLOAT_SHRINK)), lower_unit = upper_unit;
     if constexpr (SCALED) {
-      upper_unit = scale_pair(side, group * 16 + g), lower_unit = scale_pair(side, group * 16 + g + 8);
+      upper_unit = scale_pair(scales, at), lower_unit = scale_pair(scales, at + 8);
       UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) part[n][j] = acc[n][j];
     }
     if constexpr (CHOSEN) UNROLL for (int w = run * RUN / 64; w < (run + 1) * RUN / 64; w++) multiply_chosen(words[w], w, x, part);
@@ -178,7 +189,7 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
         decode_table(words, s, upper, lower, a);
       else if constexpr (FLOATS)
         decode_floats(words, s, upper_unit, lower_unit, a);
-      else if constexpr (FOLDED)
+      else if constexpr (FOLDS)
         decode_folded(words, s, a);
       else
         decode_integers(words, s, a);
@@ -191,10 +202,10 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
     }
     float zero[2] = {0, 0}, scale[2] = {1, 1};
     if constexpr (ZERO) {
-      zero[0] = read_zero(side + Side<TILES>::zeros, group * 16 + g) - CENTRE;
-      zero[1] = read_zero(side + Side<TILES>::zeros, group * 16 + g + 8) - CENTRE;
+      zero[0] = read_zero(zeros, at) - CENTRE;
+      zero[1] = read_zero(zeros, at + 8) - CENTRE;
     }
-    if constexpr (GROUP != 0) scale[0] = read_scale(side, group * 16 + g), scale[1] = read_scale(side, group * 16 + g + 8);
+    if constexpr (GROUP != 0) scale[0] = read_scale(scales, at), scale[1] = read_scale(scales, at + 8);
     UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) {
       float sum = part[n][j];
       if (folded_last) sum += x.folded[n][run][j];

@@ -220,6 +220,12 @@ INLINE void mbarrier_wait_for_cluster(u32 barrier, u32 phase) {
 }
 #endif
 
+// A warpgroup (four warps) changes how many registers its threads have. Only where the compiler knows a limit at the kernel's entry.
+#if __CUDA_ARCH__ >= 900
+template <int COUNT> INLINE void registers_give() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> INLINE void registers_take() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+#endif
+
 // Early launch: let the next kernel on the stream begin; wait until everything before this one has ended.
 INLINE void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900

@@ -112,7 +112,20 @@ def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> d
         "CLUSTER": config.cluster,
         "X_SHARE": config.share,
         "BLOCKS": max(config.blocks, config.seats),
+        "TRADE": int(trades(config, M)),
+        "WHOLE": int(weight.K % 128 == 0),
     }
+
+
+def trades(config: Config, M: int) -> bool:
+    """Whether the multiplying warps take registers over from a warpgroup of which only one warp works: see few_ring.cu."""
+    alone = config.blocks == config.seats == 1
+    return config.ring and alone and config.warps == 8 and config.row_tiles > 4 and M > 8
+
+
+def threads_of(config: Config, M: int) -> int:
+    """Threads of a block."""
+    return 32 * (config.warps + (4 if trades(config, M) else int(config.ring)))
 
 
 def decoder_defines(weight: TileWeight, dtype: torch.dtype) -> dict[str, int]:
@@ -208,7 +221,7 @@ def fits(weight: TileWeight, config: Config, M: int, capability: tuple[int, int]
     """Whether a device can launch the configuration."""
     if config.ring and capability < (9, 0):
         return False
-    if (config.warps + config.ring) * 32 > 1024 or (not config.ring and config.row_warps > 1):
+    if threads_of(config, M) > 1024 or (not config.ring and config.row_warps > 1):
         return False
     if max(config.cluster, config.share) > 8 or (config.share > 1 and (config.cluster > 1 or not config.ring)):
         return False
@@ -321,7 +334,7 @@ class Plan:
         )
         options: Any = {
             "grid": (grid,),
-            "block": (config.warps + config.ring) * 32,
+            "block": threads_of(config, M),
             "shared_bytes": shared_bytes(weight, config, M, grid),
             "cluster": config.cluster * config.share,
         }

@@ -46,7 +46,7 @@ KINDS: list[tuple[int, str, torch.dtype]] = [
     (256, "float", torch.bfloat16),
     (64, "none", torch.float32),
 ]
-SHAPES = [(1, 16), (37, 200), (130, 1100)]
+SHAPES = [(1, 16), (37, 200), (33, 256), (130, 1100)]
 TOKENS = (1, 2, 3, 7, 8, 9, 16)
 
 
@@ -156,6 +156,9 @@ def test_configurations_that_tuning_considers(bits: int) -> None:
         Config(ring=True, row_tiles=7, k_warps=4, stages=3),
         Config(ring=True, row_tiles=2, row_warps=7, k_warps=1, stages=4),
         Config(ring=True, row_tiles=3, row_warps=2, k_warps=4, stages=2, cluster=4, x_resident=True),
+        Config(ring=True, row_tiles=7, k_warps=8, stages=2),
+        Config(ring=True, row_tiles=5, row_warps=2, k_warps=4, stages=2, share=2),
+        Config(ring=True, row_tiles=1, k_warps=16, stages=2, seats=2),
     ]:
         if fits(weight, config, 16, capability(), facts.multi_processor_count):
             for M in (1, 16):
