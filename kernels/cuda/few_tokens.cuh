@@ -149,63 +149,72 @@ INLINE void multiply_chosen(u32 word, int w, const Tokens& x, float (*part)[4]) 
 constexpr bool STEADY = GROUP == 0 || GROUP % 128 == 0 || (WHOLE && 128 % (GROUP ? GROUP : 1) == 0);
 constexpr int run_group(int run) { return GROUP && GROUP < 128 ? run * RUN / (GROUP ? GROUP : 1) : 0; }
 
-// acc += W x for one tile, all 8 steps: the warp's row tile `row_tile`. `first` is the group that `side` begins with, `groups` how
-// many there are.
-template <int TILES>
-INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int tile, int first, int groups, u32 table_upper,
-                          u32 table_lower, const Tokens& x, float (*acc)[4]) {
-  const int g = (threadIdx.x & 31) >> 2;
-  RowTable tables[2];
-  if constexpr (BY_ROWS) tables[0] = load_row_table(table_upper), tables[1] = load_row_table(table_lower);
-  // What lies beside the tile's first group, for row g; other groups are at places that the compiler knows, if it can.
-  const int own = (group_of(tile, 0) - first) * 16 + g;
-  const u8 *scales = side + own * SCALE_BYTES, *zeros = side + Side<TILES>::zeros + own * ZERO_BYTES;
-  const u8* picks = side + Side<TILES>::picks + own;
-  UNROLL for (int run = 0; run < RUNS; run++) {
-    const int at = 16 * (STEADY ? run_group(run) : min(group_of(tile, run), groups - 1) - group_of(tile, 0));
-    u32 upper = table_upper, lower = table_lower;
-    if constexpr (TABLE == 3) {
-      constexpr int bytes = PAIRED ? PAIRS_BYTES : 2 << BITS;
-      upper += picks[at] * bytes, lower += picks[at + 8] * bytes;
-    }
-    float part[TOKEN_TILES][4] = {};
-    const bool folded_last = FOLDS && row_tile < 2;  // the first tiles do not wait for what is being computed
-    if (FOLDS && !folded_last)
-      UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) part[n][j] = x.folded[n][run][j];
-    u32 upper_unit = both(power_of_two(FLOAT_SHRINK)), lower_unit = upper_unit;
-    if constexpr (SCALED) {
-      upper_unit = scale_pair(scales, at), lower_unit = scale_pair(scales, at + 8);
-      UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) part[n][j] = acc[n][j];
-    }
-    if constexpr (CHOSEN) UNROLL for (int w = run * RUN / 64; w < (run + 1) * RUN / 64; w++) multiply_chosen(words[w], w, x, part);
-    UNROLL for (int step = 0; step < (CHOSEN ? 0 : RUN / 16); step++) {
-      const int s = run * (RUN / 16) + step;
+// What decoding needs beside the words: of the lane's two rows their tables, in shared memory or in registers, or a pair of numbers
+// that multiplies floats.
+struct Decoding {
+  u32 table[2], unit[2];
+  RowTable own[2];
+};
+INLINE void decode(const u32* words, int s, const Decoding& by, u32* a) {
+  if constexpr (PAIRED)
+    decode_pairs(words[s], by.table[0], by.table[1], a);
+  else if constexpr (BY_ROWS)
+    decode_by_rows(words[s], by.own, a);
+  else if constexpr (TABLE)
+    decode_table(words, s, by.table[0], by.table[1], a);
+  else if constexpr (FLOATS)
+    decode_floats(words, s, by.unit[0], by.unit[1], a);
+  else if constexpr (FOLDS)
+    decode_folded(words, s, a);
+  else
+    decode_integers(words, s, a);
+}
+
+// part += codes x for the steps of one run.
+INLINE void multiply_run(const u32* words, int run, const Decoding& by, const Tokens& x, float (*part)[4]) {
+  if constexpr (CHOSEN) {
+    UNROLL for (int w = run * RUN / 64; w < (run + 1) * RUN / 64; w++) multiply_chosen(words[w], w, x, part);
+  } else {
+    UNROLL for (int s = run * (RUN / 16); s < (run + 1) * (RUN / 16); s++) {
       u32 a[4];
-      if constexpr (PAIRED)
-        decode_pairs(words[s], upper, lower, a);
-      else if constexpr (BY_ROWS)
-        decode_by_rows(words[s], tables, a);
-      else if constexpr (TABLE)
-        decode_table(words, s, upper, lower, a);
-      else if constexpr (FLOATS)
-        decode_floats(words, s, upper_unit, lower_unit, a);
-      else if constexpr (FOLDS)
-        decode_folded(words, s, a);
-      else
-        decode_integers(words, s, a);
+      decode(words, s, by, a);
       UNROLL for (int n = 0; n < TOKEN_TILES; n++)
         matrix_multiply(part[n], a, x.fragments[n][2 * s], x.fragments[n][2 * s + 1], part[n]);
     }
+  }
+}
+
+// acc += W x for one tile, all 8 steps: the warp's row tile `row_tile`. `first` is the group that `side` begins with, `groups` how
+// many there are; the tables of rows g and g + 8 lie at `table_upper` and `table_lower`.
+template <int TILES>
+INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int tile, int first, int groups, u32 table_upper,
+                          u32 table_lower, const Tokens& x, float (*acc)[4]) {
+  // What lies beside the tile's first group, for row g; other groups are at places that the compiler knows, if it can.
+  const int own = (group_of(tile, 0) - first) * 16 + ((threadIdx.x & 31) >> 2);
+  const u8 *scales = side + own * SCALE_BYTES, *zeros = side + Side<TILES>::zeros + own * ZERO_BYTES;
+  const u8* picks = side + Side<TILES>::picks + own;
+  Decoding by = {{table_upper, table_lower}, {}, {}};
+  if constexpr (BY_ROWS) by.own[0] = load_row_table(table_upper), by.own[1] = load_row_table(table_lower);
+  UNROLL for (int run = 0; run < RUNS; run++) {
+    const int at = 16 * (STEADY ? run_group(run) : min(group_of(tile, run), groups - 1) - group_of(tile, 0));
+    UNROLL for (int h = 0; h < 2; h++) {
+      constexpr int bytes = PAIRED ? PAIRS_BYTES : 2 << BITS;
+      if constexpr (TABLE == 3) by.table[h] = (h ? table_lower : table_upper) + picks[at + 8 * h] * bytes;
+      by.unit[h] = SCALED ? scale_pair(scales, at + 8 * h) : both(power_of_two(FLOAT_SHRINK));
+    }
     if constexpr (SCALED) {
-      UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) acc[n][j] = part[n][j];
+      multiply_run(words, run, by, x, acc);
       continue;
     }
-    float zero[2] = {0, 0}, scale[2] = {1, 1};
-    if constexpr (ZERO) {
-      zero[0] = read_zero(zeros, at) - CENTRE;
-      zero[1] = read_zero(zeros, at + 8) - CENTRE;
+    float part[TOKEN_TILES][4] = {}, zero[2] = {0, 0}, scale[2] = {1, 1};
+    const bool folded_last = FOLDS && row_tile < 2;  // the first tiles do not wait for what is being computed
+    if (FOLDS && !folded_last)
+      UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) part[n][j] = x.folded[n][run][j];
+    multiply_run(words, run, by, x, part);
+    UNROLL for (int h = 0; h < 2; h++) {
+      if constexpr (ZERO) zero[h] = read_zero(zeros, at + 8 * h) - CENTRE;
+      if constexpr (GROUP != 0) scale[h] = read_scale(scales, at + 8 * h);
     }
-    if constexpr (GROUP != 0) scale[0] = read_scale(scales, at), scale[1] = read_scale(scales, at + 8);
     UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) {
       float sum = part[n][j];
       if (folded_last) sum += x.folded[n][run][j];
