@@ -8,8 +8,10 @@ activations; each as in `gpu_gemm.py`, a CUDA graph over 200 MB of copies of the
     nvfp4   e2m1 floats, groups of 16, e4m3 scales and a factor, against int4 in groups of 32: 0.5625 bytes a weight
     mxfp4   e2m1 floats, groups of 32, e8m0 scales, against int4 in groups of 64: 0.53125 bytes
     table   any 16 numbers, groups of 64, bfloat16 scales, against the same int4
+    rows    the same with a table for each row, which are 32 bytes a row more
+    groups  the same with four tables, one of which each group of a row picks (a byte a group more)
 
-The summary holds, for each of the three, the time over that of its integers: every point's, the geometric mean and the most.
+The summary holds, for each of them, the time over that of its integers: every point's, the geometric mean and the most.
 """
 
 from __future__ import annotations
@@ -31,7 +33,13 @@ from aerogel.kernels.gemm.cuda_dense import dequantize
 from aerogel.kernels.gemm.cuda_tune import random_numbers, random_weight, weight_copies
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
-AGAINST = {"nvfp4": ("int4 g32", 16), "mxfp4": ("int4 g64", 32), "table": ("int4 g64", 64)}
+AGAINST = {
+    "nvfp4": ("int4 g32", 16),
+    "mxfp4": ("int4 g64", 32),
+    "table": ("int4 g64", 64),
+    "rows": ("int4 g64", 64),
+    "groups": ("int4 g64", 64),
+}
 """Name -> the integers of equal bytes, and the group size."""
 TOKENS = (1, 4, 16, 64)
 SHAPES = ("4096x4096", "6144x4096", "28672x4096", "4096x14336", "57344x8192", "8192x28672")

@@ -22,8 +22,7 @@
 // times a power of two, and one product brings them to size. Where a group's scale is a byte, that product is with
 // the scale: 2 or 4 significant bits times at most 4, which is exact, and no sum needs scaling any more (SCALED).
 //
-// Defines used: BITS, FP16, TABLE (0 none, 1 one table, 2 one per row, 3 picked per group), COPIES (0, or a multiple of 4: tables
-// of 16 are looked up in pairs), FLOATS, ZERO, SCALE, GROUP.
+// Defines used: BITS, FP16, TABLE (0 none, 1 one table, 2 one per row, 3 picked per group), FLOATS, ZERO, SCALE, GROUP.
 
 #pragma once
 #include "machine.cuh"
@@ -80,24 +79,25 @@ template <int WIDTH, int WEIGHT> struct Field {
 // Number of the field, in its half word, of register i at step s.
 constexpr int field_number(int width, int s, int i) { return 4 * (s % (4 / width)) + i; }
 
-// Three bits: of half a tile's 16 codes f = 4 (s % 4) + i five lie in each half word, the bits of the last are the bits 15.
+// Three bits: of half a tile's 16 codes f = 4 (s % 4) + i five lie in each half word, the bits of the last are the bits 15. There
+// they are signs: u = 3.5 + the sum of +-2^(j-1) over its bits j, which takes no shift.
 struct Threes {
   static constexpr int least = MANTISSA - 7;
   static constexpr int code(int s, int i) { return 4 * (s % 4) + i; }
   // Where the field of code f comes to lie: as it is, or by one of two shifts that others need too.
   static constexpr int bit(int f) {
     const int q = f % 5;
-    return f == 15 ? least : FP16 ? (q == 2 || q == 4 ? 6 : 3) : (q & 1 || q == 4 ? 3 : 0);
+    return FP16 ? (q == 2 || q == 4 ? 6 : 3) : (q & 1 || q == 4 ? 3 : 0);
   }
   static constexpr u32 power(int f) { return 1u << (MANTISSA - bit(f)); }
   static INLINE u32 moved(u32 word, int right) { return right >= 0 ? word >> right : word << -right; }
   static INLINE u32 raised(const u32* words, int s, int i) {
     const int f = code(s, i), to = bit(f);
     const u32* three = words + 3 * (s / 4);
-    const u32 power = both(power_of_two(MANTISSA - to));
-    if (f < 15) return and_or(moved(three[f / 5], 3 * (f % 5) - to), both(7u << to), power);
-    const u32 low = and_or(three[0] >> (15 - to), both(1u << to), power);
-    return and_or(three[2] >> (13 - to), both(4u << to), and_or(three[1] >> (14 - to), both(2u << to), low));
+    if (f < 15) return and_or(moved(three[f / 5], 3 * (f % 5) - to), both(7u << to), both(power_of_two(MANTISSA - to)));
+    const u32 low = add_pairs(and_xor(three[0], 0x80008000u, both(0x8000u | power_of_two(-1))),
+                              and_xor(three[1], 0x80008000u, both(0x8000u | power_of_two(0))));
+    return add_pairs(and_xor(three[2], 0x80008000u, both(0x8000u | power_of_two(1))), low);
   }
 };
 
@@ -107,8 +107,13 @@ template <int L> INLINE u32 raised_limb(const u32* words, int s, int i) {
   return Field<width, limb_weight(L)>::raised(words[limb_word(L) + s * width / 4], field_number(width, s, i));
 }
 template <int L> constexpr u32 power_of_limb(int s, int i) {
-  if (BITS == 3) return Threes::power(Threes::code(s, i));
   return Field<limb_width(L), limb_weight(L)>::power(field_number(limb_width(L), s, i));
+}
+
+// The bits of what makes a raised code of one limb centred.
+constexpr u32 offset_of(int s, int i) {
+  if (BITS == 3) return Threes::code(s, i) == 15 ? 0x8000u | power_of_two(-1) : minus(Threes::power(Threes::code(s, i)) + CENTRE);
+  return minus(power_of_limb<0>(s, i) + CENTRE);
 }
 
 // ---- Decoders --------------------------------------------------------------------------------------------------------
@@ -116,7 +121,7 @@ template <int L> constexpr u32 power_of_limb(int s, int i) {
 INLINE void decode_integers(const u32* words, int s, u32* a) {
   UNROLL for (int i = 0; i < 4; i++) {
     if constexpr (limb_count() == 1) {
-      a[i] = add_pairs(raised_limb<0>(words, s, i), both(minus(power_of_limb<0>(s, i) + CENTRE)));
+      a[i] = add_pairs(raised_limb<0>(words, s, i), both(offset_of(s, i)));
     } else if constexpr (limb_count() == 2) {
       const u32 high = add_pairs(raised_limb<1>(words, s, i),
                                  both(minus(power_of_limb<1>(s, i) + power_of_limb<0>(s, i) + CENTRE)));
@@ -135,7 +140,7 @@ INLINE void decode_folded(const u32* words, int s, u32* a) {
   UNROLL for (int i = 0; i < 4; i++) a[i] = raised_limb<0>(words, s, i);
 }
 INLINE void folded_offsets(int s, u32* a) {
-  UNROLL for (int i = 0; i < 4; i++) a[i] = both(minus(power_of_limb<0>(s, i) + CENTRE));
+  UNROLL for (int i = 0; i < 4; i++) a[i] = both(offset_of(s, i));
 }
 
 // The A fragment of step s of floats, e2m1 or e4m3: `upper` multiplies row g, `lower` row g + 8, both a pair of 16-bit numbers
@@ -182,35 +187,30 @@ INLINE void decode_table(const u32* words, int s, u32 upper, u32 lower, u32* a) 
   }
 }
 
-// The same with one load for both halves of a register: tables of all 256 pairs, and of each entry COPIES, one for every lane if
-// there is room, since 32 lanes that look up 32 entries would else meet in the banks. `upper` and `lower` are this lane's copies
-// of the first entry.
-constexpr bool PAIRED = COPIES > 0;
-constexpr int PAIRS_BYTES = 256 * COPIES * 4;  // of one table
-INLINE void decode_pairs(u32 word, u32 upper, u32 lower, u32* a) {
-  UNROLL for (int i = 0; i < 4; i++)
-    a[i] = load_shared_u32((i & 1 ? lower : upper) + __byte_perm(word, 0, 0x4440 + i) * (COPIES * 4));
+// The same through one table with one load for both halves of a register: a table of all 256 pairs, and of each entry a copy for
+// every lane, since 32 lanes that look up 32 entries would else meet in the banks. 32 KB; `own` is this lane's copy of the first.
+constexpr bool PAIRED = TABLE == 1 && BITS == 4;
+constexpr int PAIR_BYTES = 256 * 32 * 4;
+INLINE void decode_pairs(u32 word, u32 own, u32* a) {
+  UNROLL for (int i = 0; i < 4; i++) a[i] = load_shared_u32(own + __byte_perm(word, 0, 0x4440 + i) * 128);
 }
-INLINE void fetch_pairs(const u16* table, int tables, u8* room, int thread, int threads) {
-  constexpr int pieces = COPIES / 4 ? COPIES / 4 : 1;  // of 16 bytes
-  for (int i = thread; i < tables * 256 * pieces; i += threads) {
-    const int code = i / pieces;
-    const u16* own = table + code / 256 * 16;
-    const u32 pair = own[code & 15] | (u32)own[code >> 4 & 15] << 16;
+INLINE void fetch_pairs(const u16* table, u8* room, int thread, int threads) {
+  for (int i = thread; i < PAIR_BYTES / 16; i += threads) {
+    const u32 pair = table[i >> 3 & 15] | (u32)table[i >> 7] << 16;
     ((uint4*)room)[i] = make_uint4(pair, pair, pair, pair);
   }
 }
 
 // The same through a table of 16 for each of the lane's two rows, in registers: a byte permutation looks up four codes among eight
 // bytes, so 16 entries take two for their low and two for their high bytes, and the codes' upper bits choose between them.
-constexpr bool BY_ROWS = TABLE == 2 && BITS == 4;
+constexpr bool BY_ROWS = (TABLE == 2 || TABLE == 3) && BITS == 4;
 struct RowTable {
   u32 low[4], high[4];  // bytes of the 16 entries
 };
 INLINE void decode_by_rows(u32 word, const RowTable* tables, u32* a) {
   const u32 below8 = word & 0x77777777u, even = word << 4;
   UNROLL for (int h = 0; h < 2; h++) {  // bytes h and 2 + h of the word are the codes of registers h and 2 + h
-    const u32 codes = __byte_perm(below8, 0, h ? 0x4431 : 0x4420), upper = __byte_perm(even, word, h ? 0xFBD9 : 0xEAC8);
+    const u32 codes = __byte_perm(below8, 0, h ? 0x4431 : 0x4420), upper = signs_of_bytes(even, word, h ? 0xFBD9 : 0xEAC8);
     const RowTable& own = tables[h];
     const u32 low = select_bits(upper, __byte_perm(own.low[2], own.low[3], codes), __byte_perm(own.low[0], own.low[1], codes));
     const u32 high = select_bits(upper, __byte_perm(own.high[2], own.high[3], codes), __byte_perm(own.high[0], own.high[1], codes));
@@ -222,9 +222,10 @@ INLINE RowTable load_row_table(u32 room) {
   load_shared_u32x4(table.low, room), load_shared_u32x4(table.high, room + 16);
   return table;
 }
-template <int ROWS> INLINE void fetch_row_tables(const u16* table, int rows, u8* room, int first_row, int thread, int threads) {
-  for (int i = thread; i < ROWS * 16; i += threads) {
-    const u16 entry = first_row + i / 16 < rows ? table[first_row * 16 + i] : (u16)0;
+// `count` tables from number `first` on, their bytes as above; those from `end` on are zero.
+INLINE void fetch_row_tables(const u16* table, int first, int count, int end, u8* room, int thread, int threads) {
+  for (int i = thread; i < count * 16; i += threads) {
+    const u16 entry = first + i / 16 < end ? table[first * 16 + i] : (u16)0;
     u8* to = room + i / 16 * 32 + i % 16;
     to[0] = (u8)entry, to[16] = (u8)(entry >> 8);
   }

@@ -32,20 +32,18 @@ constexpr int PARTIAL_STRIDE = BLOCK_ROWS + 4;  // of one token: four tokens of 
 constexpr bool CHOSEN = FOLDED && BITS == 1 && TOKEN_TILES == 1, FOLDS = FOLDED && !CHOSEN;
 
 INLINE int table_room(int tables) {
-  return PAIRED ? tables * PAIRS_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
+  return PAIRED ? PAIR_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
 }
 INLINE void fetch_tables_of_block(const u16* table, int tables, u8* room, int first_tile) {
   if constexpr (PAIRED)
-    fetch_pairs(table, tables, room, threadIdx.x, THREADS);
+    fetch_pairs(table, room, threadIdx.x, THREADS);
   else if constexpr (BY_ROWS)
-    fetch_row_tables<BLOCK_ROWS>(table, tables, room, first_tile * 16, threadIdx.x, THREADS);
+    fetch_row_tables(table, TABLE == 2 ? first_tile * 16 : 0, TABLE == 2 ? BLOCK_ROWS : tables, tables, room, threadIdx.x, THREADS);
   else
     fetch_tables<BLOCK_ROWS>(table, tables, (u16*)room, first_tile, threadIdx.x, THREADS);
 }
 // Where a lane finds the table of `row` in row tile `tile` of the block, or the first of those that groups pick from.
-INLINE u32 table_at(u32 room, int tile, int row) {
-  return PAIRED ? room + threadIdx.x % (COPIES ? COPIES : 1) * 4 : table_of(room, tile, row);
-}
+INLINE u32 table_at(u32 room, int tile, int row) { return PAIRED ? room + (threadIdx.x & 31) * 4 : table_of(room, tile, row); }
 
 struct Arguments {
   const u8* codes;   // [row tile][k tile][256 * BITS]
@@ -157,7 +155,7 @@ struct Decoding {
 };
 INLINE void decode(const u32* words, int s, const Decoding& by, u32* a) {
   if constexpr (PAIRED)
-    decode_pairs(words[s], by.table[0], by.table[1], a);
+    decode_pairs(words[s], by.table[0], a);
   else if constexpr (BY_ROWS)
     decode_by_rows(words[s], by.own, a);
   else if constexpr (TABLE)
@@ -194,12 +192,11 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
   const u8 *scales = side + own * SCALE_BYTES, *zeros = side + Side<TILES>::zeros + own * ZERO_BYTES;
   const u8* picks = side + Side<TILES>::picks + own;
   Decoding by = {{table_upper, table_lower}, {}, {}};
-  if constexpr (BY_ROWS) by.own[0] = load_row_table(table_upper), by.own[1] = load_row_table(table_lower);
   UNROLL for (int run = 0; run < RUNS; run++) {
     const int at = 16 * (STEADY ? run_group(run) : min(group_of(tile, run), groups - 1) - group_of(tile, 0));
     UNROLL for (int h = 0; h < 2; h++) {
-      constexpr int bytes = PAIRED ? PAIRS_BYTES : 2 << BITS;
-      if constexpr (TABLE == 3) by.table[h] = (h ? table_lower : table_upper) + picks[at + 8 * h] * bytes;
+      if constexpr (TABLE == 3) by.table[h] = (h ? table_lower : table_upper) + picks[at + 8 * h] * (2 << BITS);
+      if constexpr (BY_ROWS) by.own[h] = load_row_table(by.table[h]);
       by.unit[h] = SCALED ? scale_pair(scales, at + 8 * h) : both(power_of_two(FLOAT_SHRINK));
     }
     if constexpr (SCALED) {

@@ -19,9 +19,6 @@
 #ifndef INT8
 #define INT8 0
 #endif
-#ifndef COPIES  // of an entry of a table of pairs; 0: entries are looked up one by one
-#define COPIES 0
-#endif
 
 enum Number { BF16 = 0, FP16 = 1, FP32 = 2, E5M3 = 3, E8M0 = 4 };  // the last two for scales: kernels/gemm/block_scales.py
 enum Zero { SYMMETRIC = 0, INTEGER = 1, FLOATING = 2 };
@@ -84,10 +81,10 @@ constexpr int SCALE_BYTES = 16 * SCALE_SIZE;  // the scales of 16 rows for one g
 // Beside them lie zero points, or the numbers of the tables.
 constexpr int ZERO_BYTES = TABLE == TABLE_PER_GROUP ? 16 : ZERO == SYMMETRIC ? 0 : ZERO == INTEGER ? 16 : SCALE_BYTES;
 constexpr int ENTRY_BYTES = 2;
-// Tables of 16 numbers as tables of all 256 pairs, of each as many copies as there are lanes or is room for: one look-up gives a
-// register, and few lanes meet in the banks.
-constexpr bool PAIRED = COPIES > 0;
-constexpr int TABLE_SIZE = PAIRED ? 256 * 4 * COPIES : ENTRY_BYTES << BITS;
+// Of one table of 16 numbers all 256 pairs are held, each as often as there are lanes: one look-up gives a register, and lanes
+// do not meet in the banks.
+constexpr bool PAIRED = TABLE == ONE_TABLE && BITS == 4;
+constexpr int TABLE_SIZE = PAIRED ? 256 * 32 * 4 : ENTRY_BYTES << BITS;
 
 // A float's register is the number times 2^-FLOAT_SHRINK; a scale of a byte takes that back but for 2^-SCALED_SHRINK, exactly.
 constexpr bool SCALED_FLOATS = FLOATS && (SCALE == E5M3 || (SCALE == E8M0 && ACTIVATION == BF16));
@@ -207,7 +204,7 @@ FN u32 placed_float(const Codes& codes, int s, int i) {
 
 // The two table entries of register i at step s.
 FN u32 looked_up(const Codes& codes, int s, int i, u32 table) {
-    if constexpr (PAIRED) return *(const u32*)(memory + table + __byte_perm(codes.four[0][s], 0, 0x4440 + i) * (4 * COPIES));
+    if constexpr (PAIRED) return *(const u32*)(memory + table + __byte_perm(codes.four[0][s], 0, 0x4440 + i) * (32 * 4));
     u32 entry[2];
 #pragma unroll
     for (int e = 0; e < 2; e++) {

@@ -90,9 +90,6 @@ struct Consumer {
         } else if (lane < SHARE) barrier_arrive_at(barriers.x_empty(slot), work.split * SHARE + lane);
     }
 
-    // Where the lane's copies of the tables begin.
-    FN u32 own_tables() const { return AT_TABLES + (PAIRED ? lane % (COPIES + !COPIES) * 4 : 0); }
-
     // What does not change along the columns: tables of rows; per channel, zero points too (the scale waits for the end).
     FN void read_rows(Group (&group)[BLOCKS]) const {
 #pragma unroll
@@ -101,9 +98,9 @@ struct Consumer {
 #if INT8
             read_rows_of(group[b], p.row_scale + tile * 16 + row);
 #endif
-            if (!GROUPED) read_group(group[b], p.scale, p.zero + (size_t)tile * ZERO_BYTES, own_tables(), row, false);
+            if (!GROUPED) read_group(group[b], p.scale, p.zero + (size_t)tile * ZERO_BYTES, AT_TABLES, row, false);
 #if !INT8
-            if (TABLE == ONE_TABLE) group[b].table[0] = group[b].table[1] = own_tables();
+            if (TABLE == ONE_TABLE) group[b].table[0] = group[b].table[1] = AT_TABLES + (PAIRED ? 4 * lane : 0);
             if (TABLE == TABLE_PER_ROW) {
                 const int first = AT_TABLES + row_tile(b) * 16 * TABLE_SIZE;
                 const uint4* from = (const uint4*)(p.table + (size_t)tile * 16 * (TABLE_SIZE / 2));
@@ -126,7 +123,7 @@ struct Consumer {
             if (step % HALF == 0) read_codes(codes[b], stage + (tile * W_TILES + k - k0) * TILE_BYTES, step / HALF, lane);
             if (GROUPED && (step == 0 || (SPAN % 128 != 0 && (128 % SPAN != 0 || STEP * step % SPAN == 0)))) {
                 const int at = tile * WINDOW + (k * 128 + STEP * step) / SPAN - k0 * 128 / SPAN;
-                read_group(group[b], stage + AT_SCALES + at * SCALE_BYTES, stage + AT_ZEROS + at * ZERO_BYTES, own_tables(), lane / 4,
+                read_group(group[b], stage + AT_SCALES + at * SCALE_BYTES, stage + AT_ZEROS + at * ZERO_BYTES, AT_TABLES, lane / 4,
                            true);
             }
             decode(a[b][step % BATCH], codes[b], step % HALF, group[b], GROUPED);
@@ -365,10 +362,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
     const Barriers barriers{shared_address(memory + AT_BARRIERS)};
     if (threadIdx.x == 0) barriers.init(work.split);
     if constexpr (PAIRED)
-        for (int i = threadIdx.x; i < TABLES * TABLE_SIZE / 16; i += CONSUMERS + 128) {
-            const int code = i * 16 / (TABLE_SIZE / 256);
-            const u16* own = p.table + code / 256 * 16;
-            const u32 pair = own[code % 16] | (u32)own[code / 16 % 16] << 16;
+        for (int i = threadIdx.x; i < TABLE_SIZE / 16; i += CONSUMERS + 128) {
+            const u32 pair = p.table[i / 8 % 16] | (u32)p.table[i / 128] << 16;
             ((uint4*)(memory + AT_TABLES))[i] = make_uint4(pair, pair, pair, pair);
         }
     else if constexpr (TABLE == ONE_TABLE || TABLE == TABLE_PER_GROUP)

@@ -27,8 +27,7 @@ TOKENS = 16
 MOST_TOKENS = 96
 """Above this, decoding the whole weight and multiplying densely is faster than passing over it every 16 tokens."""
 MOST_TABLE_BYTES = 48 << 10
-PAIR_COPIES = 32
-"""Of all pairs of a table of 16 numbers: one for each lane; half as many for twice as many tables, but no fewer than four."""
+PAIR_BYTES = 32 << 10
 SHARED_LIMIT = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10, 12: 99 << 10}
 """Shared memory of a block in bytes, by the major compute capability; the least of the generation's devices."""
 HALF_SHARED = 112 << 10
@@ -137,7 +136,6 @@ def decoder_defines(weight: TileWeight, dtype: torch.dtype) -> dict[str, int]:
         "SCALE": SCALE_NUMBER[weight.scale.dtype],
         "ZERO": zero,
         "TABLE": table_kind(weight),
-        "COPIES": pair_copies(weight),
         "FLOATS": int(weight.floats),
         "GROUP": weight.group_size,
     }
@@ -158,21 +156,9 @@ def table_bytes(weight: TileWeight, row_tiles: int) -> int:
     return (row_tiles * 16 if kind == 2 else weight.table.shape[0]) * (2 << weight.bits)
 
 
-def pair_copies(weight: TileWeight) -> int:
-    """Copies of every pair of entries that kernels of matrix products keep of a table of 16 numbers; 0 where they look up
-    entries one by one: other tables, one per row, more than eight."""
-    if weight.table is None or weight.bits != 4 or table_kind(weight) == 2:
-        return 0
-    copies = PAIR_COPIES >> (weight.table.shape[0] - 1).bit_length()
-    return copies if copies >= 4 else 0
-
-
 def table_room(weight: TileWeight, row_tiles: int) -> int:
-    """The same as `table_bytes` for kernels of matrix products."""
-    copies = pair_copies(weight)
-    if weight.table is not None and copies:
-        return weight.table.shape[0] * copies * 256 * 4
-    return table_bytes(weight, row_tiles)
+    """The same as kernels of matrix products keep them: of one table of 16 numbers all pairs, with a copy for each lane."""
+    return PAIR_BYTES if table_kind(weight) == 1 and weight.bits == 4 else table_bytes(weight, row_tiles)
 
 
 def side_bytes(weight: TileWeight, columns: int) -> int:

@@ -2,8 +2,9 @@
 
 Entries are keyed by what decides the time: bits, kind of decoder, group size, N, K and the number of tokens. Tables are
 looked for in two places: beside this module (`cuda_NAME.json`, measured by us) and in the cache folder (measured on this
-machine by `tune`, with the device's name and the versions it was measured with; it wins). A decoder that was not measured takes
-what was measured for integers of its width and shape; a weight that no table knows gets `default_config`.
+machine by `tune`, with the device's name and the versions it was measured with; it wins). A weight that was not measured takes
+what was measured for its shape with groups of 128, of its decoder or else of integers; one that no table knows gets
+`default_config`.
 """
 
 from __future__ import annotations
@@ -95,8 +96,10 @@ def config_for(weight: TileWeight, M: int) -> Config:
     facts = torch.cuda.get_device_properties(weight.codes.device)
     capability = (facts.major, facts.minor)
     known = table(facts.name)
-    plain = f"{weight.bits}/g128/{weight.N}x{weight.K}/m{token_class(M)}"  # the next best: what reads nearly as many bytes
-    entry = known.get(key_of(weight, M), known.get(plain))
+    own, place = key_of(weight, M), f"g128/{weight.N}x{weight.K}/m{token_class(M)}"
+    # Best first; the last reads nearly as many bytes.
+    alike = (own, f"{own.partition('/')[0]}/{place}", f"{weight.bits}/{place}")
+    entry = next((known[key] for key in alike if key in known), None)
     if entry is not None:
         measured = Config(**entry["config"])
         for stages in range(measured.stages, 1, -1):

@@ -22,7 +22,7 @@ import torch
 from aerogel.errors import RunFailed
 from aerogel.kernels.cuda.tensor_map import LARGEST_BOX
 from aerogel.kernels.gemm.cuda import Runner
-from aerogel.kernels.gemm.cuda_few import SCALE_NUMBER, pair_copies, table_kind, table_room
+from aerogel.kernels.gemm.cuda_few import SCALE_NUMBER, table_kind, table_room
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 
 SOURCE = "wgmma.cu"
@@ -99,7 +99,6 @@ def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str,
         "SCALE": SCALE_NUMBER[weight.scale.dtype],
         "ZERO": zero,
         "TABLE": table_kind(weight),
-        "COPIES": pair_copies(weight),
         "FLOATS": int(weight.floats),
         "TABLES": weight.table.shape[0] if weight.table is not None and table_kind(weight) != 2 else 1,
         "TOKENS": config.tokens,

@@ -24,6 +24,7 @@ from aerogel.kernels.gemm.cuda_few import Config, default_config, defines, fits,
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
 from aerogel.kernels.problem import Problem
 from aerogel.pack import tiles
+from aerogel.pack.tile_orders import PAIRS, pack_in_order
 from aerogel.quantize.formats.bitmod import Bitmod
 from aerogel.quantize.formats.mx import Mx
 from aerogel.quantize.formats.nf4 import Nf4
@@ -101,7 +102,7 @@ def test_decoding_is_exact_for_every_code_and_place(bits: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize(("dtype", "mantissa"), [(torch.bfloat16, 7), (torch.float16, 10)], ids=str)
 def test_three_bits_are_raised_whole(dtype: torch.dtype, mantissa: int) -> None:
-    """`Threes` of decode.cuh on real words: the number is a power of two and the code, exactly."""
+    """`Threes` of decode.cuh on real words: a number is a power of two and the code, the last one the code less 3.5; exactly."""
     codes = torch.randint(0, 8, (16, 128), dtype=torch.uint8)
     packed = tiles.pack_tiles(codes, 3).flatten()
     first, last = packed[:512].view(torch.int32).reshape(8, 4, 4), packed[512:].view(torch.int32).reshape(8, 4, 2)
@@ -115,16 +116,22 @@ def test_three_bits_are_raised_whole(dtype: torch.dtype, mantissa: int) -> None:
         for i in range(4):
             f, three = 4 * (s % 4) + i, words[..., 3 * (s // 4) : 3 * (s // 4) + 3]
             bit = (3, 3, 6, 3, 6)[f % 5] if half_precision else (0, 3, 0, 3, 3)[f % 5]
-            bit = mantissa - 7 if f == 15 else bit
             assert bit + 3 <= mantissa and mantissa - bit <= 7
-            both = torch.full((8, 4), 0x10001 * ((mantissa - bit + bias) << mantissa))
-            if f < 15:
-                both |= moved(three[..., f // 5], 3 * (f % 5) - bit) & 0x10001 * (7 << bit)
-            else:
-                for b in range(3):
-                    both |= three[..., b] >> (15 - b - bit) & 0x10001 << (b + bit)
+
+            def numbers(both: torch.Tensor, half: int) -> torch.Tensor:
+                return (both >> 16 * half & 0xFFFF).short().view(dtype)
+
             for half in range(2):
-                found = (both >> 16 * half & 0xFFFF).short().view(dtype).float() - (1 << (mantissa - bit))
+                if f < 15:
+                    both = torch.full((8, 4), 0x10001 * ((mantissa - bit + bias) << mantissa))
+                    both |= moved(three[..., f // 5], 3 * (f % 5) - bit) & 0x10001 * (7 << bit)
+                    found = numbers(both, half).float() - (1 << (mantissa - bit))
+                else:
+                    signed = [
+                        numbers(three[..., b] & 0x80008000 ^ 0x10001 * (0x8000 | (b - 1 + bias) << mantissa), half)
+                        for b in range(3)
+                    ]
+                    found = (signed[2] + (signed[0] + signed[1])).float() + 3.5
                 row, column = torch.arange(8)[:, None] + 8 * (i % 2), 16 * s + 8 * (i // 2) + 2 * torch.arange(4) + half
                 assert torch.equal(found, codes[row, column].float())
 
@@ -152,6 +159,39 @@ def test_single_bits_are_the_places_of_a_sparse_factor() -> None:
                     b[8 * r + 2 * t] = pieces_KQ[w, r % 2, t, 2 * selector + r // 2, e]
                 found += a @ b
     assert torch.allclose(found, (codes.double() - 1) @ x_KM, rtol=0, atol=1e-12)
+
+
+def permuted(low: int, high: int, selector: int) -> int:
+    """The byte permutation of two words: each nibble of the selector takes a byte, or with its upper bit the byte's sign."""
+    data, found = high << 32 | low, 0
+    for place in range(4):
+        nibble = selector >> 4 * place & 15
+        byte = data >> 8 * (nibble & 7) & 0xFF
+        found |= (255 * (byte >> 7) if nibble & 8 else byte) << 8 * place
+    return found
+
+
+def test_a_table_of_each_row_is_looked_up_by_byte_permutations() -> None:
+    """`decode_by_rows` of decode.cuh on a packed word: every register holds its row's entries for its two codes."""
+    codes = torch.randint(0, 16, (16, 128), dtype=torch.uint8)
+    table = torch.randint(0, 1 << 16, (16, 16))
+    words = pack_in_order(codes, 4, PAIRS).flatten().view(torch.int32).reshape(2, 8, 4, 4).permute(1, 2, 0, 3).reshape(8, 4, 8)
+    for g, t, s in itertools.product(range(8), range(4), range(8)):
+        word = int(words[g, t, s]) & 0xFFFFFFFF
+        below8, even = word & 0x77777777, word << 4 & 0xFFFFFFFF
+        for h in range(2):
+            entries = [int(entry) for entry in table[g + 8 * h]]
+            quads = [
+                [sum((e >> 8 * byte & 0xFF) << 8 * i for i, e in enumerate(entries[q : q + 4])) for q in (0, 4, 8, 12)]
+                for byte in range(2)
+            ]
+            taken, upper = permuted(below8, 0, (0x4420, 0x4431)[h]), permuted(even, word, (0xEAC8, 0xFBD9)[h])
+            low, high = (upper & permuted(q[2], q[3], taken) | ~upper & permuted(q[0], q[1], taken) for q in quads)
+            for i1, selector in enumerate((0x5140, 0x7362)):
+                pair = permuted(low & 0xFFFFFFFF, high & 0xFFFFFFFF, selector)
+                column = 16 * s + 8 * i1 + 2 * t
+                wanted = [entries[int(codes[g + 8 * h, column + e])] for e in range(2)]
+                assert [pair & 0xFFFF, pair >> 16] == wanted
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
@@ -425,8 +465,11 @@ def test_the_shipped_table_holds_configurations_that_fit() -> None:
         for key, entry in entries.items():
             found = re.fullmatch(r"(\d)([tzf]?)/g(\d+)/(\d+)x(\d+)/m(\d+)", key)
             assert found is not None, key
-            bits, _, size, N, K, M = (int(part) if part.isdigit() else part for part in found.groups())
-            held = weight(N, K, bits, size)
+            bits, size, N, K, M = (int(part) for part in found.group(1, 3, 4, 5, 6))
+            held = weight(N, K, bits, size, zero=found[2] == "z")
+            if found[2] == "t":
+                held = replace(held, table=torch.empty(1, 1 << bits, device="meta"))
+            held = replace(held, floats=found[2] == "f")
             assert cuda_table.key_of(held, M) == key
             assert fits(held, Config(**entry["config"]), M, (9, 0), 132), key
 
