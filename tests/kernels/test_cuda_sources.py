@@ -102,7 +102,7 @@ def test_decoding_is_exact_for_every_code_and_place(bits: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize(("dtype", "mantissa"), [(torch.bfloat16, 7), (torch.float16, 10)], ids=str)
 def test_three_bits_are_raised_whole(dtype: torch.dtype, mantissa: int) -> None:
-    """`Threes` of decode.cuh on real words: a number is a power of two and the code, the last one the code less 3.5; exactly."""
+    """`Threes` of decode.cuh on real words: exactly a power of two and the code, and for the last the code less 3.5."""
     codes = torch.randint(0, 8, (16, 128), dtype=torch.uint8)
     packed = tiles.pack_tiles(codes, 3).flatten()
     first, last = packed[:512].view(torch.int32).reshape(8, 4, 4), packed[512:].view(torch.int32).reshape(8, 4, 2)
