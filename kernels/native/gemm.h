@@ -41,6 +41,11 @@ template <class P>
 constexpr bool tuned_for(int bits, Form form) {
     return tuned(bits) && (form == kIntegers || (P::kOperands == 2 ? form == kOneTable || bits > 2 : bits == 8));
 }
+// Loops for few rows whose segments are half tiles: groups of 16, 48, 72. Fewer sizes, for widths that have such groups.
+template <class P>
+constexpr bool halves_for(int bits, Form form) {
+    return P::kOperands == 2 && tuned_for<P>(bits, form) && (bits == 3 || bits == 4);
+}
 constexpr bool paired(int bits) { return tuned(bits) && bits <= 4; }
 constexpr int strips_for(int rows) {
     return kNative == 16 ? (rows <= 2 ? 4 : rows <= 8 ? 2 : 1) : kNative == 8 && rows == 1 ? 2 : 1;
@@ -69,7 +74,7 @@ inline void finish(const Plan& plan, int64_t strip, int64_t block, const float* 
     }
 }
 
-template <class P, int BITS, Form FORM, int M>
+template <class P, int BITS, Form FORM, int M, bool HALF = false>
 void few(const Plan& plan) {
     constexpr int R = P::kOnlyOneRow ? 1 : strips_for(M);
     const int64_t units = ceil_div(plan.strips, R);
@@ -83,7 +88,7 @@ void few(const Plan& plan) {
             float* to[R];
             for (int r = 0; r < R; ++r) to[r] = total[r];
             for (int64_t block = 0; block < plan.blocks; ++block) {
-                strips<P, BITS, FORM, R, M>(plan, unit * R, block, to);
+                strips<P, BITS, FORM, R, M, HALF>(plan, unit * R, block, to);
                 for (int r = 0; r < R && unit * R + r < plan.strips; ++r) finish(plan, unit * R + r, block, total[r], kStrip);
             }
         }
@@ -164,6 +169,12 @@ Status multiply_form(Plan& plan) {
     } else if (!plan.few) {
         if (plan.block_rows == 1) return many<P, BITS, FORM, kThinStrips, 1>(plan);
         return many<P, BITS, FORM, kPanelStrips, kPanelRows>(plan);
+    } else if (plan.segment_tiles == 0) {
+        if constexpr (halves_for<P>(BITS, FORM)) {
+            if (plan.block_rows == 1) few<P, BITS, FORM, 1, true>(plan);
+            if (plan.block_rows == 4) few<P, BITS, FORM, 4, true>(plan);
+            if (plan.block_rows == 16) few<P, BITS, FORM, 16, true>(plan);
+        }
     } else if constexpr (tuned_for<P>(BITS, FORM)) {  // more rows than a policy has loops for never come here
         if (plan.block_rows == 1) few<P, BITS, FORM, 1>(plan);
         if (plan.block_rows == 2) few<P, BITS, FORM, 2>(plan);
@@ -196,10 +207,12 @@ void choose_blocks(Plan& plan) {
     constexpr bool kMoves[] = {P::template moves<1>(), P::template moves<8>()};
     const int64_t rows = plan.call->tokens * plan.terms;
     plan.form = P::form(!plan.weight->table ? kIntegers : plan.weight->pick ? kTables : kOneTable);
-    plan.few = !P::kTiles && rows <= most_rows<P>() && tuned_for<P>(plan.weight->bits, plan.form) && plan.segment_tiles > 0;
+    const int bits = plan.weight->bits;
+    const bool halves = plan.segment_tiles == 0, looped = halves ? halves_for<P>(bits, plan.form) : tuned_for<P>(bits, plan.form);
+    plan.few = !P::kTiles && rows <= most_rows<P>() && looped;
     plan.block_rows = P::kTiles ? kTileRows : rows == 1 ? 1 : kPanelRows;
     if (plan.few) {
-        for (plan.block_rows = 1; plan.block_rows < rows;) plan.block_rows *= 2;
+        for (plan.block_rows = 1; plan.block_rows < rows;) plan.block_rows *= halves ? 4 : 2;
     }
     plan.moved = !plan.few && kMoves[plan.weight->bits == 8];
     // A block holds whole tokens.

@@ -50,8 +50,8 @@ INLINE F16 joined(const typename P::Accumulator& sum, const F16& total, const Fa
     return multiply_add(value, f.scale, total);
 }
 
-// A tile of R strips against M rows. CHAINS sums take turns.
-template <class P, int BITS, Form FORM, int R, int M, int CHAINS>
+// COUNT steps from step FIRST on of a tile of R strips against M rows. CHAINS sums take turns.
+template <class P, int BITS, Form FORM, int R, int M, int CHAINS, int FIRST, int COUNT>
 INLINE void accumulate(const typename P::Decoder& decoder, const uint8_t* const (&codes)[R], const U16 (&picks)[R], int64_t at, const uint8_t* x,
                        typename P::Accumulator (&total)[R][M][CHAINS]) {
     constexpr int kRow = 8 * P::kOperands * P::kWordBytes;
@@ -61,8 +61,8 @@ INLINE void accumulate(const typename P::Decoder& decoder, const uint8_t* const 
         unroll<R * M * CHAINS>([&](auto i) ALWAYS { (&pairs[0][0][0])[i] = P::none(); });
     }
     auto& sum = kRange == kNibbles ? pairs : total;
-    unroll<8>([&](auto step) ALWAYS {
-        constexpr int kStep = step;
+    unroll<COUNT>([&](auto step) ALWAYS {
+        constexpr int kStep = FIRST + step;
         unroll<R>([&](auto r) ALWAYS {
             typename P::Operand w[P::kOperands];
             P::template weights<BITS, FORM, kStep>(decoder, codes[r] + at, picks[r], w);
@@ -84,11 +84,12 @@ INLINE void accumulate(const typename P::Decoder& decoder, const uint8_t* const 
 // How far ahead of use codes are asked for, where their bytes and not the arithmetic are the bound.
 constexpr int64_t kAhead = 1536;
 
-// Totals [row][16] of strips first .. first + R - 1 for one block of M rows. Strips beyond the last repeat it.
-template <class P, int BITS, Form FORM, int R, int M>
+// Totals [row][16] of strips first .. first + R - 1 for one block of M rows. Strips beyond the last repeat it. HALF: segments are
+// half tiles.
+template <class P, int BITS, Form FORM, int R, int M, bool HALF>
 void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R]) {
     // More sums than these would not stay in registers.
-    constexpr int kChains = P::kOnlyOneRow || R * M * kParts >= 8 || P::template range<BITS>() == kNibbles ? 1 : 2;
+    constexpr int kChains = HALF || P::kOnlyOneRow || R * M * kParts >= 8 || P::template range<BITS>() == kNibbles ? 1 : 2;
     constexpr float kBias = static_cast<float>(P::template bias<BITS, FORM>());
     const typename P::Decoder decoder = P::template decoder<BITS, FORM>(plan.decoder);
     const bool offset = kBias != 0.0f || plan.weight->zero != nullptr;
@@ -100,36 +101,42 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R
     }
     F16 total[R][M];
     unroll<R>([&](auto r) ALWAYS { unroll<M>([&](auto m) ALWAYS { total[r][m] = zero_f(); }); });
-    // Counted rather than divided: a division costs as much as a tile.
-    for (int64_t segment = 0, group = 0, left = plan.segments_per_group; segment < plan.segments; ++segment, --left) {
-        if (left == 0) ++group, left = plan.segments_per_group;
-        const int64_t tile = segment * plan.segment_tiles, end = tile + plan.segment_tiles;
-        const int64_t stop = end < plan.tiles ? end : plan.tiles;
-        typename P::Accumulator sum[R][M][kChains];
-        U16 picks[R];
-        unroll<R>([&](auto r) ALWAYS {
-            picks[r] = picks_of<P, BITS, FORM>(plan, strip[r], group);
-            unroll<M>([&](auto m) ALWAYS { unroll<kChains>([&](auto c) ALWAYS { sum[r][m][c] = P::none(); }); });
-        });
-        for (int64_t t = tile; t < stop; ++t) {
-            if constexpr (M <= 2) {
-                // Behind the end of a strip lies one of these; what is read next lies behind the last of them.
-                const int64_t ahead = t * tile_bytes<BITS>() + kAhead;
-                const int64_t next = ahead < plan.strip_bytes ? ahead : ahead + (R - 1) * plan.strip_bytes;
-                unroll<R>([&](auto r) ALWAYS {
-                    unroll<BITS>([&](auto line) ALWAYS { __builtin_prefetch(codes[r] + next + line * kVector); });
-                });
+    // Counted rather than divided: a division costs as much as a tile. Half a tile beyond the last group has zeros to multiply.
+    int64_t group = 0, left = plan.segments_per_group;
+    for (int64_t first_segment = 0; first_segment < plan.segments; first_segment += HALF ? 2 : 1) {
+        unroll<HALF ? 2 : 1>([&](auto half) ALWAYS {
+            const int64_t segment = first_segment + half;
+            if (left == 0 && group + 1 < plan.columns.groups) ++group, left = plan.segments_per_group;
+            --left;
+            const int64_t tile = HALF ? segment / 2 : segment * plan.segment_tiles, end = HALF ? tile + 1 : tile + plan.segment_tiles;
+            const int64_t stop = end < plan.tiles ? end : plan.tiles;
+            typename P::Accumulator sum[R][M][kChains];
+            U16 picks[R];
+            unroll<R>([&](auto r) ALWAYS {
+                picks[r] = picks_of<P, BITS, FORM>(plan, strip[r], group);
+                unroll<M>([&](auto m) ALWAYS { unroll<kChains>([&](auto c) ALWAYS { sum[r][m][c] = P::none(); }); });
+            });
+            for (int64_t t = tile; t < stop; ++t) {
+                if constexpr (M <= 2 && half == 0) {
+                    // Behind the end of a strip lies one of these; what is read next lies behind the last of them.
+                    const int64_t ahead = t * tile_bytes<BITS>() + kAhead;
+                    const int64_t next = ahead < plan.strip_bytes ? ahead : ahead + (R - 1) * plan.strip_bytes;
+                    unroll<R>([&](auto r) ALWAYS {
+                        unroll<BITS>([&](auto line) ALWAYS { __builtin_prefetch(codes[r] + next + line * kVector); });
+                    });
+                }
+                accumulate<P, BITS, FORM, R, M, kChains, HALF ? 4 * half : 0, HALF ? 4 : 8>(
+                    decoder, codes, picks, t * tile_bytes<BITS>(), plan.x_at(block, t), sum);
             }
-            accumulate<P, BITS, FORM, R, M, kChains>(decoder, codes, picks, t * tile_bytes<BITS>(), plan.x_at(block, t), sum);
-        }
-        const int64_t factor = plan.factor(block, segment);
-        unroll<R>([&](auto r) ALWAYS {
-            const Factors f = factors_of(plan, strip[r], group, kBias);
-            unroll<M>([&](auto m) ALWAYS {
-                typename P::Accumulator all = sum[r][m][0];
-                if constexpr (kChains == 2) all = all + sum[r][m][1];
-                const float scale = P::kOperands == 1 ? plan.x_scale[factor + m] : 1.0f;
-                total[r][m] = joined<P>(all, total[r][m], f, offset, plan.x_sum[factor + m], scale);
+            const int64_t factor = plan.factor(block, segment);
+            unroll<R>([&](auto r) ALWAYS {
+                const Factors f = factors_of(plan, strip[r], group, kBias);
+                unroll<M>([&](auto m) ALWAYS {
+                    typename P::Accumulator all = sum[r][m][0];
+                    if constexpr (kChains == 2) all = all + sum[r][m][1];
+                    const float scale = P::kOperands == 1 ? plan.x_scale[factor + m] : 1.0f;
+                    total[r][m] = joined<P>(all, total[r][m], f, offset, plan.x_sum[factor + m], scale);
+                });
             });
         });
     }

@@ -23,7 +23,7 @@ struct Plan {
     Columns columns;
     int64_t strips, tiles, segments, strip_bytes;
     int64_t segment_tiles;       // whole tiles of a segment; 0: segments are half tiles
-    int64_t segments_per_group;  // with whole tiles
+    int64_t segments_per_group;
     int64_t terms, tokens_per_block, blocks;
     int block_rows;
     Form form;       // what the loops take the codes for
@@ -65,7 +65,7 @@ inline Plan make_plan(const Weight& weight, const Call& call) {
     plan.segments = plan.segment_tiles ? ceil_div(plan.tiles, plan.segment_tiles) : 2 * plan.tiles;
     plan.segments_per_group = plan.columns.groups == 1 ? plan.segments
                               : plan.segment_tiles     ? plan.columns.group / kTile / plan.segment_tiles
-                                                       : 0;
+                                                       : plan.columns.group / 16;
     plan.terms = !P::kTerms || call.x_type == kBfloat16 ? 1 : call.x_type == kFloat16 ? 2 : 3;
     plan.row_bytes = 8 * P::kOperands * P::kWordBytes;
     return plan;
