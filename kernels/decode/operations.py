@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.embedding import PackedEmbedding, wanted
-from aerogel.kernels.gemm import cpu_lookup, cpu_tables
+from aerogel.kernels.gemm import cpu_lookup, cpu_own, cpu_tables
 from aerogel.kernels.gemm.cpu import Native, structs
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 
-KINDS = {"gemm": 0, "attend": 1, "norm": 2, "gate": 3, "lookup": 4, "rows": 5, "prompt": 6}
+KINDS = {"gemm": 0, "attend": 1, "norm": 2, "gate": 3, "lookup": 4, "rows": 5, "prompt": 6, "own": 7}
 
 
 class _Operation(ctypes.Structure):
@@ -73,12 +73,17 @@ class Operations:
         problem, kernel = module._problem, module._kernel
         if problem is None or not module.kernel_is_all or module.column_order is not None:
             return False
-        known = issubclass(kernel, (Native, cpu_lookup.NativeLookup, cpu_tables.NativeTables))
+        known = issubclass(kernel, (Native, cpu_lookup.NativeLookup, cpu_own.NativeOwn, cpu_tables.NativeTables))
         if not known or x.dtype is not problem.dtype or not x.is_contiguous():
             return False
         layout, rows, group = module.held(), x.view(-1, problem.K), problem.grid.group_size or 0
         if issubclass(kernel, cpu_lookup.NativeLookup):
             return self._lookup(rows, layout, module.bias, y, group)
+        if issubclass(kernel, cpu_own.NativeOwn):
+            own = cpu_own.struct_of(layout, problem.N, problem.K, group)
+            library.check(library.library().aerogel_native_own_check(ctypes.byref(own)), "a weight of tables for each row")
+            self.add("own", own, cpu_lookup.call_of(rows, module.bias, y, "exact"), layout, module.bias, rows, y)
+            return True
         if issubclass(kernel, Native):
             tensors = layout["codes"], layout["scale"], layout.get("zero"), module.bias
             numerics = library.NUMERICS[kernel.numerics]

@@ -70,7 +70,7 @@ thread_local volatile uint64_t kept_sum;  // what a reader found: without a use 
 
 }  // namespace
 
-int32_t aerogel_native_version() { return 9; }
+int32_t aerogel_native_version() { return 10; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });
@@ -174,6 +174,9 @@ int32_t aerogel_native_program(const Operation* operations, int64_t count, int64
             case kAttend: status = aerogel_native_attend(static_cast<const Attend*>(each.arguments)); break;
             case kLookup:
                 status = aerogel_native_lookup(static_cast<const Lookup*>(each.arguments), static_cast<const Call*>(each.more));
+                break;
+            case kOwn:
+                status = aerogel_native_own(static_cast<const OwnTables*>(each.arguments), static_cast<const Call*>(each.more));
                 break;
             case kRows:
                 status = aerogel_native_rows(static_cast<const Weight*>(each.arguments), static_cast<const Rows*>(each.more));

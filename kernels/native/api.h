@@ -2,6 +2,7 @@
 #pragma once
 #include "layout.h"
 #include "lookup.h"
+#include "own.h"
 #include "step_structs.h"
 
 #define PUBLIC __attribute__((visibility("default")))
@@ -33,6 +34,10 @@ PUBLIC int32_t aerogel_native_lookup(const aerogel::Lookup* weight, const aeroge
 PUBLIC int32_t aerogel_native_lookup_check(const aerogel::Lookup* weight);
 PUBLIC int32_t aerogel_native_lookup_decode(const aerogel::Lookup* weight, int64_t first, int64_t count, int32_t threads,
                                             void* to, int64_t bytes);
+
+// The same for weights whose rows have tables of their own, see own.h: activations in bfloat16, on paths that multiply it.
+PUBLIC int32_t aerogel_native_own(const aerogel::OwnTables* weight, const aerogel::Call* call);
+PUBLIC int32_t aerogel_native_own_check(const aerogel::OwnTables* weight);
 
 // Rows of a weight, decoded: an embedding. Returns a Status, kNoSuchRow for an id that is no row.
 PUBLIC int32_t aerogel_native_rows(const aerogel::Weight* weight, const aerogel::Rows* wanted);

@@ -36,15 +36,18 @@ constexpr bool tuned(int bits) { return kMostRows > 0 && bits == 3; }  // one wi
 #else
 constexpr bool tuned(int bits) { return kMostRows > 0 && (bits == 2 || bits == 3 || bits == 4 || bits == 8); }
 #endif
-// Where an arithmetic is not made for tables, only the loops for those of bytes are; and few bits are never picked among tables.
+// Which sizes of the loop for few rows are compiled for a form of codes: all, some, or none. Arithmetic that is not made for
+// tables has it for those of bytes alone; two bits are never picked among tables. Where arithmetic is, floats of 5 and 6 bits
+// and widths that have groups of half tiles (16, 48, 72) get some.
+enum Sizes { kNoSizes, kSomeSizes, kAllSizes };
 template <class P>
-constexpr bool tuned_for(int bits, Form form) {
-    return tuned(bits) && (form == kIntegers || (P::kOperands == 2 ? form == kOneTable || bits > 2 : bits == 8));
-}
-// Loops for few rows whose segments are half tiles: groups of 16, 48, 72. Fewer sizes, for widths that have such groups.
-template <class P>
-constexpr bool halves_for(int bits, Form form) {
-    return P::kOperands == 2 && tuned_for<P>(bits, form) && (bits == 3 || bits == 4);
+constexpr Sizes sizes_for(int bits, Form form, bool halves) {
+    const bool made_for_tables = P::kOperands == 2;
+    if (halves) return tuned(bits) && made_for_tables && (bits == 3 || bits == 4) ? kSomeSizes : kNoSizes;
+    if (form != kIntegers && !made_for_tables) return tuned(bits) && bits == 8 ? kAllSizes : kNoSizes;
+    if (form == kTables && bits == 2) return kNoSizes;
+    if (form == kOneTable && tuned(4) && (bits == 5 || bits == 6)) return kSomeSizes;
+    return tuned(bits) ? kAllSizes : kNoSizes;
 }
 constexpr bool paired(int bits) { return tuned(bits) && bits <= 4; }
 constexpr int strips_for(int rows) {
@@ -74,7 +77,7 @@ inline void finish(const Plan& plan, int64_t strip, int64_t block, const float* 
     }
 }
 
-template <class P, int BITS, Form FORM, int M, bool HALF = false>
+template <class P, int BITS, Form FORM, int M, bool HALF>
 void few(const Plan& plan) {
     constexpr int R = P::kOnlyOneRow ? 1 : strips_for(M);
     const int64_t units = ceil_div(plan.strips, R);
@@ -159,30 +162,39 @@ Status many(const Plan& plan) {
     return kDone;
 }
 
+// More rows than there are loops for never come here.
+template <class P, int BITS, Form FORM, bool HALF>
+void multiply_few(const Plan& plan) {
+    constexpr Sizes kSizes = sizes_for<P>(BITS, FORM, HALF);
+    if constexpr (kSizes != kNoSizes) {
+        if (plan.block_rows == 1) few<P, BITS, FORM, 1, HALF>(plan);
+        if (plan.block_rows == 4) few<P, BITS, FORM, 4, HALF>(plan);
+        if constexpr (most_rows<P>() == 16) {
+            if (plan.block_rows == 16) few<P, BITS, FORM, 16, HALF>(plan);
+        }
+    }
+    if constexpr (kSizes == kAllSizes) {
+        if (plan.block_rows == 2) few<P, BITS, FORM, 2, HALF>(plan);
+        if constexpr (most_rows<P>() == 16) {
+            if (plan.block_rows == 8) few<P, BITS, FORM, 8, HALF>(plan);
+        }
+    }
+}
+
 template <class P, int BITS, Form FORM>
 Status multiply_form(Plan& plan) {
     P::template write_decoder<BITS, FORM>(*plan.weight, plan.decoder);
     if constexpr (P::kTiles) {
         return many<P, BITS, FORM, 4, kTileRows>(plan);
     } else if constexpr (P::kOnlyOneRow) {
-        if constexpr (paired(BITS)) few<P, BITS, FORM, 1>(plan);
+        if constexpr (paired(BITS)) few<P, BITS, FORM, 1, false>(plan);
     } else if (!plan.few) {
         if (plan.block_rows == 1) return many<P, BITS, FORM, kThinStrips, 1>(plan);
         return many<P, BITS, FORM, kPanelStrips, kPanelRows>(plan);
     } else if (plan.segment_tiles == 0) {
-        if constexpr (halves_for<P>(BITS, FORM)) {
-            if (plan.block_rows == 1) few<P, BITS, FORM, 1, true>(plan);
-            if (plan.block_rows == 4) few<P, BITS, FORM, 4, true>(plan);
-            if (plan.block_rows == 16) few<P, BITS, FORM, 16, true>(plan);
-        }
-    } else if constexpr (tuned_for<P>(BITS, FORM)) {  // more rows than a policy has loops for never come here
-        if (plan.block_rows == 1) few<P, BITS, FORM, 1>(plan);
-        if (plan.block_rows == 2) few<P, BITS, FORM, 2>(plan);
-        if (plan.block_rows == 4) few<P, BITS, FORM, 4>(plan);
-        if constexpr (most_rows<P>() == 16) {
-            if (plan.block_rows == 8) few<P, BITS, FORM, 8>(plan);
-            if (plan.block_rows == 16) few<P, BITS, FORM, 16>(plan);
-        }
+        multiply_few<P, BITS, FORM, true>(plan);
+    } else {
+        multiply_few<P, BITS, FORM, false>(plan);
     }
     return kDone;
 }
@@ -207,12 +219,11 @@ void choose_blocks(Plan& plan) {
     constexpr bool kMoves[] = {P::template moves<1>(), P::template moves<8>()};
     const int64_t rows = plan.call->tokens * plan.terms;
     plan.form = P::form(!plan.weight->table ? kIntegers : plan.weight->pick ? kTables : kOneTable);
-    const int bits = plan.weight->bits;
-    const bool halves = plan.segment_tiles == 0, looped = halves ? halves_for<P>(bits, plan.form) : tuned_for<P>(bits, plan.form);
-    plan.few = !P::kTiles && rows <= most_rows<P>() && looped;
+    const Sizes sizes = sizes_for<P>(plan.weight->bits, plan.form, plan.segment_tiles == 0);
+    plan.few = !P::kTiles && rows <= most_rows<P>() && sizes != kNoSizes;
     plan.block_rows = P::kTiles ? kTileRows : rows == 1 ? 1 : kPanelRows;
     if (plan.few) {
-        for (plan.block_rows = 1; plan.block_rows < rows;) plan.block_rows *= halves ? 4 : 2;
+        for (plan.block_rows = 1; plan.block_rows < rows;) plan.block_rows *= sizes == kSomeSizes ? 4 : 2;
     }
     plan.moved = !plan.few && kMoves[plan.weight->bits == 8];
     // A block holds whole tokens.

@@ -33,10 +33,10 @@ INLINE U16 picks_of(const Plan& plan, int64_t strip, int64_t group) {
     if constexpr (FORM == kTables) {
         const uint8_t* pick = static_cast<const uint8_t*>(plan.weight->pick);
         if (pick) {
-            uint32_t added[kStrip];
-            pick += (strip * plan.columns.groups + group) * kStrip;
-            for (int lane = 0; lane < kStrip; ++lane) added[lane] = pick[lane] * P::template pick_step<BITS>();
-            return load<U16>(added);
+            const U16 byte = load_lanes(pick + (strip * plan.columns.groups + group) * kStrip);
+            U16 added;
+            unroll<kParts>([&](auto p) ALWAYS { added.part[p] = byte.part[p] * P::template pick_step<BITS>(); });
+            return added;
         }
     }
     return spread<U16>(0u);

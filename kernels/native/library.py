@@ -19,7 +19,7 @@ import torch
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.native.build import FOLDER, LIBRARY
 
-VERSION = 9
+VERSION = 10
 """Of the C interface: structs, codes and layout."""
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -72,6 +72,16 @@ class Lookup(ctypes.Structure):
     ]
 
 
+class OwnTables(ctypes.Structure):
+    """A packed weight whose rows have tables of their own; kernels/native/own.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "table")),
+        *((name, ctypes.c_int64) for name in ("codes_bytes", "table_bytes", "rows", "columns", "group")),
+        ("bits", ctypes.c_int32),
+    ]
+
+
 class Call(ctypes.Structure):
     """One matmul: activations, result, bias and how to compute."""
 
@@ -111,6 +121,8 @@ def _load() -> ctypes.CDLL | str:
     library.aerogel_native_gemm.argtypes = [ctypes.POINTER(Weight), ctypes.POINTER(Call)]
     library.aerogel_native_rows.argtypes = [ctypes.POINTER(Weight), ctypes.POINTER(Rows)]
     library.aerogel_native_lookup.argtypes = [ctypes.POINTER(Lookup), ctypes.POINTER(Call)]
+    library.aerogel_native_own.argtypes = [ctypes.POINTER(OwnTables), ctypes.POINTER(Call)]
+    library.aerogel_native_own_check.argtypes = [ctypes.POINTER(OwnTables)]
     library.aerogel_native_lookup_check.argtypes = [ctypes.POINTER(Lookup)]
     library.aerogel_native_lookup_decode.argtypes = [
         *(ctypes.POINTER(Lookup), ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64),

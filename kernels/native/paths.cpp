@@ -25,6 +25,7 @@ DECLARE(avx512bf16)
 DECLARE(amx)
 DECLARE(neon)
 #undef DECLARE
+Status own_avx512bf16(const OwnTables&, const Call&);
 
 namespace {
 
@@ -49,7 +50,7 @@ bool may_use_tiles() {
 #endif
 
 bool fill() {
-    table[kPortable] = {exact_portable, int8_portable, true, step_portable};
+    table[kPortable] = {exact_portable, int8_portable, true, step_portable, nullptr};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -59,23 +60,23 @@ bool fill() {
     const bool bfloat = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
     (void)avx512, (void)bfloat;
 #if defined(HAVE_AVX2)
-    table[kAvx2] = {exact_avx2, int8_avx2, avx2, step_avx2};
+    table[kAvx2] = {exact_avx2, int8_avx2, avx2, step_avx2, nullptr};
 #if defined(HAVE_AVXVNNI)
-    table[kAvxVnni] = {exact_avx2, int8_avxvnni, avx2 && __builtin_cpu_supports("avxvnni"), step_avx2};
+    table[kAvxVnni] = {exact_avx2, int8_avxvnni, avx2 && __builtin_cpu_supports("avxvnni"), step_avx2, nullptr};
 #endif
 #endif
 #if defined(HAVE_AVX512)
-    table[kAvx512] = {exact_avx512, int8_avx512, avx512, step_avx512};
+    table[kAvx512] = {exact_avx512, int8_avx512, avx512, step_avx512, nullptr};
 #if defined(HAVE_AVX512BF16)
-    table[kAvx512Bf16] = {exact_avx512bf16, int8_avx512, bfloat, step_avx512};
+    table[kAvx512Bf16] = {exact_avx512bf16, int8_avx512, bfloat, step_avx512, own_avx512bf16};
 #if defined(HAVE_AMX)
-    table[kAmx] = {exact_avx512bf16, int8_amx, table[kAvx512Bf16].able && may_use_tiles(), step_avx512};
+    table[kAmx] = {exact_avx512bf16, int8_amx, table[kAvx512Bf16].able && may_use_tiles(), step_avx512, own_avx512bf16};
 #endif
 #endif
 #endif
 #elif defined(__aarch64__) && defined(HAVE_NEON)
     const bool dot = (getauxval(AT_HWCAP) & (1ul << 20)) != 0;  // HWCAP_ASIMDDP
-    table[kNeon] = {exact_neon, int8_neon, dot, step_neon};
+    table[kNeon] = {exact_neon, int8_neon, dot, step_neon, nullptr};
 #endif
     return true;
 }

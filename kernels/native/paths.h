@@ -1,7 +1,7 @@
 // The instruction-set paths and what each runs. A path that was not compiled in has null functions.
 #pragma once
 #include "layout.h"
-#include "lookup.h"
+#include "own.h"
 #include "step_structs.h"
 
 namespace aerogel {
@@ -29,6 +29,7 @@ struct PathEntry {
     Run exact, int8;
     bool able;  // this machine has the instructions
     Step step;
+    Status (*own)(const OwnTables&, const Call&);  // null where bfloat16 is not multiplied
 };
 
 const PathEntry& path_entry(int32_t path);

@@ -55,8 +55,8 @@ struct Rows {
     int32_t type;
 };
 
-// One operation of a program: a matmul (Weight or Lookup, and Call), rows of a weight (Weight and Rows) or one of the above.
-enum Kind : int32_t { kGemm = 0, kAttend = 1, kNorm = 2, kGate = 3, kLookup = 4, kRows = 5, kPrompt = 6 };
+// One operation of a program: a matmul (Weight, Lookup or OwnTables, and Call), rows of a weight (Weight and Rows) or one of the above.
+enum Kind : int32_t { kGemm = 0, kAttend = 1, kNorm = 2, kGate = 3, kLookup = 4, kRows = 5, kPrompt = 6, kOwn = 7 };
 
 struct Operation {
     int32_t kind, reserved;

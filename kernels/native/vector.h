@@ -242,14 +242,20 @@ INLINE F16 load_bytes(const int8_t* from) {
     return v;
 }
 
-// Sixteen scales of eight bits as floats, of a type of ScaleType.
-INLINE F16 load_small(const uint8_t* from, int32_t type) {
+// Sixteen bytes as lanes.
+INLINE U16 load_lanes(const uint8_t* from) {
     U16 byte;
 #if defined(__AVX512F__)
     byte.part[0] = reinterpret_cast<NativeU>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
     for (int lane = 0; lane < 16; ++lane) byte.part[lane / kNative][lane % kNative] = from[lane];
 #endif
+    return byte;
+}
+
+// Sixteen scales of eight bits as floats, of a type of ScaleType.
+INLINE F16 load_small(const uint8_t* from, int32_t type) {
+    const U16 byte = load_lanes(from);
     F16 v;
     unroll<kParts>([&](auto p) ALWAYS {
         const NativeU b = byte.part[p];

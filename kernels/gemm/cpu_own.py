@@ -1,0 +1,111 @@
+"""The matmul with a weight whose rows have tables of their own, on a CPU that multiplies bfloat16: codebooks and bit planes.
+
+    y_MN = x_MK @ W_NK.T,    W[n, k] = table[n, group of k][code[n, k]]        1 to 4 bits, activations in bfloat16
+
+Bytes of four rows are looked up at once, each row in its own table, and interleaved to bfloat16 (kernels/native/own_kernel.h);
+sixteen tokens share one decoding. Codebooks (SqueezeLLM) have one table a row; q planes of a group are 2^q numbers, whatever
+their scales and offsets are. Numbers are rounded to bfloat16 once; other types of activations, where that would be seen, and
+more planes run on `cpu_lookup` and `plane_rows`.
+
+Layout: `aerogel.pack.own_tables`. Shape legend: M tokens, N out features, K in features, G groups along K.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import BadInput
+from aerogel.kernels.gemm.cpu_lookup import GROUP_STEP, call_of
+from aerogel.kernels.gemm.cpu_tables import FLOAT32_PATHS
+from aerogel.kernels.native import library
+from aerogel.kernels.problem import Kernel, Layout, Problem
+from aerogel.pack import own_tables
+from aerogel.quantize.codes import Codes
+from aerogel.quantize.planes import PlaneGrid
+from aerogel.quantize.tables import TableGrid
+
+MOST_BITS = 4
+
+
+class NativeOwn(Kernel):
+    """Compiled CPU kernel for codes of up to 4 bits into tables of each row and group."""
+
+    about: ClassVar[str] = "compiled for the CPU's bfloat16 products: codebooks of each row, and up to 4 bit planes"
+
+    @staticmethod
+    def refuses(problem: Problem) -> str | None:
+        """Anything but such tables in bfloat16 on a CPU that multiplies it."""
+        grid = problem.grid
+        if problem.device != "cpu":
+            return f"runs on the CPU only, not on {problem.device}"
+        if not isinstance(grid, PlaneGrid) and not (isinstance(grid, TableGrid) and grid.learned):
+            return "runs codebooks of each output and bit planes"
+        if grid.bits > MOST_BITS:
+            return f"runs codes of at most {MOST_BITS} bits"
+        if problem.activations != "none":
+            return f"is weight-only, activations are {problem.activations}"
+        if problem.dtype != torch.bfloat16:
+            return f"runs activations in bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
+        if grid.group_size is not None and grid.group_size % GROUP_STEP and grid.group_size < problem.K:
+            return f"group_size must be a multiple of {GROUP_STEP}, or null, found {grid.group_size}"
+        if library.missing() is not None:
+            return library.missing()
+        return None if library.best("exact") in FLOAT32_PATHS else "needs a processor that multiplies bfloat16"
+
+    @staticmethod
+    def runs_stored(problem: Problem) -> bool:
+        """Its own layout."""
+        return False
+
+    @staticmethod
+    def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
+        """See `aerogel.pack.own_tables`."""
+        return own_tables.tensors_of(codes)
+
+    @staticmethod
+    def unpack(layout: Layout, problem: Problem) -> Codes:
+        """The same codes, scales, tables and offsets."""
+        return own_tables.codes_of(layout, problem.grid, problem.N, problem.K)
+
+    @staticmethod
+    def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
+        """One call of the library."""
+        return linear(x_MK, layout, bias_N, problem.N, problem.grid.group_size or 0)
+
+
+def linear(
+    x_MK: Tensor, layout: Layout, bias_N: Tensor | None, N: int, group: int, path: int = -1, threads: int | None = None
+) -> Tensor:
+    """x @ W.T (+ bias), bfloat16 [M, N], through the compiled kernel.
+
+    Args:
+        x_MK: bfloat16 [M, K], contiguous.
+        layout: the tensors of `aerogel.pack.own_tables`.
+        bias_N: [N] of any of the three types, or None.
+        N, group: out features; columns that share a table, 0 for all.
+        path: an index of `library.PATHS`, -1 for the best this machine has.
+        threads: torch's number of threads unless given.
+
+    Raises:
+        BadInput: tensors whose sizes, types or alignment do not agree. Nothing has been read then.
+    """
+    M, K = x_MK.shape
+    y_MN = torch.empty(M, N, dtype=x_MK.dtype)
+    weight, call = struct_of(layout, N, K, group), call_of(x_MK, bias_N, y_MN, "exact", path, threads)
+    status = library.library().aerogel_native_own(ctypes.byref(weight), ctypes.byref(call))
+    library.check(status, f"a weight of tables for each row [{N}, {K}]")
+    return y_MN
+
+
+def struct_of(layout: Layout, N: int, K: int, group: int) -> library.OwnTables:
+    """The weight as the library takes it, valid while the tensors live. Raises `BadInput` for other tensors."""
+    codes, table = layout["codes"], layout["table"]
+    for tensor in (codes, table):
+        if not tensor.is_contiguous() or tensor.device.type != "cpu" or tensor.dtype != torch.uint8:
+            raise BadInput(f"a CPU matmul wants contiguous uint8 tensors in main memory, found {tensor.dtype}")
+    where, sizes = (codes.data_ptr(), table.data_ptr()), (codes.nbytes, table.nbytes)
+    return library.OwnTables(*where, *sizes, N, K, group, codes.shape[-1] // 64)

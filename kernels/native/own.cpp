@@ -1,0 +1,43 @@
+// The C boundary of weights whose rows have tables of their own: everything is checked before it is read.
+#include "own.h"
+
+#include "api.h"
+#include "paths.h"
+#include "pool.h"
+
+using namespace aerogel;
+
+namespace {
+
+int64_t float_size(int32_t type) { return type == kFloat32 ? 4 : 2; }
+bool off(const void* at, int64_t to) { return !at || reinterpret_cast<uintptr_t>(at) % static_cast<uintptr_t>(to) != 0; }
+
+}  // namespace
+
+int32_t aerogel_native_own_check(const OwnTables* weight) {
+    const OwnTables& w = *weight;
+    constexpr int64_t kMost = int64_t{1} << 31;
+    if (w.bits < 1 || w.bits > 4) return kBadWidth;
+    if (w.rows < 1 || w.columns < 1 || w.rows > kMost || w.columns > kMost) return kBadShape;
+    if (w.group < 0 || (w.group % kLookupStep != 0 && w.group < w.columns)) return kBadGroup;
+    const int64_t strips = ceil_div(w.rows, kLookupStrip), groups = w.group ? ceil_div(w.columns, w.group) : 1;
+    if (w.codes_bytes != strips * ceil_div(w.columns, kLookupTile) * kVector * w.bits) return kTruncatedCodes;
+    if (w.table_bytes != strips * groups * own_table_bytes(w.bits)) return kBadTable;
+    return off(w.codes, kVector) || off(w.table, 1) ? kMisaligned : kDone;
+}
+
+int32_t aerogel_native_own(const OwnTables* weight, const Call* call) {
+    const int32_t status = aerogel_native_own_check(weight);
+    if (status != kDone) return status;
+    const Call& c = *call;
+    if (c.tokens < 0 || c.tokens > (int64_t{1} << 28)) return kBadShape;
+    if (c.x_type != kBfloat16 || c.numerics != kExact || c.bias_type < kFloat32 || c.bias_type > kBfloat16) return kBadType;
+    if (c.x_bytes != c.tokens * weight->columns * 2 || c.y_bytes != c.tokens * weight->rows * 2) return kTruncatedActivations;
+    if (c.bias && c.bias_bytes != weight->rows * float_size(c.bias_type)) return kTruncatedActivations;
+    if (off(c.x, 2) || off(c.y, 2) || (c.bias && off(c.bias, float_size(c.bias_type)))) return kMisaligned;
+    const int32_t path = c.path < 0 ? aerogel_native_best(kExact) : c.path;
+    if (path >= kPaths || !path_entry(path).able || !path_entry(path).own) return kNoSuchPath;
+    Call bounded = c;
+    bounded.threads = c.threads < 1 ? 1 : c.threads > kMostThreads ? kMostThreads : c.threads;
+    return c.tokens == 0 ? kDone : path_entry(path).own(*weight, bounded);
+}

@@ -1,0 +1,162 @@
+// y = x W^T for weights whose rows have tables of their own: bytes are looked up, interleaved to bfloat16 and multiplied.
+//
+// A register holds the codes of four rows and sixteen columns, a row in each run of 128 bits, which is where a lookup finds its
+// table. Interleaved, the low and high bytes are sixteen numbers of each row in two registers; each meets eight activations,
+// repeated in every run. The four lanes of a run are parts of one row's sum and are added at its end.
+//
+// Instructions for 128 weights and M tokens: 10 for the codes, 4 M products. Sums are float32 over all columns.
+#pragma once
+#include "bytes.h"
+#include "codes.h"
+#include "own.h"
+#include "pool.h"
+#include "scratch.h"
+
+namespace aerogel {
+namespace UNIT {
+
+constexpr int64_t kOwnPiece = 256 * 1024;  // bytes of codes that stay in the second-level cache while blocks of tokens pass
+
+struct OwnPlan {
+    const OwnTables* weight;
+    const Call* call;
+    int64_t strips, tiles, groups, blocks;
+    int block_rows;
+    uint8_t* x;         // [block][step][row][16] bfloat16
+    int32_t* group_at;  // [step]
+};
+
+INLINE NativeF own_dot(const NativeF& sum, const NativeU& w, const uint8_t* x) {
+    return reinterpret_cast<NativeF>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(w),
+                                                      reinterpret_cast<__m512bh>(raw(every_run(x)))));
+}
+
+// Sums of one strip and M tokens, a row in each run. A table holds for F steps.
+template <int BITS, int F, int M>
+INLINE void own_strip(const OwnPlan& plan, int64_t strip, int64_t block, NativeF (&total)[M]) {
+    constexpr int kChains = M == 1 ? 4 : M <= 4 ? 2 : 1;  // sums that take turns, to hide the latency of the product
+    constexpr int64_t kBytes = own_table_bytes(BITS);
+    const uint8_t* codes = static_cast<const uint8_t*>(plan.weight->codes) + strip * plan.tiles * tile_bytes<BITS>();
+    const uint8_t* tables = static_cast<const uint8_t*>(plan.weight->table) + strip * plan.groups * kBytes;
+    const uint8_t* x = plan.x + block * plan.tiles * 8 * M * 32;
+    const NativeU upper = NativeU{} + 0x08080808u;
+    NativeF sum[M][kChains] = {};
+    NativeU first{}, second{};
+    for (int64_t tile = 0; tile < plan.tiles; ++tile, codes += tile_bytes<BITS>(), x += 8 * M * 32) {
+        if constexpr (M <= 4) unroll<BITS>([&](auto line) ALWAYS { __builtin_prefetch(codes + line * kVector + 1536); });
+        unroll<8>([&](auto step) ALWAYS {
+            if constexpr (step % F == 0) {
+                const uint8_t* from = tables + plan.group_at[tile * 8 + step] * kBytes;
+                first = load<U16>(from).part[0];
+                if constexpr (BITS == 4) second = load<U16>(from + 64).part[0];
+            }
+            const NativeU code = quad<BITS, step>(codes).part[0], low = look_up(first, code);
+            const NativeU high = BITS == 4 ? look_up(second, code) : look_up(first, code | upper);
+            unroll<2>([&](auto half) ALWAYS {
+                const NativeU w = in_turn<1, half>(low, high);
+                constexpr int kChain = (2 * step + half) % kChains;
+                unroll<M>([&](auto m) ALWAYS { sum[m][kChain] = own_dot(sum[m][kChain], w, x + (step * M + m) * 32 + half * 16); });
+            });
+        });
+    }
+    unroll<M>([&](auto m) ALWAYS {
+        total[m] = sum[m][0];
+        unroll<kChains - 1>([&](auto c) ALWAYS { total[m] += sum[m][c + 1]; });
+    });
+}
+
+// Adds the lanes of each run, rounds and stores.
+template <int M>
+inline void own_finish(const OwnPlan& plan, int64_t strip, int64_t block, const NativeF (&total)[M]) {
+    const Call& call = *plan.call;
+    const int64_t row0 = strip * kLookupStrip, left = plan.weight->rows - row0;
+    const int count = static_cast<int>(left < kLookupStrip ? left : kLookupStrip);
+    float bias[kLookupStrip] = {};
+    for (int row = 0; call.bias && row < count; ++row) bias[row] = read_float(call.bias, row0 + row, call.bias_type);
+    const __m512i ends = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+    for (int m = 0; m < M && block * M + m < call.tokens; ++m) {
+        __m512 v = reinterpret_cast<__m512>(total[m]);
+        v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
+        v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
+        float out[16] = {};  // as many as a store reads
+        _mm_storeu_ps(out, _mm_add_ps(_mm512_castps512_ps128(_mm512_permutexvar_ps(ends, v)), _mm_loadu_ps(bias)));
+        store_floats(call.y, (block * M + m) * plan.weight->rows + row0, call.x_type, out, count);
+    }
+}
+
+template <int BITS, int F, int M>
+void own_all(const OwnPlan& plan) {
+    const int64_t strip_bytes = plan.tiles * tile_bytes<BITS>(), bytes = plan.strips * strip_bytes;
+    const int threads = bytes < 48 * 1024 ? 1 : plan.call->threads;
+    const int64_t even = plan.strips / (threads * 6), most = kOwnPiece / strip_bytes;
+    const int64_t grain = threads == 1 && plan.blocks == 1 ? plan.strips : even < most || plan.blocks == 1 ? even : most;
+    const int64_t size = grain > 1 ? grain : 1;
+    parallel(ceil_div(plan.strips, size), threads, [&](int64_t piece, int) {
+        const int64_t stop = (piece + 1) * size < plan.strips ? (piece + 1) * size : plan.strips;
+        for (int64_t block = 0; block < plan.blocks; ++block) {
+            for (int64_t strip = piece * size; strip < stop; ++strip) {
+                NativeF total[M];
+                own_strip<BITS, F, M>(plan, strip, block, total);
+                own_finish<M>(plan, strip, block, total);
+            }
+        }
+    });
+}
+
+// One token among those of its block, zeros beyond the last column.
+inline void own_place(const OwnPlan& plan, int64_t token) {
+    const int64_t K = plan.weight->columns, rows = plan.block_rows, steps = plan.tiles * 8;
+    uint8_t* to = plan.x + (token / rows * steps * rows + token % rows) * 32;
+    const uint8_t* from = static_cast<const uint8_t*>(plan.call->x) + token * K * 2;
+    for (int64_t step = 0; step < steps; ++step, to += rows * 32) {
+        const int64_t left = K - step * kLookupStep;
+        if (left >= kLookupStep) {
+            memcpy(to, from + step * 32, 32);
+        } else {
+            memset(to, 0, 32);
+            if (left > 0) memcpy(to, from + step * 32, static_cast<size_t>(left) * 2);
+        }
+    }
+}
+
+template <int BITS, int F>
+void own_tokens(const OwnPlan& plan) {
+    if (plan.block_rows == 1) return own_all<BITS, F, 1>(plan);
+    if (plan.block_rows == 4) return own_all<BITS, F, 4>(plan);
+    own_all<BITS, F, 16>(plan);
+}
+template <int BITS>
+void own_groups(const OwnPlan& plan) {
+    if (plan.groups == 1 || plan.weight->group % 128 == 0) return own_tokens<BITS, 8>(plan);
+    if (plan.weight->group % 32 == 0) return own_tokens<BITS, 2>(plan);
+    own_tokens<BITS, 1>(plan);
+}
+
+inline Status own_tables(const OwnTables& weight, const Call& call) {
+    OwnPlan plan{};
+    plan.weight = &weight, plan.call = &call;
+    plan.strips = ceil_div(weight.rows, kLookupStrip), plan.tiles = ceil_div(weight.columns, kLookupTile);
+    plan.groups = weight.group ? ceil_div(weight.columns, weight.group) : 1;
+    plan.block_rows = call.tokens == 1 ? 1 : call.tokens <= 4 ? 4 : 16;
+    plan.blocks = ceil_div(call.tokens, plan.block_rows);
+    const size_t x_bytes = static_cast<size_t>(plan.blocks * plan.block_rows * plan.tiles * kLookupTile) * 2;
+    uint8_t* memory = static_cast<uint8_t*>(scratch(kCallScratch, x_bytes + static_cast<size_t>(plan.tiles * 8) * 4));
+    if (!memory) return kOutOfMemory;
+    plan.x = memory, plan.group_at = reinterpret_cast<int32_t*>(memory + x_bytes);
+    for (int64_t step = 0; step < plan.tiles * 8; ++step) {
+        const int64_t found = plan.groups > 1 ? step * kLookupStep / weight.group : 0;
+        plan.group_at[step] = static_cast<int32_t>(found < plan.groups ? found : plan.groups - 1);
+    }
+    if (call.tokens % plan.block_rows) memset(memory, 0, x_bytes);
+    for (int64_t token = 0; token < call.tokens; ++token) own_place(plan, token);
+    switch (weight.bits) {
+        case 1: own_groups<1>(plan); return kDone;
+        case 2: own_groups<2>(plan); return kDone;
+        case 3: own_groups<3>(plan); return kDone;
+        case 4: own_groups<4>(plan); return kDone;
+        default: return kBadWidth;
+    }
+}
+
+}  // namespace UNIT
+}  // namespace aerogel

@@ -1,0 +1,111 @@
+"""The CPU kernel for tables of each row: codebooks and bit planes against the definition in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.quantize.test_planes import GRIDS as PLANES
+
+from aerogel.errors import BadInput
+from aerogel.kernels.dispatch import choose
+from aerogel.kernels.gemm.cpu_own import NativeOwn, linear
+from aerogel.kernels.linear import Linear
+from aerogel.kernels.native import library
+from aerogel.kernels.problem import Problem
+from aerogel.pack import own_tables
+from aerogel.quantize.codes import Codes, Grid, quantized
+from aerogel.quantize.formats.kmeans import KMeans
+from aerogel.quantize.formats.nf4 import Nf4
+from aerogel.quantize.planes import PlaneGrid
+
+BOOKS: list[Any] = [KMeans(rounds=5), KMeans(bits=3, rounds=5), KMeans(bits=2, rounds=5, scale_dtype=torch.float16)]
+SUMS: list[Any] = [grid for grid in PLANES if grid.bits <= 4 and (grid.group_size is None or grid.group_size % 16 == 0)]
+SUMS += [PlaneGrid(bits=4, group_size=48, offset="scale"), PlaneGrid(bits=1, group_size=64), PlaneGrid(bits=3, group_size=16)]
+GRIDS = [*BOOKS, *SUMS, PlaneGrid(bits=2, group_size=128, power_of_two=True, block_rows=8, offset="float32")]
+PATHS = [path for path in ("avx512bf16", "amx") if library.missing() is None and path in library.paths()]
+ROUNDED = 2.5e-3
+"""Numbers in bfloat16; 4e-3 more where the result is rounded to it."""
+
+
+def codes_on(grid: Grid, N: int, K: int) -> Codes:
+    w_NK = torch.randn(N, K, generator=torch.Generator().manual_seed(N + K))
+    return quantized(grid, w_NK, grid.fit(w_NK, search="mse"))
+
+
+@pytest.mark.skipif(not PATHS, reason="no path of this machine multiplies bfloat16")
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_against_float64(grid: Grid) -> None:
+    for N, K in ((1, 16), (7, 40), (37, 200), (66, 300)):
+        codes = codes_on(grid, N, K)
+        layout, dense = own_tables.tensors_of(codes), own_tables.numbers_of(codes).bfloat16().double()
+        group = min(grid.group_size or K, K)
+        columns = torch.arange(K) // group
+        rounded_NK = dense[torch.arange(N)[:, None], columns, codes.values_NK.long()]
+        assert (rounded_NK - codes.decode().double()).norm() <= ROUNDED * codes.decode().double().norm()
+        for M in (1, 2, 4, 5, 16, 17, 40):
+            x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16()
+            bias = torch.randn(N, generator=torch.Generator().manual_seed(N))
+            product = x.double() @ rounded_NK.T
+            for path in PATHS:
+                number = library.PATHS.index(path)
+                found = linear(x, layout, bias, N, grid.group_size or 0, number, threads=1)
+                scale = (x.double().abs() @ rounded_NK.abs().T).norm() / K**0.5  # one output may cancel
+                error = (found.double() - (product + bias.double())).norm() / (scale + bias.double().norm() * M**0.5)
+                assert error < 4e-3, f"[{M}, {N}, {K}]: {error:.1e}"
+                assert torch.equal(found, linear(x, layout, bias, N, grid.group_size or 0, number, threads=3))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_layout_inverts(grid: Grid) -> None:
+    for N, K in ((1, 16), (13, 130), (130, 200)):
+        codes = codes_on(grid, N, K)
+        back = own_tables.codes_of(own_tables.tensors_of(codes), grid, N, K)
+        assert torch.equal(back.values_NK, codes.values_NK) and torch.equal(back.decode(), codes.decode())
+
+
+@pytest.mark.skipif(not PATHS, reason="no path of this machine multiplies bfloat16")
+def test_the_dispatcher_and_the_layer_use_it() -> None:
+    for grid in (KMeans(rounds=3), PlaneGrid(bits=3, group_size=32, offset="scale")):
+        codes = codes_on(grid, 50, 96)
+        layer = Linear.from_codes(codes, dtype=torch.bfloat16)
+        assert layer.kernel_name == "cpu-own-tables"
+        x = torch.randn(5, 96).bfloat16()
+        wanted = x.double() @ codes.decode().double().T
+        assert (layer(x).double() - wanted).norm() < 4e-3 * wanted.norm()
+        assert torch.equal(layer.dequantize(), codes.decode().bfloat16())
+        for changed in ({"dtype": torch.float32}, {"device": "cuda"}, {"activations": "int8"}):
+            fields: Any = {"format": "any", "grid": grid, "N": 50, "K": 96, "dtype": torch.bfloat16, **changed}
+            assert NativeOwn.refuses(Problem(**fields)) is not None
+        plain = Problem(format="any", grid=grid, N=50, K=96)
+        assert choose(plain)[0] == ("cpu-lookup" if isinstance(grid, KMeans) else "cpu-planes")
+
+
+@pytest.mark.skipif(not PATHS, reason="no path of this machine multiplies bfloat16")
+def test_what_does_not_belong_together_is_refused() -> None:
+    layout, x = own_tables.tensors_of(codes_on(PlaneGrid(bits=3, group_size=32), 40, 256)), torch.randn(2, 256).bfloat16()
+
+    def refused(match: str, group: int = 32, **changed: Any) -> None:
+        with pytest.raises(BadInput, match=match):
+            linear(changed.pop("x", x), {**layout, **changed}, None, 40, group)
+
+    refused("codes have another size", codes=layout["codes"][:-1].contiguous())
+    refused("tables have another size", table=layout["table"][:-1].contiguous())
+    refused("codes have another size", x=torch.randn(2, 100).bfloat16())
+    refused("number type", x=x.float())
+    refused("group size", group=24)
+    refused("contiguous", codes=layout["codes"].transpose(0, 1))
+    shifted = torch.empty(layout["codes"].nbytes + 64, dtype=torch.uint8)[1:][: layout["codes"].nbytes].view(layout["codes"].shape)
+    refused("multiple of 64 bytes", codes=shifted.copy_(layout["codes"]))
+    with pytest.raises(BadInput, match="for each output"):
+        own_tables.tensors_of(codes_on(Nf4(), 8, 64))
+
+
+@pytest.mark.skipif(not PATHS, reason="no path of this machine multiplies bfloat16")
+def test_what_is_infinite_or_no_number_is_seen() -> None:
+    layout = own_tables.tensors_of(codes_on(PlaneGrid(bits=3, group_size=32), 20, 128))
+    for bad in (float("inf"), float("nan")):
+        x = torch.randn(3, 128).bfloat16()
+        x[1, 40] = bad
+        assert torch.isfinite(linear(x, layout, None, 20, 32)).all(1).tolist() == [True, False, True]
