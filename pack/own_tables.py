@@ -59,7 +59,7 @@ def numbers_of(codes: Codes) -> Tensor:
     if isinstance(codes.grid, PlaneGrid):
         alpha, offset = codes.grid.numbers(codes)
         return sums_of(alpha, offset).repeat_interleave(codes.grid.block_rows, 0)[:N]
-    if codes.table_TE is None or not codes.table_per_row and N > 1:
+    if codes.table_TE is None or (not codes.table_per_row and N > 1):
         raise BadInput("this layout has tables for each output, these codes have none")
     return codes.table_TE[:, None] * codes.effective_scale()[..., None]
 
@@ -70,5 +70,5 @@ def _bytes(numbers_NGE: Tensor, bits: int) -> Tensor:
     size = 8 if bits <= 3 else 16
     filled = torch.nn.functional.pad(numbers_NGE.bfloat16(), (0, size - E, 0, 0, 0, -N % STRIP)).contiguous()
     byte_NGbE = filled.view(torch.uint8).reshape(-1, G, size, 2).transpose(2, 3)
-    strips = byte_NGbE.reshape(-1, STRIP, G, 2, size)
-    return strips.permute(0, 2, 1, 3, 4).flatten(2).contiguous() if bits <= 3 else strips.permute(0, 2, 3, 1, 4).flatten(2).contiguous()
+    strips = byte_NGbE.reshape(-1, STRIP, G, 2, size).transpose(1, 2)
+    return (strips if bits <= 3 else strips.transpose(2, 3)).flatten(2).contiguous()

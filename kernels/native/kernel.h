@@ -52,8 +52,8 @@ INLINE F16 joined(const typename P::Accumulator& sum, const F16& total, const Fa
 
 // COUNT steps from step FIRST on of a tile of R strips against M rows. CHAINS sums take turns.
 template <class P, int BITS, Form FORM, int R, int M, int CHAINS, int FIRST, int COUNT>
-INLINE void accumulate(const typename P::Decoder& decoder, const uint8_t* const (&codes)[R], const U16 (&picks)[R], int64_t at, const uint8_t* x,
-                       typename P::Accumulator (&total)[R][M][CHAINS]) {
+INLINE void accumulate(const typename P::Decoder& decoder, const uint8_t* const (&codes)[R], const U16 (&picks)[R], int64_t at,
+                       const uint8_t* x, typename P::Accumulator (&total)[R][M][CHAINS]) {
     constexpr int kRow = 8 * P::kOperands * P::kWordBytes;
     constexpr Range kRange = P::template range<BITS>();
     typename P::Accumulator pairs[R][M][CHAINS];
@@ -102,20 +102,25 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R
     F16 total[R][M];
     unroll<R>([&](auto r) ALWAYS { unroll<M>([&](auto m) ALWAYS { total[r][m] = zero_f(); }); });
     // Counted rather than divided: a division costs as much as a tile. Half a tile beyond the last group has zeros to multiply.
-    int64_t group = 0, left = plan.segments_per_group;
+    int64_t group = 0, left = plan.segments_per_group, run = 0;
+    typename P::Accumulator sum[R][M][kChains];
+    U16 picks[R];
+    float x_sums[kStrip] = {};
     for (int64_t first_segment = 0; first_segment < plan.segments; first_segment += HALF ? 2 : 1) {
         unroll<HALF ? 2 : 1>([&](auto half) ALWAYS {
-            const int64_t segment = first_segment + half;
-            if (left == 0 && group + 1 < plan.columns.groups) ++group, left = plan.segments_per_group;
-            --left;
+            const int64_t segment = first_segment + half, factor = plan.factor(block, segment);
+            if (!HALF || run == 0) {
+                if (left == 0 && group + 1 < plan.columns.groups) ++group, left = plan.segments_per_group;
+                run = left > 0 && left < plan.longest_run ? left : plan.longest_run;
+                unroll<R>([&](auto r) ALWAYS {
+                    picks[r] = picks_of<P, BITS, FORM>(plan, strip[r], group);
+                    unroll<M>([&](auto m) ALWAYS { unroll<kChains>([&](auto c) ALWAYS { sum[r][m][c] = P::none(); }); });
+                });
+                if constexpr (HALF) memset(x_sums, 0, sizeof x_sums);
+            }
+            --left, --run;
             const int64_t tile = HALF ? segment / 2 : segment * plan.segment_tiles, end = HALF ? tile + 1 : tile + plan.segment_tiles;
             const int64_t stop = end < plan.tiles ? end : plan.tiles;
-            typename P::Accumulator sum[R][M][kChains];
-            U16 picks[R];
-            unroll<R>([&](auto r) ALWAYS {
-                picks[r] = picks_of<P, BITS, FORM>(plan, strip[r], group);
-                unroll<M>([&](auto m) ALWAYS { unroll<kChains>([&](auto c) ALWAYS { sum[r][m][c] = P::none(); }); });
-            });
             for (int64_t t = tile; t < stop; ++t) {
                 if constexpr (M <= 2 && half == 0) {
                     // Behind the end of a strip lies one of these; what is read next lies behind the last of them.
@@ -128,14 +133,17 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R
                 accumulate<P, BITS, FORM, R, M, kChains, HALF ? 4 * half : 0, HALF ? 4 : 8>(
                     decoder, codes, picks, t * tile_bytes<BITS>(), plan.x_at(block, t), sum);
             }
-            const int64_t factor = plan.factor(block, segment);
+            if constexpr (HALF) {
+                if (offset) unroll<M>([&](auto m) ALWAYS { x_sums[m] += plan.x_sum[factor + m]; });
+                if (run > 0 && segment + 1 < plan.segments) return;
+            }
             unroll<R>([&](auto r) ALWAYS {
                 const Factors f = factors_of(plan, strip[r], group, kBias);
                 unroll<M>([&](auto m) ALWAYS {
                     typename P::Accumulator all = sum[r][m][0];
                     if constexpr (kChains == 2) all = all + sum[r][m][1];
                     const float scale = P::kOperands == 1 ? plan.x_scale[factor + m] : 1.0f;
-                    total[r][m] = joined<P>(all, total[r][m], f, offset, plan.x_sum[factor + m], scale);
+                    total[r][m] = joined<P>(all, total[r][m], f, offset, HALF ? x_sums[m] : plan.x_sum[factor + m], scale);
                 });
             });
         });
@@ -193,18 +201,24 @@ void panel(const Plan& plan, const uint8_t* operands, const I16* begin, int64_t 
     constexpr int kRow = 8 * P::kOperands * 4, kSteps = HALF ? 4 : 8;
     const bool offset = RANGE != kMoved && (bias != 0.0f || plan.weight->zero != nullptr);
     const int64_t step = HALF ? 1 : plan.segment_tiles;
-    int64_t segment = HALF ? 2 * first : first / step;
+    int64_t segment = HALF ? 2 * first : first / step, run = 0;
+    const int64_t last_segment = HALF ? 2 * (first + count) : 0;
+    typename P::Accumulator sum[R][M];
+    float x_sums[kStrip] = {};
     for (int64_t tile = first; tile < first + count; tile += step) {
         const int64_t stop = tile + step < first + count ? tile + step : first + count;
         unroll<HALF ? 2 : 1>([&](auto half) ALWAYS {
-            typename P::Accumulator sum[R][M];
-            unroll<R>([&](auto r) ALWAYS {
-                unroll<M>([&](auto m) ALWAYS {
-                    if constexpr (RANGE == kMoved) sum[r][m] = begin[r];
-                    if constexpr (RANGE != kMoved) sum[r][m] = P::none();
+            if (!HALF || run == 0) {
+                if constexpr (HALF) run = plan.run_from(segment);
+                unroll<R>([&](auto r) ALWAYS {
+                    unroll<M>([&](auto m) ALWAYS {
+                        if constexpr (RANGE == kMoved) sum[r][m] = begin[r];
+                        if constexpr (RANGE != kMoved) sum[r][m] = P::none();
+                    });
                 });
-            });
-            begin += R;
+                if constexpr (HALF) memset(x_sums, 0, sizeof x_sums);
+            }
+            begin += R, --run;
             for (int64_t t = tile; t < stop; ++t) {
                 const uint8_t* from = operands + (t - first) * 8 * P::kOperands * R * kVector;
                 const uint8_t* x = plan.x_at(block, t);
@@ -229,17 +243,21 @@ void panel(const Plan& plan, const uint8_t* operands, const I16* begin, int64_t 
                     });
                 }
             }
-            const int64_t group = plan.group_of(segment), factor = plan.factor(block, segment);
+            const int64_t factor = plan.factor(block, segment), done = segment++;
+            if constexpr (HALF) {
+                if (offset) unroll<M>([&](auto m) ALWAYS { x_sums[m] += plan.x_sum[factor + m]; });
+                if (run > 0 && segment < last_segment) return;
+            }
+            const int64_t group = plan.group_of(done);
             unroll<R>([&](auto r) ALWAYS {
                 const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
                 const Factors f = factors_of(plan, strip, group, bias);
                 unroll<M>([&](auto m) ALWAYS {
                     float* at = total + (m * R + r) * 16;
                     const float scale = P::kOperands == 1 ? plan.x_scale[factor + m] : 1.0f;
-                    store(at, joined<P>(sum[r][m], load<F16>(at), f, offset, plan.x_sum[factor + m], scale));
+                    store(at, joined<P>(sum[r][m], load<F16>(at), f, offset, HALF ? x_sums[m] : plan.x_sum[factor + m], scale));
                 });
             });
-            ++segment;
         });
     }
 }

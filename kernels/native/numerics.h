@@ -8,8 +8,9 @@
 //     Int8                          1 operand    four columns of bytes
 //
 // Codes are small integers, which bfloat16 holds exactly, so every product is exact and only float32 sums round: scales are
-// applied to sums. So are floats of up to 8 bits; numbers of other tables are rounded where the operands are. `bias` is what was added to the signed code q and has to be taken out again, times the sum of the
-// activations; it joins the zero point, so it costs nothing.
+// applied to sums. So does it the floats of up to 8 bits; numbers of other tables are rounded where the operands are bfloat16.
+// `bias` is what was added to the signed code q and has to be taken out again, times the sum of the activations; it joins the
+// zero point, so it costs nothing.
 #pragma once
 #include "codes.h"
 

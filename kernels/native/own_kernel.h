@@ -15,6 +15,7 @@
 namespace aerogel {
 namespace UNIT {
 
+constexpr int kOwnRows = 12;               // tokens of a block where there are many; two strips share their activations
 constexpr int64_t kOwnPiece = 256 * 1024;  // bytes of codes that stay in the second-level cache while blocks of tokens pass
 
 struct OwnPlan {
@@ -26,42 +27,56 @@ struct OwnPlan {
     int32_t* group_at;  // [step]
 };
 
-INLINE NativeF own_dot(const NativeF& sum, const NativeU& w, const uint8_t* x) {
+INLINE NativeF own_dot(const NativeF& sum, const NativeU& w, const NativeU& x) {
     return reinterpret_cast<NativeF>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(w),
-                                                      reinterpret_cast<__m512bh>(raw(every_run(x)))));
+                                                      reinterpret_cast<__m512bh>(raw(x))));
 }
 
-// Sums of one strip and M tokens, a row in each run. A table holds for F steps.
-template <int BITS, int F, int M>
-INLINE void own_strip(const OwnPlan& plan, int64_t strip, int64_t block, NativeF (&total)[M]) {
-    constexpr int kChains = M == 1 ? 4 : M <= 4 ? 2 : 1;  // sums that take turns, to hide the latency of the product
+// Sums of strips first .. first + R - 1 and M tokens, a row in each run. A table holds for F steps. Strips beyond the last repeat it.
+template <int BITS, int F, int R, int M>
+INLINE void own_strips(const OwnPlan& plan, int64_t first, int64_t block, NativeF (&total)[R][M]) {
+    constexpr int kChains = R * M == 1 ? 4 : R * M <= 4 ? 2 : 1;  // sums that take turns, to hide the latency of the product
     constexpr int64_t kBytes = own_table_bytes(BITS);
-    const uint8_t* codes = static_cast<const uint8_t*>(plan.weight->codes) + strip * plan.tiles * tile_bytes<BITS>();
-    const uint8_t* tables = static_cast<const uint8_t*>(plan.weight->table) + strip * plan.groups * kBytes;
-    const uint8_t* x = plan.x + block * plan.tiles * 8 * M * 32;
+    const uint8_t *codes[R], *tables[R], *x = plan.x + block * plan.tiles * 8 * M * 32;
+    for (int r = 0; r < R; ++r) {
+        const int64_t strip = first + r < plan.strips ? first + r : plan.strips - 1;
+        codes[r] = static_cast<const uint8_t*>(plan.weight->codes) + strip * plan.tiles * tile_bytes<BITS>();
+        tables[r] = static_cast<const uint8_t*>(plan.weight->table) + strip * plan.groups * kBytes;
+    }
     const NativeU upper = NativeU{} + 0x08080808u;
-    NativeF sum[M][kChains] = {};
-    NativeU first{}, second{};
-    for (int64_t tile = 0; tile < plan.tiles; ++tile, codes += tile_bytes<BITS>(), x += 8 * M * 32) {
-        if constexpr (M <= 4) unroll<BITS>([&](auto line) ALWAYS { __builtin_prefetch(codes + line * kVector + 1536); });
+    NativeF sum[R][M][kChains] = {};
+    NativeU table[R][2] = {};
+    for (int64_t tile = 0; tile < plan.tiles; ++tile, x += 8 * M * 32) {
+        const int64_t at = tile * tile_bytes<BITS>();
+        if constexpr (M <= 4) unroll<BITS>([&](auto line) ALWAYS { __builtin_prefetch(codes[0] + at + line * kVector + 1536); });
         unroll<8>([&](auto step) ALWAYS {
-            if constexpr (step % F == 0) {
-                const uint8_t* from = tables + plan.group_at[tile * 8 + step] * kBytes;
-                first = load<U16>(from).part[0];
-                if constexpr (BITS == 4) second = load<U16>(from + 64).part[0];
-            }
-            const NativeU code = quad<BITS, step>(codes).part[0], low = look_up(first, code);
-            const NativeU high = BITS == 4 ? look_up(second, code) : look_up(first, code | upper);
+            NativeU low[R], high[R];
+            unroll<R>([&](auto r) ALWAYS {
+                if constexpr (step % F == 0) {
+                    const uint8_t* from = tables[r] + plan.group_at[tile * 8 + step] * kBytes;
+                    table[r][0] = load<U16>(from).part[0];
+                    if constexpr (BITS == 4) table[r][1] = load<U16>(from + 64).part[0];
+                }
+                const NativeU code = quad<BITS, step>(codes[r] + at).part[0];
+                low[r] = look_up(table[r][0], code);
+                high[r] = BITS == 4 ? look_up(table[r][1], code) : look_up(table[r][0], code | upper);
+            });
             unroll<2>([&](auto half) ALWAYS {
-                const NativeU w = in_turn<1, half>(low, high);
                 constexpr int kChain = (2 * step + half) % kChains;
-                unroll<M>([&](auto m) ALWAYS { sum[m][kChain] = own_dot(sum[m][kChain], w, x + (step * M + m) * 32 + half * 16); });
+                NativeU w[R];
+                unroll<R>([&](auto r) ALWAYS { w[r] = in_turn<1, half>(low[r], high[r]); });
+                unroll<M>([&](auto m) ALWAYS {
+                    const NativeU eight = every_run(x + (step * M + m) * 32 + half * 16);
+                    unroll<R>([&](auto r) ALWAYS { sum[r][m][kChain] = own_dot(sum[r][m][kChain], w[r], eight); });
+                });
             });
         });
     }
-    unroll<M>([&](auto m) ALWAYS {
-        total[m] = sum[m][0];
-        unroll<kChains - 1>([&](auto c) ALWAYS { total[m] += sum[m][c + 1]; });
+    unroll<R>([&](auto r) ALWAYS {
+        unroll<M>([&](auto m) ALWAYS {
+            total[r][m] = sum[r][m][0];
+            unroll<kChains - 1>([&](auto c) ALWAYS { total[r][m] += sum[r][m][c + 1]; });
+        });
     });
 }
 
@@ -74,30 +89,36 @@ inline void own_finish(const OwnPlan& plan, int64_t strip, int64_t block, const 
     float bias[kLookupStrip] = {};
     for (int row = 0; call.bias && row < count; ++row) bias[row] = read_float(call.bias, row0 + row, call.bias_type);
     const __m512i ends = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
-    for (int m = 0; m < M && block * M + m < call.tokens; ++m) {
+    uint16_t* to = static_cast<uint16_t*>(call.y) + block * M * plan.weight->rows + row0;
+    for (int m = 0; m < M && block * M + m < call.tokens; ++m, to += plan.weight->rows) {
         __m512 v = reinterpret_cast<__m512>(total[m]);
         v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
         v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
-        float out[16] = {};  // as many as a store reads
-        _mm_storeu_ps(out, _mm_add_ps(_mm512_castps512_ps128(_mm512_permutexvar_ps(ends, v)), _mm_loadu_ps(bias)));
-        store_floats(call.y, (block * M + m) * plan.weight->rows + row0, call.x_type, out, count);
+        const __m128 sums = _mm_add_ps(_mm512_castps512_ps128(_mm512_permutexvar_ps(ends, v)), _mm_loadu_ps(bias));
+        uint16_t out[8];
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), reinterpret_cast<__m128i>(_mm_cvtneps_pbh(sums)));
+        if (count == kLookupStrip) {
+            memcpy(to, out, 8);  // of a size known here: no call
+        } else {
+            memcpy(to, out, 2 * static_cast<size_t>(count));
+        }
     }
 }
 
-template <int BITS, int F, int M>
+template <int BITS, int F, int R, int M>
 void own_all(const OwnPlan& plan) {
     const int64_t strip_bytes = plan.tiles * tile_bytes<BITS>(), bytes = plan.strips * strip_bytes;
     const int threads = bytes < 48 * 1024 ? 1 : plan.call->threads;
     const int64_t even = plan.strips / (threads * 6), most = kOwnPiece / strip_bytes;
     const int64_t grain = threads == 1 && plan.blocks == 1 ? plan.strips : even < most || plan.blocks == 1 ? even : most;
-    const int64_t size = grain > 1 ? grain : 1;
+    const int64_t size = grain > R ? grain / R * R : R;
     parallel(ceil_div(plan.strips, size), threads, [&](int64_t piece, int) {
         const int64_t stop = (piece + 1) * size < plan.strips ? (piece + 1) * size : plan.strips;
         for (int64_t block = 0; block < plan.blocks; ++block) {
-            for (int64_t strip = piece * size; strip < stop; ++strip) {
-                NativeF total[M];
-                own_strip<BITS, F, M>(plan, strip, block, total);
-                own_finish<M>(plan, strip, block, total);
+            for (int64_t strip = piece * size; strip < stop; strip += R) {
+                NativeF total[R][M];
+                own_strips<BITS, F, R, M>(plan, strip, block, total);
+                for (int r = 0; r < R && strip + r < stop; ++r) own_finish<M>(plan, strip + r, block, total[r]);
             }
         }
     });
@@ -121,9 +142,10 @@ inline void own_place(const OwnPlan& plan, int64_t token) {
 
 template <int BITS, int F>
 void own_tokens(const OwnPlan& plan) {
-    if (plan.block_rows == 1) return own_all<BITS, F, 1>(plan);
-    if (plan.block_rows == 4) return own_all<BITS, F, 4>(plan);
-    own_all<BITS, F, 16>(plan);
+    if (plan.block_rows == 1) return own_all<BITS, F, 1, 1>(plan);
+    if (plan.block_rows == 4) return own_all<BITS, F, 1, 4>(plan);
+    if (plan.block_rows == 16) return own_all<BITS, F, 1, 16>(plan);
+    own_all<BITS, F, 2, kOwnRows>(plan);
 }
 template <int BITS>
 void own_groups(const OwnPlan& plan) {
@@ -137,7 +159,7 @@ inline Status own_tables(const OwnTables& weight, const Call& call) {
     plan.weight = &weight, plan.call = &call;
     plan.strips = ceil_div(weight.rows, kLookupStrip), plan.tiles = ceil_div(weight.columns, kLookupTile);
     plan.groups = weight.group ? ceil_div(weight.columns, weight.group) : 1;
-    plan.block_rows = call.tokens == 1 ? 1 : call.tokens <= 4 ? 4 : 16;
+    plan.block_rows = call.tokens == 1 ? 1 : call.tokens <= 4 ? 4 : call.tokens <= 16 ? 16 : kOwnRows;
     plan.blocks = ceil_div(call.tokens, plan.block_rows);
     const size_t x_bytes = static_cast<size_t>(plan.blocks * plan.block_rows * plan.tiles * kLookupTile) * 2;
     uint8_t* memory = static_cast<uint8_t*>(scratch(kCallScratch, x_bytes + static_cast<size_t>(plan.tiles * 8) * 4));

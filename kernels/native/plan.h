@@ -6,7 +6,7 @@
 //
 // A segment is the longest run of whole tiles that divides the group and is not longer than the arithmetic allows: sums
 // of a bounded length keep float32 accurate. Groups that are not made of whole tiles (16, 48, ...) have segments of half a
-// tile. Activations are copied into [block of rows][tile][row][32 columns], so that a kernel reads them front to back with
+// tile; with exact activations those of a group are summed on before its scale is applied (`run_from`). Activations are copied into [block of rows][tile][row][32 columns], so that a kernel reads them front to back with
 // constant distances between rows. A row is one term of one token (see numerics.h); a block's missing rows are zeros.
 #pragma once
 #include "numerics.h"
@@ -24,6 +24,7 @@ struct Plan {
     int64_t strips, tiles, segments, strip_bytes;
     int64_t segment_tiles;       // whole tiles of a segment; 0: segments are half tiles
     int64_t segments_per_group;
+    int64_t longest_run;         // segments of half a tile that are summed at most before a scale is applied
     int64_t terms, tokens_per_block, blocks;
     int block_rows;
     Form form;       // what the loops take the codes for
@@ -41,6 +42,11 @@ struct Plan {
         // The last half tile may lie wholly beyond the last column: its activations are zeros, any scale will do.
         const int64_t group = columns.group ? segment * 16 / columns.group : 0;
         return group < columns.groups ? group : columns.groups - 1;
+    }
+    // How many half tiles from `segment` on are summed before the scale of their group is applied.
+    int64_t run_from(int64_t segment) const {
+        const int64_t left = segments_per_group - segment % segments_per_group;
+        return left < longest_run ? left : longest_run;
     }
     const uint8_t* x_at(int64_t block, int64_t tile) const { return x + (block * tiles + tile) * block_rows * row_bytes; }
     int64_t factor(int64_t block, int64_t segment) const { return (block * segments + segment) * block_rows; }
@@ -66,6 +72,7 @@ inline Plan make_plan(const Weight& weight, const Call& call) {
     plan.segments_per_group = plan.columns.groups == 1 ? plan.segments
                               : plan.segment_tiles     ? plan.columns.group / kTile / plan.segment_tiles
                                                        : plan.columns.group / 16;
+    plan.longest_run = P::kOperands == 1 ? 1 : P::kLongestSegment / 16;
     plan.terms = !P::kTerms || call.x_type == kBfloat16 ? 1 : call.x_type == kFloat16 ? 2 : 3;
     plan.row_bytes = 8 * P::kOperands * P::kWordBytes;
     return plan;

@@ -96,7 +96,8 @@ def test_what_does_not_belong_together_is_refused() -> None:
     refused("number type", x=x.float())
     refused("group size", group=24)
     refused("contiguous", codes=layout["codes"].transpose(0, 1))
-    shifted = torch.empty(layout["codes"].nbytes + 64, dtype=torch.uint8)[1:][: layout["codes"].nbytes].view(layout["codes"].shape)
+    room = torch.empty(layout["codes"].nbytes + 64, dtype=torch.uint8)[1:]
+    shifted = room[: layout["codes"].nbytes].view(layout["codes"].shape)
     refused("multiple of 64 bytes", codes=shifted.copy_(layout["codes"]))
     with pytest.raises(BadInput, match="for each output"):
         own_tables.tensors_of(codes_on(Nf4(), 8, 64))
