@@ -98,6 +98,10 @@ FORMATS: dict[str, dict[str, Any]] = {
     "bipolar4 per channel, plain": {"format": "bipolar", "bits": 4, "group_size": None, **PLAIN},
     "fp6 e3m2 per channel": {"format": "float", "kind": "e3m2"},
     "planes1 g64, plain": {"format": "planes", "bits": 1, "group_size": 64, "refit": 4, **PLAIN},
+    "bitmod4 e4m3 scales g32": {"format": "bitmod", "bits": 4, "group_size": 32, "scale_dtype": "e4m3"},
+    "bitmod3 e4m3 scales g32": {"format": "bitmod", "bits": 3, "group_size": 32, "scale_dtype": "e4m3"},
+    "shift3 8x128, plain": {"format": "planes", "bits": 3, "group_size": 8, "block_rows": 128, "power_of_two": True, **PLAIN},
+    "nested4 g64": {"method": "nested", "bits": 4, "group_size": 64},
 }
 """Name -> keys of the quantize stage. Group sizes put neighbours in the list at the same bits per weight (4.25, 3.25)."""
 

@@ -36,20 +36,8 @@ from aerogel.recipes.schema import Recipe
 
 BASE = "int4 symmetric g64"
 COPY_BYTES = {"cpu": 96 << 20, "cuda": 200_000_000}
-MAKES_ITS_OWN = ("bcq", "nested")
-"""Methods whose codes no rounding to nearest can give."""
-GRID_KEYS = (
-    "format",
-    "kind",
-    "bits",
-    "group_size",
-    "symmetric",
-    "strategy",
-    "scale_dtype",
-    "offset",
-    "block_rows",
-    "power_of_two",
-)
+KEPT = ["format", "kind", "bits", "group_size", "symmetric", "strategy", "scale_dtype", "offset", "block_rows", "power_of_two"]
+"""Keys of a stage that say what its numbers are."""
 
 
 NO_GRAPH: set[str] = set()
@@ -59,8 +47,10 @@ NO_GRAPH: set[str] = set()
 def codes_only(stage: dict[str, Any]) -> dict[str, Any]:
     """A quantize stage that gives codes of the same format without data."""
     method = stage.get("method", "gptq")
-    kept = {key: stage[key] for key in GRID_KEYS if key in stage}
-    return {"method": method, **kept} if method in MAKES_ITS_OWN else {"method": "rtn", "clip": "none", **kept}
+    if method == "nested":  # planes with an offset, which only calibration data can solve
+        return {"method": "bcq", "bits": stage["bits"], "group_size": stage["group_size"], "offset": "float32"}
+    kept = {key: stage[key] for key in KEPT if key in stage}
+    return {"method": method, **kept} if method == "bcq" else {"method": "rtn", "clip": "none", **kept}
 
 
 def packed(stage: dict[str, Any], N: int, K: int, device: str) -> Linear:

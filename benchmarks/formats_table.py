@@ -2,10 +2,9 @@
 
     python benchmarks/formats_table.py
 
-Rows come from benchmarks/results/formats.json (`formats.py`), sorted by bits and KL. The column of speed is the time of one
-token through a linear over that of int4 in cpu_lookup.json (`cpu_lookup.py`), for formats that were timed there; a table
-costs what any table of its size costs, so formats that are timed are named by their first word. A recipe gets the line of the
-row whose quantize stage is its own, and keeps what it has where there is none.
+Rows come from benchmarks/results/formats.json (`formats.py`), sorted by bits and KL. The columns of speed are the time of one
+token through a linear over that of 4-bit integers in formats_speed.json (`formats_speed.py`), on a CPU and on a GPU. A recipe
+gets the line of the row whose quantize stage is its own, and keeps what it has where there is none.
 """
 
 from __future__ import annotations
@@ -22,27 +21,29 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods" / "comparison.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- from benchmarks/formats_table.py -->\n", "<!-- end -->\n"
-TIMED = {name: name for name in ("int4", "int3", "nf4", "mxfp4", "nvfp4", "bitmod4", "bitmod3")} | {"kmeans4": "table-per-row"}
-"""First word of a format -> its row in cpu_lookup.json."""
 MEASURED = "# measured: SmolLM2-135M-Instruct, WikiText-2 raw test, 40 x 1024, no BOS (128 x 512 C4 tokens, formats.json):"
-HEAD = """| format | bits/weight | KL | perplexity | MB | one token on a CPU, int4 = 1 |
-|---|--:|--:|--:|--:|--:|
+HEAD = """| format | bits/weight | KL | perplexity | MB | CPU, int4 = 1 | GPU, int4 = 1 |
+|---|--:|--:|--:|--:|--:|--:|
 """
 
 
-def table(formats: dict[str, Any], lookup: dict[str, Any]) -> str:
+def table(formats: dict[str, Any], speed: dict[str, Any]) -> str:
     """Markdown lines, narrow formats last, at equal bits the nearest to dense first."""
     rows = sorted(formats["rows"].items(), key=lambda item: (-round(item[1]["bits_per_weight"], 1), item[1]["kl"]))
-    return HEAD + "".join(_line(name, row, lookup["rows"]) for name, row in rows)
+    return HEAD + "".join(_line(name, row, speed) for name, row in rows)
 
 
-def _line(name: str, row: dict[str, Any], timed: dict[str, Any]) -> str:
-    found = timed.get(TIMED.get(name.split()[0], ""))
-    # A weight with more bits in some rows runs a second, smaller product, which was not timed there.
-    speed = f"{found['over']['int4']:.2f}" if found and "rows at" not in name else ""
+def _line(name: str, row: dict[str, Any], speed: dict[str, Any]) -> str:
     kl = f"{row['kl']:.4f} ± {row['kl_error']:.4f}"
     perplexity = f"{math.exp(row['loss']):.2f}"
-    return f"| {name} | {row['bits_per_weight']:.2f} | {kl} | {perplexity} | {row['bytes'] / 1e6:.1f} | {speed} |\n"
+    times = " | ".join(_time(name, row["stage"], speed.get(device, {"rows": {}})["rows"]) for device in ("cpu", "cuda"))
+    return f"| {name} | {row['bits_per_weight']:.2f} | {kl} | {perplexity} | {row['bytes'] / 1e6:.1f} | {times} |\n"
+
+
+def _time(name: str, stage: dict[str, Any], timed: dict[str, Any]) -> str:
+    """One token's time; nothing for a weight with something beside its codes, which was not timed there."""
+    beside = any(stage.get(rule, "none") != "none" for rule in ("rows", "outliers", "columns"))
+    return f"{timed[name]['over']['1']:.2f}" if name in timed and not beside else ""
 
 
 def results(name: str) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def results(name: str) -> dict[str, Any]:
 def page(text: str) -> str:
     """The page with its table made anew."""
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}{table(results('formats.json'), results('cpu_lookup.json'))}{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}{table(results('formats.json'), results('formats_speed.json'))}{END}{rest.split(END)[1]}"
 
 
 def recipe(text: str, rows: dict[str, Any]) -> str:
