@@ -43,7 +43,10 @@ def _line(name: str, row: dict[str, Any], speed: dict[str, Any]) -> str:
 def _time(name: str, stage: dict[str, Any], timed: dict[str, Any]) -> str:
     """One token's time; nothing for a weight with something beside its codes, which was not timed there."""
     beside = any(stage.get(rule, "none") != "none" for rule in ("rows", "outliers", "columns"))
-    return f"{timed[name]['over']['1']:.2f}" if name in timed and not beside else ""
+    if name not in timed or beside:
+        return ""
+    over = timed[name]["over"]["1"]
+    return f"{over:.2f}" if over < 10 else f"{over:.0f}"
 
 
 def results(name: str) -> dict[str, Any]:
