@@ -209,7 +209,9 @@ def fits(weight: TileWeight, config: Config, M: int, capability: tuple[int, int]
         return False
     if threads_of(config, M) > 1024 or (not config.ring and config.row_warps > 1):
         return False
-    if max(config.cluster, config.share) > 8 or (config.share > 1 and (config.cluster > 1 or not config.ring)):
+    if config.cluster not in (1, 2, 4, 8) or config.share > 8:  # a cluster's blocks divide 16 rows
+        return False
+    if config.share > 1 and (config.cluster > 1 or not config.ring):
         return False
     grid = grid_of(weight, config, multiprocessors)
     resident = min(config.blocks, 2) if config.ring else 1

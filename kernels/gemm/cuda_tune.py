@@ -35,6 +35,8 @@ SPILLED_BYTES = 64
 """A few registers spilled outside the loop cost nothing that can be measured; more are a sign of a cut that is too large."""
 _WARPS = ((1, 4), (1, 5), (1, 6), (1, 7), (1, 8), (1, 12), (1, 15), (1, 16), (2, 4), (2, 7))
 """Multiplying warps along rows and along K of a ring's block."""
+_CLUSTERS = ((1, 1), (2, 1), (4, 1), (1, 2))
+"""Blocks of a cluster that share K, and that share x."""
 
 
 def random_weight(
@@ -120,6 +122,8 @@ def candidates(weight: TileWeight, M: int, capability: tuple[int, int], multipro
     for config in full:
         grid = grid_of(weight, config, multiprocessors)
         small = shared_bytes(weight, config, M, grid) * config.blocks <= HALF_SHARED
+        if config.seats > config.blocks and not small:
+            continue  # registers for the next launch's blocks are no use without the shared memory
         for kept in {small, False}:
             deepest[replace(config, stages=0), kept] = config
     return list(dict.fromkeys(deepest.values()))
@@ -153,24 +157,15 @@ def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
         for k_warps in (4, 8, 16):
             if k_warps <= C:
                 yield Config(ring=False, row_tiles=row_tiles, k_warps=k_warps)
-    for row_tiles in range(1, 9):
-        for row_warps, k_warps in _WARPS:
-            for cluster, share in ((1, 1), (2, 1), (4, 1), (1, 2)):
-                if k_warps * cluster > C or (share > 1 and M <= 8):
-                    continue
-                for resident, stages, blocks in itertools.product((False, True), (2, 3, 4, 5, 6, 8, 12), (1, 2)):
-                    if blocks == 1 or (cluster == share == 1 and row_warps * k_warps <= 8):
-                        yield Config(
-                            ring=True,
-                            row_tiles=row_tiles,
-                            row_warps=row_warps,
-                            k_warps=k_warps,
-                            cluster=cluster,
-                            share=share,
-                            x_resident=resident,
-                            stages=stages,
-                            blocks=blocks,
-                        )
+    for row_tiles, (row_warps, k_warps), (cluster, share) in itertools.product(range(1, 9), _WARPS, _CLUSTERS):
+        if k_warps * cluster > C or (share > 1 and M <= 4):
+            continue
+        plain = Config(ring=True, row_tiles=row_tiles, row_warps=row_warps, k_warps=k_warps, cluster=cluster, share=share)
+        seated = [(1, 1)] if M > 4 else [(1, 1), (1, 2)]
+        if cluster == share == 1 and row_warps * k_warps <= 8:
+            seated.append((2, 1))
+        for resident, (blocks, seats), stages in itertools.product((False, True), seated, (2, 3, 4, 5, 6, 8, 12)):
+            yield replace(plain, x_resident=resident, stages=stages, blocks=blocks, seats=seats)
 
 
 def measure(

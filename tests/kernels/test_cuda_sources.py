@@ -529,6 +529,19 @@ def test_the_shortlist_holds_what_has_won() -> None:
     cuda_table.table.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "key", ["4/g128/4096x4096/m1", "1/g128/57344x8192/m8", "1/g128/57344x8192/m16", "2/g128/28672x4096/m1"]
+)
+def test_tuning_would_find_what_is_shipped(key: str) -> None:
+    """Or a user's own measurements, which win over the shipped ones, would be of slower cuts."""
+    cuda_table.table.cache_clear()
+    bits, size, N, K, M = (int(part) for part in re.findall(r"\d+", key))
+    shipped = Config(**cuda_table.table("NVIDIA H100 80GB HBM3")[key]["config"])
+    found = cuda_tune.candidates(weight(N, K, bits, size), M, (9, 0), 132)
+    assert replace(shipped, stages=0) in {replace(config, stages=0) for config in found}
+    cuda_table.table.cache_clear()
+
+
 def test_weights_to_tune_are_like_the_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[Any, ...]] = []
     monkeypatch.setattr(cuda_tune, "random_weight", lambda *what, **how: drawn.append((*what[2:], *how.values())))
