@@ -147,13 +147,18 @@ def swept(weights: list[ExpertLinear], x: torch.Tensor, routings: Any) -> list[d
         weight = cuda_grouped.below_each_other(cuda.tile_weight(layer._tensors(), layer.problem()))
         rows = torch.randn(pairs, layer.in_features, device="cuda").bfloat16()
         y = torch.empty(pairs, layer.out_features, device="cuda", dtype=torch.bfloat16)
-        jobs = [(run, c) for run in cuda_grouped.RUNS[max(0, near - 2) : near + 3] for c in cuda_grouped.cuts(weight, run)]
+        jobs = [
+            (run, c)
+            for run in cuda_grouped.RUNS[max(0, near - 1) : near + 2]
+            for split in (cuda_grouped.SPLITS if pairs < 32 else (1,))
+            for c in cuda_grouped.cuts(weight, run, split)
+        ]
         macros = [defines(weight, config, torch.bfloat16) | {"INT8": 0, "EXPERTS": 1} for _, config in jobs]
         sources.compile_ahead([(SOURCE, macro) for macro in macros], torch.cuda.get_device_capability(), workers=16)
         for run, config in jobs:
             plan = Plan(weight, config, pairs, torch.bfloat16, runs=most_runs(pairs, experts, run))
             runs = [route_experts(index.reshape(-1), experts, run)[2] for index, _ in routings]
-            calls = [functools.partial(plan.launch, rows, None, None, y, each) for each in runs]
+            calls = [functools.partial(plan.launch, rows, None, None, y, runs=each) for each in runs]
             us = graph_microseconds(calls, graph_ms=1.0, replays=3)
             found.append({"N": layer.out_features, "run": run, "us": us, "config": str(config)})
     return sorted(found, key=lambda entry: (entry["N"], entry["us"]))

@@ -4,10 +4,12 @@
 //   spread_tokens  each token's row once for every expert that was chosen for it, in sorted order
 //   add_experts    y_t = sum over the experts of t of weight * row, in the order in which they were chosen
 //
-// The sort counts: each warp takes a stretch of pairs, 32 at a time, and lanes with the same expert find each other with one
-// instruction. A first walk counts experts by warp, prefix sums over experts and warps say where each (expert, warp) begins,
-// a second walk hands out places. Pairs of one expert keep their order, so the same routing gives the same bits, always.
-// One block does it all: 16384 pairs are 16 steps of 32 warps, twice.
+// The sort counts: each warp takes a stretch of pairs, 32 at a time, and lanes with the same expert find each other with a vote
+// on each bit of its number (match.any would take one step for every expert among them). A first walk counts experts by warp,
+// prefix sums over experts and warps say where each (expert, warp) begins, a second walk hands out places. Pairs of one expert
+// keep their order, so the same routing gives the same bits, always. One block does it all where pairs are few. Places are
+// scattered stores, of which a multiprocessor makes one in a cycle or two: many pairs are shared among blocks, each of which
+// also counts what the others have.
 //
 // An expert that does not exist is nobody: its pairs come last, belong to no run, and add nothing.
 
@@ -19,7 +21,7 @@ typedef unsigned long long u64;
 constexpr u32 ALL = 0xFFFFFFFFu;
 constexpr int AHEAD = 4;  // steps whose pairs are fetched together
 
-extern __shared__ int counts[];  // [warps][experts + 1], then starts [experts + 1], first runs [experts + 1]
+extern __shared__ int counts[];  // of experts and nobody: [warps]; in blocks before; starts (of all first counts); first runs
 
 __device__ void begin() {
 #if __CUDA_ARCH__ >= 900
@@ -35,7 +37,7 @@ struct RouteArguments {
     int pairs, experts, run;
 };
 
-// The experts of a step's pairs: `experts` for nobody, -1 beyond the last pair.
+// The experts of a step's pairs: `experts` for nobody, one more beyond the last pair.
 struct Step {
     int expert[AHEAD];
     __device__ Step(const RouteArguments& p, int first, int end) {
@@ -43,10 +45,21 @@ struct Step {
         for (int i = 0; i < AHEAD; i++) {
             const int pair = first + 32 * i + threadIdx.x % 32;
             const long long e = pair < end ? p.expert[pair] : 0;
-            expert[i] = pair >= end ? -1 : e >= 0 && e < p.experts ? (int)e : p.experts;
+            expert[i] = pair >= end ? p.experts + 1 : e >= 0 && e < p.experts ? (int)e : p.experts;
         }
     }
 };
+
+// The lanes that have the same number as this one; `bits` hold all of them.
+__device__ u32 lanes_with(int number, int bits) {
+    u32 same = ALL;
+    for (int b = 0; b < bits; b++) {
+        const bool set = number >> b & 1;
+        const u32 those = __ballot_sync(ALL, set);
+        same &= set ? those : ~those;
+    }
+    return same;
+}
 
 // Exclusive prefix sum over a warp; `sum` becomes the total.
 __device__ int before(int value, int& sum) {
@@ -60,16 +73,38 @@ __device__ int before(int value, int& sum) {
     return until - value;
 }
 
+// Calls take(expert, the lanes that have the same, pair) for the pairs first .. end, with every lane of the warp at once.
+template <class Take> __device__ void walk(const RouteArguments& p, int first, int end, Take take) {
+    const int bits = 32 - __clz(p.experts + 1);
+    for (; first < end; first += 32 * AHEAD) {
+        const Step step(p, first, end);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            take(step.expert[i], lanes_with(step.expert[i], bits), first + 32 * i + (int)threadIdx.x % 32);
+            __syncwarp();
+        }
+    }
+}
+
+// A part of the pairs first .. end, in whole steps.
+struct Part {
+    int first, end;
+    __device__ Part(int start, int stop, int number, int parts) {
+        const int size = (stop - start + 32 * parts - 1) / (32 * parts) * 32;
+        first = min(start + number * size, stop), end = min(first + size, stop);
+    }
+};
+
 // From counts by warp to the place where each (warp, expert) begins, and the experts' runs.
 __device__ void lay_out(const RouteArguments& p, int warps, int width) {
-    int *starts = counts + warps * width, *first_runs = starts + width;
+    int *earlier = counts + warps * width, *starts = earlier + width, *first_runs = starts + width;
     for (int e = threadIdx.x; e < width; e += blockDim.x) {
-        int sum = 0;
+        int sum = earlier[e];
         for (int w = 0; w < warps; w++) {
             const int here = counts[w * width + e];
             counts[w * width + e] = sum, sum += here;
         }
-        starts[e] = sum;
+        if (gridDim.x == 1) starts[e] = sum;
     }
     __syncthreads();
     if (threadIdx.x < 32) {
@@ -82,9 +117,10 @@ __device__ void lay_out(const RouteArguments& p, int warps, int width) {
             if (e < width) starts[e] = start, first_runs[e] = first_run;
             pairs += more_pairs, runs += more_runs;
         }
-        if (threadIdx.x == 0) p.runs[0] = make_int4(runs, 0, 0, 0);
+        if (threadIdx.x == 0 && blockIdx.x == 0) p.runs[0] = make_int4(runs, 0, 0, 0);
     }
     __syncthreads();
+    if (blockIdx.x > 0) return;
     for (int e = threadIdx.x; e < p.experts; e += blockDim.x) {
         const int first = first_runs[e], count = first_runs[e + 1] - first;
         for (int i = 0; i < count; i++)
@@ -95,37 +131,28 @@ __device__ void lay_out(const RouteArguments& p, int warps, int width) {
 extern "C" __global__ void __launch_bounds__(1024) route_pairs(const __grid_constant__ RouteArguments p) {
     begin();
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = p.experts + 1;
-    int* mine = counts + warp * width;
-    for (int i = threadIdx.x; i < warps * width; i += blockDim.x) counts[i] = 0;
+    int *mine = counts + warp * width, *earlier = counts + warps * width, *starts = earlier + width;
+    for (int i = threadIdx.x; i < (warps + 2) * width; i += blockDim.x) counts[i] = 0;
     __syncthreads();
-    const int stretch = (p.pairs + 32 * warps - 1) / (32 * warps) * 32, start = warp * stretch, end = min(start + stretch, p.pairs);
-    for (int first = start; first < end; first += 32 * AHEAD) {
-        const Step step(p, first, end);
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const u32 same = __match_any_sync(ALL, step.expert[i]);
-            if (step.expert[i] >= 0 && lane == __ffs(same) - 1) mine[step.expert[i]] += __popc(same);
-            __syncwarp();
-        }
-    }
+    const Part block(0, p.pairs, blockIdx.x, gridDim.x), part(block.first, block.end, warp, warps), any(0, p.pairs, warp, warps);
+    if (gridDim.x > 1)
+        walk(p, any.first, any.end, [&](int e, u32 same, int pair) {
+            if (e >= width || lane != __ffs(same) - 1) return;
+            atomicAdd(starts + e, __popc(same));
+            if (pair < block.first) atomicAdd(earlier + e, __popc(same));
+        });
+    walk(p, part.first, part.end, [&](int e, u32 same, int) {
+        if (e < width && lane == __ffs(same) - 1) mine[e] += __popc(same);
+    });
     __syncthreads();
     lay_out(p, warps, width);
-    const int* starts = counts + warps * width;
-    for (int first = start; first < end; first += 32 * AHEAD) {
-        const Step step(p, first, end);
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const int e = step.expert[i], pair = first + 32 * i + lane;
-            const u32 same = __match_any_sync(ALL, e);
-            const int place = e >= 0 ? starts[e] + mine[e] + __popc(same & ((1u << lane) - 1)) : 0;
-            __syncwarp();
-            if (e >= 0) {
-                if (lane == __ffs(same) - 1) mine[e] += __popc(same);
-                p.order[place] = pair, p.place[pair] = e < p.experts ? place : -1;
-            }
-            __syncwarp();
-        }
-    }
+    walk(p, part.first, part.end, [&](int e, u32 same, int pair) {
+        const int place = e < width ? starts[e] + mine[e] + __popc(same & ((1u << lane) - 1)) : 0;
+        __syncwarp();
+        if (e >= width) return;
+        if (lane == __ffs(same) - 1) mine[e] += __popc(same);
+        p.order[place] = pair, p.place[pair] = e < p.experts ? place : -1;
+    });
 }
 
 struct SpreadArguments {
@@ -172,28 +199,45 @@ __device__ float weight_of(const AddArguments& p, int pair) {
     return p.weight_type ? number<true>(bits) : number<false>(bits);
 }
 
-// A thread for eight columns of a token; columns of the last thread beyond the row are left out.
+struct Eight {
+    u32 words[4];
+    __device__ float operator[](int i) const { return number<FP16>(words[i / 2] >> (16 * (i % 2)) & 0xFFFF); }
+};
+
+// Columns from `column` on, zeros beyond the row.
+__device__ Eight read8(const AddArguments& p, const u16* row, int column) {
+    if (p.columns % 8 == 0) {
+        const uint4 v = *(const uint4*)(row + column);
+        return {v.x, v.y, v.z, v.w};
+    }
+    Eight v = {};
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (column + i < p.columns) v.words[i / 2] |= (u32)row[column + i] << (16 * (i % 2));
+    return v;
+}
+
+// A thread for eight columns of a token; rows of TOGETHER pairs are fetched at once.
 extern "C" __global__ void __launch_bounds__(256) add_experts(const __grid_constant__ AddArguments p) {
     begin();
+    constexpr int TOGETHER = 4;
     const int column = 8 * (blockIdx.x * 256 + threadIdx.x), token = blockIdx.y;
     if (column >= p.columns) return;
     float sum[8] = {};
-    for (int i = 0; i < p.each; i++) {
-        const int pair = token * p.each + i, place = p.place[pair];
-        if (place < 0) continue;
-        const float weight = weight_of(p, pair);
-        const u16* row = p.rows + (size_t)place * p.columns + column;
-        u32 words[4] = {};
-        if (p.columns % 8 == 0) {
-            const uint4 v = *(const uint4*)row;
-            words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-        } else {
+    for (int first = 0; first < p.each; first += TOGETHER) {
+        Eight rows[TOGETHER];
+        float weights[TOGETHER];
 #pragma unroll
-            for (int j = 0; j < 8; j++)
-                if (column + j < p.columns) words[j / 2] |= (u32)row[j] << (16 * (j % 2));
+        for (int i = 0; i < TOGETHER; i++) {
+            const int pair = token * p.each + min(first + i, p.each - 1), place = p.place[pair];
+            const bool there = first + i < p.each && place >= 0;
+            weights[i] = there ? weight_of(p, pair) : 0.0f;
+            rows[i] = there ? read8(p, p.rows + (size_t)place * p.columns, column) : Eight{};
         }
 #pragma unroll
-        for (int j = 0; j < 8; j++) sum[j] += weight * number<FP16>(words[j / 2] >> (16 * (j % 2)) & 0xFFFF);
+        for (int i = 0; i < TOGETHER; i++)
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum[j] = fmaf(weights[i], rows[i][j], sum[j]);
     }
     u32 words[4] = {};
 #pragma unroll

@@ -35,6 +35,8 @@ from aerogel.kernels.triton_here import language
 triton, tl = language()
 OVERRIDE: dict[int, tuple[int, int, int]] = {}
 """Slots -> (tile, shares, warps), for measuring other plans than `plan_of` makes."""
+MANY_ROWS = 256
+"""From here on a gate is bound by memory and not by the launch, and its programs take more."""
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -302,9 +304,9 @@ def gate(g: Tensor, u: Tensor, act: str) -> Tensor:
     N = g.shape[-1]
     y = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     a, b = _rows(g), _rows(u)
-    tile = min(512, triton.next_power_of_2(N))
+    tile = min(2048 if len(a) > MANY_ROWS else 512, triton.next_power_of_2(N))
     _gate[len(a), triton.cdiv(N, tile)](
-        a, b, y, a.stride(0), b.stride(0), N, ACT=act, TILE=tile, num_warps=2, **_launch(g.device)
+        a, b, y, a.stride(0), b.stride(0), N, ACT=act, TILE=tile, num_warps=max(2, tile // 256), **_launch(g.device)
     )
     return y
 

@@ -36,6 +36,7 @@ RUNS = (16, 32, 48, 64, 96, 128, 160, 192, 256)
 """Tokens of a run, T."""
 DECODING = 88
 """Tokens whose products take as long as decoding the rows that they are multiplied with."""
+SPLITS = (1, 2, 3, 4, 6)
 CUTS = (*cuda_wgmma.CUTS, (160, 2, 1, 1), (192, 2, 1, 1))
 """As `cuda_wgmma.CUTS`, with runs that one would not choose for a single weight."""
 
@@ -57,24 +58,27 @@ def run_tokens(pairs: int, experts: int) -> int:
 
 
 @per_kind
-def choose_config(weight: TileWeight, run: int, runs: float, chosen: float, multiprocessors: int) -> Config | None:
+def choose_config(weight: TileWeight, run: int, runs: int, chosen: int, multiprocessors: int) -> Config | None:
     """The cut with the least estimated time for so many runs and experts that anybody chose; None when none runs the weight."""
     row_tiles, experts = ceil_divide(weight.N, 16), weight.codes.shape[0] // ceil_divide(weight.N, 16)
 
     def microseconds(config: Config) -> float:
-        tiles = math.ceil(ceil_divide(row_tiles, config.row_tiles) * runs)
+        tiles = ceil_divide(row_tiles, config.row_tiles) * runs
         return microseconds_of_tiles(weight, config, tiles, weight.nbytes * chosen / experts, multiprocessors)
 
-    return min(cuts(weight, run), key=microseconds, default=None)
+    return min((config for split in SPLITS for config in cuts(weight, run, split)), key=microseconds, default=None)
 
 
-def cuts(weight: TileWeight, run: int) -> list[Config]:
-    """Every cut for runs of so many tokens, with the deepest rings that fit."""
+def cuts(weight: TileWeight, run: int, split: int = 1) -> list[Config]:
+    """Every cut for runs of so many tokens, with the deepest rings that fit. split: blocks that share the columns of a tile,
+    where there are too few tiles for the device."""
     found: list[Config] = []
     for tokens, warpgroups, blocks, resident in CUTS:
         batch = 2 if blocks * resident > 2 or warpgroups > 2 else 4
-        lead = 3 if tokens > 128 and weight.codes.shape[1] > 1 else 0
-        plain = Config(tokens=tokens, warpgroups=warpgroups, blocks=blocks, batch=batch, lead=lead, resident=resident)
+        lead = 3 if tokens > 128 and split == 1 and weight.codes.shape[1] > 1 else 0
+        plain = Config(
+            tokens=tokens, warpgroups=warpgroups, blocks=blocks, split=split, batch=batch, lead=lead, resident=resident
+        )
         fitting = (deepest(weight, replace(plain, w_tiles=tiles)) for tiles in (2, 1)) if tokens == run else ()
         found += [config for config in fitting if config is not None][:1]
     return found
@@ -107,7 +111,7 @@ def grouped_tiles_linear(
     if y.numel() == 0:
         return y
     held = (codes, scale, zero, table, pick, factor)
-    key = (*(0 if tensor is None else tensor.data_ptr() for tensor in held), pairs, N, group_size, floats, x.dtype)
+    key = (*(0 if tensor is None else tensor.data_ptr() for tensor in held), pairs, experts, N, group_size, floats, x.dtype)
     with torch.cuda.device(x.device):
         plan = _plans.get(key)
         if plan is None:
@@ -118,7 +122,7 @@ def grouped_tiles_linear(
             if len(_plans) >= cuda.MOST_PLANS:
                 _plans.clear()
             plan = _plans[key] = planned(below_each_other(weight), experts, pairs, x.dtype)
-        plan.launch(in_pieces(x), None, bias, y, runs)
+        plan.launch(in_pieces(x), None, bias, y, runs=runs)
     return y
 
 
@@ -133,8 +137,8 @@ def planned(weight: TileWeight, experts: int, pairs: int, dtype: torch.dtype, co
     run = run_tokens(pairs, experts)
     if config is None:
         facts = torch.cuda.get_device_properties(weight.codes.device)
-        chosen = experts * -math.expm1(-pairs / experts)
-        runs = expected_runs(pairs, experts, run)
+        chosen = math.ceil(experts * -math.expm1(-pairs / experts))  # up, for a token's experts are distinct
+        runs = math.ceil(expected_runs(pairs, experts, run))
         config = choose_config(weight, run, runs, chosen, facts.multi_processor_count)
     if config is None:
         raise RunFailed("no cut of the experts' weight fits the multiprocessor; such a weight must be refused, not planned")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aerogel.kernels.cuda.launch import Launch
 
 SOURCE = "experts.cu"
-SORTING_WARPS = 32
+SORTING_WARPS, PAIRS_A_BLOCK, MOST_SORTING_BLOCKS = 32, 2048, 16
 THREADS = 256
 WEIGHT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -81,9 +81,9 @@ def route_experts(expert: Tensor, experts: int, run: int) -> tuple[Tensor, Tenso
     _run(
         "route_pairs",
         expert,
-        grid=(1,),
+        grid=(min(MOST_SORTING_BLOCKS, -(-pairs // PAIRS_A_BLOCK)),),
         block=32 * warps,
-        shared_bytes=4 * (warps + 2) * (experts + 1),
+        shared_bytes=4 * (warps + 3) * (experts + 1),
         arguments={
             "expert": expert.contiguous().data_ptr(),
             "order": order.data_ptr(),

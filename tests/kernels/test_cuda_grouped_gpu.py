@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from tests.kernels.expert_weights import experts_of, product, routing, wanted_of
 from tests.kernels.test_cuda_wgmma_gpu import BOUND, HOPPER, weight_of
 from tests.kernels.tile_weights import dense64
 
 from aerogel.kernels.cuda import sources
+from aerogel.kernels.experts import replace_experts
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import SOURCE, Config, defines
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
 from aerogel.kernels.grouped import cuda_grouped
 from aerogel.kernels.grouped.cuda_routes import add_experts, most_runs, route_experts, spread_tokens
+from aerogel.quantize.formats.bitmod import Bitmod
+from aerogel.quantize.formats.mx import Mx
+from aerogel.quantize.formats.nf4 import Nf4
+from aerogel.quantize.formats.nvfp4 import Nvfp4
+from aerogel.quantize.grids import IntGrid
 
 pytestmark = pytest.mark.gpu
 E, N, K = 5, 200, 712
@@ -93,7 +101,7 @@ def check(weight: TileWeight, dense: torch.Tensor, config: Config, expert: torch
     found = []
     for _ in range(2):
         y = torch.full((pairs + 1, N), torch.nan, dtype=dtype, device="cuda")
-        plan.launch(x, None, bias, y[:pairs], runs)
+        plan.launch(x, None, bias, y[:pairs], runs=runs)
         found.append(y)
     e = expert[order.long()]
     there = e < E
@@ -107,7 +115,7 @@ def check(weight: TileWeight, dense: torch.Tensor, config: Config, expert: torch
 @pytest.mark.parametrize("run", cuda_grouped.RUNS)
 def test_every_cut_on_ragged_loads(run: int) -> None:
     weight, dense = stacked(4, 128, "none", torch.bfloat16)
-    configs = cuda_grouped.cuts(weight, run)
+    configs = cuda_grouped.cuts(weight, run) + (cuda_grouped.cuts(weight, run, split=3) if run <= 32 else [])
     macros = [defines(weight, config, torch.bfloat16) | {"INT8": 0, "EXPERTS": 1} for config in configs]
     sources.compile_ahead([(SOURCE, macro) for macro in macros], HOPPER, workers=4)
     for config, pairs in itertools.product(configs, (3, 700)):
@@ -121,10 +129,45 @@ def test_every_cut_on_ragged_loads(run: int) -> None:
 )
 def test_widths_groups_and_zero_points(bits: int, size: int, zero: str, scale: torch.dtype) -> None:
     weight, dense = stacked(bits, size, zero, scale)
-    config = cuda_grouped.choose_config(weight, 32, 9.0, 5.0, 132)
+    config = cuda_grouped.choose_config(weight, 32, 9, 5, 132)
     assert config is not None
     for dtype in (torch.bfloat16, torch.float16):
         check(weight, dense, config, loads(90, E)["nobody"], dtype)
+
+
+@pytest.mark.parametrize("grid", [Mx(), Nvfp4(), Nf4(), Bitmod()], ids=str)
+def test_floats_and_tables(grid: Any) -> None:
+    layer = experts_of(grid, 6, 150, 256, torch.bfloat16, "cuda")
+    assert layer.kernel_name == "cuda"
+    expert, bias = routing(40, 3, 6, "cuda"), torch.randn(6, 150, device="cuda").bfloat16()
+    x = torch.randn(40, 256, device="cuda").bfloat16()
+    wanted = wanted_of(layer, x, expert, bias)
+    assert (product(layer, x, expert, bias).double() - wanted).norm() <= 6e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
+def test_a_layer_of_experts_equals_its_dense_self(weights: torch.dtype) -> None:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(num_local_experts=6, num_experts_per_tok=2, hidden_size=256, intermediate_size=384)
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        packed, dense = MixtralExperts(config).bfloat16(), MixtralExperts(config).bfloat16()
+    for name, parameter in list(dense.named_parameters()):
+        layer = experts_of(IntGrid(bits=4, group_size=32), *parameter.shape, torch.bfloat16, "cuda")
+        dense.register_parameter(name, torch.nn.Parameter(layer.dequantize(torch.bfloat16) / 16, requires_grad=False))
+        for scale in (held for key, held in layer._tensors().items() if "scale" in key):
+            scale /= 16  # a power of two: the same numbers, small enough for two products
+        replace_experts(packed, name, layer)
+    assert packed.gate_act == "silu"
+    for M in (1, 7, 300):
+        x = torch.randn(M, 256, device="cuda").bfloat16()
+        index = torch.rand(M, 6, device="cuda").topk(2).indices
+        share = torch.rand(M, 2, device="cuda").softmax(-1).to(weights)
+        wanted = dense(x, index, share).float()
+        with torch.no_grad():
+            assert (packed(x, index, share).float() - wanted).norm() <= 1e-2 * wanted.norm(), M
 
 
 def test_damage_stays_in_its_token() -> None:
@@ -133,9 +176,9 @@ def test_damage_stays_in_its_token() -> None:
     order, _, runs = route_experts(expert, E, 16)
     x = torch.randn(40, K, device="cuda").bfloat16()
     x[3, 5], x[17, 700], x[39, 0] = torch.inf, torch.nan, -torch.inf
-    config = cuda_grouped.choose_config(weight, 16, 5.0, 5.0, 132)
+    config = cuda_grouped.choose_config(weight, 16, 5, 5, 132)
     assert config is not None
     y = torch.empty(40, N, device="cuda", dtype=torch.bfloat16)
-    Plan(weight, config, 40, torch.bfloat16, runs=most_runs(40, E, 16)).launch(x, None, None, y, runs)
+    Plan(weight, config, 40, torch.bfloat16, runs=most_runs(40, E, 16)).launch(x, None, None, y, runs=runs)
     wanted = torch.einsum("sk,snk->sn", x.double(), dense[expert[order.long()]])
     assert torch.equal(y.isfinite(), wanted.isfinite()) and torch.equal(y.isnan(), wanted.isnan())
