@@ -181,6 +181,10 @@ def test_cuts_fit_and_16_bits_are_left_to_where_they_are_faster() -> None:
     assert cuda_int8.choose_config(random_shape(4096, 14336, 4, 128), 128, 132) is None
     assert cuda_int8.choose_config(random_shape(4096, 14336, 4, 128), 512, 132) is not None
     assert cuda_int8.choose_config(random_shape(28672, 4096, 4, 128), 128, 132) is not None
+    for N, K in ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336)):
+        many, fewer = (cuda_int8.choose_config(random_shape(N, K, 8, 0), M, 132) for M in (4096, 1024))
+        assert many is not None and fewer is not None and (many.tokens, many.share, many.batch) == (256, 2, 4)
+        assert fewer.share == 1
 
 
 @needs_nvrtc
