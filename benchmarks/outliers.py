@@ -4,11 +4,14 @@
     python benchmarks/outliers.py --columns --out benchmarks/results/columns.json
     python benchmarks/outliers.py --rows --shares 0.1 --out benchmarks/results/rows.json
 
-On a CPU. Columns stand beside int8 weights with int8 activations, outliers and rows (of 8 bits) beside 4 bits; a share counts
-weights, inputs or outputs.
+    python benchmarks/outliers.py --device cuda --shapes 4096x4096 28672x4096 --tokens 1 16 --shares 0.01 --out ...
 
-Medians; within a round the linear runs once without and once with its outliers, on weights that rotate over more than the
-last-level cache, and the ratio is the median of the rounds' ratios.
+Columns stand beside int8 weights with int8 activations, outliers and rows (of 8 bits) beside 4 bits; a share counts weights,
+inputs or outputs.
+
+On a CPU: medians; within a round the linear runs once without and once with its outliers, on weights that rotate over more
+than the last-level cache, and the ratio is the median of the rounds' ratios. On a GPU: replays of CUDA graphs that go round
+over copies of the weight, with and without in turns, three times each, and the ratio of the medians.
 
 # make bench: --seconds 1 --shapes 1024x1024
 """
@@ -27,6 +30,7 @@ from typing import Any
 import torch
 
 from aerogel.eval.machine import machine, versions
+from aerogel.kernels.cuda.timing import copies, graph_microseconds
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.quantize.columns import Columns
@@ -34,42 +38,46 @@ from aerogel.quantize.grids import Codes, IntGrid
 from aerogel.quantize.outliers import Outliers
 from aerogel.quantize.rows import Rows
 
-Maker = Callable[[int, int, float, int], tuple[Linear, SidecarLinear]]
+Maker = Callable[[int, int, float, int, str], tuple[Linear, SidecarLinear]]
 CACHE = 96 << 20
 GRID = IntGrid(bits=4, group_size=128, scale_dtype=torch.bfloat16)
 
 
-def pair(N: int, K: int, share: float, seed: int) -> tuple[Linear, SidecarLinear]:
+def pair(N: int, K: int, share: float, seed: int, device: str = "cpu") -> tuple[Linear, SidecarLinear]:
     """The same codes without outliers and with."""
-    random = torch.Generator().manual_seed(seed)
-    values = torch.randint(-8, 8, (N, K), dtype=torch.int8, generator=random)
-    codes = Codes(values_NK=values, scale_NG=torch.rand(N, K // 128, generator=random).bfloat16(), grid=GRID)
-    outliers = Outliers.of(torch.randn(N, K, generator=random), torch.rand(N, K, generator=random) < share)
+    random = torch.Generator(device).manual_seed(seed)
+    values = torch.randint(-8, 8, (N, K), dtype=torch.int8, generator=random, device=device)
+    codes = Codes(values_NK=values, scale_NG=torch.rand(N, K // 128, generator=random, device=device).bfloat16(), grid=GRID)
+    outliers = Outliers.of(
+        torch.randn(N, K, generator=random, device=device), torch.rand(N, K, generator=random, device=device) < share
+    )
     kept = SidecarLinear.from_codes(codes, dtype=torch.bfloat16)
     kept.keep(outliers.tensors())
     return Linear.from_codes(codes, dtype=torch.bfloat16), kept
 
 
-def pair_of_columns(N: int, K: int, share: float, seed: int) -> tuple[Linear, SidecarLinear]:
+def pair_of_columns(N: int, K: int, share: float, seed: int, device: str = "cpu") -> tuple[Linear, SidecarLinear]:
     """The same int8 codes without columns and with."""
-    random = torch.Generator().manual_seed(seed)
-    values = torch.randint(-127, 128, (N, K), dtype=torch.int8, generator=random)
+    random = torch.Generator(device).manual_seed(seed)
+    values = torch.randint(-127, 128, (N, K), dtype=torch.int8, generator=random, device=device)
     grid = IntGrid(bits=8, scale_dtype=torch.bfloat16)
-    codes = Codes(values_NK=values, scale_NG=torch.rand(N, 1, generator=random).bfloat16(), grid=grid)
-    index_C = torch.randperm(K, generator=random)[: round(share * K)]
+    codes = Codes(values_NK=values, scale_NG=torch.rand(N, 1, generator=random, device=device).bfloat16(), grid=grid)
+    index_C = torch.randperm(K, generator=random, device=device)[: round(share * K)]
     kept = SidecarLinear.from_codes(codes, activations="int8", dtype=torch.bfloat16)
-    kept.keep(Columns.of(torch.randn(N, K, generator=random), index_C).tensors())
+    kept.keep(Columns.of(torch.randn(N, K, generator=random, device=device), index_C).tensors())
     return Linear.from_codes(codes, activations="int8", dtype=torch.bfloat16), kept
 
 
-def pair_of_rows(N: int, K: int, share: float, seed: int) -> tuple[Linear, SidecarLinear]:
+def pair_of_rows(N: int, K: int, share: float, seed: int, device: str = "cpu") -> tuple[Linear, SidecarLinear]:
     """The same 4-bit codes without and with 4 more bits for some rows."""
-    random = torch.Generator().manual_seed(seed)
-    index_R = torch.randperm(N, generator=random)[: round(share * N)].sort().values
+    random = torch.Generator(device).manual_seed(seed)
+    index_R = torch.randperm(N, generator=random, device=device)[: round(share * N)].sort().values
 
     def codes(rows: int) -> Codes:
-        values = torch.randint(-8, 8, (rows, K), dtype=torch.int8, generator=random)
-        return Codes(values_NK=values, scale_NG=torch.rand(rows, K // 128, generator=random).bfloat16(), grid=GRID)
+        values = torch.randint(-8, 8, (rows, K), dtype=torch.int8, generator=random, device=device)
+        return Codes(
+            values_NK=values, scale_NG=torch.rand(rows, K // 128, generator=random, device=device).bfloat16(), grid=GRID
+        )
 
     base = codes(N)
     kept = SidecarLinear.from_codes(base, dtype=torch.bfloat16)
@@ -78,8 +86,8 @@ def pair_of_rows(N: int, K: int, share: float, seed: int) -> tuple[Linear, Sidec
 
 
 def measure(N: int, K: int, M: int, share: float, seconds: float, make: Maker) -> dict[str, Any]:
-    """Microseconds without and with, and their ratio."""
-    pairs = [make(N, K, share, seed) for seed in range(max(2, -(-CACHE // (N * K // 2))))]
+    """Microseconds without and with on a CPU, and their ratio."""
+    pairs = [make(N, K, share, seed, "cpu") for seed in range(max(2, -(-CACHE // (N * K // 2))))]
     x_MK = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16()
     times: list[tuple[float, float]] = []
     end, turn = time.perf_counter() + seconds, 0
@@ -98,6 +106,20 @@ def measure(N: int, K: int, M: int, share: float, seconds: float, make: Maker) -
     return {**row, "ratio": round(ratio, 3), "kernel": pairs[0][0].kernel_name, "rounds": len(times)}
 
 
+def measure_cuda(N: int, K: int, M: int, share: float, make: Maker) -> dict[str, Any]:
+    """The same on a GPU."""
+    first = make(N, K, share, 0, "cuda")
+    pairs = [first, *(make(N, K, share, seed, "cuda") for seed in range(1, copies(first[0].packed_bytes)))]
+    x_MK = torch.randn(M, K, generator=torch.Generator("cuda").manual_seed(M), device="cuda").bfloat16()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(3):
+        for which, found in enumerate(times):
+            found.append(graph_microseconds([lambda module=pair[which]: module(x_MK) for pair in pairs]))
+    plain, kept = map(statistics.median, times)
+    row = {"N": N, "K": K, "M": M, "share": share, "plain_us": round(plain, 2), "with_us": round(kept, 2)}
+    return {**row, "ratio": round(kept / plain, 3), "kernel": first[0].kernel_name, "copies": len(pairs)}
+
+
 def main() -> None:
     """Measures and prints."""
     options = argparse.ArgumentParser()
@@ -107,6 +129,7 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=4)
     options.add_argument("--columns", action="store_true")
     options.add_argument("--rows", action="store_true")
+    options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options.add_argument("--out", type=Path)
     chosen = options.parse_args()
     make = pair_of_rows if chosen.rows else pair_of_columns if chosen.columns else pair
@@ -116,7 +139,8 @@ def main() -> None:
             N, K = map(int, shape.split("x"))
             for M in chosen.tokens:
                 for share in chosen.shares:
-                    rows.append(measure(N, K, M, share, chosen.seconds, make))
+                    cuda = chosen.device == "cuda"
+                    rows.append(measure_cuda(N, K, M, share, make) if cuda else measure(N, K, M, share, chosen.seconds, make))
                     print(rows[-1], flush=True)
     if chosen.out:
         held = {"command": " ".join(sys.argv), "machine": machine(), "versions": versions(), "rows": rows}

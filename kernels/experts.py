@@ -57,6 +57,7 @@ class ExpertLinear(nn.Module):
         self.kernel_name: str | None = None
         self._kernel: type[Grouped] = Reference
         self._problem: Problem | None = None
+        self.more: ExpertRows | None = None
         for name, (shape, kind) in format_of(scheme.format).shapes(out_features, in_features, scheme.grid).items():
             self.register_buffer(name, torch.empty(experts, *shape, dtype=kind, device=device))
 
@@ -86,6 +87,8 @@ class ExpertLinear(nn.Module):
         if not base.runs_stored(problem):
             self._replace(stacked(lambda e: base.pack(self.codes_of(e), problem), self.experts))
         self._problem = problem
+        if self.more is not None:
+            self.more.linear.prepare(dtype)
         return self
 
     def restore(self) -> None:
@@ -104,7 +107,8 @@ class ExpertLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weights [E, N, K]; bit for bit what the file decodes to."""
-        return torch.stack([self.codes_of(e).decode(dtype or self.compute_dtype) for e in range(self.experts)])
+        dense_ENK = torch.stack([self.codes_of(e).decode(dtype or self.compute_dtype) for e in range(self.experts)])
+        return dense_ENK if self.more is None else self.more.put(dense_ENK)
 
     def routes(self, expert_S: Tensor) -> Routes:
         """What the kernel makes of the routing; good for every weight of the same experts."""
@@ -127,12 +131,14 @@ class ExpertLinear(nn.Module):
             self.prepare(x_MK.dtype)
         problem = self._problem or self.problem()
         rows = x_MK.to(problem.dtype).contiguous()
-        return self._kernel.run(rows, expert_S, routes, self._tensors(), problem, bias_EN).to(x_MK.dtype)
+        y_SN = self._kernel.run(rows, expert_S, routes, self._tensors(), problem, bias_EN).to(x_MK.dtype)
+        return y_SN if self.more is None else self.more(y_SN, x_MK, expert_S)
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of the weights as they lie in memory."""
-        return sum(tensor.nbytes for tensor in self._tensors().values())
+        beside = 0 if self.more is None else self.more.linear.packed_bytes + self.more.index_ER.nbytes
+        return sum(tensor.nbytes for tensor in self._tensors().values()) + beside
 
     def extra_repr(self) -> str:
         """Shape, numbers and kernel."""
@@ -164,6 +170,45 @@ class ExpertLinear(nn.Module):
                 self._buffers[name] = kept[name].to(new.device)
         self.compute_dtype = dtype
         return self.prepare() if prepared and self.device.type != "meta" else self
+
+
+class ExpertRows(nn.Module):
+    """What some rows of every expert lack (`quantize/rows.py`): R more outputs of each, which are added to those rows.
+
+    All experts have as many: where one has fewer rows of more bits, the rest are zeros that are added to its row 0.
+
+    Args:
+        experts, in_features, rows: E, K and R.
+        scheme: of what is added.
+    """
+
+    index_ER: Tensor
+
+    def __init__(
+        self,
+        experts: int,
+        in_features: int,
+        rows: int,
+        scheme: Scheme,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("index_ER", torch.empty(experts, rows, dtype=torch.int32, device=device))
+        self.linear = ExpertLinear(experts, in_features, rows, scheme, dtype=dtype, device=device)
+
+    def forward(self, y_SN: Tensor, x_MK: Tensor, expert_S: Tensor) -> Tensor:
+        """y with what its rows lack added; as `ExpertLinear` is called."""
+        more_SR = self.linear(x_MK, expert_S, self.linear.routes(expert_S))
+        # Nobody's expert adds zeros, to whichever rows.
+        index_SR = self.index_ER[expert_S.clamp(max=len(self.index_ER) - 1)].long()
+        return y_SN.scatter_add(1, index_SR, more_SR)
+
+    def put(self, dense_ENK: Tensor) -> Tensor:
+        """The dense weights with it added."""
+        more_ERK = self.linear.dequantize(dense_ENK.dtype)
+        return dense_ENK.scatter_add(1, self.index_ER.long()[:, :, None].expand_as(more_ERK), more_ERK)
 
 
 def stacked(of_expert: Callable[[int], dict[str, Tensor]], experts: int) -> dict[str, Tensor]:

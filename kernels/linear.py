@@ -225,12 +225,15 @@ class Linear(nn.Module):
         """[..., in_features] -> [..., out_features], in x's dtype."""
         if self._problem is None:
             self.prepare(x.dtype)
+        return self.product(x.reshape(-1, self.in_features), self.bias).reshape(*x.shape[:-1], self.out_features)
+
+    def product(self, x_MK: Tensor, bias_N: Tensor | None) -> Tensor:
+        """x @ W.T (+ bias), [M, N] in x's dtype, by the kernel of a prepared layer."""
         problem = self._problem or self.problem()
-        rows = x.reshape(-1, self.in_features).to(problem.dtype)
+        rows = x_MK.to(problem.dtype)
         if self.column_order is not None:
             rows = rows.index_select(1, self.column_order)
-        y = self._kernel.run(rows.contiguous(), self.operands(), problem, self.bias)
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return self._kernel.run(rows.contiguous(), self.operands(), problem, bias_N).to(x_MK.dtype)
 
     def columns(self) -> Columns:
         """The weight's codes and the order of its columns."""

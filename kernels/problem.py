@@ -77,6 +77,8 @@ class Kernel(ABC):
     rows: ClassVar[int] = 0
     """Output rows per step of the first axis of the layout's tensors, so that weights can be cut and stacked there; 0 where
     the layout has no such axis."""
+    adds_beside: ClassVar[bool] = False
+    """Whether `run` adds what stands beside the weight itself, where the layout holds it (`kernels.beside.ref.NAMES`)."""
     shared: ClassVar[frozenset[str]] = frozenset()
     """Tensors of the layout that do not grow with N."""
 

@@ -2,14 +2,12 @@
 
     y_MN = kernel(x'_MK) + x_MC W_NC^T + x_MK S^T        W_NC kept columns, S [N, K] sparse outliers
 
-Outliers: the sparse product is the library's (MKL on a CPU, cuSPARSE on CUDA) behind one operator, in float32, so that
-torch.compile and traced steps see a single call. It reads 8 bytes per outlier, where 4-bit codes are half a byte per weight:
-at 1 % of the weights 0.08 bytes per weight beside 0.53, 15 % more to read.
-
-Columns: one dense product with C of the K inputs; 1 % of the columns beside int8 is 2 % more to read. Where the kernel rounds
-its inputs, x' is x with these inputs at zero, so that they do not set the unit of all others; else x' = x. Both kinds see
-the input as it is, also where the kernel rounds it. With a threshold (LLM.int8()) the columns depend on x: what is wanted is
-read back to the host in every call, which no CUDA graph can hold.
+Outliers and columns are added together: by the kernel itself where it can (`Kernel.adds_beside`), else by one small operator
+(`kernels/beside`). An outlier reads 4 bytes, where 4-bit codes are half a byte per weight: at 1 % of the weights 0.04 bytes per
+weight beside 0.53, 8 % more to read; 1 % of the columns beside int8 is 2 % more. Where the kernel rounds its inputs, x' is x
+with the inputs of kept columns at zero, so that they do not set the unit of all others; else x' = x. Both kinds see the input
+as it is, also where the kernel rounds it. With a threshold (LLM.int8()) the columns depend on x: what is wanted is read back
+to the host in every call, which no CUDA graph can hold.
 
 A scale of inputs (static rounding) is no product: the kernel is called with it.
 
@@ -20,44 +18,19 @@ Shape legend: M tokens, N out features, K in features, C kept columns, E outlier
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from aerogel.kernels.beside import choose as beside_ops
+from aerogel.kernels.beside.cpu import fits
+from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.linear import Linear
 from aerogel.pack.format import Activations
 from aerogel.quantize.sidecars import SIDECARS, Sidecar
-
-with warnings.catch_warnings():
-    # torch says once per process that CSR tensors are in beta; said here, where nobody can act on it.
-    warnings.simplefilter("ignore", UserWarning)
-    torch.zeros(1, 1, device="cpu").to_sparse_csr()  # models are built with meta as the default device
-
-_library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "add_outliers(Tensor y_MN, Tensor x_MK, Tensor start_N1, Tensor column_E, Tensor value_E) -> Tensor"
-)
-
-
-def add_outliers(y_MN: Tensor, x_MK: Tensor, start_N1: Tensor, column_E: Tensor, value_E: Tensor) -> Tensor:
-    """y + x S^T in y's dtype. start and column int32, value float32; a new tensor."""
-    size = (y_MN.shape[1], x_MK.shape[1])
-    sparse_NK = torch.sparse_csr_tensor(start_N1, column_E, value_E, size, check_invariants=False)
-    if len(x_MK) == 1:
-        return (y_MN + (sparse_NK @ x_MK[0].float())).to(y_MN.dtype)
-    return (y_MN + (sparse_NK @ x_MK.float().T).T).to(y_MN.dtype)
-
-
-def _shape(y_MN: Tensor, x_MK: Tensor, start_N1: Tensor, column_E: Tensor, value_E: Tensor) -> Tensor:
-    return torch.empty_like(y_MN)
-
-
-for _key in ("CPU", "CUDA"):
-    _library.impl("add_outliers", add_outliers, _key)  # type: ignore[no-untyped-call]
-torch.library.register_fake("aerogel::add_outliers", _shape, lib=_library)
 
 
 class Product(nn.Module):
@@ -88,18 +61,20 @@ class Product(nn.Module):
 
 
 class OutlierProduct(Product):
-    """Adds the product with sparse outliers."""
+    """The sparse outliers."""
 
     start_N1: Tensor
     column_E: Tensor
     value_E: Tensor
 
+    @property
+    def beside(self) -> Beside:
+        """What is added."""
+        return Beside(self.start_N1, self.column_E, self.value_E)
+
     def forward(self, y_MN: Tensor, x_MK: Tensor) -> Tensor:
         """y + x S^T."""
-        if self._ready is None:
-            self._ready = self.start_N1, self.column_E.int(), self.value_E.float()
-        found: Tensor = torch.ops.aerogel.add_outliers(y_MN, x_MK, *self._ready)
-        return found
+        return beside_ops.add(y_MN, x_MK, self.beside)
 
 
 class ColumnProduct(Product):
@@ -112,32 +87,30 @@ class ColumnProduct(Product):
     value_NC: Tensor
     threshold_1: Tensor
 
-    def stored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Indices int64 [C] of the stored columns, and their weights [N, C] in `dtype`."""
-        if self._ready is None or self._ready[1].dtype != dtype:
-            self._ready = self.index_C.long(), self.value_NC.to(dtype)
-            self._met, self._threshold = self._ready, float(self.threshold_1)
-        found: tuple[Tensor, Tensor] = self._ready
-        return found
+    @property
+    def looks(self) -> bool:
+        """Whether the columns depend on the inputs."""
+        if self._ready is None:
+            self._ready = float(self.threshold_1)
+            self._met = self.index_C, self.value_NC
+        return bool(self._ready > 0)
 
     def wanted(self, x_MK: Tensor, weight: Callable[[torch.dtype], Tensor]) -> tuple[Tensor, Tensor]:
-        """As `stored`, with the columns whose input exceeds the threshold somewhere in x.
+        """Indices int32 [C] of the stored columns, and of those whose input exceeds the threshold somewhere in x, and their
+        weights [N, C].
 
         weight: decodes the whole weight; called when an input is loud whose column was never asked for.
         """
-        stored = self.stored(x_MK.dtype)
-        if self._threshold == 0:
-            return stored
-        loud_D = (x_MK.abs() > self._threshold).any(0).nonzero()[:, 0]
+        loud_D = (x_MK.abs() > self._ready).any(0).nonzero()[:, 0].int()
         index_C, value_NC = self._met
         new_D = loud_D[~torch.isin(loud_D, index_C)]
         if len(new_D):
             index_C = torch.cat([index_C, new_D])
-            value_NC = torch.cat([value_NC, weight(x_MK.dtype)[:, new_D]], 1)
+            value_NC = torch.cat([value_NC.to(x_MK.dtype), weight(x_MK.dtype)[:, new_D.long()]], 1)
             self._met = index_C, value_NC
         here = torch.isin(index_C, loud_D)
-        here[: len(stored[0])] = True
-        return index_C[here], value_NC[:, here]
+        here[: len(self.index_C)] = True
+        return index_C[here], value_NC[:, here].contiguous()
 
 
 class RowProduct(Product):
@@ -180,10 +153,12 @@ class SidecarLinear(Linear):
 
     def __init__(self, *args: Any, beside: Mapping[str, Tensor] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._adds: bool | None = None
         self.keep(beside or {})
 
     def keep(self, beside: Mapping[str, Tensor]) -> Self:
         """Takes the sidecars among these tensors."""
+        self._adds = None
         for key, read_one in SIDECARS.items():
             sidecar = read_one(beside)
             if sidecar is not None:
@@ -198,6 +173,7 @@ class SidecarLinear(Linear):
     def prepare(self, dtype: torch.dtype | None = None, *, overwrite: bool = False) -> Self:
         """As `Linear` does it, for rows of more bits as well."""
         super().prepare(dtype, overwrite=overwrite)
+        self._adds = None
         for product in self._products():
             if isinstance(product, RowProduct):
                 product.ready(self)
@@ -205,24 +181,59 @@ class SidecarLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in x's dtype."""
-        x_MK = x.reshape(-1, self.in_features)
-        columns, outliers = (self._modules.get(key) for key in ("weight_columns", "weight_outliers"))
-        y_MN = self._beside_columns(columns, x_MK) if isinstance(columns, ColumnProduct) else super().forward(x_MK)
-        if outliers is not None:
-            y_MN = outliers(y_MN, x_MK)
+        if self._problem is None:
+            self.prepare(x.dtype)
+        problem = self._problem or self.problem()
+        x_MK = x.reshape(-1, self.in_features).contiguous()
+        beside = self._wanted(x_MK)
+        if self._kernel_adds() and x.dtype is problem.dtype and not torch.compiler.is_compiling():
+            y_MN = self._kernel.run(x_MK, self.operands() | beside.operands(), problem, self.bias)
+        else:
+            hides = beside.index_C is not None and self.hides_columns
+            seen_MK = beside_ops.quiet(x_MK, beside) if hides else x_MK
+            if not beside.operands():
+                y_MN = self.product(x_MK, self.bias)
+            elif len(x_MK) == 1 and x_MK.is_cuda:
+                # What is added to a single token is the bias of its matmul, which fetches its weights while that is computed.
+                bias_1N = None if self.bias is None else self.bias[None].to(x_MK.dtype)
+                y_MN = self.product(seen_MK, beside_ops.add(bias_1N, x_MK, beside)[0])
+            else:
+                y_MN = beside_ops.add(self.product(seen_MK, self.bias), x_MK, beside)
         if "weight_rows" in self._modules:
             y_MN = self._modules["weight_rows"](y_MN, x_MK)  # type: ignore[misc]
         return y_MN.reshape(*x.shape[:-1], self.out_features)
 
-    def _beside_columns(self, columns: ColumnProduct, x_MK: Tensor) -> Tensor:
-        """The product in two parts. Only where inputs are rounded must the kernel not see those of the kept columns."""
-        if self.scheme.activations == "none" and not self.rounds_activations:
-            index_C, value_NC = columns.stored(x_MK.dtype)
-            quiet_MK = x_MK
-        else:
-            index_C, value_NC = columns.wanted(x_MK, super().dequantize)
-            quiet_MK = x_MK.index_fill(1, index_C, 0)
-        return torch.addmm(super().forward(quiet_MK), x_MK[:, index_C], value_NC.T)
+    @property
+    def hides_columns(self) -> bool:
+        """Whether the kernel must not see the inputs of kept columns: where it rounds what it sees."""
+        return self.scheme.activations != "none" or self.rounds_activations
+
+    def added_by_kernel(self) -> Beside | None:
+        """What the kernel adds itself at every call, for callers that record calls; None where more than the kernel runs."""
+        columns = self._modules.get("weight_columns")
+        looks = isinstance(columns, ColumnProduct) and columns.looks and self.hides_columns
+        others = {"weight_rows", "input_scale"} & set(self._modules)
+        return None if looks or others or not self._kernel_adds() else self._stored()
+
+    def _stored(self) -> Beside:
+        """What is stored beside the weight."""
+        outliers, columns = (self._modules.get(key) for key in ("weight_outliers", "weight_columns"))
+        found = outliers.beside if isinstance(outliers, OutlierProduct) else Beside()
+        return found if columns is None else replace(found, index_C=columns.index_C, kept_NC=columns.value_NC)  # type: ignore[arg-type]
+
+    def _wanted(self, x_MK: Tensor) -> Beside:
+        """What is added to the kernel's product of these inputs."""
+        columns = self._modules.get("weight_columns")
+        if not isinstance(columns, ColumnProduct) or not self.hides_columns or not columns.looks:
+            return self._stored()
+        index_C, kept_NC = columns.wanted(x_MK, super().dequantize)
+        return replace(self._stored(), index_C=index_C, kept_NC=kept_NC)
+
+    def _kernel_adds(self) -> bool:
+        """Whether its kernel takes what stands beside the weight, as it is, with inputs in their order."""
+        if self._adds is None:
+            self._adds = self._kernel.adds_beside and self.column_order is None and fits(self.out_features, self._stored())
+        return self._adds
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [N, K], with what is kept in its place."""

@@ -23,7 +23,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.embedding import PackedEmbedding
-from aerogel.kernels.experts import ExpertLinear, replace_experts, stacked
+from aerogel.kernels.experts import ExpertLinear, ExpertRows, replace_experts, stacked
 from aerogel.kernels.linear import Linear, stored_shapes
 from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.model.experts import Stack
@@ -35,6 +35,7 @@ from aerogel.pack.source import Source
 from aerogel.quantize import sidecars
 from aerogel.quantize.codes import Codes, Grid
 from aerogel.quantize.codes import stacked as params_below
+from aerogel.quantize.rows import Rows
 from aerogel.quantize.tables import without_factor
 
 
@@ -163,7 +164,34 @@ class Decoder(WeightConverter):  # type: ignore[misc, unused-ignore]
                 )
             return fmt.encode(codes)
 
-        return {f"{parameter}.{name}": tensor for name, tensor in stacked(stored, stack.experts).items()}
+        made = {f"{parameter}.{name}": tensor for name, tensor in stacked(stored, stack.experts).items()}
+        return made if stack.more is None else made | self._expert_rows(f"{parameter}.more", stack, items, held)
+
+    def _expert_rows(self, path: str, stack: Stack, items: list[Placement], held: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The buffers of its `ExpertRows`: each expert's rows, those of its second part behind those of its first."""
+        if stack.more is None:
+            return {}
+        most, scheme = stack.more
+        index_ER = torch.zeros(stack.experts, most, dtype=torch.int32)
+
+        def stored(expert: int) -> dict[str, Tensor]:
+            values_RK = torch.zeros(most, stack.k, dtype=torch.int8)
+            scale_RG = torch.ones(most, scheme.grid.groups(stack.k), dtype=scheme.grid.scale_dtype)
+            done, places = 0, stack.parts[expert]
+            for part, place in enumerate(places):
+                rows = Rows.read(self.source.opened(_local(items[place], held)))
+                if rows is None:
+                    continue
+                rows.check(stack.n // len(places), stack.k, items[place].name)
+                mine = slice(done, done + len(rows.index_R))
+                codes = rows.codes()
+                values_RK[mine], scale_RG[mine] = codes.values_NK, codes.scale_NG
+                index_ER[expert, mine] = rows.index_R + part * (stack.n // len(places))
+                done = mine.stop
+            return format_of(scheme.format).encode(Codes(values_NK=values_RK, scale_NG=scale_RG, grid=scheme.grid))
+
+        made = {f"{path}.linear.{name}": tensor for name, tensor in stacked(stored, stack.experts).items()}
+        return {f"{path}.index_ER": index_ER, **made}
 
     def _codes(self, item: Placement, held: Mapping[str, Tensor], expert: int) -> Codes:
         if item.scheme is None:
@@ -214,7 +242,11 @@ def pack_experts(model: PreTrainedModel, parameter: str, stack: Stack) -> None:
     path, _, name = parameter.rpartition(".")
     module = model.get_submodule(path)
     dtype = module.get_parameter(name).dtype
-    replace_experts(module, name, ExpertLinear(stack.experts, stack.k, stack.n, stack.scheme, dtype=dtype, device="meta"))
+    made = ExpertLinear(stack.experts, stack.k, stack.n, stack.scheme, dtype=dtype, device="meta")
+    if stack.more is not None:
+        most, scheme = stack.more
+        made.more = ExpertRows(stack.experts, stack.k, most, scheme, dtype=dtype, device="meta")
+    replace_experts(module, name, made)
 
 
 def read_headers(files: list[Path]) -> dict[str, Entry]:

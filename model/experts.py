@@ -14,10 +14,11 @@ Shape legend: E experts, N out features, K in features, I inner size, H hidden s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from transformers.core_model_loading import SkipParameters, WeightConverter
 
 from aerogel.kernels.experts import UP
 from aerogel.pack.scheme import Scheme
+
+if TYPE_CHECKING:
+    from aerogel.model.structure import Matrix, Structure
 
 FLAGS = ("has_gate", "is_transposed", "num_experts")
 SMALL = {"E": 3, "H": 8, "I": 6}
@@ -37,6 +41,7 @@ class Stack:
     experts, n, k: its shape as E matrices [N, K]. scheme: of all of them.
     parts: for each expert the places, in the list of placements, of the matrices that make its rows one after the other.
         The one place there is, where its tensors hold all experts.
+    more: how many rows of each expert have more bits at most, and the scheme of what they have more; None where none have.
     """
 
     experts: int
@@ -44,6 +49,7 @@ class Stack:
     k: int
     scheme: Scheme
     parts: list[list[int]]
+    more: tuple[int, Scheme] | None = None
 
 
 def stacks_of(
@@ -127,6 +133,27 @@ def _twice(module: Any) -> tuple[Tensor, Tensor]:
     h = twin._apply_gate(u) if module.has_gate else twin.act_fn(u)
     y = torch.einsum("snk,sk->sn", dense[down][picked], h) + _bias(dense, down, picked)
     return found, (y * weight.reshape(-1, 1)).reshape(5, 2, H).sum(1)
+
+
+def rows_of(structure: Structure, matrix: Matrix) -> Callable[[Tensor], Tensor] | None:
+    """What takes the rows of a matrix out of a tensor of the shape of its parameter (its gradient, say), as [N, K]; None where
+    the model joins it with others in a way that is not understood."""
+    group = next((found for found in structure.groups if matrix.parameter in found.outputs), None)
+    if group is None or len(group.outputs) != 1:
+        return None
+    if group.converter is None:
+        return matrix.take
+    if matrix.expert is None or matrix.transposed or matrix.index is not None:
+        return None
+    names = [name for name, _ in group.sources]
+    items = [SimpleNamespace(parameter=matrix.parameter, name=n, pattern=p, stack=None) for n, p in group.sources]
+    parts = _rows_after(items, matrix.n, group.converter)
+    place = names.index(matrix.tensor)
+    found = next(((e, one.index(place)) for e, one in enumerate(parts or []) if place in one), None)
+    if found is None:
+        return None
+    expert, part = found
+    return lambda whole: whole[expert, part * matrix.n : (part + 1) * matrix.n]
 
 
 def _bias(dense: dict[str, Tensor], name: str, picked: Tensor) -> Tensor | float:

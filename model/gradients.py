@@ -17,7 +17,7 @@ Shape legend: N out features, K in features, T tokens of a text, H hidden size, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aerogel.errors import BadInput
+from aerogel.model.experts import rows_of
 from aerogel.model.runner import Activations, Runner
 from aerogel.model.structure import Matrix, Structure
 from aerogel.model.trim import trim
@@ -151,7 +152,7 @@ class _Pass:
         """Takes `pulls` from behind a block to before it; returns what is kept of the weights in it."""
         block = self.runner.load_block(index)
         tokens = self.texts[0].shape[1]
-        sums = [_Sums(m, self._error(m) if "row_loss" in wanted[m.name] else None, "fisher" in wanted[m.name]) for m in mine]
+        sums = [self._sums(m, wanted[m.name]) for m in mine]
         parameters = [self.structure.model.get_parameter(m.parameter).requires_grad_() for m in mine]
         for text in range(len(self.texts)):
             hidden = entering[text].detach().requires_grad_()
@@ -162,24 +163,31 @@ class _Pass:
                 output.backward(pulls[text])  # type: ignore[no-untyped-call]
             for one, parameter in zip(sums, parameters, strict=True):
                 one.add(parameter.grad)
+            for parameter in parameters:  # one may hold the experts of a whole layer
                 parameter.grad = None
             pulls[text] = hidden.grad if hidden.grad is not None else torch.zeros_like(hidden)
         self.runner.release_block(index)
         trim()
         return {key: value for one in sums for key, value in one.found(len(self.texts) * tokens).items()}
 
-    def _error(self, matrix: Matrix) -> Tensor:
+    def _sums(self, matrix: Matrix, wanted: set[str]) -> _Sums:
+        take = rows_of(self.structure, matrix)
+        if take is None:
+            raise BadInput(f"{matrix.name} has no gradient of its own; leave out what needs one (rows: loss, clip: fisher)")
+        w_NK = take(self.structure.model.get_parameter(matrix.parameter).data).float()
+        return _Sums(matrix, take, self._error(matrix, w_NK) if "row_loss" in wanted else None, "fisher" in wanted)
+
+    def _error(self, matrix: Matrix, w_NK: Tensor) -> Tensor:
         """Q(W) - W, rounded to nearest on the grid of the matrix' quantize stage."""
         grid = next(spec.stage.grid for spec in self.stages[matrix.name] if spec.kind == "quantize")
-        w_NK = matrix.take(self.structure.model.get_parameter(matrix.parameter).data).float()
         return quantized(grid, w_NK, grid.fit(w_NK, None, None, "mse")).decode() - w_NK
 
 
 class _Sums:
     """What is summed over the texts for one weight."""
 
-    def __init__(self, matrix: Matrix, error_NK: Tensor | None, fisher: bool) -> None:
-        self.matrix, self.error_NK, self.fisher = matrix, error_NK, fisher
+    def __init__(self, matrix: Matrix, take: Callable[[Tensor], Tensor], error_NK: Tensor | None, fisher: bool) -> None:
+        self.matrix, self.take, self.error_NK, self.fisher = matrix, take, error_NK, fisher
         self.squares_NK: Tensor | None = None
         self.cost_N: Tensor | None = None
 
@@ -187,7 +195,7 @@ class _Sums:
         """One text; a weight that it did not reach adds nothing."""
         if gradient is None:
             return
-        g_NK = self.matrix.take(gradient)
+        g_NK = self.take(gradient)
         if self.fisher:
             self.squares_NK = g_NK.square() if self.squares_NK is None else self.squares_NK.addcmul_(g_NK, g_NK)
         if self.error_NK is not None:

@@ -33,8 +33,10 @@ from aerogel.model.reader import Entry
 from aerogel.pack.config import choose_format, format_of
 from aerogel.pack.scheme import Scheme
 from aerogel.pack.source import Source, UnevenGroups, order_of
+from aerogel.quantize.grids import IntGrid
 from aerogel.quantize.input_scale import NAMES as INPUT_SCALE
 from aerogel.quantize.planes import PlaneGrid
+from aerogel.quantize.rows import NAMES as ROWS
 from aerogel.quantize.sidecars import NAMES as SIDECARS
 from aerogel.quantize.sidecars import with_sidecars
 from aerogel.quantize.tables import TableGrid
@@ -181,10 +183,11 @@ class _Planner:
             made: str | dict[str, Stack]
             if not all(self._in_order(item) for item in items):
                 made = "columns stand in another order (activation order)"
-            elif any(item.tensors.keys() & set(SIDECARS) - set(INPUT_SCALE) for item in items):
+            elif any(item.tensors.keys() & set(SIDECARS) - set(INPUT_SCALE) - set(ROWS) for item in items):
                 made = "weights are kept beside their codes"
             else:
                 made = stacks_of(self.model, path, parameters, rules)
+                made = made if isinstance(made, str) else self._with_rows(made, parameters)
             if isinstance(made, str):
                 unpacked[path] = made
             else:
@@ -192,6 +195,30 @@ class _Planner:
                     logger.warning("the inputs of the experts of %s are not rounded, although the checkpoint asks for it", path)
                 stacks |= {parameter: self._one_factor(stack, parameters[parameter]) for parameter, stack in made.items()}
         return stacks, unpacked
+
+    def _with_rows(self, stacks: dict[str, Stack], parameters: Mapping[str, list[Placement]]) -> dict[str, Stack] | str:
+        """The stacks, with how many rows of more bits an expert has; or why those cannot stay packed."""
+        found = {}
+        for parameter, stack in stacks.items():
+            items = parameters[parameter]
+            counts = [self._row_count(item) for item in items]
+            grids = {self._row_grid(item) for item, count in zip(items, counts, strict=True) if count}
+            if len(grids) > 1 or (grids and items[0].whole):
+                return "rows have more bits of several kinds"
+            most = max(sum(counts[place] for place in places) for places in stack.parts)
+            for grid in grids:
+                stack = replace(stack, more=(most, Scheme(format=choose_format(grid).name, grid=grid)))
+            found[parameter] = stack
+        return found
+
+    def _row_count(self, item: Placement) -> int:
+        return self.header[item.tensors[ROWS[0]]].shape[0] if ROWS[0] in item.tensors else 0
+
+    def _row_grid(self, item: Placement) -> IntGrid:
+        """Of what the rows have more, from the few numbers that say so."""
+        _, scale, kind = (item.tensors[name] for name in ROWS[1:])
+        _, width, group = self.read(kind).tolist()
+        return IntGrid(bits=width, group_size=group or None, scale_dtype=self.header[scale].dtype)
 
     def _one_factor(self, stack: Stack, items: list[Placement]) -> Stack:
         """The stack, on a grid with wider scales where matrices that are joined (gate and up) have factors that differ."""

@@ -23,6 +23,7 @@ import torch
 from aerogel.errors import BadInput
 from aerogel.kernels import layouts
 from aerogel.kernels.linear import problem_of, stored_shapes
+from aerogel.model.experts import rows_of
 from aerogel.model.granularity import Sizes, adaptive_sizes, sized
 from aerogel.pack.config import choose_format
 from aerogel.pack.scheme import Scheme
@@ -125,13 +126,11 @@ def _check_stacks(structure: Structure, assigned: Mapping[str, list[StageSpec]])
 
 
 def _check_gradients(structure: Structure, assigned: Mapping[str, list[StageSpec]]) -> None:
-    """A weight whose stage needs gradients is one plain parameter of a block, and no expert."""
+    """A weight whose stage needs gradients is some rows of one parameter of a block."""
     for matrix in structure.matrices:
         if not any(spec.needs & {"row_loss", "fisher"} for spec in assigned[matrix.name]):
             continue
-        group = next((g for g in structure.groups if matrix.parameter in g.outputs), None)
-        plain = group is not None and len(group.sources) == 1 and matrix.index is None and matrix.expert is None
-        if matrix.block is None or not plain:
+        if matrix.block is None or rows_of(structure, matrix) is None:
             raise BadInput(
                 f"{matrix.name} has no gradient of its own (it lies outside the blocks, or the model joins it with others);"
                 " add it to ignore, or leave out what needs gradients (rows: loss, clip: fisher)"
@@ -161,8 +160,6 @@ def stored_bytes(spec: StageSpec, n: int, k: int, recipe: Recipe, dtype: torch.d
     scheme = Scheme(format=name, grid=grid, activations=spec.activations, layout=layout)
     if layout is not None:
         reason = layouts.owner(layout).refuses_layout(problem_of(scheme, n, k, dtype))
-        if spec.has_beside:
-            reason = "has no place for what is kept beside it"
         if reason is not None:
             raise BadInput(f"a weight cannot be stored as {layout}: it {reason}; change the stage or write `layout: portable`")
     shapes = stored_shapes(scheme, n, k)

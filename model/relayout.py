@@ -2,7 +2,7 @@
 
 Both ways read headers, decide where every tensor goes, and then write shard by shard; one weight is in memory at a time.
 Which weights are native is decided as a loader would decide it: linears that stay packed in the model. The rest (norms,
-embeddings, experts) is copied. What lies how is told in `model/native.py`.
+embeddings, experts, what stands beside codes) is copied. What lies how is told in `model/native.py`.
 
 Going back restores the very files: the names and the order of tensors follow from the format, and the index of a portable
 checkpoint of several files is kept beside the native ones.
@@ -147,9 +147,9 @@ def to_portable(
             raise BadInput(f"{name} is listed in config.json and has no tensors; the checkpoint is not whole, get it again")
         header = {local: entries[tensor].dtype for local, tensor in found[name].items()}
         scheme = source.scheme((name,), header, ("Linear",))
-        held = {local: entries[tensor] for local, tensor in found[name].items()}
+        held = {local: entries[tensor] for local, tensor in found[name].items() if local not in SIDECARS}
         weights.append(Weight(name=name, N=N, K=K, before=scheme, after=replace(scheme, layout=None), tensors=held))
-        native |= set(found[name].values())
+        native |= {entry.name for entry in held.values()}
     table: Table = {tensor: kind for weight in weights for tensor, kind in weight.table().items()}
     table |= {name: (entry.dtype, entry.shape) for name, entry in entries.items() if name not in native}
     files = _portable_files(table, index)
@@ -214,14 +214,12 @@ def _weight(
     index = item.tensors.get(source.index)
     if index is not None and entries[index].shape not in ((), (0,)):
         raise BadInput(f"{item.name} has its columns in activation order, which native layouts do not keep; leave it portable")
-    if item.tensors.keys() & set(SIDECARS):
-        raise BadInput(f"{item.name} has weights beside its codes, which native layouts have no place for; leave it portable")
     N, K = features(model.get_submodule(item.module))
     after = replace(item.scheme, layout=layout)
     reason = layouts.owner(layout).refuses_layout(problem_of(after, N, K, dtype))
     if reason is not None:
         raise BadInput(f"{item.name} cannot be stored as {layout}: it {reason}; write `layout: portable` for this checkpoint")
-    held = {local: entries[tensor] for local, tensor in item.tensors.items()}
+    held = {local: entries[tensor] for local, tensor in item.tensors.items() if local not in SIDECARS}
     return Weight(name=item.name, N=N, K=K, before=item.scheme, after=after, tensors=held)
 
 

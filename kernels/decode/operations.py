@@ -21,6 +21,7 @@ from aerogel.kernels.gemm import cpu_lookup, cpu_own, cpu_tables
 from aerogel.kernels.gemm.cpu import Native, structs
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
+from aerogel.kernels.sidecars import SidecarLinear
 
 KINDS = {"gemm": 0, "attend": 1, "norm": 2, "gate": 3, "lookup": 4, "rows": 5, "prompt": 6, "own": 7}
 
@@ -71,7 +72,8 @@ class Operations:
     def linear(self, module: Linear, x: Tensor, y: Tensor) -> bool:
         """y [..., N] = module(x [..., K]). False, and nothing added, where no compiled operation does it."""
         problem, kernel = module._problem, module._kernel
-        if problem is None or not module.kernel_is_all or module.column_order is not None:
+        beside = module.added_by_kernel() if isinstance(module, SidecarLinear) else None
+        if problem is None or not (module.kernel_is_all or beside) or module.column_order is not None:
             return False
         known = issubclass(kernel, (Native, cpu_lookup.NativeLookup, cpu_own.NativeOwn, cpu_tables.NativeTables))
         if not known or x.dtype is not problem.dtype or not x.is_contiguous():
@@ -87,13 +89,13 @@ class Operations:
         if issubclass(kernel, Native):
             tensors = layout["codes"], layout["scale"], layout.get("zero"), module.bias
             numerics = library.NUMERICS[kernel.numerics]
-            weight, call = structs(rows, *tensors, y.view(-1, problem.N), problem.N, group, numerics)
+            weight, call = structs(rows, *tensors, y.view(-1, problem.N), problem.N, group, numerics, beside=beside)
         else:
             if problem.activations != "none":  # which are rounded before
                 return False
             weight, call = cpu_tables.structs(rows, layout, module.bias, y.view(-1, problem.N), problem.N, group)
         library.check(library.library().aerogel_native_check(ctypes.byref(weight)), "a packed weight")
-        self.add("gemm", weight, call, layout, module.bias, rows, y)
+        self.add("gemm", weight, call, layout, module.bias, rows, y, beside)
         return True
 
     def _lookup(self, rows: Tensor, layout: dict[str, Tensor], bias: Tensor | None, y: Tensor, group: int) -> bool:

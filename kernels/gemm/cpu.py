@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
+from aerogel.kernels.beside import cpu as beside_cpu
+from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm import cpu_table
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
@@ -60,6 +62,7 @@ class Native(Kernel):
     about: ClassVar[str] = "compiled for the CPU's widest instructions: exact products, float32 sums, 2 to 8 bits"
     numerics: ClassVar[str] = "exact"
     layout: ClassVar[str | None] = "native-cpu"
+    adds_beside: ClassVar[bool] = True
     rows: ClassVar[int] = native.STRIP
 
     @classmethod
@@ -164,19 +167,12 @@ class Native(Kernel):
     @classmethod
     def run(cls, x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """One call of the library; as an operator of torch while a graph is being compiled."""
-        function = torch.ops.aerogel.native_linear if torch.compiler.is_compiling() else linear
-        numerics = library.NUMERICS[cls.numerics]
-        y_MN: Tensor = function(
-            x_MK,
-            layout["codes"],
-            layout["scale"],
-            layout.get("zero"),
-            bias_N,
-            problem.N,
-            problem.grid.group_size or 0,
-            numerics,
-        )
-        return y_MN
+        tensors = layout["codes"], layout["scale"], layout.get("zero"), bias_N
+        rest = problem.N, problem.grid.group_size or 0, library.NUMERICS[cls.numerics]
+        if torch.compiler.is_compiling():
+            y_MN: Tensor = torch.ops.aerogel.native_linear(x_MK, *tensors, *rest)
+            return y_MN
+        return linear(x_MK, *tensors, *rest, beside=Beside.among(layout))
 
 
 class NativeInt8(Native):
@@ -218,6 +214,7 @@ def linear(
     numerics: int,
     path: int = -1,
     threads: int | None = None,
+    beside: Beside | None = None,
 ) -> Tensor:
     """x @ W.T (+ bias), [M, N] in x's dtype.
 
@@ -229,13 +226,14 @@ def linear(
         numerics: a value of `library.NUMERICS`.
         path: an index of `library.PATHS`, -1 for what `cpu_table` has for this machine, else the best.
         threads: torch's number of threads unless given, or what `cpu_table` has where the path is open too.
+        beside: what is added, of tensors that `beside.cpu.fits`. Where x is rounded, its kept columns are left out of that.
 
     Raises:
         BadInput: tensors whose sizes, types or alignment do not agree. Nothing has been read then.
     """
     M, K = x_MK.shape
     y_MN = torch.empty(M, N, dtype=x_MK.dtype)
-    weight, call = structs(x_MK, codes, scale, zero, bias_N, y_MN, N, group, numerics, path, threads)
+    weight, call = structs(x_MK, codes, scale, zero, bias_N, y_MN, N, group, numerics, path, threads, beside)
     status = library.library().aerogel_native_gemm(ctypes.byref(weight), ctypes.byref(call))
     if status:
         library.check(status, f"a packed weight [{N}, {K}]")
@@ -254,6 +252,7 @@ def structs(
     numerics: int,
     path: int = -1,
     threads: int | None = None,
+    beside: Beside | None = None,
 ) -> tuple[library.Weight, library.Call]:
     """What `linear` hands over, for callers that run the same matmul again and again: valid while the tensors live.
 
@@ -287,6 +286,7 @@ def structs(
         numerics,
         path,
         threads or library.threads(),
+        None if beside is None else ctypes.pointer(beside_cpu.part_of_weight(beside)),
     )
     return weight, call
 

@@ -60,6 +60,25 @@ Status check_call(const Weight& w, const Call& c) {
     return kDone;
 }
 
+Status check_beside(const Beside& b) {
+    constexpr int64_t kMost = int64_t{1} << 31;
+    if (b.tokens < 0 || b.tokens > (int64_t{1} << 28)) return kBadShape;
+    if (b.rows < 1 || b.columns < 1 || b.rows > kMost || b.columns > kMost) return kBadShape;
+    if (b.outliers < 0 || b.kept < 0 || b.kept > b.columns || (b.kept && !b.index)) return kBadShape;
+    if (b.start && (b.start[0] != 0 || b.start[b.rows] != b.outliers)) return kBadShape;
+    const bool columns = b.column_bytes == 2 || b.column_bytes == 4;
+    return columns && known_type(b.type) && known_type(b.value_type) && known_type(b.kept_type) ? kDone : kBadType;
+}
+
+// What is added to one call's product.
+Beside beside_of(const Weight& w, const Call& c) {
+    Beside b = *c.beside;
+    b.x = c.x, b.y = c.y, b.out = c.y, b.tokens = c.tokens, b.rows = w.rows, b.columns = w.columns, b.type = c.x_type, b.threads = c.threads;
+    return b;
+}
+
+int32_t bounded_threads(int32_t threads) { return threads < 1 ? 1 : threads > kMostThreads ? kMostThreads : threads; }
+
 uint32_t paths_that(bool (*holds)(const PathEntry&)) {
     uint32_t found = 0;
     for (int32_t path = 0; path < kPaths; ++path) found |= holds(path_entry(path)) ? 1u << path : 0u;
@@ -70,7 +89,7 @@ thread_local volatile uint64_t kept_sum;  // what a reader found: without a use 
 
 }  // namespace
 
-int32_t aerogel_native_version() { return 10; }
+int32_t aerogel_native_version() { return 11; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });
@@ -97,6 +116,7 @@ int32_t aerogel_native_check_picks(const Weight* weight) {
 int32_t aerogel_native_gemm(const Weight* weight, const Call* call) {
     Status status = check_weight(*weight);
     if (status == kDone) status = check_call(*weight, *call);
+    if (status == kDone && call->beside) status = check_beside(beside_of(*weight, *call));
     if (status != kDone) return status;
     if (call->tokens == 0) return kDone;
     const int32_t path = call->path < 0 ? default_path(call->numerics) : call->path;
@@ -105,7 +125,9 @@ int32_t aerogel_native_gemm(const Weight* weight, const Call* call) {
     const Run run = call->numerics == kExact ? entry.exact : entry.int8;
     if (!run || !entry.able) return kNoSuchPath;
     Call bounded = *call;
-    bounded.threads = call->threads < 1 ? 1 : call->threads > kMostThreads ? kMostThreads : call->threads;
+    bounded.threads = bounded_threads(call->threads);
+    const Beside beside = call->beside ? beside_of(*weight, bounded) : Beside{};
+    if (call->beside) bounded.beside = &beside;
     return run(*weight, bounded);
 }
 
@@ -161,6 +183,14 @@ int32_t aerogel_native_gate(const Gate* g) {
     if (g->rows < 0 || g->size < 1 || g->g_stride < g->size || g->u_stride < g->size) return kBadShape;
     if (!known_type(g->type)) return kBadType;
     return path_entry(default_path(kExact)).step.gate(*g);
+}
+
+int32_t aerogel_native_beside(const Beside* b) {
+    const Status status = check_beside(*b);
+    if (status != kDone || b->tokens == 0) return status;
+    Beside bounded = *b;
+    bounded.threads = bounded_threads(b->threads);
+    return path_entry(default_path(kExact)).step.beside(bounded);
 }
 
 int32_t aerogel_native_program(const Operation* operations, int64_t count, int64_t* done) {

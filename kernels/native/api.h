@@ -48,6 +48,9 @@ PUBLIC int32_t aerogel_native_prompt(const aerogel::Prompt* arguments);
 PUBLIC int32_t aerogel_native_norm(const aerogel::Norm* arguments);
 PUBLIC int32_t aerogel_native_gate(const aerogel::Gate* arguments);
 
+// Adds what stands beside a weight (beside.h) to any product; columns are within bounds by the caller's word. Returns a Status.
+PUBLIC int32_t aerogel_native_beside(const aerogel::Beside* arguments);
+
 // Runs operations one after the other: a whole decode step without returning to Python. Returns the first Status that is
 // not 0, and the number of operations done in `done`.
 PUBLIC int32_t aerogel_native_program(const aerogel::Operation* operations, int64_t count, int64_t* done);

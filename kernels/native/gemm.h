@@ -3,6 +3,7 @@
 // Every output is summed by one thread in an order that depends on nothing but shapes, so the number of threads changes no
 // bit. Rows of a block: the smallest compiled size that holds them all, else panels (see kernel.h).
 #pragma once
+#include "beside.h"
 #include "kernel.h"
 #if defined(AEROGEL_TILES)
 #include "amx.h"
@@ -90,11 +91,13 @@ void few(const Plan& plan) {
             alignas(64) float total[R][M * kStrip];
             float* to[R];
             for (int r = 0; r < R; ++r) to[r] = total[r];
+            if (plan.adding) ask_for(*plan.adding, unit * R * kStrip, (unit + 1) * R * kStrip);
             for (int64_t block = 0; block < plan.blocks; ++block) {
                 strips<P, BITS, FORM, R, M, HALF>(plan, unit * R, block, to);
                 for (int r = 0; r < R && unit * R + r < plan.strips; ++r) finish(plan, unit * R + r, block, total[r], kStrip);
             }
         }
+        if (plan.adding) plan.adding->add(piece * grain * R * kStrip, stop * R * kStrip);
     });
 }
 
@@ -231,8 +234,9 @@ void choose_blocks(Plan& plan) {
     plan.blocks = ceil_div(plan.call->tokens, plan.tokens_per_block);
 }
 
+// `added`: whether what stands beside the weight was added by those who made the rows.
 template <class P>
-Status run(const Weight& weight, const Call& call) {
+Status run_product(const Weight& weight, const Call& call, bool& added) {
     Plan plan = make_plan<P>(weight, call);
     choose_blocks<P>(plan);
     const size_t x_bytes = static_cast<size_t>(plan.blocks * plan.tiles * plan.block_rows * plan.row_bytes);
@@ -250,6 +254,13 @@ Status run(const Weight& weight, const Call& call) {
         const int64_t stop = (piece + 1) * grain < call.tokens ? (piece + 1) * grain : call.tokens;
         for (int64_t token = piece * grain; token < stop; ++token) place_token<P>(plan, token);
     });
+    Adding adding;
+    added = call.beside && plan.few;
+    if (added) {
+        const Status status = prepare(*call.beside, threads, adding);
+        if (status != kDone) return status;
+        plan.adding = &adding;
+    }
     switch (weight.bits) {
         case 1: return multiply<P, 1>(plan);
         case 2: return multiply<P, 2>(plan);
@@ -261,6 +272,16 @@ Status run(const Weight& weight, const Call& call) {
         case 8: return multiply<P, 8>(plan);
         default: return kBadWidth;
     }
+}
+
+template <class P>
+Status run(const Weight& weight, const Call& call) {
+    Call seen = call;
+    if (call.beside && call.beside->kept && call.numerics != kExact) seen.x = quiet(*call.beside);
+    if (!seen.x) return kOutOfMemory;
+    bool added = false;
+    const Status status = run_product<P>(weight, seen, added);
+    return status != kDone || !call.beside || added ? status : add_beside(*call.beside);
 }
 
 }  // namespace UNIT

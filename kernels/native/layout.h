@@ -71,6 +71,18 @@ struct Weight {
     int32_t bits, scale_type;
 };
 
+// What stands beside a weight and is added to its product: see beside.h. x, y and out are of one type.
+struct Beside {
+    const void *x, *y;           // [tokens, columns], [tokens, rows]
+    void* out;                   // [tokens, rows]; may be y
+    const int32_t* start;        // [rows + 1]: where the outliers of a row begin, ascending; null where there are none
+    const void *column, *value;  // [outliers]: int16 or int32, and floats
+    const int32_t* index;        // [kept]: inputs whose columns are kept; null where none are
+    const void* kept_value;      // [rows, kept]
+    int64_t tokens, rows, columns, outliers, kept;
+    int32_t type, column_bytes, value_type, kept_type, threads;
+};
+
 struct Call {
     const void* x;     // [tokens, columns], contiguous
     const void* bias;  // [rows] or null
@@ -79,6 +91,9 @@ struct Call {
     int64_t tokens;
     int32_t x_type, bias_type;  // y has x's type
     int32_t numerics, path, threads;
+    // Added to the product, or null: a Beside of which only the weight's part counts. Where activations are rounded, the product
+    // does not see the inputs of its kept columns.
+    const Beside* beside;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -19,7 +19,7 @@ import torch
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.native.build import FOLDER, LIBRARY
 
-VERSION = 10
+VERSION = 11
 """Of the C interface: structs, codes and layout."""
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -82,13 +82,24 @@ class OwnTables(ctypes.Structure):
     ]
 
 
+class Beside(ctypes.Structure):
+    """What is added to a product; kernels/native/layout.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "y", "out", "start", "column", "value", "index", "kept_value")),
+        *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "outliers", "kept")),
+        *((name, ctypes.c_int32) for name in ("type", "column_bytes", "value_type", "kept_type", "threads")),
+    ]
+
+
 class Call(ctypes.Structure):
-    """One matmul: activations, result, bias and how to compute."""
+    """One matmul: activations, result, bias, how to compute, and what is added."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "bias", "y")),
         *((name, ctypes.c_int64) for name in ("x_bytes", "y_bytes", "bias_bytes", "tokens")),
         *((name, ctypes.c_int32) for name in ("x_type", "bias_type", "numerics", "path", "threads")),
+        ("beside", ctypes.POINTER(Beside)),
     ]
 
 
@@ -127,6 +138,7 @@ def _load() -> ctypes.CDLL | str:
     library.aerogel_native_lookup_decode.argtypes = [
         *(ctypes.POINTER(Lookup), ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64),
     ]
+    library.aerogel_native_beside.argtypes = [ctypes.POINTER(Beside)]
     library.aerogel_native_check.argtypes = library.aerogel_native_check_picks.argtypes = [ctypes.POINTER(Weight)]
     library.aerogel_native_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     library.aerogel_native_read.restype = ctypes.c_double

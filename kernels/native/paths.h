@@ -21,6 +21,7 @@ struct Step {
     Status (*prompt)(const Prompt&);
     Status (*norm)(const Norm&);
     Status (*gate)(const Gate&);
+    Status (*beside)(const Beside&);
     uint64_t (*read)(const void* memory, int64_t bytes);  // reads multiples of 256 bytes, returns something of all of them
     LookupRuns lookup;
 };

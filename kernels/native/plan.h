@@ -9,6 +9,7 @@
 // tile; with exact activations those of a group are summed on before its scale is applied (`run_from`). Activations are copied into [block of rows][tile][row][32 columns], so that a kernel reads them front to back with
 // constant distances between rows. A row is one term of one token (see numerics.h); a block's missing rows are zeros.
 #pragma once
+#include "beside.h"
 #include "numerics.h"
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #include "pairs.h"
@@ -30,6 +31,7 @@ struct Plan {
     Form form;       // what the loops take the codes for
     bool few;        // the loop for few rows runs it
     bool moved;      // int8 activations have 128 added
+    const Adding* adding;  // what is added to rows by those who made them, or null
     uint8_t* x;      // [block][tile][row][row_bytes]
     float* x_sum;    // [block][segment][row]
     float* x_scale;  // [block][segment][row], int8 only

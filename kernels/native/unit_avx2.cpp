@@ -1,5 +1,6 @@
 // x86-64 with AVX2, FMA and F16C: Haswell, Zen 1 and later.
 #define UNIT avx2
+#include "beside.h"
 #include "gemm.h"
 #include "lookup_kernel.h"
 #include "paths.h"
@@ -16,7 +17,7 @@ Status exact_avx2(const Weight& weight, const Call& call) {
 Status int8_avx2(const Weight& weight, const Call& call) { return avx2::run<avx2::Int8>(weight, call); }
 extern const Step step_avx2;
 const Step step_avx2 = {
-    avx2::attend, avx2::attend_prompt, avx2::norm, avx2::gate, avx2::read_all,
+    avx2::attend, avx2::attend_prompt, avx2::norm, avx2::gate, avx2::add_beside, avx2::read_all,
     {avx2::lookup<avx2::Real>, avx2::lookup<avx2::Fixed>, avx2::lookup_decode},
 };
 

@@ -1,5 +1,6 @@
 // AVX-512 with the int8 dot product: Cascade Lake, Zen 4 and later.
 #define UNIT avx512
+#include "beside.h"
 #include "gemm.h"
 #include "lookup_kernel.h"
 #include "paths.h"
@@ -11,7 +12,7 @@ Status exact_avx512(const Weight& weight, const Call& call) { return avx512::run
 Status int8_avx512(const Weight& weight, const Call& call) { return avx512::run<avx512::Int8>(weight, call); }
 extern const Step step_avx512;
 const Step step_avx512 = {
-    avx512::attend, avx512::attend_prompt, avx512::norm, avx512::gate, avx512::read_all,
+    avx512::attend, avx512::attend_prompt, avx512::norm, avx512::gate, avx512::add_beside, avx512::read_all,
     {avx512::lookup<avx512::Real>, avx512::lookup<avx512::Fixed>, avx512::lookup_decode},
 };
 

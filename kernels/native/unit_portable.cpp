@@ -1,5 +1,6 @@
 // Portable C++: what every machine runs. The compiler vectorises four lanes at a time where it can.
 #define UNIT portable
+#include "beside.h"
 #include "gemm.h"
 #include "lookup_kernel.h"
 #include "paths.h"
@@ -11,7 +12,7 @@ Status exact_portable(const Weight& weight, const Call& call) { return portable:
 Status int8_portable(const Weight& weight, const Call& call) { return portable::run<portable::Int8>(weight, call); }
 extern const Step step_portable;
 const Step step_portable = {
-    portable::attend, portable::attend_prompt, portable::norm, portable::gate, portable::read_all,
+    portable::attend, portable::attend_prompt, portable::norm, portable::gate, portable::add_beside, portable::read_all,
     {portable::lookup<portable::Real>, portable::lookup<portable::Fixed>, portable::lookup_decode},
 };
 

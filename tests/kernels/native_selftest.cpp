@@ -61,7 +61,7 @@ double error_of(int path, int numerics, int bits, int64_t N, int64_t K, int64_t 
     if (kind > 0) weight.table = table.data(), weight.table_bytes = static_cast<int64_t>(table.size() * 4);
     if (kind == 2) weight.pick = pick.data(), weight.pick_bytes = static_cast<int64_t>(pick.size());
     if (aerogel_native_check_picks(&weight) != kDone) return INFINITY;
-    Call call{x.data(), nullptr, y.data(), M * K * 4, M * N * 4, 0, M, kFloat32, 0, numerics, path, 1};
+    Call call{x.data(), nullptr, y.data(), M * K * 4, M * N * 4, 0, M, kFloat32, 0, numerics, path, 1, nullptr};
     if (aerogel_native_gemm(&weight, &call) != kDone) return INFINITY;
     std::vector<float> again(y.size());
     call.y = again.data(), call.threads = 3;

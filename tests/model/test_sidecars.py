@@ -14,13 +14,12 @@ from tests.model.tiny import IDS, error, ids_file, logits, recipe
 from transformers import AutoModelForCausalLM
 
 import aerogel
-from aerogel.errors import BadInput
 from aerogel.kernels.decode.loop import Decoder
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.model.compress import compress
 from aerogel.model.plan import plan
-from aerogel.pack.export import export_dense
+from aerogel.pack.export import export_dense, export_layout
 from aerogel.quantize.outliers import NAMES, Outliers
 
 
@@ -103,7 +102,18 @@ def test_traced_steps_add_them_too(loop: Any, tmp_path: Path) -> None:
     assert decoder.way == loop
 
 
-def test_refused_where_there_is_no_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [COLUMNS["both"], COLUMNS["rows"], COLUMNS["gptq"]], ids=["both", "rows", "columns"])
+def test_native_layouts_carry_them_there_and_back(options: dict[str, Any], tmp_path: Path) -> None:
     dense = zoo.save("llama", tmp_path / "dense")
-    with pytest.raises(BadInput, match="no place for what is kept beside"):
-        compress(dense, recipe(None, stage("rtn", outliers="sigma"), pack={"layout": "native-cpu"}), tmp_path / "out")
+    stages = {"quantize": {**options, "group_size": 16}}
+    compress(dense, recipe(ids_file(tmp_path), stages), tmp_path / "portable")
+    report = compress(dense, recipe(ids_file(tmp_path), stages, pack={"layout": "native-cpu"}), tmp_path / "native")
+    planned = plan(dense, recipe(ids_file(tmp_path), stages, pack={"layout": "native-cpu"}))["size"]
+    assert planned["bits_per_weight"] == pytest.approx(report["size"]["bits_per_weight"], rel=0.05)
+    model = aerogel.load(tmp_path / "native")
+    kept = [module for module in model.modules() if isinstance(module, SidecarLinear)]
+    assert kept and all(module.layout == "native-cpu" and module.runs_as_stored for module in kept)
+    assert torch.equal(logits(model), logits(aerogel.load(tmp_path / "portable")))
+    export_layout(tmp_path / "native", tmp_path / "back", "portable")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("portable", "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -1,0 +1,79 @@
+"""What stands beside a packed weight, added to its product, by torch's own operators: the definition, on any device.
+
+    out_MN = y_MN + x_MK S^T + x_MK[:, index_C] kept_NC^T        S [N, K] sparse, by rows; sums in float32
+
+The sparse product is the library's (MKL on a CPU, cuSPARSE on CUDA) and reads 8 bytes per outlier.
+
+Shape legend: M tokens, N out features, K in features, C kept columns, E outliers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+with warnings.catch_warnings():
+    # torch says once per process that CSR tensors are in beta; said here, where nobody can act on it.
+    warnings.simplefilter("ignore", UserWarning)
+    torch.zeros(1, 1, device="cpu").to_sparse_csr()  # models are built with meta as the default device
+
+
+NAMES = ("beside_start", "beside_column", "beside_value", "beside_index", "beside_kept")
+"""Under which these tensors go to a kernel that adds them itself, in the order of the fields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """The tensors, as they are stored; see `aerogel.quantize.outliers` and `columns`. None where a kind is missing.
+
+    start_N1 int32 [N + 1], column_E int16 or int32 [E], value_E [E] of 16 bits; index_C int32 [C], kept_NC [N, C] of 16 bits or
+    of x's type. Columns and indices lie below K: nothing checks them again.
+    """
+
+    start_N1: Tensor | None = None
+    column_E: Tensor | None = None
+    value_E: Tensor | None = None
+    index_C: Tensor | None = None
+    kept_NC: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """N. There is one of the two."""
+        return len(self.start_N1) - 1 if self.start_N1 is not None else len(self.kept_NC)  # type: ignore[arg-type]
+
+    def all(self) -> tuple[Tensor | None, ...]:
+        """Every field in order."""
+        return self.start_N1, self.column_E, self.value_E, self.index_C, self.kept_NC
+
+    def operands(self) -> dict[str, Tensor]:
+        """What is there, by the names of `NAMES`."""
+        return {name: tensor for name, tensor in zip(NAMES, self.all(), strict=True) if tensor is not None}
+
+    @staticmethod
+    def among(tensors: Mapping[str, Tensor]) -> Beside | None:
+        """The inverse of `operands`, among other tensors; None where there is nothing."""
+        found = [tensors.get(name) for name in NAMES]
+        return None if found[0] is None and found[3] is None else Beside(*found)
+
+
+def add(y_MN: Tensor, x_MK: Tensor, beside: Beside) -> Tensor:
+    """The sum, in y's dtype, a new tensor."""
+    out_MN = y_MN.float()
+    if beside.start_N1 is not None and beside.column_E is not None and beside.value_E is not None:
+        size = (y_MN.shape[1], x_MK.shape[1])
+        values = beside.column_E.int(), beside.value_E.float()
+        sparse_NK = torch.sparse_csr_tensor(beside.start_N1, *values, size, check_invariants=False)
+        one = len(x_MK) == 1
+        out_MN = out_MN + (sparse_NK @ x_MK[0].float() if one else (sparse_NK @ x_MK.float().T).T)
+    if beside.index_C is not None and beside.kept_NC is not None:
+        out_MN = out_MN + x_MK[:, beside.index_C.long()].float() @ beside.kept_NC.float().T
+    return out_MN.to(y_MN.dtype)
+
+
+def quiet(x_MK: Tensor, beside: Beside) -> Tensor:
+    """x with zeros at the inputs of kept columns, a new tensor."""
+    return x_MK.clone() if beside.index_C is None else x_MK.index_fill(1, beside.index_C.long(), 0)

@@ -1,0 +1,326 @@
+// What stands beside a packed weight and is added to its product: sparse outliers, and a few whole columns.
+//
+//     out[m, n] = y[m, n] + sum over outliers e of row n of  value[e] * x[m, column[e]]
+//                         + sum over kept columns c of       kept[n, c] * x[m, index[c]]
+//
+// Both are the same loop over numbers of a row, which differ in where the input of a number lies. Inputs are turned round
+// first, W tokens of a column together, so that a number meets all of them in one load: W is 1, 4 or 16, whichever holds the
+// tokens of the call, and more than 16 are taken in blocks of 16. Up to 4 tokens' inputs stay in the first-level cache.
+//
+// An outlier is 4 bytes where 4-bit codes are half a byte for a weight: 1 % of the weights read 8 % more. Rows are independent
+// and every sum has an order of its own, so the number of threads changes no bit.
+#pragma once
+#include "pool.h"
+#include "scratch.h"
+#include "step_structs.h"
+#include "vector.h"
+
+namespace aerogel {
+namespace UNIT {
+
+constexpr int64_t kMostRunRows = 256;    // of a piece
+constexpr int64_t kAlone = 1 << 13;      // products below which a second thread costs more than it saves
+
+inline int64_t filled(int64_t count) { return (count + 15) / 16 * 16; }
+
+constexpr int64_t kFarAhead = 1024;  // bytes of outliers that are moved close before they are needed
+
+// Inputs as the loops read them, [block of W tokens][columns][W]: of all columns in x's type (floats where W is 1), for
+// outliers; of the kept columns as floats, filled up with zeros to whole sixteens.
+struct Inputs {
+    const char* all;
+    const float* kept;
+};
+
+typedef float F4 __attribute__((vector_size(16)));
+typedef uint32_t U4 __attribute__((vector_size(16)));
+typedef uint16_t Half4 __attribute__((vector_size(8)));
+
+// W tokens of one column.
+template <int W>
+struct Tokens;
+template <>
+struct Tokens<1> {
+    typedef float V;
+    template <int32_t TYPE>
+    static INLINE V input(const char* x, int64_t column) { return read_float(x, column, kFloat32); }
+    static INLINE V joined(float value, V input, V sum) { return value * input + sum; }
+    static INLINE V none() { return 0.0f; }
+};
+template <>
+struct Tokens<4> {
+    typedef F4 V;
+    template <int32_t TYPE>
+    static INLINE V input(const char* x, int64_t column) {
+        V v;
+        if constexpr (TYPE == kFloat32) memcpy(&v, x + 16 * column, 16);
+        if constexpr (TYPE == kBfloat16) {
+            Half4 raw;
+            memcpy(&raw, x + 8 * column, 8);
+            v = reinterpret_cast<V>(__builtin_convertvector(raw, U4) << 16);
+        }
+        if constexpr (TYPE == kFloat16) {
+            for (int lane = 0; lane < 4; ++lane) v[lane] = read_float(x, 4 * column + lane, kFloat16);
+        }
+        return v;
+    }
+    static INLINE V joined(float value, V input, V sum) { return value * input + sum; }
+    static INLINE V none() { return V{}; }
+};
+template <>
+struct Tokens<16> {
+    typedef F16 V;
+    template <int32_t TYPE>
+    static INLINE V input(const char* x, int64_t column) { return load_floats(x, 16 * column, TYPE); }
+    static INLINE V joined(float value, const V& input, const V& sum) { return multiply_add(spread<F16>(value), input, sum); }
+    static INLINE V none() { return zero_f(); }
+};
+
+// Up to sixteen numbers from `first` on as floats, zeros behind them. Nothing is read that is not wanted.
+INLINE F16 read_values(const void* from, int64_t first, int64_t count, int32_t type) {
+    if (count >= 16) return load_floats(from, first, type);
+#if defined(__AVX512F__)
+    const __mmask16 wanted = static_cast<__mmask16>((1u << count) - 1);
+    F16 v;
+    if (type == kFloat32) {
+        v.part[0] = reinterpret_cast<NativeF>(_mm512_maskz_loadu_ps(wanted, static_cast<const float*>(from) + first));
+        return v;
+    }
+    const __m256i bits = _mm256_maskz_loadu_epi16(wanted, static_cast<const uint16_t*>(from) + first);
+    v.part[0] = type == kFloat16 ? reinterpret_cast<NativeF>(_mm512_cvtph_ps(bits))
+                                 : reinterpret_cast<NativeF>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    return v;
+#else
+    float values[16] = {};
+    for (int64_t i = 0; i < count; ++i) values[i] = read_float(from, first + i, type);
+    return load<F16>(values);
+#endif
+}
+
+// sums += values[j] * input at places[j] over a vector of values, in sums that take turns: no product waits for the last.
+constexpr int kSums = 8;
+template <int W, int32_t TYPE, class Place>
+INLINE void join(const F16& values, const char* x, Place place, typename Tokens<W>::V (&sums)[kSums]) {
+    float value[16];
+    store(value, values);
+    // Taken from memory, a number reaches all lanes with its load; the compiler would rather cut it out of the register.
+    if constexpr (W > 1) asm volatile("" : "+m"(value));
+    unroll<16>([&](auto j) ALWAYS {
+        sums[j % kSums] = Tokens<W>::joined(value[j], Tokens<W>::template input<TYPE>(x, place(j)), sums[j % kSums]);
+    });
+}
+
+// The last outliers of a row. Values behind them are zeros, so that places behind them may be anything that exists: an input that
+// is not finite makes what it joins not a number, which it would be anyway.
+template <int W, int32_t TYPE, class Column>
+INLINE void join_rest(const Beside& b, const char* x, int64_t first, int64_t count, typename Tokens<W>::V (&sums)[kSums]) {
+    const Column* column = static_cast<const Column*>(b.column) + first;
+    const F16 values = read_values(b.value, first, count, b.value_type);
+    if (first + 16 <= b.outliers) {
+        join<W, TYPE>(values, x, [&](int j) ALWAYS { return static_cast<int64_t>(column[j]); }, sums);
+    } else {
+        join<W, TYPE>(values, x, [&](int j) ALWAYS { return static_cast<int64_t>(column[j < count ? j : 0]); }, sums);
+    }
+}
+
+// What the outliers of a row add for a block of tokens.
+template <int W, int32_t TYPE, class Column>
+INLINE typename Tokens<W>::V outliers_of(const Beside& b, const char* x, int64_t row) {
+    typename Tokens<W>::V sums[kSums];
+    unroll<kSums>([&](auto j) ALWAYS { sums[j] = Tokens<W>::none(); });
+    const int64_t end = b.start[row + 1];
+    int64_t i = b.start[row];
+    for (; i + 16 <= end; i += 16) {
+        const Column* column = static_cast<const Column*>(b.column) + i;
+        __builtin_prefetch(reinterpret_cast<const char*>(column) + kFarAhead);
+        __builtin_prefetch(static_cast<const char*>(b.value) + 2 * i + kFarAhead);
+        join<W, TYPE>(load_floats(b.value, i, b.value_type), x, [&](int j) ALWAYS { return static_cast<int64_t>(column[j]); }, sums);
+    }
+    if (i < end) join_rest<W, TYPE, Column>(b, x, i, end - i, sums);
+    unroll<4>([&](auto j) ALWAYS { sums[j] = sums[j] + sums[j + 4]; });
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// What the kept columns add to four rows: one reading of the inputs for all. Rows beyond the last repeat it.
+template <int W>
+INLINE void kept_of(const Beside& b, const float* kept, int64_t row, typename Tokens<W>::V (&sums)[4]) {
+    int64_t at[4];
+    for (int64_t r = 0; r < 4; ++r) at[r] = (row + r < b.rows ? row + r : b.rows - 1) * b.kept;
+    F16 vectors[4] = {zero_f(), zero_f(), zero_f(), zero_f()};
+    for (int64_t c = 0; c < b.kept; c += 16) {
+        if constexpr (W == 1) {
+            const F16 inputs = load<F16>(kept + c);
+            unroll<4>([&](auto r) ALWAYS { vectors[r] = multiply_add(read_values(b.kept_value, at[r] + c, b.kept - c, b.kept_type), inputs, vectors[r]); });
+        } else {
+            float values[4][16];
+            unroll<4>([&](auto r) ALWAYS { store(values[r], read_values(b.kept_value, at[r] + c, b.kept - c, b.kept_type)); });
+            asm volatile("" : "+m"(values));
+            unroll<16>([&](auto j) ALWAYS {
+                const auto input = Tokens<W>::template input<kFloat32>(reinterpret_cast<const char*>(kept), c + j);
+                unroll<4>([&](auto r) ALWAYS { sums[r] = Tokens<W>::joined(values[r][j], input, sums[r]); });
+            });
+        }
+    }
+    if constexpr (W == 1) unroll<4>([&](auto r) ALWAYS { sums[r] += total_of(vectors[r]); });
+}
+
+// Sixteen rows or fewer of a block: sums [row][W] join y.
+template <int W>
+inline void add_sums(const Beside& b, int64_t block, int64_t row, int64_t rows, const float* sums) {
+    for (int64_t token = block * W; token < b.tokens && token < (block + 1) * W; ++token) {
+        float out[16];
+        const int64_t at = token * b.rows + row;
+        if (rows == 16) store(out, load_floats(b.y, at, b.type));
+        for (int64_t i = 0; i < rows && rows < 16; ++i) out[i] = read_float(b.y, at + i, b.type);
+        for (int64_t i = 0; i < rows; ++i) out[i] += sums[i * W + token % W];
+        store_floats(b.out, at, b.type, out, static_cast<int>(rows));
+    }
+}
+
+template <int W, int32_t TYPE, class Column>
+inline void add_rows(const Beside& b, const Inputs& inputs, int64_t first, int64_t stop) {
+    for (int64_t block = 0; block * W < b.tokens; ++block) {
+        const char* x = inputs.all + block * b.columns * W * (W == 1 ? 4 : size_of(TYPE));
+        const float* kept = inputs.kept + block * filled(b.kept) * W;
+        for (int64_t row = first; row < stop; row += 16) {
+            const int64_t rows = stop - row < 16 ? stop - row : 16;
+            alignas(64) float sums[16 * W] = {};
+            for (int64_t r = 0; b.start && r < rows; ++r) {
+                const auto sum = outliers_of<W, TYPE, Column>(b, x, row + r);
+                memcpy(sums + r * W, &sum, sizeof sum);
+            }
+            for (int64_t r = 0; b.kept && r < rows; r += 4) {
+                typename Tokens<W>::V four[4];
+                memcpy(four, sums + r * W, sizeof four);
+                kept_of<W>(b, kept, row + r, four);
+                memcpy(sums + r * W, four, sizeof four);
+            }
+            add_sums<W>(b, block, row, rows, sums);
+        }
+    }
+}
+
+// Columns first .. stop - 1 of a block of W tokens, turned round; missing tokens are zeros. Four numbers of 16 bits are one word.
+template <int W>
+inline void turn_round16(const Beside& b, int64_t block, int64_t first, int64_t stop, char* to) {
+    const int64_t left = b.tokens - block * W;
+    uint64_t* out = reinterpret_cast<uint64_t*>(to) + block * b.columns * (W / 4);
+    for (int64_t four = 0; four < W / 4; ++four) {
+        const uint16_t* row[4];
+        uint64_t there[4];
+        for (int64_t t = 0; t < 4; ++t) {
+            there[t] = 4 * four + t < left ? 0xffff : 0;
+            row[t] = static_cast<const uint16_t*>(b.x) + (block * W + (there[t] ? 4 * four + t : 0)) * b.columns;
+        }
+        for (int64_t k = first; k < stop; ++k) {
+            out[k * (W / 4) + four] = (row[0][k] & there[0]) | (row[1][k] & there[1]) << 16 | (row[2][k] & there[2]) << 32 | (row[3][k] & there[3]) << 48;
+        }
+    }
+}
+template <int W>
+inline void turn_round32(const Beside& b, int64_t block, int64_t first, int64_t stop, char* to) {
+    const float* x = static_cast<const float*>(b.x) + block * W * b.columns;
+    float* out = reinterpret_cast<float*>(to) + block * W * b.columns;
+    for (int64_t k = first; k < stop; ++k) {
+        for (int64_t token = 0; token < W; ++token) out[k * W + token] = block * W + token < b.tokens ? x[token * b.columns + k] : 0.0f;
+    }
+}
+
+inline void to_floats_all(const Beside& b, float* to) {
+    int64_t i = 0;
+    for (; i + 16 <= b.columns; i += 16) store(to + i, load_floats(b.x, i, b.type));
+    for (; i < b.columns; ++i) to[i] = read_float(b.x, i, b.type);
+}
+
+template <int W>
+inline void place_inputs(const Beside& b, int threads, char* all, float* kept) {
+    if (b.start && W == 1) to_floats_all(b, reinterpret_cast<float*>(all));
+    if (b.start && W > 1) {
+        constexpr int64_t kStep = 1024;
+        const int64_t steps = ceil_div(b.columns, kStep);
+        parallel(steps * ceil_div(b.tokens, W), b.tokens > 4 ? threads : 1, [&](int64_t piece, int) {
+            const int64_t first = piece % steps * kStep, stop = first + kStep < b.columns ? first + kStep : b.columns;
+            if (b.type == kFloat32) return turn_round32<W>(b, piece / steps, first, stop, all);
+            turn_round16<W>(b, piece / steps, first, stop, all);
+        });
+    }
+    for (int64_t token = 0; token < b.tokens; ++token) {
+        for (int64_t c = 0; c < b.kept; ++c) {
+            kept[(token / W * filled(b.kept) + c) * W + token % W] = read_float(b.x, token * b.columns + b.index[c], b.type);
+        }
+    }
+}
+
+// Everything ready: adds what rows first .. stop - 1 get, those that there are.
+struct Adding {
+    Beside beside;
+    Inputs inputs;
+    void (*rows)(const Beside&, const Inputs&, int64_t first, int64_t stop);
+
+    void add(int64_t first, int64_t stop) const { rows(beside, inputs, first, stop < beside.rows ? stop : beside.rows); }
+};
+
+// Asks for what rows first .. stop - 1 will need, while something else is computed.
+inline void ask_for(const Adding& adding, int64_t first, int64_t stop) {
+    const Beside& b = adding.beside;
+    const int64_t last = stop < b.rows ? stop : b.rows;
+    const auto lines = [](const void* from, int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
+    };
+    if (b.start) {
+        const int64_t begin = b.start[first], end = b.start[last];
+        lines(b.column, begin * b.column_bytes, end * b.column_bytes);
+        lines(b.value, begin * size_of(b.value_type), end * size_of(b.value_type));
+    }
+    if (b.kept) lines(b.kept_value, first * b.kept * size_of(b.kept_type), last * b.kept * size_of(b.kept_type));
+}
+
+// x with zeros at the inputs of kept columns, so that they do not set the unit of all others.
+inline const void* quiet(const Beside& b) {
+    const size_t size = static_cast<size_t>(size_of(b.type)), row = static_cast<size_t>(b.columns) * size;
+    char* to = static_cast<char*>(scratch(kQuietScratch, static_cast<size_t>(b.tokens) * row));
+    if (!to) return nullptr;
+    memcpy(to, b.x, static_cast<size_t>(b.tokens) * row);
+    for (int64_t token = 0; token < b.tokens; ++token) {
+        for (int64_t i = 0; i < b.kept; ++i) memset(to + static_cast<size_t>(token) * row + static_cast<size_t>(b.index[i]) * size, 0, size);
+    }
+    return to;
+}
+
+template <int W, int32_t TYPE>
+inline Status prepare_in_blocks(const Beside& b, int threads, Adding& to) {
+    const int64_t padded = ceil_div(b.tokens, W) * W, each = W == 1 ? 4 : size_of(TYPE);
+    const size_t all_bytes = b.start ? static_cast<size_t>((padded * b.columns * each + 63) / 64 * 64) : 0;
+    const size_t kept_bytes = static_cast<size_t>(padded * filled(b.kept) * 4);
+    char* memory = static_cast<char*>(scratch(kBesideScratch, all_bytes + kept_bytes + 64));
+    if (!memory) return kOutOfMemory;
+    memset(memory + all_bytes, 0, kept_bytes);
+    float* kept = reinterpret_cast<float*>(memory + all_bytes);
+    place_inputs<W>(b, threads, memory, kept);
+    to = {b, {memory, kept}, b.column_bytes == 2 ? add_rows<W, TYPE, int16_t> : add_rows<W, TYPE, int32_t>};
+    return kDone;
+}
+
+inline Status prepare(const Beside& b, int threads, Adding& to) {
+    const bool few = b.tokens <= 4;
+    if (b.tokens == 1) return prepare_in_blocks<1, kFloat32>(b, threads, to);
+    if (b.type == kFloat32) return few ? prepare_in_blocks<4, kFloat32>(b, threads, to) : prepare_in_blocks<16, kFloat32>(b, threads, to);
+    if (b.type == kFloat16) return few ? prepare_in_blocks<4, kFloat16>(b, threads, to) : prepare_in_blocks<16, kFloat16>(b, threads, to);
+    return few ? prepare_in_blocks<4, kBfloat16>(b, threads, to) : prepare_in_blocks<16, kBfloat16>(b, threads, to);
+}
+
+inline Status add_beside(const Beside& b) {
+    const int threads = b.tokens * (b.outliers + b.rows * b.kept) < kAlone ? 1 : b.threads;
+    Adding adding;
+    const Status status = prepare(b, threads, adding);
+    if (status != kDone) return status;
+    // Many blocks of inputs do not stay in a cache: rows of a piece share their reading.
+    const int64_t run = b.tokens > 16 ? kMostRunRows : kMostRunRows / 4;
+    parallel(ceil_div(b.rows, run), threads, [&](int64_t piece, int) {
+        adding.add(piece * run, (piece + 1) * run);
+    });
+    return kDone;
+}
+
+}  // namespace UNIT
+}  // namespace aerogel

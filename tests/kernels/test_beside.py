@@ -1,0 +1,150 @@
+"""What stands beside a weight is added as defined, by the compiled loops and the CUDA kernel, inside a matmul and after one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aerogel.kernels.beside import choose, cpu, cuda, ref
+from aerogel.kernels.beside.ref import Beside
+from aerogel.kernels.cuda import nvrtc, sources
+from aerogel.kernels.gemm.cpu import Native, linear
+from aerogel.kernels.native import library
+from aerogel.kernels.problem import Problem
+from aerogel.kernels.sidecars import SidecarLinear
+from aerogel.quantize.columns import Columns
+from aerogel.quantize.grids import Codes, IntGrid
+from aerogel.quantize.outliers import Outliers
+
+needs_library = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+BYTES = IntGrid(bits=8, scale_dtype=torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+
+
+def beside_of(N: int, K: int, kinds: str, value: torch.dtype, share: float = 0.1, device: str = "cpu") -> Beside:
+    """Random outliers (one row without any, one with all) and columns, the first and the last among them."""
+    random = torch.Generator().manual_seed(N + K)
+    w_NK = torch.randn(N, K, generator=random)
+    mask_NK = torch.rand(N, K, generator=random) < share
+    mask_NK[0] = False
+    mask_NK[-1] = True
+    outliers, columns = Outliers.of(w_NK, mask_NK), Columns.of(w_NK, torch.tensor(sorted({0, K // 2, K - 1})))
+    first = (outliers.start_N1, outliers.column_E, outliers.value_E.to(value)) if "o" in kinds else (None, None, None)
+    last = (columns.index_C, columns.value_NC.to(value)) if "c" in kinds else (None, None)
+    return Beside(*(None if tensor is None else tensor.to(device) for tensor in (*first, *last)))
+
+
+def close(found_MN: Tensor, wanted_MN: Tensor) -> None:
+    assert found_MN.dtype == wanted_MN.dtype and found_MN.shape == wanted_MN.shape
+    error = (found_MN.double() - wanted_MN.double()).norm() / wanted_MN.double().norm()
+    assert error <= TOLERANCE[found_MN.dtype], float(error)
+
+
+@needs_library
+@pytest.mark.parametrize("kinds", ["o", "c", "oc"])
+@pytest.mark.parametrize("value", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("M", [1, 2, 4, 5, 16, 17, 40])
+def test_the_compiled_loop_is_the_definition(kinds: str, value: torch.dtype, dtype: torch.dtype, M: int) -> None:
+    for N, K in ((1, 1), (33, 50), (300, 96)):
+        beside = beside_of(N, K, kinds, value)
+        random = torch.Generator().manual_seed(M)
+        x_MK, y_MN = torch.randn(M, K, generator=random).to(dtype), torch.randn(M, N, generator=random).to(dtype)
+        assert cpu.fits(N, beside)
+        found = choose.add(y_MN, x_MK, beside)
+        close(found, ref.add(y_MN, x_MK, beside))
+        assert torch.equal(cpu.add(y_MN.clone(), x_MK, beside), found)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numerics", ["exact", "int8", "int8-token"])
+@pytest.mark.parametrize("bits", [3, 4, 5, 8])
+@pytest.mark.parametrize("M", [1, 3, 16, 33])
+def test_inside_a_matmul_on_every_path(dtype: torch.dtype, numerics: str, bits: int, M: int) -> None:
+    """The same as the product followed by the addition, to one more rounding; the same bits with any number of threads."""
+    N, K = 72, 160
+    random = torch.Generator().manual_seed(bits)
+    values = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (N, K), dtype=torch.int8, generator=random)
+    beside = beside_of(N, K, "oc", torch.bfloat16)
+    assert beside.index_C is not None
+    values[:, beside.index_C.long()] = 0
+    codes = Codes(values_NK=values, scale_NG=torch.rand(N, 5, generator=random), grid=IntGrid(bits=bits, group_size=32))
+    problem = Problem(format="pack-quantized", grid=codes.grid, N=N, K=K, dtype=dtype)
+    layout = Native.pack(codes, problem)
+    x_MK = torch.randn(M, K, generator=random).to(dtype)
+    x_MK[:, beside.index_C.long()] *= 100
+    quiet_MK = x_MK if numerics == "exact" else x_MK.index_fill(1, beside.index_C.long(), 0)
+    for path in library.paths():
+        rest: Any = layout["codes"], layout["scale"], None, None, N, 32, library.NUMERICS[numerics], library.PATHS.index(path)
+        found = [linear(x_MK, *rest, threads=threads, beside=beside) for threads in (1, 2, 5)]
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]), path
+        close(found[0], ref.add(linear(quiet_MK, *rest), x_MK, beside))
+
+
+@needs_library
+def test_sizes_that_do_not_belong_together_are_refused() -> None:
+    beside = beside_of(48, 64, "oc", torch.bfloat16)
+    assert not cpu.fits(47, beside)
+    y_MN, x_MK = torch.randn(2, 48), torch.randn(2, 64)
+    made = cpu.struct_of(y_MN, x_MK, y_MN, beside)
+    made.outliers += 1
+    with pytest.raises(Exception, match="shape"):
+        library.check(library.library().aerogel_native_beside(made), "outliers")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], ids=str)
+def test_the_cuda_source_compiles(capability: tuple[int, int]) -> None:
+    try:
+        compiler = nvrtc.compiler()
+    except ImportError as error:
+        pytest.skip(str(error))
+    for M, dtype in ((1, torch.bfloat16), (3, torch.float16), (16, torch.bfloat16)):
+        macros = cuda.defines(dtype, beside_of(48, 64, "oc", torch.bfloat16), M)
+        code = compiler.compile("beside.cu", sources.sources_of("beside.cu"), macros, capability)
+        assert code[:4] == b"\x7fELF" and b"add_beside" in code
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kinds", ["o", "c", "oc"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("M", [1, 2, 4, 5, 8, 16, 40])
+def test_the_cuda_kernel_is_the_definition(kinds: str, dtype: torch.dtype, M: int) -> None:
+    for N, K in ((1, 8), (33, 50), (300, 4096)):
+        beside = beside_of(N, K, kinds, torch.bfloat16, device="cuda")
+        random = torch.Generator("cuda").manual_seed(M)
+        x_MK = torch.randn(M, K, generator=random, device="cuda").to(dtype)
+        y_MN = torch.randn(M, N, generator=random, device="cuda").to(dtype)
+        found = choose.add(y_MN, x_MK, beside)
+        close(found, ref.add(y_MN, x_MK, beside))
+        close(choose.add(None, x_MK, beside), ref.add(torch.zeros_like(y_MN), x_MK, beside))
+        assert torch.equal(choose.quiet(x_MK, beside), ref.quiet(x_MK, beside))
+        for _ in range(20):
+            assert torch.equal(choose.add(y_MN, x_MK, beside), found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activations", ["none", "int8"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("M", [1, 2, 16, 40, 300])
+def test_a_whole_layer_on_a_gpu(activations: Any, bias: bool, M: int) -> None:
+    """Against the same layer on a CPU, which the tests above cover; a single token's sum goes in as the matmul's bias."""
+    N, K = 192, 512
+    random = torch.Generator().manual_seed(M)
+    beside = beside_of(N, K, "oc", torch.bfloat16, share=0.01)
+    values = torch.randint(-127, 128, (N, K), dtype=torch.int8, generator=random)
+    values[:, beside.index_C.long()] = 0  # type: ignore[union-attr]
+    codes = Codes(values_NK=values, scale_NG=torch.rand(N, 1, generator=random).bfloat16() / 100, grid=BYTES)
+    bias_N = torch.randn(N, generator=random) if bias else None
+    layer = SidecarLinear.from_codes(codes, activations=activations, bias=bias_N, dtype=torch.bfloat16)
+    threshold = torch.zeros(1)
+    layer.keep(Outliers(start_N1=beside.start_N1, column_E=beside.column_E, value_E=beside.value_E).tensors())  # type: ignore[arg-type]
+    layer.keep(Columns(index_C=beside.index_C, value_NC=beside.kept_NC, threshold_1=threshold).tensors())  # type: ignore[arg-type]
+    x_MK = torch.randn(M, K, generator=random).bfloat16()
+    wanted = layer(x_MK)
+    layer = layer.cuda()
+    close(layer(x_MK.cuda()).cpu(), wanted)
+    assert torch.equal(layer(x_MK.cuda()), layer(x_MK.cuda()))
