@@ -82,7 +82,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "kmeans4 per row, rtn": {"method": "rtn", "format": "kmeans", "bits": 4},
     "nf4 g64, rtn": {"method": "rtn", "format": "nf4", "group_size": 64},
     "int4 symmetric g64, rtn": {"method": "rtn", **INT4},
-    "int4 symmetric g64, rtn, 9.9 % rows at 8": {"method": "rtn", **INT4, "rows": "loss", "row_share": 0.099},
+    "int4 symmetric g64, rtn, 9.9 % rows at 8": {"method": "rtn", **INT4, "rows": "loss", "row_share": 0.099, "row_bits": 8},
     "fp5 e2m2 g64": {"format": "float", "kind": "e2m2", "group_size": 64},
     "fp6 e2m3 per channel": {"format": "float", "kind": "e2m3"},
     "mxfp8 g32": {"format": "mx", "kind": "e4m3"},

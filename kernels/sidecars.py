@@ -173,6 +173,10 @@ class SidecarLinear(Linear):
     def prepare(self, dtype: torch.dtype | None = None, *, overwrite: bool = False) -> Self:
         """As `Linear` does it, for rows of more bits as well."""
         super().prepare(dtype, overwrite=overwrite)
+        return self.ready()
+
+    def ready(self) -> Self:
+        """Makes what stands beside the weight ready for the kernel that was chosen."""
         self._adds = None
         for product in self._products():
             if isinstance(product, RowProduct):

@@ -20,8 +20,8 @@ Shape legend: N out features, K in features, C kept columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -86,6 +86,17 @@ class Columns:
         fits = fits and bool((index_C.diff() > 0).all())
         if not fits or (len(index_C) and not 0 <= int(index_C[0]) <= int(index_C[-1]) < K):
             raise BadInput(f"the columns of {name} are not those of a [{N}, {K}] weight; the file is damaged, get it again")
+
+    @staticmethod
+    def below(parts: Sequence[Columns | None], heights: Sequence[int]) -> Columns | None:
+        """Those of weights under each other, of so many rows each; None where they are not the same columns."""
+        first = parts[0]
+        for part in parts:
+            if part is None or first is None or part.value_NC.dtype != first.value_NC.dtype:
+                return None
+            if not (torch.equal(part.index_C, first.index_C) and torch.equal(part.threshold_1, first.threshold_1)):
+                return None
+        return replace(first, value_NC=torch.cat([part.value_NC for part in parts if part is not None])) if first else None
 
     def put(self, w_NK: Tensor) -> Tensor:
         """`w_NK` with the columns in their places. `w_NK` itself is changed."""

@@ -60,6 +60,12 @@ class InputScale:
                 f"the input_scale of {name} is {self.scale_1.tolist()}, not one positive number; the file is damaged"
             )
 
+    @staticmethod
+    def below(parts: Sequence[InputScale | None], heights: Sequence[int]) -> InputScale | None:
+        """That of weights under each other, of so many rows each; None where they have several."""
+        first = parts[0]
+        return first if all(one and first and torch.equal(one.scale_1, first.scale_1) for one in parts) else None
+
     def put(self, w_NK: Tensor) -> Tensor:
         """`w_NK` as it is: no weight is kept here."""
         return w_NK

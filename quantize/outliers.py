@@ -18,8 +18,9 @@ Shape legend: N out features, K in features, E outliers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -90,6 +91,20 @@ class Outliers:
         fits = fits and int(self.start_N1[0]) == 0 and bool((self.start_N1.diff() >= 0).all())
         if not fits or (E and not 0 <= int(self.column_E.min()) <= int(self.column_E.max()) < K):
             raise BadInput(f"the outliers of {name} are not those of a [{N}, {K}] weight; the file is damaged, get it again")
+
+    @staticmethod
+    def below(parts: Sequence[Outliers | None], heights: Sequence[int]) -> Outliers | None:
+        """Those of weights under each other, of so many rows each; None where some have none or another type."""
+        given = [part for part in parts if part is not None]
+        if len(given) != len(parts) or len({(part.column_E.dtype, part.value_E.dtype) for part in given}) != 1:
+            return None
+        firsts = list(accumulate([part.value_E.numel() for part in given], initial=0))
+        starts = [part.start_N1[:-1] + first for part, first in zip(given, firsts, strict=False)]
+        return Outliers(
+            start_N1=torch.cat([*starts, starts[0].new_tensor([firsts[-1]])]),
+            column_E=torch.cat([part.column_E for part in given]),
+            value_E=torch.cat([part.value_E for part in given]),
+        )
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Row and column of each outlier, int64 [E]."""

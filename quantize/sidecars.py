@@ -58,6 +58,24 @@ def read(tensors: Mapping[str, Tensor], N: int, K: int, name: str) -> dict[str, 
     return found
 
 
+def below(parts: Sequence[Mapping[str, Sidecar]], heights: Sequence[int]) -> dict[str, Tensor] | None:
+    """The tensors of what stands beside several weights, as one weight of their rows under each other has them.
+
+    None where they cannot be those of one weight: columns that differ, values of several types.
+    """
+    tensors: dict[str, Tensor] = {}
+    for key in SIDECARS:
+        mine = [part.get(key) for part in parts]
+        given = [sidecar for sidecar in mine if sidecar is not None]
+        if not given:
+            continue
+        joined = type(given[0]).below(mine, heights)  # type: ignore[arg-type]
+        if joined is None:
+            return None
+        tensors |= joined.tensors()
+    return tensors
+
+
 def with_sidecars(w_NK: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """A decoded weight with what is stored beside it, if anything, in its place. `w_NK` itself is changed."""
     N, K = w_NK.shape

@@ -33,6 +33,7 @@ from aerogel.kernels import layouts
 from aerogel.kernels.dispatch import GEMM, choose
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.problem import Problem
+from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.pack.source import Columns
 from aerogel.quantize.codes import Codes, stacked
 
@@ -81,7 +82,7 @@ def siblings(model: PreTrainedModel) -> list[list[str]]:
 
 def _free(module: nn.Module) -> bool:
     """An ordinary linear that nobody has changed."""
-    return type(module) in (nn.Linear, Linear) and "forward" not in vars(module)
+    return type(module) in (nn.Linear, Linear, SidecarLinear) and "forward" not in vars(module)
 
 
 @contextmanager
@@ -103,7 +104,7 @@ def merge(model: PreTrainedModel) -> list[list[str]]:
         if all(type(module) is nn.Linear for module in modules):
             merged = _merge_dense(modules)
         else:
-            merged = all(type(module) is Linear for module in modules) and _merge_packed(modules)
+            merged = all(type(module) in (Linear, SidecarLinear) for module in modules) and _merge_packed(modules)
         if merged:
             done.append(names)
     return done
@@ -256,6 +257,8 @@ class Part(Linear):
 
 
 def _merge_packed(members: list[Linear]) -> bool:
+    from aerogel.kernels.decode import merge_beside  # whose classes are made of those above
+
     first = members[0]
     shared_rows = getattr(first.scheme.grid, "shared_rows", None)
     for member in members:
@@ -264,17 +267,23 @@ def _merge_packed(members: list[Linear]) -> bool:
             return False
         if not _same_order(member.column_order, first.column_order):
             return False
+    beside = merge_beside.tensors_beside(members)
+    if beside is None:
+        return False
     widths = [member.out_features for member in members]
     problems = [member.problem() for member in members]
     if _rank(replace(problems[0], N=sum(widths))) > max(_rank(problem) for problem in problems):
         return False
-    whole = whole_of(members)
+    whole = whole_of(members, merge_beside.MergedBeside if beside else Merged)
     if whole is None:
         return False
+    if isinstance(whole, merge_beside.MergedBeside):
+        whole.keep(beside).ready()
+        merge_beside.share(whole, members)
     shared = _Shared(whole, widths)
     for index, member in enumerate(members):
         part: Any = member
-        part.__class__ = Part
+        part.__class__ = merge_beside.PartBeside if isinstance(part, SidecarLinear) else Part
         part._join(whole, shared, index)
     first.add_module("merged", whole)
     return True
@@ -284,7 +293,7 @@ def _same_order(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def whole_of(members: Sequence[Linear]) -> Merged | None:
+def whole_of(members: Sequence[Linear], kind: type[Merged] = Merged) -> Merged | None:
     """One linear of several that differ in nothing but their rows: in the kernel's layout without a second copy where that can
     be stacked, else through codes. None where the weights have tables or factors of their own."""
     first = members[0]
@@ -297,9 +306,7 @@ def whole_of(members: Sequence[Linear]) -> Merged | None:
             member.restore()
         tensors = layouts.stacked(kernel, members, problem)
         if tensors is not None:
-            whole = Merged(
-                problem.K, problem.N, first.scheme, bias=bias_N is not None, dtype=first.compute_dtype, device="meta"
-            )
+            whole = kind(problem.K, problem.N, first.scheme, bias=bias_N is not None, dtype=first.compute_dtype, device="meta")
             whole.adopt(tensors, name, kernel, problem)
             whole.column_order = first.column_order
             if bias_N is not None:
@@ -309,7 +316,7 @@ def whole_of(members: Sequence[Linear]) -> Merged | None:
     params = stacked(codes)
     if params is None:
         return None
-    return Merged.from_codes(
+    return kind.from_codes(
         Codes.of(torch.cat([part.values_NK for part in codes]), params, codes[0].grid),
         activations=first.scheme.activations,
         bias=bias_N,

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import aerogel
 from aerogel.kernels.decode.loop import Decoder
+from aerogel.kernels.decode.merge_beside import MergedBeside, PartBeside
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.model.compress import compress
@@ -82,12 +83,28 @@ def test_columns_compressed_loaded_generated_and_exported(options: dict[str, Any
     assert [token for (token,) in Decoder(model, "fused").stream([IDS[0]], 8)] == expected
 
 
-def test_same_numbers_where_siblings_would_be_merged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gptq", "int8", "dynamic", "both", "rows", "rows of int8"])
+@pytest.mark.parametrize("layout", ["portable", "native-cpu"])
+def test_merged_siblings_keep_them(name: str, layout: str, tmp_path: Path) -> None:
+    if layout == "native-cpu" and "int8" in str(COLUMNS[name]):
+        pytest.skip("native layouts hold weights whose inputs are not rounded")
     dense = zoo.save("llama", tmp_path / "dense")
-    compress(dense, recipe(None, stage("rtn", outliers="sigma", outlier_sigma=2.0)), tmp_path / "out")
+    chosen = recipe(ids_file(tmp_path), {"quantize": {"group_size": 16, **COLUMNS[name]}}, pack={"layout": layout})
+    compress(dense, chosen, tmp_path / "out")
     plain, merged = aerogel.load(tmp_path / "out"), aerogel.load(tmp_path / "out", merge=True)
-    assert not any(isinstance(m, Linear) and not isinstance(m, SidecarLinear) for m in plain.modules())
-    assert torch.equal(logits(plain), logits(merged))
+    wholes = [module for module in merged.modules() if isinstance(module, MergedBeside)]
+    assert len(wholes) == 4 and all(isinstance(m, SidecarLinear) for m in plain.modules() if isinstance(m, Linear))
+    assert error(logits(merged), logits(plain)) < 1e-6
+    before, after = plain.state_dict(), merged.state_dict()
+    assert before.keys() == after.keys()
+    parts = {name: module for name, module in merged.named_modules() if isinstance(module, PartBeside)}
+    assert parts
+    for path, part in parts.items():
+        assert torch.equal(part.dequantize(torch.float32), plain.get_submodule(path).dequantize(torch.float32))
+    again = wholes[0]
+    held = {tensor.data_ptr() for tensor in again.buffers()}
+    first = [part for part in parts.values() if part._whole[0] is again]
+    assert any(tensor.data_ptr() in held for part in first for tensor in part.buffers())
 
 
 @pytest.mark.parametrize("loop", ["fused", "plain"])
