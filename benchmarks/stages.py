@@ -1,8 +1,9 @@
 """What a few stages cost in KL: one model, one set of token ids, one row for each list of stages. On a CPU, minutes a row.
 
-    python benchmarks/stages.py MODEL --ids IDS.safetensors --cases cases.json --out benchmarks/results/NAME.json
+    python benchmarks/stages.py MODEL --ids IDS.safetensors --cases benchmarks/stages_cases.json
+        --out benchmarks/results/stages_kl.json
 
-cases.json: {name: [stage, ...]} as a recipe has them. Calibrated on 32 x 512 tokens of the ids' `calibration`, KL(dense ||
+Cases: {name: [stage, ...]} as a recipe has them; `stages_cases.json` makes every row that is kept. Calibrated on 32 x 512 tokens of the ids' `calibration`, KL(dense ||
 compressed) in float32 on 12 windows of 512 tokens of its `evaluation`, as the ids are, nothing put before them. Rows are
 written as they come; rows already in the file are not repeated.
 """

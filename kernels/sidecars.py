@@ -194,15 +194,9 @@ class SidecarLinear(Linear):
             y_MN = self._kernel.run(x_MK, self.operands() | beside.operands(), problem, self.bias)
         else:
             hides = beside.index_C is not None and self.hides_columns
-            seen_MK = beside_ops.quiet(x_MK, beside) if hides else x_MK
-            if not beside.operands():
-                y_MN = self.product(x_MK, self.bias)
-            elif len(x_MK) == 1 and x_MK.is_cuda:
-                # What is added to a single token is the bias of its matmul, which fetches its weights while that is computed.
-                bias_1N = None if self.bias is None else self.bias[None].to(x_MK.dtype)
-                y_MN = self.product(seen_MK, beside_ops.add(bias_1N, x_MK, beside)[0])
-            else:
-                y_MN = beside_ops.add(self.product(seen_MK, self.bias), x_MK, beside)
+            seen_MK = x_MK.index_fill(1, beside.index_C.long(), 0) if hides else x_MK  # type: ignore[union-attr]
+            y_MN = self.product(seen_MK, self.bias)
+            y_MN = beside_ops.add(y_MN, x_MK, beside) if beside.operands() else y_MN
         if "weight_rows" in self._modules:
             y_MN = self._modules["weight_rows"](y_MN, x_MK)  # type: ignore[misc]
         return y_MN.reshape(*x.shape[:-1], self.out_features)

@@ -40,11 +40,6 @@ class Beside:
     index_C: Tensor | None = None
     kept_NC: Tensor | None = None
 
-    @property
-    def rows(self) -> int:
-        """N. There is one of the two."""
-        return len(self.start_N1) - 1 if self.start_N1 is not None else len(self.kept_NC)  # type: ignore[arg-type]
-
     def all(self) -> tuple[Tensor | None, ...]:
         """Every field in order."""
         return self.start_N1, self.column_E, self.value_E, self.index_C, self.kept_NC
@@ -61,19 +56,14 @@ class Beside:
 
 
 def add(y_MN: Tensor, x_MK: Tensor, beside: Beside) -> Tensor:
-    """The sum, in y's dtype, a new tensor."""
-    out_MN = y_MN.float()
-    if beside.start_N1 is not None and beside.column_E is not None and beside.value_E is not None:
-        size = (y_MN.shape[1], x_MK.shape[1])
-        values = beside.column_E.int(), beside.value_E.float()
-        sparse_NK = torch.sparse_csr_tensor(beside.start_N1, *values, size, check_invariants=False)
-        one = len(x_MK) == 1
-        out_MN = out_MN + (sparse_NK @ x_MK[0].float() if one else (sparse_NK @ x_MK.float().T).T)
+    """The sum, in y's dtype, a new tensor. Each kind is rounded to that dtype once."""
     if beside.index_C is not None and beside.kept_NC is not None:
-        out_MN = out_MN + x_MK[:, beside.index_C.long()].float() @ beside.kept_NC.float().T
-    return out_MN.to(y_MN.dtype)
-
-
-def quiet(x_MK: Tensor, beside: Beside) -> Tensor:
-    """x with zeros at the inputs of kept columns, a new tensor."""
-    return x_MK.clone() if beside.index_C is None else x_MK.index_fill(1, beside.index_C.long(), 0)
+        y_MN = torch.addmm(y_MN, x_MK[:, beside.index_C.long()], beside.kept_NC.to(x_MK.dtype).T)
+    if beside.start_N1 is None or beside.column_E is None or beside.value_E is None:
+        return y_MN
+    size = (y_MN.shape[1], x_MK.shape[1])
+    sparse_NK = torch.sparse_csr_tensor(
+        beside.start_N1, beside.column_E.int(), beside.value_E.float(), size, check_invariants=False
+    )
+    one = len(x_MK) == 1
+    return (y_MN + (sparse_NK @ x_MK[0].float() if one else (sparse_NK @ x_MK.float().T).T)).to(y_MN.dtype)

@@ -8,19 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from aerogel.kernels.beside import choose, cpu, cuda, ref
+from aerogel.kernels.beside import choose, cpu, ref
 from aerogel.kernels.beside.ref import Beside
-from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.gemm.cpu import Native, linear
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Problem
-from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.quantize.columns import Columns
 from aerogel.quantize.grids import Codes, IntGrid
 from aerogel.quantize.outliers import Outliers
 
 needs_library = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
-BYTES = IntGrid(bits=8, scale_dtype=torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
@@ -94,57 +91,3 @@ def test_sizes_that_do_not_belong_together_are_refused() -> None:
     made.outliers += 1
     with pytest.raises(Exception, match="shape"):
         library.check(library.library().aerogel_native_beside(made), "outliers")
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], ids=str)
-def test_the_cuda_source_compiles(capability: tuple[int, int]) -> None:
-    try:
-        compiler = nvrtc.compiler()
-    except ImportError as error:
-        pytest.skip(str(error))
-    for M, dtype in ((1, torch.bfloat16), (3, torch.float16), (16, torch.bfloat16)):
-        macros = cuda.defines(dtype, beside_of(48, 64, "oc", torch.bfloat16), M)
-        code = compiler.compile("beside.cu", sources.sources_of("beside.cu"), macros, capability)
-        assert code[:4] == b"\x7fELF" and b"add_beside" in code
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kinds", ["o", "c", "oc"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("M", [1, 2, 4, 5, 8, 16, 40])
-def test_the_cuda_kernel_is_the_definition(kinds: str, dtype: torch.dtype, M: int) -> None:
-    for N, K in ((1, 8), (33, 50), (300, 4096)):
-        beside = beside_of(N, K, kinds, torch.bfloat16, device="cuda")
-        random = torch.Generator("cuda").manual_seed(M)
-        x_MK = torch.randn(M, K, generator=random, device="cuda").to(dtype)
-        y_MN = torch.randn(M, N, generator=random, device="cuda").to(dtype)
-        found = choose.add(y_MN, x_MK, beside)
-        close(found, ref.add(y_MN, x_MK, beside))
-        close(choose.add(None, x_MK, beside), ref.add(torch.zeros_like(y_MN), x_MK, beside))
-        assert torch.equal(choose.quiet(x_MK, beside), ref.quiet(x_MK, beside))
-        for _ in range(20):
-            assert torch.equal(choose.add(y_MN, x_MK, beside), found)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("activations", ["none", "int8"])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("M", [1, 2, 16, 40, 300])
-def test_a_whole_layer_on_a_gpu(activations: Any, bias: bool, M: int) -> None:
-    """Against the same layer on a CPU, which the tests above cover; a single token's sum goes in as the matmul's bias."""
-    N, K = 192, 512
-    random = torch.Generator().manual_seed(M)
-    beside = beside_of(N, K, "oc", torch.bfloat16, share=0.01)
-    values = torch.randint(-127, 128, (N, K), dtype=torch.int8, generator=random)
-    values[:, beside.index_C.long()] = 0  # type: ignore[union-attr]
-    codes = Codes(values_NK=values, scale_NG=torch.rand(N, 1, generator=random).bfloat16() / 100, grid=BYTES)
-    bias_N = torch.randn(N, generator=random) if bias else None
-    layer = SidecarLinear.from_codes(codes, activations=activations, bias=bias_N, dtype=torch.bfloat16)
-    threshold = torch.zeros(1)
-    layer.keep(Outliers(start_N1=beside.start_N1, column_E=beside.column_E, value_E=beside.value_E).tensors())  # type: ignore[arg-type]
-    layer.keep(Columns(index_C=beside.index_C, value_NC=beside.kept_NC, threshold_1=threshold).tensors())  # type: ignore[arg-type]
-    x_MK = torch.randn(M, K, generator=random).bfloat16()
-    wanted = layer(x_MK)
-    layer = layer.cuda()
-    close(layer(x_MK.cuda()).cpu(), wanted)
-    assert torch.equal(layer(x_MK.cuda()), layer(x_MK.cuda()))
