@@ -3,9 +3,9 @@
     python benchmarks/stages.py MODEL --ids IDS.safetensors --cases benchmarks/stages_cases.json
         --out benchmarks/results/stages_kl.json
 
-Cases: {name: [stage, ...]} as a recipe has them; `stages_cases.json` makes every row that is kept. Calibrated on 32 x 512 tokens of the ids' `calibration`, KL(dense ||
-compressed) in float32 on 12 windows of 512 tokens of its `evaluation`, as the ids are, nothing put before them. Rows are
-written as they come; rows already in the file are not repeated.
+Cases: {name: [stage, ...]} as a recipe has them; `stages_cases.json` makes every row that is kept. Calibrated on 32 x 512
+tokens of the ids' `calibration`, KL(dense || compressed) in float32 on 12 windows of 512 tokens of its `evaluation`, as the ids
+are, nothing put before them. Rows are written as they come; rows already in the file are not repeated.
 """
 
 from __future__ import annotations
