@@ -56,6 +56,7 @@ constexpr int strips_for(int rows) {
 }
 constexpr int kTileRows = 16;             // of a block on tiles (amx.h)
 constexpr int64_t kBlockTiles = 8;      // of a decoded panel: 256 columns, which stay in the first-level cache
+constexpr int64_t kMostStrips = 8;      // of a piece of a thread
 constexpr int64_t kPassRows = 528;      // whose totals stay in the second-level cache
 constexpr int64_t kSmall = 48 * 1024;   // bytes of codes below which waking a second thread costs more than it saves
 
@@ -136,19 +137,31 @@ void panels(const Plan& plan, int64_t start, int64_t stop, int64_t first, int64_
 #if defined(AEROGEL_TILES)
     if constexpr (P::kTiles) tiles_end();
 #endif
-    for (int64_t strip = start; strip < stop; ++strip) {
-        const float* from = totals + (strip - start) / R * strip_size + (strip - start) % R * kStrip;
-        for (int64_t block = 0; block < count; ++block) finish(plan, strip, first + block, from + block * block_size, R * kStrip);
+    // The strips of a unit together: their results lie in one line of memory.
+    for (int64_t unit = start; unit < stop; unit += R) {
+        const float* from = totals + (unit - start) / R * strip_size;
+        for (int64_t block = 0; block < count; ++block, from += block_size) {
+            for (int r = 0; r < R && unit + r < stop; ++r) finish(plan, unit + r, first + block, from + r * kStrip, R * kStrip);
+        }
     }
+}
+
+// Strips of a piece: few pieces, because each reads all activations, but such that the thread with the most has little more
+// than the others.
+inline int64_t strips_of_piece(int64_t strips, int threads, int64_t step) {
+    int64_t best = step, least = strips * kMostThreads;
+    for (int64_t size = ceil_div(kMostStrips, step) * step; size > 0; size -= step) {
+        const int64_t longest = ceil_div(ceil_div(strips, size), threads) * size;
+        if (longest < least) best = size, least = longest;
+    }
+    return best;
 }
 
 template <class P, int BITS, Form FORM, int R, int M>
 Status many(const Plan& plan) {
     constexpr int64_t kPanelBytes = kBlockTiles * 8 * P::kOperands * R * kVector;
     const int threads = plan.call->threads;
-    // Strips of a piece: at least two pieces for each thread, and enough strips that activations are read seldom.
-    int64_t size = ceil_div(plan.strips, 2 * threads);
-    size = ceil_div(size < 8 ? size : 8, R) * R;
+    const int64_t size = strips_of_piece(plan.strips, threads, R);
     const int64_t most = kPassRows / M, passes = ceil_div(plan.blocks, most), per_pass = ceil_div(plan.blocks, passes);
     const size_t total_bytes = static_cast<size_t>(size * per_pass * M * kStrip) * sizeof(float);
     const size_t worker_bytes = (kPanelBytes + total_bytes + 4095) / 4096 * 4096;

@@ -136,6 +136,33 @@ INLINE void split_term(float* values, uint8_t* to, bool last) {
 }
 #endif
 
+#if defined(__AVX512BF16__)
+// `place_exact` of a token that is bfloat16 already: its numbers only change their order, and are summed in pairs.
+inline void place_bfloats(const Plan& plan, int64_t token, int64_t first, int64_t count) {
+    alignas(64) static const uint16_t order[32] = {0,  2,  1,  3,  4,  6,  5,  7,  8,  10, 9,  11, 12, 14, 13, 15,
+                                                   16, 18, 17, 19, 20, 22, 21, 23, 24, 26, 25, 27, 28, 30, 29, 31};
+    const int64_t block = token / plan.tokens_per_block, row = token % plan.tokens_per_block, columns = plan.weight->columns;
+    const uint16_t* from = static_cast<const uint16_t*>(plan.call->x) + token * columns;
+    const __m512i places = _mm512_load_si512(order), ones = _mm512_set1_epi16(0x3f80);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t tile = first; tile < first + count; ++tile) {
+        const int64_t left = columns - tile * kTile;
+        const __mmask32 there = left >= kTile ? 0xffffffffu : left > 0 ? (1u << left) - 1u : 0u;
+        const __m512i values = _mm512_maskz_loadu_epi16(there, from + tile * kTile);
+        uint8_t* to = const_cast<uint8_t*>(plan.x_at(block, tile)) + row * plan.row_bytes;
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(places, values));
+        sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(values), reinterpret_cast<__m512bh>(ones));
+    }
+    float* to = plan.x_sum + plan.factor(block, plan.segment_tiles ? first / plan.segment_tiles : 2 * first) + row;
+    if (plan.segment_tiles) {
+        *to = _mm512_reduce_add_ps(sum);
+    } else {
+        to[0] = _mm512_mask_reduce_add_ps(0x00ff, sum);
+        to[plan.block_rows] = _mm512_mask_reduce_add_ps(0xff00, sum);
+    }
+}
+#endif
+
 // Places a run of tiles of one token, which is one segment, or one tile that is two, with its sums.
 template <bool PAIRS>
 inline void place_exact(const Plan& plan, int64_t token, int64_t first, int64_t count) {
@@ -250,6 +277,12 @@ inline void place_token(const Plan& plan, int64_t token) {
         if constexpr (P::kOperands == 1) {
             place_int8(plan, token, first, count, whole ? of_token : rounding_of(plan, token, first, count));
         } else {
+#if defined(__AVX512BF16__)
+            if (plan.call->x_type == kBfloat16 && plan.columns.group == plan.weight->group) {
+                place_bfloats(plan, token, first, count);
+                continue;
+            }
+#endif
             place_exact<P::kOnlyOneRow>(plan, token, first, count);
         }
     }

@@ -39,20 +39,30 @@ inline void product(const float* a, int64_t a_stride, const float* b, int64_t b_
 
 // e^(score - largest) of scores begin .. seen - 1, zeros for all others up to `count`; returns their sum, 1 where there are none.
 inline float exponentials(float* score, int64_t begin, int64_t seen, int64_t count) {
-    float peaks[16], sums[16] = {};
+    float lanes[16];
     if (seen <= begin) {
         memset(score, 0, sizeof(float) * static_cast<size_t>(count));
         return 1.0f;
     }
-    for (float& peak : peaks) peak = -3.4e38f;
-    for (int64_t s = begin; s < seen; ++s) peaks[s % 16] = score[s] > peaks[s % 16] ? score[s] : peaks[s % 16];
-    for (int lane = 1; lane < 16; ++lane) peaks[0] = peaks[lane] > peaks[0] ? peaks[lane] : peaks[0];
-    for (int64_t s = begin; s < seen; ++s) score[s] = exponential(score[s] - peaks[0]);
-    memset(score, 0, sizeof(float) * static_cast<size_t>(begin));
-    memset(score + seen, 0, sizeof(float) * static_cast<size_t>(count - seen));
-    for (int64_t s = 0; s < padded(seen); s += 16) store(sums, load<F16>(sums) + load<F16>(score + s));
-    for (int lane = 1; lane < 16; ++lane) sums[0] += sums[lane];
-    return sums[0];
+    // Whole vectors are worked on: what is not seen in the first and the last of them is so small that nothing is left of it.
+    const int64_t first = begin / 16 * 16, stop = ceil_div(seen, 16) * 16;
+    for (int64_t s = first; s < begin; ++s) score[s] = -3.4e38f;
+    for (int64_t s = seen; s < stop; ++s) score[s] = -3.4e38f;
+    F16 peak = spread<F16>(-3.4e38f), sum = zero_f();
+    for (int64_t s = first; s < stop; s += 16) peak = larger(load<F16>(score + s), peak);
+    store(lanes, peak);
+    for (int lane = 1; lane < 16; ++lane) lanes[0] = lanes[lane] > lanes[0] ? lanes[lane] : lanes[0];
+    peak = spread<F16>(lanes[0]);
+    for (int64_t s = first; s < stop; s += 16) {
+        const F16 value = exponential(load<F16>(score + s) - peak);
+        store(score + s, value);
+        sum = sum + value;
+    }
+    memset(score, 0, sizeof(float) * static_cast<size_t>(first));
+    memset(score + stop, 0, sizeof(float) * static_cast<size_t>(count - stop));
+    store(lanes, sum);
+    for (int lane = 1; lane < 16; ++lane) lanes[0] += lanes[lane];
+    return lanes[0];
 }
 
 // Turns a query or key to the angles of its token, where there are any.

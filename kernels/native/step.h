@@ -57,6 +57,44 @@ INLINE float exponential(float x) {
     return x < -87.0f ? 0.0f : p * power;
 }
 
+// The same for sixteen.
+INLINE F16 exponential(const F16& x) {
+    F16 v;
+    unroll<kParts>([&](auto i) ALWAYS {
+        const NativeF n = x.part[i] * 1.44269504f + 12582912.0f, whole = n - 12582912.0f;
+        const NativeF r = (x.part[i] - whole * 0.693359375f) + whole * 2.12194440e-4f;
+        NativeF p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+        p = p * r + 8.3334519073e-3f;
+        p = p * r + 4.1665795894e-2f;
+        p = p * r + 1.6666665459e-1f;
+        p = p * r + 5.0000001201e-1f;
+        p = p * r * r + r + 1.0f;
+        const NativeF power = reinterpret_cast<NativeF>((reinterpret_cast<NativeU>(n) - 0x4b400000u + 127u) << 23);
+        v.part[i] = x.part[i] < -87.0f ? NativeF{} : p * power;
+    });
+    return v;
+}
+
+// Sixteen lanes rounded to `type`.
+INLINE F16 rounded_lanes(const F16& value, int32_t type) {
+    if (type == kFloat32) return value;
+    F16 v;
+    if (type == kBfloat16) {
+        unroll<kParts>([&](auto i) ALWAYS {
+            const NativeU bits = reinterpret_cast<NativeU>(value.part[i]);
+            const NativeU up = bits + 0x7fffu + (bits >> 16 & 1u), quiet = bits | 0x00400000u;
+            const NativeI none = value.part[i] != value.part[i];
+            v.part[i] = reinterpret_cast<NativeF>((none ? quiet : up) & 0xffff0000u);
+        });
+        return v;
+    }
+    float lanes[16];
+    uint16_t raw[16];
+    store(lanes, value);
+    store_floats(raw, 0, type, lanes, 16);
+    return load_floats(raw, 0, type);
+}
+
 // Sum of squares or of products, in a fixed order.
 INLINE float inner(const float* a, const float* b, int64_t count) {
     F16 sum = zero_f();
@@ -65,16 +103,6 @@ INLINE float inner(const float* a, const float* b, int64_t count) {
     float total = total_of(sum);
     for (; i < count; ++i) total += a[i] * b[i];
     return total;
-}
-
-// Sixteen lanes rounded to `type`.
-INLINE F16 rounded_lanes(const F16& value, int32_t type) {
-    if (type == kFloat32) return value;
-    float lanes[16];
-    uint16_t raw[16];
-    store(lanes, value);
-    store_floats(raw, 0, type, lanes, 16);
-    return load_floats(raw, 0, type);
 }
 
 // x cos + [-x2, x1] sin, every product and the sum rounded.
@@ -195,22 +223,32 @@ inline Status norm(const Norm& n) {
     return kDone;
 }
 
-// y = round(silu(g)) * u, over rows first .. stop - 1, whose distances differ, since both are halves of one result.
+// round(silu(g)) * u.
+INLINE F16 gated(const F16& g, const F16& u, int32_t type) {
+    const F16 e = exponential(zero_f() - magnitude(g));  // of the size's negative: never overflows
+    F16 act;
+    unroll<kParts>([&](auto i) ALWAYS {
+        act.part[i] = (g.part[i] >= 0.0f ? g.part[i] : g.part[i] * e.part[i]) / (1.0f + e.part[i]);
+    });
+    return rounded_lanes(act, type) * u;
+}
+
+// Over rows first .. stop - 1, whose distances differ, since both are halves of one result.
 inline void gate_rows(const Gate& p, int64_t first, int64_t stop) {
-    float g[16 * 64], u[16 * 64];
+    float out[16];
     for (int64_t row = first; row < stop; ++row) {
-        for (int64_t at = 0; at < p.size; at += 16 * 64) {
-            const int64_t count = p.size - at < 16 * 64 ? p.size - at : 16 * 64;
-            to_floats(p.g, row * p.g_stride + at, p.type, g, count);
-            to_floats(p.u, row * p.u_stride + at, p.type, u, count);
-            for (int64_t i = 0; i < count; ++i) {
-                const float e = exponential(-__builtin_fabsf(g[i]));  // of the size's negative: never overflows
-                g[i] = (g[i] >= 0.0f ? g[i] : g[i] * e) / (1.0f + e);
-            }
-            from_floats(p.y, row * p.size + at, p.type, g, count);
-            to_floats(p.y, row * p.size + at, p.type, g, count);
-            for (int64_t i = 0; i < count; ++i) g[i] *= u[i];
-            from_floats(p.y, row * p.size + at, p.type, g, count);
+        const int64_t g = row * p.g_stride, u = row * p.u_stride, y = row * p.size;
+        int64_t at = 0;
+        for (; at + 16 <= p.size; at += 16) {
+            store(out, gated(load_floats(p.g, g + at, p.type), load_floats(p.u, u + at, p.type), p.type));
+            store_floats(p.y, y + at, p.type, out, 16);
+        }
+        if (at < p.size) {
+            float last[2][16] = {};
+            to_floats(p.g, g + at, p.type, last[0], p.size - at);
+            to_floats(p.u, u + at, p.type, last[1], p.size - at);
+            store(out, gated(load<F16>(last[0]), load<F16>(last[1]), p.type));
+            from_floats(p.y, y + at, p.type, out, p.size - at);
         }
     }
 }

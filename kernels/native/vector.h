@@ -112,7 +112,7 @@ INLINE F16 multiply_add(const F16& a, const F16& b, const F16& c) {
 INLINE F16 magnitude(const F16& a) {
     F16 v;
     unroll<kParts>([&](auto p) ALWAYS {
-        v.part[p] = reinterpret_cast<NativeF>(reinterpret_cast<const NativeU&>(a.part[p]) & 0x7fffffffu);
+        v.part[p] = reinterpret_cast<NativeF>(reinterpret_cast<NativeU>(a.part[p]) & 0x7fffffffu);
     });
     return v;
 }
