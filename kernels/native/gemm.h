@@ -147,12 +147,12 @@ void panels(const Plan& plan, int64_t start, int64_t stop, int64_t first, int64_
 }
 
 // Strips of a piece: few pieces, because each reads all activations, but such that the thread with the most has little more
-// than the others.
+// than the others. Less than a sixteenth is not worth another piece.
 inline int64_t strips_of_piece(int64_t strips, int threads, int64_t step) {
     int64_t best = step, least = strips * kMostThreads;
     for (int64_t size = ceil_div(kMostStrips, step) * step; size > 0; size -= step) {
         const int64_t longest = ceil_div(ceil_div(strips, size), threads) * size;
-        if (longest < least) best = size, least = longest;
+        if (longest + longest / 16 < least) best = size, least = longest;
     }
     return best;
 }
