@@ -3,7 +3,7 @@
     python benchmarks/formats_speed.py --device cpu  --out benchmarks/results/formats_speed.json
     python benchmarks/formats_speed.py --device cuda --out benchmarks/results/formats_speed.json      (a minute of an H100)
 
-A random weight of `--shape` is rounded to the format (round to nearest; the codes do not matter to the time) and packed as
+A random weight of `--shape` is rounded to the format (round to nearest, `FITTED_ROWS` rows that repeat) and packed as
 loading would pack it. Then M tokens go through it: on a CPU the contenders take turns, all going round over copies of their
 weights that together exceed the last-level cache; on a GPU each is a CUDA graph over copies (`kernels/cuda/timing.py`).
 Activations are bfloat16. Rows hold microseconds (medians), bytes of the packed weight, the kernel's name, and the time over
@@ -29,15 +29,36 @@ from typing import Any
 
 import torch
 
+from aerogel.errors import BadInput
 from aerogel.eval.machine import machine, versions
 from aerogel.kernels.linear import Linear
 from aerogel.model.layer import Layer
+from aerogel.quantize.codes import Codes, stacked
 from aerogel.recipes.schema import Recipe
 
 BASE = "int4 symmetric g64"
 COPY_BYTES = {"cpu": 96 << 20, "cuda": 200_000_000}
+<<<<<<< HEAD
 KEPT = ["format", "kind", "bits", "group_size", "symmetric", "strategy", "scale_dtype", "offset", "block_rows", "power_of_two"]
 """Keys of a stage that say what its numbers are."""
+=======
+FITTED_ROWS = 256
+"""Of a weight: codebooks and planes take minutes to fit to all of it, and the codes do not matter to the time."""
+MAKES_ITS_OWN = ("bcq", "nested")
+"""Methods whose codes no rounding to nearest can give."""
+GRID_KEYS = (
+    "format",
+    "kind",
+    "bits",
+    "group_size",
+    "symmetric",
+    "strategy",
+    "scale_dtype",
+    "offset",
+    "block_rows",
+    "power_of_two",
+)
+>>>>>>> ac6abe7 (Speed of formats: some rows are fitted and repeat)
 
 
 NO_GRAPH: set[str] = set()
@@ -54,11 +75,16 @@ def codes_only(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def packed(stage: dict[str, Any], N: int, K: int, device: str) -> Linear:
-    """A random weight in the stage's format, ready to run in bfloat16."""
+    """A random weight in the stage's format, ready to run in bfloat16: some rows, fitted once, again and again."""
     recipe = Recipe.load({"aerogel": 1, "stages": [{"quantize": stage}]})
     method = recipe.stages[0].at("bfloat16").stage
-    weight_NK = torch.randn(N, K, device=device, generator=torch.Generator(device).manual_seed(0)) * 0.02
-    codes = method(Layer(name="weight", weight_NK=weight_NK)).codes
+    weight_nK = torch.randn(min(N, FITTED_ROWS), K, device=device, generator=torch.Generator(device).manual_seed(0)) * 0.02
+    part = method(Layer(name="weight", weight_NK=weight_nK)).codes
+    times = N // len(weight_nK)
+    params = stacked([part] * times)
+    if params is None or part.grid.shared_rows is None or times * len(weight_nK) != N:
+        raise BadInput(f"{N} rows cannot be made of {len(weight_nK)} that repeat; give a shape of whole multiples")
+    codes = Codes.of(part.values_NK.repeat(times, 1), params, part.grid)
     return Linear.from_codes(codes, dtype=torch.bfloat16)
 
 
