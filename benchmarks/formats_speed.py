@@ -38,27 +38,10 @@ from aerogel.recipes.schema import Recipe
 
 BASE = "int4 symmetric g64"
 COPY_BYTES = {"cpu": 96 << 20, "cuda": 200_000_000}
-<<<<<<< HEAD
 KEPT = ["format", "kind", "bits", "group_size", "symmetric", "strategy", "scale_dtype", "offset", "block_rows", "power_of_two"]
 """Keys of a stage that say what its numbers are."""
-=======
 FITTED_ROWS = 256
 """Of a weight: codebooks and planes take minutes to fit to all of it, and the codes do not matter to the time."""
-MAKES_ITS_OWN = ("bcq", "nested")
-"""Methods whose codes no rounding to nearest can give."""
-GRID_KEYS = (
-    "format",
-    "kind",
-    "bits",
-    "group_size",
-    "symmetric",
-    "strategy",
-    "scale_dtype",
-    "offset",
-    "block_rows",
-    "power_of_two",
-)
->>>>>>> ac6abe7 (Speed of formats: some rows are fitted and repeat)
 
 
 NO_GRAPH: set[str] = set()
