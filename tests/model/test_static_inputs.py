@@ -77,7 +77,8 @@ def test_compressed_planned_loaded_and_generated(name: str, tmp_path: Path) -> N
     if name != "outliers":  # those see their inputs as they are
         assert error(logits(model), logits(rounding_inputs(exported, scales, kind))) < 2e-5
     merged = aerogel.load(tmp_path / "out", merge=True)
-    assert torch.equal(logits(merged), logits(model))
+    # Outliers beside a merged weight may be added in another order.
+    assert error(logits(merged), logits(model)) < (1e-6 if name == "outliers" else 1e-12)
     model.generation_config.eos_token_id = None
     ids = torch.arange(3, 12)[None]
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
