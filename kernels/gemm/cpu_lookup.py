@@ -58,9 +58,7 @@ class NativeLookup(Kernel):
             return f"is weight-only, activations are {problem.activations}"
         if problem.dtype not in library.TYPES:
             return f"activations must be float32, float16 or bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
-        if grid.group_size is not None and grid.group_size % GROUP_STEP and grid.group_size < problem.K:
-            return f"group_size must be a multiple of {GROUP_STEP}, or null, found {grid.group_size}"
-        return library.missing()
+        return groups_refused(problem) or library.missing()
 
     @staticmethod
     def runs_stored(problem: Problem) -> bool:
@@ -89,6 +87,14 @@ class NativeLookup(Kernel):
         if len(x_MK) > MOST_TOKENS:
             return decoded(x_MK, layout, bias_N, problem.N, group)
         return linear(x_MK, layout, bias_N, problem.N, group, numerics_of(x_MK.dtype))
+
+
+def groups_refused(problem: Problem) -> str | None:
+    """Why the groups cannot be run where they end inside a step of the kernels, or None where they can."""
+    size = problem.grid.group_size
+    if size is None or size % GROUP_STEP == 0 or size >= problem.K:
+        return None
+    return f"group_size must be a multiple of {GROUP_STEP}, or null, found {size}"
 
 
 def numerics_of(dtype: torch.dtype) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
-from aerogel.kernels.gemm.cpu_lookup import GROUP_STEP, call_of
+from aerogel.kernels.gemm.cpu_lookup import call_of, groups_refused
 from aerogel.kernels.gemm.cpu_tables import FLOAT32_PATHS
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem
@@ -50,10 +50,9 @@ class NativeOwn(Kernel):
             return f"is weight-only, activations are {problem.activations}"
         if problem.dtype != torch.bfloat16:
             return f"runs activations in bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
-        if grid.group_size is not None and grid.group_size % GROUP_STEP and grid.group_size < problem.K:
-            return f"group_size must be a multiple of {GROUP_STEP}, or null, found {grid.group_size}"
-        if library.missing() is not None:
-            return library.missing()
+        refused = groups_refused(problem) or library.missing()
+        if refused is not None:
+            return refused
         return None if library.best("exact") in FLOAT32_PATHS else "needs a processor that multiplies bfloat16"
 
     @staticmethod
