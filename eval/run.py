@@ -164,42 +164,16 @@ def evaluate(
     """
     if settings.perplexity and ids_WT is None:
         raise BadInput("perplexity needs token ids to score: pass ids_WT, or set evaluate.perplexity: null")
+    visitor = _Visitor(settings, tokenizer or tokenizer_of(path), progress)
     loaders = _loaders(path, against, device, settings.numerics, load, activations=settings.activations)
-    visitor = _Visitor(settings, tokenizer or (tokenizer_of(path)), progress)
     result: dict[str, object] = {}
-    scored = settings.perplexity and ids_WT is not None
-    if scored and against is not None:
-        result = evaluate_pair(
-            loaders["dense"],
-            loaders["compressed"],
-            ids_WT,  # type: ignore[arg-type]  # `scored` says that it is there
-            source=source,
-            numerics=settings.numerics,
-            batch=settings.batch,
-            also=visitor,
-            progress=progress,
-        )
-        if not settings.divergence:
-            del result["divergence"]
+    if not settings.perplexity or ids_WT is None:
+        _visit(loaders, visitor)
     else:
-        for name, loader in loaders.items():
-            model = loader()
-            visitor(name, model)
-            if scored:
-                result = evaluate_one(
-                    model,
-                    ids_WT,  # type: ignore[arg-type]
-                    source=source,
-                    numerics=settings.numerics,
-                    batch=settings.batch,
-                    progress=progress,
-                )
-            del model
-            gc.collect()
-    if scored and settings.activations == "int8":
-        exact = _loaders(path, None, device, settings.numerics, load)["model"]()
-        found = evaluate_one(exact, ids_WT, batch=settings.batch, progress=progress)  # type: ignore[arg-type]
-        add_rounding(result, found)
+        result = _scores(loaders, ids_WT, settings, source, visitor, progress)
+        if settings.activations == "int8":
+            exact = _loaders(path, None, device, settings.numerics, load)["model"]()
+            add_rounding(result, evaluate_one(exact, ids_WT, batch=settings.batch, progress=progress))
     if tasks := visitor.tasks():
         result["tasks"] = tasks
     return {
@@ -211,6 +185,42 @@ def evaluate(
         "disk": _disk(path, against),
         "peak_bytes": peak_bytes(),
     }
+
+
+def _visit(loaders: Mapping[str, Callable[[], PreTrainedModel]], visitor: _Visitor) -> None:
+    """Shows the models to the visitor, one after another, where no text is scored."""
+    for name, loader in loaders.items():
+        model = loader()
+        visitor(name, model)
+        del model
+        gc.collect()
+
+
+def _scores(
+    loaders: Mapping[str, Callable[[], PreTrainedModel]],
+    ids_WT: Tensor,
+    settings: QualitySettings,
+    source: Mapping[str, object] | None,
+    visitor: _Visitor,
+    progress: Progress,
+) -> dict[str, object]:
+    """`perplexity`, and `divergence` where there are two models, on ids_WT, int64 [windows, tokens]; each model is shown to the
+    visitor while it is in memory."""
+    numerics, batch = settings.numerics, settings.batch
+    if "dense" in loaders:
+        dense, compressed = loaders["dense"], loaders["compressed"]
+        result = evaluate_pair(
+            dense, compressed, ids_WT, source=source, numerics=numerics, batch=batch, also=visitor, progress=progress
+        )
+        if not settings.divergence:
+            del result["divergence"]
+        return result
+    model = loaders["model"]()
+    visitor("model", model)
+    result = evaluate_one(model, ids_WT, source=source, numerics=numerics, batch=batch, progress=progress)
+    del model
+    gc.collect()
+    return result
 
 
 def add_rounding(result: Mapping[str, Any], exact: Mapping[str, Any]) -> None:

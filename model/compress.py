@@ -79,17 +79,10 @@ def compress(
     tokens = run.tokens() if chosen.needs_data else None
     key = run.key(tokens)
     restore(out)
-    report = _finished(out, key)
+    report, seconds = _finished(out, key), dict[str, float]()
     if report is None:
-        if out.exists() and not overwrite:
-            raise BadInput(f"the output {out} already exists; choose another folder, or pass --overwrite to replace it")
-        with Journal.open(out, key) as journal:
-            seconds = run.work(journal, tokens, progress)
-            report = run.assembly().finish(journal, run.calibration_facts(tokens), key, str(model))
-            journal.publish(overwrite=overwrite)
-            journal.close()
+        report, seconds = _made(run, tokens, out, key, str(model), overwrite, progress)
     else:
-        seconds = {}
         shutil.rmtree(work_folder(out), ignore_errors=True)
     for row in report["blocks"]:
         row["seconds"] = seconds.get(row["name"], 0.0)
@@ -101,6 +94,20 @@ def compress(
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_bytes(),
     }
+
+
+def _made(
+    run: _Run, tokens: Tokens | None, out: Path, key: str, model: str, overwrite: bool, progress: Progress
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Does the work and publishes `out`; the report, and the seconds of each block that this call finished, by name."""
+    if out.exists() and not overwrite:
+        raise BadInput(f"the output {out} already exists; choose another folder, or pass --overwrite to replace it")
+    with Journal.open(out, key) as journal:
+        seconds = run.work(journal, tokens, progress)
+        report = run.assembly().finish(journal, run.calibration_facts(tokens), key, model)
+        journal.publish(overwrite=overwrite)
+        journal.close()
+    return report, seconds
 
 
 def _check_places(folder: Path, out: Path) -> None:
