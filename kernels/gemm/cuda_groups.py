@@ -1,0 +1,113 @@
+"""The matmul with groups that are no multiple of 16 on NVIDIA GPUs: each group is filled up to whole steps.
+
+    y_MN = spread(x)_ML @ spread(W)_NL.T          group after group, 72 columns in the place of 80, 8 in that of 16
+
+The columns between are those of zeros in x, so they say nothing whatever their codes are (a copy of a column of their group,
+since tables have codes that are no number). All kernels of `cuda` then run the weight, for 11 % more bytes of codes with groups
+of 72, 20 % with 40, and twice as many with 8, which should be another grouping. Before the matmul x is spread by one small
+launch (`cuda_spread`).
+
+Shape legend: M tokens, N out features, K in features, G groups along K, L columns of the laid out weight, a multiple of 128.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.kernels.gemm.cuda import Cuda
+from aerogel.kernels.gemm.cuda_spread import STEP, Spread, filled
+from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
+from aerogel.pack import tiles
+from aerogel.quantize.codes import Codes
+from aerogel.quantize.grids import IntGrid
+from aerogel.quantize.tables import TableGrid
+
+
+class CudaGroups(Kernel):
+    """Integers and tables in groups that are filled up, in the tile layout."""
+
+    rows: ClassVar[int] = tiles.ROWS
+    shared: ClassVar[frozenset[str]] = Cuda.shared
+    about: ClassVar[str] = "groups of any size, filled up to multiples of 16, on the CUDA kernels compiled at run time"
+
+    @staticmethod
+    def refuses(problem: Problem) -> str | None:
+        """Other grids, groups that need no filling, and what the kernels refuse."""
+        grid = problem.grid
+        if not isinstance(grid, IntGrid | TableGrid):
+            return f"runs integers and tables, not codes on a {type(grid).__name__}"
+        if grid.group_size is None or grid.group_size % STEP == 0:
+            return f"fills up groups that are no multiple of {STEP}"
+        return Cuda.refuses(_inner(problem))
+
+    @staticmethod
+    def runs_stored(problem: Problem) -> bool:
+        """Its own layout."""
+        return False
+
+    @staticmethod
+    def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
+        """The tensors of the laid out weight [N, L], see `Cuda.pack`."""
+        inner, spread = _inner(problem), _spread(problem)
+        device = codes.values_NK.device
+        rest = spread.columns - spread.stretch
+        columns = torch.nn.functional.pad(spread.sources(device), (0, rest))
+        groups = torch.arange(inner.grid.groups(inner.K), device=device).clamp(max=spread.groups - 1)
+        return Cuda.pack(_cut(codes, columns, groups, inner.grid), inner)
+
+    @staticmethod
+    def unpack(layout: Layout, problem: Problem) -> Codes:
+        """The inverse of `pack`, exactly."""
+        spread, codes = _spread(problem), Cuda.unpack(layout, _inner(problem))
+        device = codes.values_NK.device
+        return _cut(codes, spread.places(device), torch.arange(spread.groups, device=device), problem.grid)
+
+    @staticmethod
+    def warm(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int]) -> None:
+        """See `Kernel.warm`."""
+        Cuda.warm([(layout, _inner(problem)) for layout, problem in weights], tokens)
+
+    @staticmethod
+    def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:
+        """See `Kernel.tune`; x as it is spread counts for nothing here."""
+        return Cuda.tune(_inner(problem), tokens)
+
+    @staticmethod
+    def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
+        """x spread, then one call of the operator."""
+        return Cuda.run(_spread(problem)(x_MK), layout, _inner(problem), bias_N)
+
+
+def _spread(problem: Problem) -> Spread:
+    """Where the columns lie."""
+    group = problem.grid.group_size or problem.K
+    columns = -(-problem.K // group) * filled(group)
+    return Spread(K=problem.K, group=group, copies=1, columns=-(-columns // tiles.COLUMNS) * tiles.COLUMNS)
+
+
+def _inner(problem: Problem) -> Problem:
+    """The matmul of the laid out weight."""
+    grid: Any = problem.grid
+    return replace(problem, grid=replace(grid, group_size=filled(grid.group_size)), K=_spread(problem).columns)
+
+
+def _cut(codes: Codes, columns: Tensor, groups: Tensor, grid: Any) -> Codes:
+    """The codes of these columns, in these groups."""
+
+    def of_groups(tensor: Tensor) -> Tensor:
+        raw = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+        return raw.index_select(1, groups).view(tensor.dtype)
+
+    return replace(
+        codes,
+        values_NK=codes.values_NK.index_select(1, columns),
+        scale_NG=of_groups(codes.scale_NG),
+        zero_NG=None if codes.zero_NG is None else of_groups(codes.zero_NG),
+        pick_NG=None if codes.pick_NG is None else of_groups(codes.pick_NG),
+        grid=grid,
+    )
