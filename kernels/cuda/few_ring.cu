@@ -4,21 +4,21 @@
 //
 // A stage holds K_WARPS k tiles of the block's row tiles: for each row tile its codes, one contiguous run and so one copy,
 // and its scales. The engine takes some 20 cycles per copy whatever its size, so runs should be long: many k tiles in a
-// stage, few row tiles. The tokens either stay in shared memory as a whole (X_RESIDENT), arriving with the stages of the
-// first row block, or each warp fetches the columns of its own tiles, two ahead, as in few_registers.cu. With 16 tokens every
-// multiprocessor would fetch as many bytes of x as of weights, all from the L2 cache, which is then the limit: X_SHARE blocks
-// of a cluster fetch x once, each some tokens, and the engine puts them into the shared memory of all. x then lies in the
-// stages if it is not resident, and a stage is free when the warps of all these blocks have read it.
+// stage, few row tiles. The tokens stay in shared memory as a whole (X_RESIDENT), arriving with the stages of the first row
+// block, or come with every stage (X_IN_STAGE), or each warp fetches the columns of its own tiles, two ahead, as in
+// few_registers.cu. With 16 tokens every multiprocessor would fetch as many bytes of x as of weights, all from the L2 cache,
+// which is then the limit: X_SHARE blocks of a cluster fetch x once, each some tokens, and the engine puts them into the shared
+// memory of all; a stage that holds x is free when the warps of all these blocks have read it.
 //
-// Shared memory: barriers in 256 bytes, tables, a cluster's inbox, the ring, the tokens, partial sums (in place of the ring where the block has
-// one row block only).
+// Shared memory: barriers in 256 bytes, tables, a cluster's inbox, the ring, the tokens, partial sums (in place of the ring
+// where the block has one row block only).
 
 #include "few_tokens.cuh"
 
 constexpr int SIDE_BYTES = Side<K_WARPS>::bytes;
 constexpr int CODE_BYTES = K_WARPS * TILE_BYTES;
 constexpr int WEIGHT_BYTES = (BLOCK_TILES * (CODE_BYTES + SIDE_BYTES) + 127) & ~127;
-constexpr bool X_IN_STAGE = X_SHARE > 1 && !X_RESIDENT, X_BY_WARPS = !X_RESIDENT && !X_IN_STAGE;
+constexpr bool X_BY_WARPS = !X_RESIDENT && !X_IN_STAGE;
 constexpr int STAGE_TOKEN_BYTES = K_WARPS * 256 + 16;  // of one token in a stage
 constexpr int STAGE_BYTES = WEIGHT_BYTES + (X_IN_STAGE ? (TOKEN_TILES * 8 * STAGE_TOKEN_BYTES + 127) & ~127 : 0);
 constexpr bool SIDES = GROUP != 0 || ZERO != 0 || TABLE == 3;

@@ -53,7 +53,8 @@ class Config:
 
     ring: weights through a ring in shared memory (compute capability 9.0), else through registers.
     row_tiles: tiles of 16 rows of one warp. row_warps, k_warps: warps of a block along rows and along K.
-    stages: of the ring. x_resident: all of x stays in shared memory (ring only). cluster: blocks that split K among them.
+    stages: of the ring. x_resident: all of x stays in shared memory (ring only). x_in_stage: else, x comes with the stages, as
+        it does where it is shared. cluster: blocks that split K among them.
     share: blocks of a cluster that fetch x together, for other rows each (ring only, and not where K is split).
     blocks: row blocks resident on a multiprocessor at once.
     seats: blocks that a multiprocessor has registers for. More than `blocks` let those of the next launch move in early,
@@ -66,6 +67,7 @@ class Config:
     row_warps: int = 1
     stages: int = 3
     x_resident: bool = False
+    x_in_stage: bool = False
     cluster: int = 1
     share: int = 1
     blocks: int = 1
@@ -75,6 +77,11 @@ class Config:
     def block_tiles(self) -> int:
         """Row tiles of a block."""
         return self.row_tiles * self.row_warps
+
+    @property
+    def stages_hold_x(self) -> bool:
+        """Whether a stage of the ring holds columns of x beside the weights."""
+        return not self.x_resident and (self.x_in_stage or self.share > 1)
 
     @property
     def kernel(self) -> str:
@@ -108,6 +115,7 @@ def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> d
         "ROW_WARPS": config.row_warps,
         "K_WARPS": config.k_warps,
         "X_RESIDENT": int(config.x_resident),
+        "X_IN_STAGE": int(config.stages_hold_x),
         "CLUSTER": config.cluster,
         "X_SHARE": config.share,
         "BLOCKS": max(config.blocks, config.seats),
@@ -180,14 +188,13 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     tables = (tables + 127) // 128 * 128
     stage = config.block_tiles * (config.k_warps * 256 * weight.bits + side_bytes(weight, config.k_warps * 128))
     stage = (stage + 127) // 128 * 128
-    in_stage = config.share > 1 and not config.x_resident
-    if in_stage:
+    if config.stages_hold_x:
         stage += ((8 if M <= 8 else 16) * (config.k_warps * 256 + 16) + 127) // 128 * 128
     ring = config.stages * stage
     stages_each = ceil_divide(ceil_divide(k_tiles, config.k_warps), config.cluster)
     if config.x_resident:
         ring += M * (stages_each * config.k_warps * 256 + 16)
-    elif not in_stage:
+    elif not config.stages_hold_x:
         ring += config.warps * 2 * M * 272
     inbox = (M * rows * 4 + 127) // 128 * 128 if config.cluster > 1 else 0
     single = grid // config.cluster >= ceil_divide(weight.codes.shape[0], config.block_tiles)
@@ -299,7 +306,7 @@ class Plan:
         self._original, self._table = weight.table, None if weight.table is None else weight.table.to(dtype)
         grid = grid_of(weight, config, facts.multi_processor_count)
         R, C = weight.codes.shape[:2]
-        whole_tiles = config.ring and (config.x_resident or config.share > 1)
+        whole_tiles = config.ring and (config.x_resident or config.stages_hold_x)
         self._columns = C * 128 if whole_tiles else -(-weight.K // 8) * 8
         self._pad = self._columns - weight.K
         self._device, self._dtype, self._lock = device.index, dtype, threading.Lock()

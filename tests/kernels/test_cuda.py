@@ -35,6 +35,7 @@ RINGS = [
     Config(ring=True, row_tiles=1, k_warps=2, stages=2, cluster=2),
     Config(ring=True, row_tiles=1, k_warps=2, stages=2, share=2),
     Config(ring=True, row_tiles=2, k_warps=2, stages=3, share=2, x_resident=True),
+    Config(ring=True, row_tiles=1, k_warps=2, stages=2, x_in_stage=True),
 ]
 # (group_size, zero, scale dtype): each group and each kind of zero point and of scale at least once.
 KINDS: list[tuple[int, str, torch.dtype]] = [
@@ -159,6 +160,7 @@ def test_configurations_that_tuning_considers(bits: int) -> None:
         Config(ring=True, row_tiles=7, k_warps=8, stages=2),
         Config(ring=True, row_tiles=5, row_warps=2, k_warps=4, stages=2, share=2),
         Config(ring=True, row_tiles=1, k_warps=16, stages=2, seats=2),
+        Config(ring=True, row_tiles=2, k_warps=7, stages=2, x_in_stage=True),
     ]:
         if fits(weight, config, 16, capability(), facts.multi_processor_count):
             for M in (1, 16):
