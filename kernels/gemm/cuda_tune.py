@@ -33,7 +33,7 @@ TOLERANCE = 1e-2
 """Relative Frobenius error against the product in float32; the outputs' own rounding to 16 bits is up to 2e-3."""
 SPILLED_BYTES = 64
 """A few registers spilled outside the loop cost nothing that can be measured; more are a sign of a cut that is too large."""
-_WARPS = ((1, 4), (1, 5), (1, 6), (1, 7), (1, 8), (1, 12), (1, 15), (1, 16), (2, 4), (2, 7))
+_WARPS = ((1, 4), (1, 5), (1, 6), (1, 7), (1, 8), (1, 12), (1, 15), (1, 16), (2, 4), (2, 7), (2, 8))
 """Multiplying warps along rows and along K of a ring's block."""
 _CLUSTERS = ((1, 1), (2, 1), (4, 1), (1, 2))
 """Blocks of a cluster that share K, and that share x."""
@@ -151,7 +151,7 @@ def _fill(weight: TileWeight, config: Config, multiprocessors: int) -> float:
 
 
 def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
-    """Every cut; x is fetched together where it is much."""
+    """Every cut; x is fetched together where it is much, and comes with the stages where warps would fetch it several times."""
     C = weight.codes.shape[1]
     for row_tiles in (1, 2, 3, 4):
         for k_warps in (4, 8, 16):
@@ -161,11 +161,13 @@ def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
         if k_warps * cluster > C or (share > 1 and M <= 4):
             continue
         plain = Config(ring=True, row_tiles=row_tiles, row_warps=row_warps, k_warps=k_warps, cluster=cluster, share=share)
-        seated = [(1, 1)] if M > 4 else [(1, 1), (1, 2)]
-        if cluster == share == 1 and row_warps * k_warps <= 8:
-            seated.append((2, 1))
-        for resident, (blocks, seats), stages in itertools.product((False, True), seated, (2, 3, 4, 5, 6, 8, 12)):
-            yield replace(plain, x_resident=resident, stages=stages, blocks=blocks, seats=seats)
+        placed = [replace(plain, x_resident=True), plain]
+        if share == 1 and M > 4:
+            placed.append(replace(plain, x_in_stage=True))
+        alone = [(1, 1)] if M > 4 else [(1, 1), (1, 2)]
+        seated = [*alone, (2, 1)] if cluster == share == 1 and row_warps * k_warps <= 8 else alone
+        for config, (blocks, seats), stages in itertools.product(placed, seated, (2, 3, 4, 5, 6, 8, 12)):
+            yield replace(config, stages=stages, blocks=blocks, seats=seats)
 
 
 def measure(

@@ -304,5 +304,6 @@ class ManyTokens:
 
 
 def fewest_tokens(weight: TileWeight) -> int:
-    """From how many tokens on a weight is served here: wide layers read x too often in the few-token kernels."""
-    return 9 if weight.codes.nbytes >= WIDE_BYTES else FEW_TOKENS + 1
+    """From how many tokens on a weight is served here: wide layers read x too often in the few-token kernels. Tables cost more
+    here, where look-ups and tokens share the way to shared memory."""
+    return 9 if weight.codes.nbytes >= WIDE_BYTES and weight.table is None else FEW_TOKENS + 1
