@@ -198,7 +198,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
     barrier_of(1, THREADS);
     if (!X_BY_WARPS && block == 0) wait_for_previous_kernel();
 #if CLUSTER > 1
-    finish_in_cluster(room.partials, (const float*)room.inbox, room.bell, p, factor, first_row_tile, threadIdx.x);
+    finish_in_cluster(room.partials, (const float2*)room.inbox, room.bell, p, factor, first_row_tile, threadIdx.x);
 #else
     finish(room.partials, p, factor, first_row_tile, threadIdx.x);
 #endif

@@ -231,13 +231,25 @@ INLINE void store_partials(float* partials, const Arguments& p, int row_warp, in
   }
 }
 
-INLINE void store_output(const Arguments& p, int first_tile, int row, int token, float factor, float sum) {
-  const int n = first_tile * 16 + row;
-  if (n >= p.N) return;
+INLINE u32 output_of(const Arguments& p, int n, float factor, float sum) {
   if constexpr (SCALE >= 3) sum *= factor;
   if constexpr (GROUP == 0) sum *= read_scale(p.scale, n);
   if (p.bias) sum += from_half(p.bias[n]);
-  p.y[(size_t)token * p.N + n] = to_half(sum);
+  return to_half(sum);
+}
+// Two rows, from an even one on.
+INLINE void store_outputs(const Arguments& p, int first_tile, int row, int token, float factor, float2 sum) {
+  const int n = first_tile * 16 + row;
+  u16* to = p.y + (size_t)token * p.N + n;
+  if (n + 1 < p.N) {
+    const u32 upper = output_of(p, n, factor, sum.x), lower = output_of(p, n + 1, factor, sum.y);
+    if (((p.N | (size_t)p.y >> 1) & 1) == 0)
+      *(u32*)to = upper | lower << 16;
+    else
+      to[0] = (u16)upper, to[1] = (u16)lower;
+  } else if (n < p.N) {
+    to[0] = (u16)output_of(p, n, factor, sum.x);
+  }
 }
 
 // What every output is multiplied by where scales are bytes: asked for at a kernel's start, since its end waits for it.
@@ -245,34 +257,39 @@ INLINE float factor_of(const Arguments& p) {
   return SCALE >= 3 ? (p.factor ? *p.factor : 1.0f) * (SCALED ? 1 << SCALED_SHRINK : 1) : 1.0f;
 }
 
-INLINE float sum_of_slices(const float* partials, int M, int token, int row) {
-  float sum = 0;
-  UNROLL for (int slice = 0; slice < K_WARPS; slice++) sum += partials[(slice * M + token) * PARTIAL_STRIDE + row];
+// Outputs are finished two rows at a time, `pair` after `pair` along the rows and then the tokens.
+INLINE float2 sum_of_slices(const float* partials, int M, int pair) {
+  const float* from = partials + pair / (BLOCK_ROWS / 2) * PARTIAL_STRIDE + pair % (BLOCK_ROWS / 2) * 2;
+  float2 sum = {0, 0};
+  UNROLL for (int slice = 0; slice < K_WARPS; slice++) {
+    const float2 part = *(const float2*)(from + slice * M * PARTIAL_STRIDE);
+    sum.x += part.x, sum.y += part.y;
+  }
   return sum;
 }
+INLINE void store_pair(const Arguments& p, int first_tile, int pair, float factor, float2 sum) {
+  store_outputs(p, first_tile, pair % (BLOCK_ROWS / 2) * 2, pair / (BLOCK_ROWS / 2), factor, sum);
+}
 INLINE void finish(const float* partials, const Arguments& p, float factor, int first_tile, int thread) {
-  for (int i = thread; i < p.M * BLOCK_ROWS; i += THREADS) {
-    const int token = i / BLOCK_ROWS, row = i % BLOCK_ROWS;
-    store_output(p, first_tile, row, token, factor, sum_of_slices(partials, p.M, token, row));
-  }
+  for (int pair = thread; pair < p.M * BLOCK_ROWS / 2; pair += THREADS)
+    store_pair(p, first_tile, pair, factor, sum_of_slices(partials, p.M, pair));
 }
 
 #if CLUSTER > 1
-// The same where a cluster's blocks share K. Each is responsible for a part of the outputs and has an inbox, [block][output],
-// where the others send their sums; it is outside of the ring, which a slower block may still be reading.
+// The same where a cluster's blocks share K. Each is responsible for a part of the outputs and has an inbox, [block][pair], where
+// the others send their sums; it is outside of the ring, which a slower block may still be reading.
 INLINE int inbox_bytes(const Arguments& p) { return (p.M * BLOCK_ROWS * 4 + 127) & ~127; }
-INLINE void finish_in_cluster(const float* partials, const float* inbox, u32 bell, const Arguments& p, float factor,
+INLINE void finish_in_cluster(const float* partials, const float2* inbox, u32 bell, const Arguments& p, float factor,
                               int first_tile, int thread) {
-  const int part = p.M * BLOCK_ROWS / CLUSTER, rank = cluster_rank();
-  for (int i = thread; i < p.M * BLOCK_ROWS; i += THREADS)
-    send(shared_address(inbox + rank * part + i % part), sum_of_slices(partials, p.M, i / BLOCK_ROWS, i % BLOCK_ROWS), bell,
-         i / part);
+  const int part = p.M * BLOCK_ROWS / 2 / CLUSTER, rank = cluster_rank();
+  for (int pair = thread; pair < part * CLUSTER; pair += THREADS)
+    send(shared_address(inbox + rank * part + pair % part), sum_of_slices(partials, p.M, pair), bell, pair / part);
   mbarrier_wait_for_cluster(bell, 0);
   for (int i = thread; i < part; i += THREADS) {
-    const int output = rank * part + i;
-    float sum = 0;
-    UNROLL for (int block = 0; block < CLUSTER; block++) sum += inbox[block * part + i];
-    store_output(p, first_tile, output % BLOCK_ROWS, output / BLOCK_ROWS, factor, sum);
+    float2 sum = {0, 0};
+    UNROLL for (int block = 0; block < CLUSTER; block++)
+      sum.x += inbox[block * part + i].x, sum.y += inbox[block * part + i].y;
+    store_pair(p, first_tile, rank * part + i, factor, sum);
   }
 }
 #endif

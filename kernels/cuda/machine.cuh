@@ -219,12 +219,12 @@ INLINE void cluster_meet() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// `value` to the shared memory of another block, which the barrier beside it there counts as four bytes.
-INLINE void send(u32 shared, float value, u32 barrier, u32 rank) {
+// `values` to the shared memory of another block, where the barrier counts them as eight bytes.
+INLINE void send(u32 shared, float2 values, u32 barrier, u32 rank) {
   asm volatile(
-      "{\n.reg .u32 there, bell;\nmapa.shared::cluster.u32 there, %0, %3;\nmapa.shared::cluster.u32 bell, %2, %3;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %1, [bell];\n}" ::"r"(shared),
-      "f"(value), "r"(barrier), "r"(rank)
+      "{\n.reg .u32 there, bell;\nmapa.shared::cluster.u32 there, %0, %4;\nmapa.shared::cluster.u32 bell, %3, %4;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%1, %2}, [bell];\n}" ::"r"(shared),
+      "f"(values.x), "f"(values.y), "r"(barrier), "r"(rank)
       : "memory");
 }
 // Waits for what other blocks have sent.

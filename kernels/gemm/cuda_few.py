@@ -216,7 +216,7 @@ def fits(weight: TileWeight, config: Config, M: int, capability: tuple[int, int]
         return False
     if threads_of(config, M) > 1024 or (not config.ring and config.row_warps > 1):
         return False
-    if config.cluster not in (1, 2, 4, 8) or config.share > 8:  # a cluster's blocks divide 16 rows
+    if config.cluster not in (1, 2, 4, 8) or config.share > 8:  # a cluster's blocks divide 8 pairs of rows
         return False
     if config.share > 1 and (config.cluster > 1 or not config.ring):
         return False
