@@ -102,6 +102,8 @@ FORMATS: dict[str, dict[str, Any]] = {
     "bitmod3 e4m3 scales g32": {"format": "bitmod", "bits": 3, "group_size": 32, "scale_dtype": "e4m3"},
     "shift3 8x128, plain": {"format": "planes", "bits": 3, "group_size": 8, "block_rows": 128, "power_of_two": True, **PLAIN},
     "nested4 g64": {"method": "nested", "bits": 4, "group_size": 64},
+    "planes3 g128": {"format": "planes", "bits": 3, "group_size": 128, "offset": "scale"},
+    "shift3 8x128": {"format": "planes", "bits": 3, "group_size": 8, "block_rows": 128, "power_of_two": True},
 }
 """Name -> keys of the quantize stage. Group sizes put neighbours in the list at the same bits per weight (4.25, 3.25)."""
 
