@@ -105,7 +105,7 @@ INLINE void join(const F16& values, const char* x, Place place, typename Tokens<
     store(value, values);
     // Taken from memory, a number reaches all lanes with its load; the compiler would rather cut it out of the register.
     if constexpr (W > 1) asm volatile("" : "+m"(value));
-    unroll<16>([&](auto j) ALWAYS {
+    repeat<16>([&](int j) ALWAYS {
         sums[j % kSums] = Tokens<W>::joined(value[j], Tokens<W>::template input<TYPE>(x, place(j)), sums[j % kSums]);
     });
 }
@@ -127,7 +127,7 @@ INLINE void join_rest(const Beside& b, const char* x, int64_t first, int64_t cou
 template <int W, int32_t TYPE, class Column>
 INLINE typename Tokens<W>::V outliers_of(const Beside& b, const char* x, int64_t row) {
     typename Tokens<W>::V sums[kSums];
-    unroll<kSums>([&](auto j) ALWAYS { sums[j] = Tokens<W>::none(); });
+    repeat<kSums>([&](int j) ALWAYS { sums[j] = Tokens<W>::none(); });
     const int64_t end = b.start[row + 1];
     int64_t i = b.start[row];
     for (; i + 16 <= end; i += 16) {
@@ -137,7 +137,7 @@ INLINE typename Tokens<W>::V outliers_of(const Beside& b, const char* x, int64_t
         join<W, TYPE>(load_floats(b.value, i, b.value_type), x, [&](int j) ALWAYS { return static_cast<int64_t>(column[j]); }, sums);
     }
     if (i < end) join_rest<W, TYPE, Column>(b, x, i, end - i, sums);
-    unroll<4>([&](auto j) ALWAYS { sums[j] = sums[j] + sums[j + 4]; });
+    repeat<4>([&](int j) ALWAYS { sums[j] = sums[j] + sums[j + 4]; });
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
@@ -150,18 +150,18 @@ INLINE void kept_of(const Beside& b, const float* kept, int64_t row, typename To
     for (int64_t c = 0; c < b.kept; c += 16) {
         if constexpr (W == 1) {
             const F16 inputs = load<F16>(kept + c);
-            unroll<4>([&](auto r) ALWAYS { vectors[r] = multiply_add(read_values(b.kept_value, at[r] + c, b.kept - c, b.kept_type), inputs, vectors[r]); });
+            repeat<4>([&](int r) ALWAYS { vectors[r] = multiply_add(read_values(b.kept_value, at[r] + c, b.kept - c, b.kept_type), inputs, vectors[r]); });
         } else {
             float values[4][16];
-            unroll<4>([&](auto r) ALWAYS { store(values[r], read_values(b.kept_value, at[r] + c, b.kept - c, b.kept_type)); });
+            repeat<4>([&](int r) ALWAYS { store(values[r], read_values(b.kept_value, at[r] + c, b.kept - c, b.kept_type)); });
             asm volatile("" : "+m"(values));
-            unroll<16>([&](auto j) ALWAYS {
+            repeat<16>([&](int j) ALWAYS {
                 const auto input = Tokens<W>::template input<kFloat32>(reinterpret_cast<const char*>(kept), c + j);
-                unroll<4>([&](auto r) ALWAYS { sums[r] = Tokens<W>::joined(values[r][j], input, sums[r]); });
+                repeat<4>([&](int r) ALWAYS { sums[r] = Tokens<W>::joined(values[r][j], input, sums[r]); });
             });
         }
     }
-    if constexpr (W == 1) unroll<4>([&](auto r) ALWAYS { sums[r] += total_of(vectors[r]); });
+    if constexpr (W == 1) repeat<4>([&](int r) ALWAYS { sums[r] += total_of(vectors[r]); });
 }
 
 // Sixteen rows or fewer of a block: sums [row][W] join y.

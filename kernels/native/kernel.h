@@ -35,7 +35,7 @@ INLINE U16 picks_of(const Plan& plan, int64_t strip, int64_t group) {
         if (pick) {
             const U16 byte = load_lanes(pick + (strip * plan.columns.groups + group) * kStrip);
             U16 added;
-            unroll<kParts>([&](auto p) ALWAYS { added.part[p] = byte.part[p] * P::template pick_step<BITS>(); });
+            repeat<kParts>([&](int p) ALWAYS { added.part[p] = byte.part[p] * P::template pick_step<BITS>(); });
             return added;
         }
     }
@@ -58,24 +58,24 @@ INLINE void accumulate(const typename P::Decoder& decoder, const uint8_t* const 
     constexpr Range kRange = P::template range<BITS>();
     typename P::Accumulator pairs[R][M][CHAINS];
     if constexpr (kRange == kNibbles) {
-        unroll<R * M * CHAINS>([&](auto i) ALWAYS { (&pairs[0][0][0])[i] = P::none(); });
+        repeat<R * M * CHAINS>([&](int i) ALWAYS { (&pairs[0][0][0])[i] = P::none(); });
     }
     auto& sum = kRange == kNibbles ? pairs : total;
     unroll<COUNT>([&](auto step) ALWAYS {
         constexpr int kStep = FIRST + step;
-        unroll<R>([&](auto r) ALWAYS {
+        repeat<R>([&](int r) ALWAYS {
             typename P::Operand w[P::kOperands];
             P::template weights<BITS, FORM, kStep>(decoder, codes[r] + at, picks[r], w);
             unroll<P::kOperands>([&](auto o) ALWAYS {
                 constexpr int kNumber = kStep * P::kOperands + o, kChain = kNumber % CHAINS;
-                unroll<M>([&](auto m) ALWAYS {
+                repeat<M>([&](int m) ALWAYS {
                     sum[r][m][kChain] = P::template dot<kRange>(sum[r][m][kChain], w[o], x + m * kRow + kNumber * P::kWordBytes);
                 });
             });
         });
     });
     if constexpr (kRange == kNibbles) {
-        unroll<R * M * CHAINS>([&](auto i) ALWAYS {
+        repeat<R * M * CHAINS>([&](int i) ALWAYS {
             (&total[0][0][0])[i] = P::joined((&total[0][0][0])[i], (&pairs[0][0][0])[i]);
         });
     }
@@ -100,7 +100,7 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R
         codes[r] = static_cast<const uint8_t*>(plan.weight->codes) + strip[r] * plan.strip_bytes;
     }
     F16 total[R][M];
-    unroll<R>([&](auto r) ALWAYS { unroll<M>([&](auto m) ALWAYS { total[r][m] = zero_f(); }); });
+    repeat<R>([&](int r) ALWAYS { repeat<M>([&](int m) ALWAYS { total[r][m] = zero_f(); }); });
     // Counted rather than divided: a division costs as much as a tile. Half a tile beyond the last group has zeros to multiply.
     int64_t group = 0, left = plan.segments_per_group, run = 0;
     typename P::Accumulator sum[R][M][kChains];
@@ -112,9 +112,9 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R
             if (!HALF || run == 0) {
                 if (left == 0 && group + 1 < plan.columns.groups) ++group, left = plan.segments_per_group;
                 run = left > 0 && left < plan.longest_run ? left : plan.longest_run;
-                unroll<R>([&](auto r) ALWAYS {
+                repeat<R>([&](int r) ALWAYS {
                     picks[r] = picks_of<P, BITS, FORM>(plan, strip[r], group);
-                    unroll<M>([&](auto m) ALWAYS { unroll<kChains>([&](auto c) ALWAYS { sum[r][m][c] = P::none(); }); });
+                    repeat<M>([&](int m) ALWAYS { repeat<kChains>([&](int c) ALWAYS { sum[r][m][c] = P::none(); }); });
                 });
                 if constexpr (HALF) memset(x_sums, 0, sizeof x_sums);
             }
@@ -126,20 +126,20 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R
                     // Behind the end of a strip lies one of these; what is read next lies behind the last of them.
                     const int64_t ahead = t * tile_bytes<BITS>() + kAhead;
                     const int64_t next = ahead < plan.strip_bytes ? ahead : ahead + (R - 1) * plan.strip_bytes;
-                    unroll<R>([&](auto r) ALWAYS {
-                        unroll<BITS>([&](auto line) ALWAYS { __builtin_prefetch(codes[r] + next + line * kVector); });
+                    repeat<R>([&](int r) ALWAYS {
+                        repeat<BITS>([&](int line) ALWAYS { __builtin_prefetch(codes[r] + next + line * kVector); });
                     });
                 }
                 accumulate<P, BITS, FORM, R, M, kChains, HALF ? 4 * half : 0, HALF ? 4 : 8>(
                     decoder, codes, picks, t * tile_bytes<BITS>(), plan.x_at(block, t), sum);
             }
             if constexpr (HALF) {
-                if (offset) unroll<M>([&](auto m) ALWAYS { x_sums[m] += plan.x_sum[factor + m]; });
+                if (offset) repeat<M>([&](int m) ALWAYS { x_sums[m] += plan.x_sum[factor + m]; });
                 if (run > 0 && segment + 1 < plan.segments) return;
             }
-            unroll<R>([&](auto r) ALWAYS {
+            repeat<R>([&](int r) ALWAYS {
                 const Factors f = factors_of(plan, strip[r], group, kBias);
-                unroll<M>([&](auto m) ALWAYS {
+                repeat<M>([&](int m) ALWAYS {
                     typename P::Accumulator all = sum[r][m][0];
                     if constexpr (kChains == 2) all = all + sum[r][m][1];
                     const float scale = P::kOperands == 1 ? plan.x_scale[factor + m] : 1.0f;
@@ -148,7 +148,7 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R
             });
         });
     }
-    unroll<R>([&](auto r) ALWAYS { unroll<M>([&](auto m) ALWAYS { store(to[r] + 16 * m, total[r][m]); }); });
+    repeat<R>([&](int r) ALWAYS { repeat<M>([&](int m) ALWAYS { store(to[r] + 16 * m, total[r][m]); }); });
 }
 
 // bias + zero point of a strip in a group, in all four bytes of a lane.
@@ -171,7 +171,7 @@ void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count,
     const int64_t first_segment = plan.segment_tiles ? first / plan.segment_tiles : 2 * first;
     if constexpr (kMoves) memset(begin, 0, sizeof(I16) * 2 * static_cast<size_t>(count * R));
     for (int64_t tile = first; tile < first + count; ++tile) {
-        unroll<R>([&](auto r) ALWAYS {
+        repeat<R>([&](int r) ALWAYS {
             const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
             const uint8_t* codes = static_cast<const uint8_t*>(plan.weight->codes) + strip * plan.strip_bytes + tile * tile_bytes<BITS>();
             U16 offsets, picks;
@@ -210,8 +210,8 @@ void panel(const Plan& plan, const uint8_t* operands, const I16* begin, int64_t 
         unroll<HALF ? 2 : 1>([&](auto half) ALWAYS {
             if (!HALF || run == 0) {
                 if constexpr (HALF) run = plan.run_from(segment);
-                unroll<R>([&](auto r) ALWAYS {
-                    unroll<M>([&](auto m) ALWAYS {
+                repeat<R>([&](int r) ALWAYS {
+                    repeat<M>([&](int m) ALWAYS {
                         if constexpr (RANGE == kMoved) sum[r][m] = begin[r];
                         if constexpr (RANGE != kMoved) sum[r][m] = P::none();
                     });
@@ -224,35 +224,35 @@ void panel(const Plan& plan, const uint8_t* operands, const I16* begin, int64_t 
                 const uint8_t* x = plan.x_at(block, t);
                 typename P::Accumulator pairs[R][M];
                 if constexpr (RANGE == kNibbles) {
-                    unroll<R>([&](auto r) ALWAYS { unroll<M>([&](auto m) ALWAYS { pairs[r][m] = P::none(); }); });
+                    repeat<R>([&](int r) ALWAYS { repeat<M>([&](int m) ALWAYS { pairs[r][m] = P::none(); }); });
                 }
                 auto& into = RANGE == kNibbles ? pairs : sum;
-                unroll<kSteps * P::kOperands>([&](auto index) ALWAYS {
-                    constexpr int kNumber = (HALF ? 4 * half * P::kOperands : 0) + index;
+                repeat<kSteps * P::kOperands>([&](int index) ALWAYS {
+                    const int number = (HALF ? 4 * half * P::kOperands : 0) + index;
                     typename P::Operand w[R];
-                    unroll<R>([&](auto r) ALWAYS { w[r] = load<typename P::Operand>(from + (kNumber * R + r) * kVector); });
-                    unroll<M>([&](auto m) ALWAYS {
-                        unroll<R>([&](auto r) ALWAYS {
-                            into[r][m] = P::template dot<RANGE>(into[r][m], w[r], x + m * kRow + kNumber * 4);
+                    repeat<R>([&](int r) ALWAYS { w[r] = load<typename P::Operand>(from + (number * R + r) * kVector); });
+                    repeat<M>([&](int m) ALWAYS {
+                        repeat<R>([&](int r) ALWAYS {
+                            into[r][m] = P::template dot<RANGE>(into[r][m], w[r], x + m * kRow + number * 4);
                         });
                     });
                 });
                 if constexpr (RANGE == kNibbles) {
-                    unroll<R>([&](auto r) ALWAYS {
-                        unroll<M>([&](auto m) ALWAYS { sum[r][m] = P::joined(sum[r][m], pairs[r][m]); });
+                    repeat<R>([&](int r) ALWAYS {
+                        repeat<M>([&](int m) ALWAYS { sum[r][m] = P::joined(sum[r][m], pairs[r][m]); });
                     });
                 }
             }
             const int64_t factor = plan.factor(block, segment), done = segment++;
             if constexpr (HALF) {
-                if (offset) unroll<M>([&](auto m) ALWAYS { x_sums[m] += plan.x_sum[factor + m]; });
+                if (offset) repeat<M>([&](int m) ALWAYS { x_sums[m] += plan.x_sum[factor + m]; });
                 if (run > 0 && segment < last_segment) return;
             }
             const int64_t group = plan.group_of(done);
-            unroll<R>([&](auto r) ALWAYS {
+            repeat<R>([&](int r) ALWAYS {
                 const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
                 const Factors f = factors_of(plan, strip, group, bias);
-                unroll<M>([&](auto m) ALWAYS {
+                repeat<M>([&](int m) ALWAYS {
                     float* at = total + (m * R + r) * 16;
                     const float scale = P::kOperands == 1 ? plan.x_scale[factor + m] : 1.0f;
                     store(at, joined<P>(sum[r][m], load<F16>(at), f, offset, HALF ? x_sums[m] : plan.x_sum[factor + m], scale));

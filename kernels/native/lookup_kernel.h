@@ -48,7 +48,7 @@ struct Real {
             const NativeU lower = in_turn<1, high>(a, b), upper = in_turn<1, high>(c, d);
             unroll<2>([&](auto half) ALWAYS {
                 const NativeF w = reinterpret_cast<NativeF>(in_turn<2, half>(lower, upper));
-                unroll<M>([&](auto m) ALWAYS {
+                repeat<M>([&](int m) ALWAYS {
                     sum[m] = w * reinterpret_cast<NativeF>(every_run(x[m] + 8 * high + 4 * half)) + sum[m];
                 });
             });
@@ -66,7 +66,7 @@ struct Fixed {
         const NativeU low = look_up(table[0], codes), high = look_up(table[1], codes);
         unroll<2>([&](auto half) ALWAYS {
             const NativeU w = in_turn<1, half>(low, high);
-            unroll<M>([&](auto m) ALWAYS { sum[m] = dot_pairs(sum[m], w, every_run(x[m] + 8 * half)); });
+            repeat<M>([&](int m) ALWAYS { sum[m] = dot_pairs(sum[m], w, every_run(x[m] + 8 * half)); });
         });
     }
     static INLINE NativeF value(const NativeI& sum) { return __builtin_convertvector(sum, NativeF); }
@@ -133,7 +133,7 @@ INLINE void tables_of(const Lookup& weight, int64_t strip, int64_t at, U16 (&tab
         const int64_t number = pick ? pick[at + row] : weight.tables == 1 ? 0 : strip * kLookupStrip + row;
         base[row] = from + number * kBytes;
     }
-    unroll<P::kPlanes>([&](auto plane) ALWAYS {
+    repeat<P::kPlanes>([&](int plane) ALWAYS {
         const uint8_t* const run[4] = {base[0] + plane * kEntries, base[1] + plane * kEntries, base[2] + plane * kEntries,
                                        base[3] + plane * kEntries};
         table[plane] = four_runs(run);
@@ -149,37 +149,37 @@ void lookup_strip(const LookupPlan& plan, int64_t strip, int64_t token, float* t
     U16 table[P::kPlanes];
     tables_of<P>(weight, strip, strip * plan.groups * kLookupStrip, table);
     F16 total[M];
-    unroll<M>([&](auto m) ALWAYS { total[m] = zero_f(); });
+    repeat<M>([&](int m) ALWAYS { total[m] = zero_f(); });
     for (int64_t tile = 0; tile < plan.tiles; ++tile, codes += tile_bytes<BITS>()) {
-        unroll<BITS>([&](auto line) ALWAYS { __builtin_prefetch(codes + line * kVector + 1536); });
+        repeat<BITS>([&](int line) ALWAYS { __builtin_prefetch(codes + line * kVector + 1536); });
         const typename P::Element* x[M];
-        unroll<M>([&](auto m) ALWAYS {
+        repeat<M>([&](int m) ALWAYS {
             x[m] = reinterpret_cast<const typename P::Element*>(plan.x) + ((token + m) * plan.tiles + tile) * kLookupTile;
         });
         F16 part_total[M];
-        unroll<M>([&](auto m) ALWAYS { part_total[m] = zero_f(); });
+        repeat<M>([&](int m) ALWAYS { part_total[m] = zero_f(); });
         unroll<8 / F>([&](auto fold) ALWAYS {
             const int64_t at = (strip * plan.groups + plan.group_at[tile * 8 + fold * F]) * kLookupStrip;
             const F16 scale = scales_of_strip(weight, at);
             if (weight.pick) tables_of<P>(weight, strip, at, table);
-            unroll<kParts>([&](auto part) ALWAYS {
+            repeat<kParts>([&](int part) ALWAYS {
                 NativeU mine[P::kPlanes];
-                unroll<P::kPlanes>([&](auto plane) ALWAYS { mine[plane] = table[plane].part[part]; });
+                repeat<P::kPlanes>([&](int plane) ALWAYS { mine[plane] = table[plane].part[part]; });
                 unroll<F / kRun>([&](auto run) ALWAYS {
                     typename P::Sum sum[M] = {};
                     unroll<kRun>([&](auto each) ALWAYS {
                         constexpr int kStep = fold * F + run * kRun + each;
                         const typename P::Element* here[M];
-                        unroll<M>([&](auto m) ALWAYS { here[m] = x[m] + kStep * kLookupStep; });
+                        repeat<M>([&](int m) ALWAYS { here[m] = x[m] + kStep * kLookupStep; });
                         P::template step<M>(quad<BITS, kStep>(codes).part[part], mine, here, sum);
                     });
-                    unroll<M>([&](auto m) ALWAYS {
+                    repeat<M>([&](int m) ALWAYS {
                         part_total[m].part[part] = P::value(sum[m]) * scale.part[part] + part_total[m].part[part];
                     });
                 });
             });
         });
-        unroll<M>([&](auto m) ALWAYS {
+        repeat<M>([&](int m) ALWAYS {
             if constexpr (P::kPlanes == 4) {
                 total[m] = total[m] + part_total[m];
             } else {
@@ -187,7 +187,7 @@ void lookup_strip(const LookupPlan& plan, int64_t strip, int64_t token, float* t
             }
         });
     }
-    unroll<M>([&](auto m) ALWAYS { store(to + 16 * m, total[m]); });
+    repeat<M>([&](int m) ALWAYS { store(to + 16 * m, total[m]); });
 }
 
 // Rounds and stores the results of one strip.

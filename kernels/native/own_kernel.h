@@ -48,10 +48,10 @@ INLINE void own_strips(const OwnPlan& plan, int64_t first, int64_t block, Native
     NativeU table[R][2] = {};
     for (int64_t tile = 0; tile < plan.tiles; ++tile, x += 8 * M * 32) {
         const int64_t at = tile * tile_bytes<BITS>();
-        if constexpr (M <= 4) unroll<BITS>([&](auto line) ALWAYS { __builtin_prefetch(codes[0] + at + line * kVector + 1536); });
+        if constexpr (M <= 4) repeat<BITS>([&](int line) ALWAYS { __builtin_prefetch(codes[0] + at + line * kVector + 1536); });
         unroll<8>([&](auto step) ALWAYS {
             NativeU low[R], high[R];
-            unroll<R>([&](auto r) ALWAYS {
+            repeat<R>([&](int r) ALWAYS {
                 if constexpr (step % F == 0) {
                     const uint8_t* from = tables[r] + plan.group_at[tile * 8 + step] * kBytes;
                     table[r][0] = load<U16>(from).part[0];
@@ -64,18 +64,18 @@ INLINE void own_strips(const OwnPlan& plan, int64_t first, int64_t block, Native
             unroll<2>([&](auto half) ALWAYS {
                 constexpr int kChain = (2 * step + half) % kChains;
                 NativeU w[R];
-                unroll<R>([&](auto r) ALWAYS { w[r] = in_turn<1, half>(low[r], high[r]); });
-                unroll<M>([&](auto m) ALWAYS {
+                repeat<R>([&](int r) ALWAYS { w[r] = in_turn<1, half>(low[r], high[r]); });
+                repeat<M>([&](int m) ALWAYS {
                     const NativeU eight = every_run(x + (step * M + m) * 32 + half * 16);
-                    unroll<R>([&](auto r) ALWAYS { sum[r][m][kChain] = own_dot(sum[r][m][kChain], w[r], eight); });
+                    repeat<R>([&](int r) ALWAYS { sum[r][m][kChain] = own_dot(sum[r][m][kChain], w[r], eight); });
                 });
             });
         });
     }
-    unroll<R>([&](auto r) ALWAYS {
-        unroll<M>([&](auto m) ALWAYS {
+    repeat<R>([&](int r) ALWAYS {
+        repeat<M>([&](int m) ALWAYS {
             total[r][m] = sum[r][m][0];
-            unroll<kChains - 1>([&](auto c) ALWAYS { total[r][m] += sum[r][m][c + 1]; });
+            repeat<kChains - 1>([&](int c) ALWAYS { total[r][m] += sum[r][m][c + 1]; });
         });
     });
 }

@@ -22,17 +22,17 @@ inline void product(const float* a, int64_t a_stride, const float* b, int64_t b_
                     int64_t c_stride) {
     for (int64_t column = 0; column < columns; column += kColumns) {
         F16 sum[kQueryRows][kColumnVectors];
-        unroll<kQueryRows>([&](auto m) ALWAYS { unroll<kColumnVectors>([&](auto v) ALWAYS { sum[m][v] = zero_f(); }); });
+        repeat<kQueryRows>([&](int m) ALWAYS { repeat<kColumnVectors>([&](int v) ALWAYS { sum[m][v] = zero_f(); }); });
         for (int64_t k = 0; k < count; ++k) {
             F16 row[kColumnVectors];
-            unroll<kColumnVectors>([&](auto v) ALWAYS { row[v] = load<F16>(b + k * b_stride + column + 16 * v); });
-            unroll<kQueryRows>([&](auto m) ALWAYS {
+            repeat<kColumnVectors>([&](int v) ALWAYS { row[v] = load<F16>(b + k * b_stride + column + 16 * v); });
+            repeat<kQueryRows>([&](int m) ALWAYS {
                 const F16 left = spread<F16>(a[m * a_stride + k]);
-                unroll<kColumnVectors>([&](auto v) ALWAYS { sum[m][v] = multiply_add(left, row[v], sum[m][v]); });
+                repeat<kColumnVectors>([&](int v) ALWAYS { sum[m][v] = multiply_add(left, row[v], sum[m][v]); });
             });
         }
-        unroll<kQueryRows>([&](auto m) ALWAYS {
-            unroll<kColumnVectors>([&](auto v) ALWAYS { store(c + m * c_stride + column + 16 * v, sum[m][v]); });
+        repeat<kQueryRows>([&](int m) ALWAYS {
+            repeat<kColumnVectors>([&](int v) ALWAYS { store(c + m * c_stride + column + 16 * v, sum[m][v]); });
         });
     }
 }

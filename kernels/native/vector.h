@@ -55,6 +55,13 @@ INLINE void unroll(F&& f) {
     unroll_each(f, std::make_integer_sequence<int, N>{});
 }
 
+// The same where the body does not need its index as a constant: it is compiled once and repeated by the optimiser.
+template <int N, class F>
+INLINE void repeat(F&& f) {
+#pragma GCC unroll 32
+    for (int i = 0; i < N; ++i) f(i);
+}
+
 struct F16 {
     NativeF part[kParts];
 };
