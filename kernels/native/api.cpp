@@ -125,7 +125,7 @@ int32_t aerogel_native_gemm(const Weight* weight, const Call* call) {
     const Run run = call->numerics == kExact ? entry.exact : entry.int8;
     if (!run || !entry.able) return kNoSuchPath;
     Call bounded = *call;
-    bounded.threads = bounded_threads(call->threads);
+    bounded.threads = bounded_threads(call->threads), bounded.path = path;
     const Beside beside = call->beside ? beside_of(*weight, bounded) : Beside{};
     if (call->beside) bounded.beside = &beside;
     return run(*weight, bounded);

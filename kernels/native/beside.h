@@ -10,10 +10,8 @@
 // An outlier is 4 bytes where 4-bit codes are half a byte for a weight: 1 % of the weights read 8 % more. Rows are independent
 // and every sum has an order of its own, so the number of threads changes no bit.
 #pragma once
+#include "adding.h"
 #include "pool.h"
-#include "scratch.h"
-#include "step_structs.h"
-#include "vector.h"
 
 namespace aerogel {
 namespace UNIT {
@@ -24,13 +22,6 @@ constexpr int64_t kAlone = 1 << 13;      // products below which a second thread
 inline int64_t filled(int64_t count) { return (count + 15) / 16 * 16; }
 
 constexpr int64_t kFarAhead = 1024;  // bytes of outliers that are moved close before they are needed
-
-// Inputs as the loops read them, [block of W tokens][columns][W]: of all columns in x's type (floats where W is 1), for
-// outliers; of the kept columns as floats, filled up with zeros to whole sixteens.
-struct Inputs {
-    const char* all;
-    const float* kept;
-};
 
 typedef float F4 __attribute__((vector_size(16)));
 typedef uint32_t U4 __attribute__((vector_size(16)));
@@ -251,42 +242,6 @@ inline void place_inputs(const Beside& b, int threads, char* all, float* kept) {
     }
 }
 
-// Everything ready: adds what rows first .. stop - 1 get, those that there are.
-struct Adding {
-    Beside beside;
-    Inputs inputs;
-    void (*rows)(const Beside&, const Inputs&, int64_t first, int64_t stop);
-
-    void add(int64_t first, int64_t stop) const { rows(beside, inputs, first, stop < beside.rows ? stop : beside.rows); }
-};
-
-// Asks for what rows first .. stop - 1 will need, while something else is computed.
-inline void ask_for(const Adding& adding, int64_t first, int64_t stop) {
-    const Beside& b = adding.beside;
-    const int64_t last = stop < b.rows ? stop : b.rows;
-    const auto lines = [](const void* from, int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
-    };
-    if (b.start) {
-        const int64_t begin = b.start[first], end = b.start[last];
-        lines(b.column, begin * b.column_bytes, end * b.column_bytes);
-        lines(b.value, begin * size_of(b.value_type), end * size_of(b.value_type));
-    }
-    if (b.kept) lines(b.kept_value, first * b.kept * size_of(b.kept_type), last * b.kept * size_of(b.kept_type));
-}
-
-// x with zeros at the inputs of kept columns, so that they do not set the unit of all others.
-inline const void* quiet(const Beside& b) {
-    const size_t size = static_cast<size_t>(size_of(b.type)), row = static_cast<size_t>(b.columns) * size;
-    char* to = static_cast<char*>(scratch(kQuietScratch, static_cast<size_t>(b.tokens) * row));
-    if (!to) return nullptr;
-    memcpy(to, b.x, static_cast<size_t>(b.tokens) * row);
-    for (int64_t token = 0; token < b.tokens; ++token) {
-        for (int64_t i = 0; i < b.kept; ++i) memset(to + static_cast<size_t>(token) * row + static_cast<size_t>(b.index[i]) * size, 0, size);
-    }
-    return to;
-}
-
 template <int W, int32_t TYPE>
 inline Status prepare_in_blocks(const Beside& b, int threads, Adding& to) {
     const int64_t padded = ceil_div(b.tokens, W) * W, each = W == 1 ? 4 : size_of(TYPE);
@@ -317,7 +272,7 @@ inline Status add_beside(const Beside& b) {
     // Many blocks of inputs do not stay in a cache: rows of a piece share their reading.
     const int64_t run = b.tokens > 16 ? kMostRunRows : kMostRunRows / 4;
     parallel(ceil_div(b.rows, run), threads, [&](int64_t piece, int) {
-        adding.add(piece * run, (piece + 1) * run);
+        add(adding, piece * run, (piece + 1) * run);
     });
     return kDone;
 }

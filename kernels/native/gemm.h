@@ -3,8 +3,8 @@
 // Every output is summed by one thread in an order that depends on nothing but shapes, so the number of threads changes no
 // bit. Rows of a block: the smallest compiled size that holds them all, else panels (see kernel.h).
 #pragma once
-#include "beside.h"
 #include "kernel.h"
+#include "paths.h"
 #if defined(AEROGEL_TILES)
 #include "amx.h"
 #endif
@@ -54,7 +54,8 @@ constexpr bool paired(int bits) { return tuned(bits) && bits <= 4; }
 constexpr int strips_for(int rows) {
     return kNative == 16 ? (rows <= 2 ? 4 : rows <= 8 ? 2 : 1) : kNative == 8 && rows == 1 ? 2 : 1;
 }
-constexpr int kTileRows = 16;             // of a block on tiles (amx.h)
+constexpr int kMostSums = 16;           // rows times strips of a loop for few rows
+constexpr int kTileRows = 16;           // of a block on tiles (amx.h)
 constexpr int64_t kBlockTiles = 8;      // of a decoded panel: 256 columns, which stay in the first-level cache
 constexpr int64_t kMostStrips = 8;      // of a piece of a thread
 constexpr int64_t kPassRows = 528;      // whose totals stay in the second-level cache
@@ -79,35 +80,35 @@ inline void finish(const Plan& plan, int64_t strip, int64_t block, const float* 
     }
 }
 
-template <class P, int BITS, Form FORM, int M, bool HALF>
-void few(const Plan& plan) {
-    constexpr int R = P::kOnlyOneRow ? 1 : strips_for(M);
-    const int64_t units = ceil_div(plan.strips, R);
+// What is compiled for every width and form of codes: a loop for few rows, and the decoding of a panel (see kernel.h). All that
+// lies around them is compiled once for an arithmetic.
+using Strips = void (*)(const Plan&, int64_t first, int64_t block, float* totals);
+using Decode = void (*)(const Plan&, int64_t first_strip, int64_t first, int64_t count, uint8_t* operands, I16* begin);
+
+// All strips by a loop that takes R of them at a time.
+inline void few(const Plan& plan, int64_t R, Strips loop) {
+    const int64_t units = ceil_div(plan.strips, R), size = plan.block_rows * kStrip;
     const int threads = plan.strips * plan.strip_bytes < kSmall ? 1 : plan.call->threads;
     // A few pieces for each thread even out what else the machine does.
     const int64_t grain = threads == 1 ? units : units / (threads * 6) > 1 ? units / (threads * 6) : 1;
     parallel(ceil_div(units, grain), threads, [&](int64_t piece, int) {
         const int64_t stop = (piece + 1) * grain < units ? (piece + 1) * grain : units;
         for (int64_t unit = piece * grain; unit < stop; ++unit) {
-            alignas(64) float total[R][M * kStrip];
-            float* to[R];
-            for (int r = 0; r < R; ++r) to[r] = total[r];
+            alignas(64) float totals[kMostSums * kStrip];
             if (plan.adding) ask_for(*plan.adding, unit * R * kStrip, (unit + 1) * R * kStrip);
             for (int64_t block = 0; block < plan.blocks; ++block) {
-                strips<P, BITS, FORM, R, M, HALF>(plan, unit * R, block, to);
-                for (int r = 0; r < R && unit * R + r < plan.strips; ++r) finish(plan, unit * R + r, block, total[r], kStrip);
+                loop(plan, unit * R, block, totals);
+                for (int64_t r = 0; r < R && unit * R + r < plan.strips; ++r) finish(plan, unit * R + r, block, totals + r * size, kStrip);
             }
         }
-        if (plan.adding) plan.adding->add(piece * grain * R * kStrip, stop * R * kStrip);
+        if (plan.adding) add(*plan.adding, piece * grain * R * kStrip, stop * R * kStrip);
     });
 }
 
-// Blocks first .. first + count - 1 against strips start .. stop - 1; `memory` holds a panel and the totals.
-template <class P, int BITS, Form FORM, int R, int M>
-void panels(const Plan& plan, int64_t start, int64_t stop, int64_t first, int64_t count, uint8_t* operands, float* totals) {
-    constexpr float kBias = static_cast<float>(P::template bias<BITS, FORM>());
-    constexpr Range kRange = P::template moves<BITS>() ? kMoved : P::template range<BITS>();
-    I16 begin[P::template moves<BITS>() ? 2 * kBlockTiles * R : 1];
+// Blocks first .. first + count - 1 against strips start .. stop - 1; `operands` holds a panel.
+template <class P, Range RANGE, int R, int M>
+void panels(const Plan& plan, Decode decode, int64_t start, int64_t stop, int64_t first, int64_t count, uint8_t* operands, float* totals) {
+    I16 begin[RANGE == kMoved ? 2 * kBlockTiles * R : 1];
     const int64_t whole = plan.segment_tiles ? plan.segment_tiles : 1, step = kBlockTiles / whole * whole;
     const int64_t block_size = R * M * kStrip, strip_size = count * block_size;
     memset(totals, 0, sizeof(float) * static_cast<size_t>(ceil_div(stop - start, R) * strip_size));
@@ -117,7 +118,7 @@ void panels(const Plan& plan, int64_t start, int64_t stop, int64_t first, int64_
     for (int64_t tile = 0; tile < plan.tiles; tile += step) {
         const int64_t tiles = plan.tiles - tile < step ? plan.tiles - tile : step;
         for (int64_t strip = start; strip < stop; strip += R) {
-            decode<P, BITS, FORM, R>(plan, strip, tile, tiles, operands, begin);
+            decode(plan, strip, tile, tiles, operands, begin);
             float* to = totals + (strip - start) / R * strip_size;
             for (int64_t block = 0; block < count; ++block, to += block_size) {
 #if defined(AEROGEL_TILES)
@@ -127,9 +128,9 @@ void panels(const Plan& plan, int64_t start, int64_t stop, int64_t first, int64_
                 }
 #endif
                 if (plan.segment_tiles) {
-                    panel<P, kRange, R, M, false>(plan, operands, begin, strip, tile, tiles, first + block, kBias, to);
+                    panel<P, RANGE, R, M, false>(plan, operands, begin, strip, tile, tiles, first + block, plan.bias, to);
                 } else {
-                    panel<P, kRange, R, M, true>(plan, operands, begin, strip, tile, tiles, first + block, kBias, to);
+                    panel<P, RANGE, R, M, true>(plan, operands, begin, strip, tile, tiles, first + block, plan.bias, to);
                 }
             }
         }
@@ -157,8 +158,8 @@ inline int64_t strips_of_piece(int64_t strips, int threads, int64_t step) {
     return best;
 }
 
-template <class P, int BITS, Form FORM, int R, int M>
-Status many(const Plan& plan) {
+template <class P, Range RANGE, int R, int M>
+Status many(const Plan& plan, Decode decode) {
     constexpr int64_t kPanelBytes = kBlockTiles * 8 * P::kOperands * R * kVector;
     const int threads = plan.call->threads;
     const int64_t size = strips_of_piece(plan.strips, threads, R);
@@ -173,44 +174,47 @@ Status many(const Plan& plan) {
         const int64_t start = piece % pieces * size, first = piece / pieces * per_pass;
         const int64_t stop = start + size < plan.strips ? start + size : plan.strips;
         const int64_t count = plan.blocks - first < per_pass ? plan.blocks - first : per_pass;
-        panels<P, BITS, FORM, R, M>(plan, start, stop, first, count, mine, reinterpret_cast<float*>(mine + kPanelBytes));
+        panels<P, RANGE, R, M>(plan, decode, start, stop, first, count, mine, reinterpret_cast<float*>(mine + kPanelBytes));
     });
     return kDone;
 }
 
-// More rows than there are loops for never come here.
+// The loop for as many rows as `choose_blocks` took.
 template <class P, int BITS, Form FORM, bool HALF>
-void multiply_few(const Plan& plan) {
+Strips loop_for(int rows) {
     constexpr Sizes kSizes = sizes_for<P>(BITS, FORM, HALF);
     if constexpr (kSizes != kNoSizes) {
-        if (plan.block_rows == 1) few<P, BITS, FORM, 1, HALF>(plan);
-        if (plan.block_rows == 4) few<P, BITS, FORM, 4, HALF>(plan);
+        if (rows == 1) return strips<P, BITS, FORM, strips_for(1), 1, HALF>;
+        if (rows == 4) return strips<P, BITS, FORM, strips_for(4), 4, HALF>;
         if constexpr (most_rows<P>() == 16) {
-            if (plan.block_rows == 16) few<P, BITS, FORM, 16, HALF>(plan);
+            if (rows == 16) return strips<P, BITS, FORM, strips_for(16), 16, HALF>;
         }
     }
     if constexpr (kSizes == kAllSizes) {
-        if (plan.block_rows == 2) few<P, BITS, FORM, 2, HALF>(plan);
+        if (rows == 2) return strips<P, BITS, FORM, strips_for(2), 2, HALF>;
         if constexpr (most_rows<P>() == 16) {
-            if (plan.block_rows == 8) few<P, BITS, FORM, 8, HALF>(plan);
+            if (rows == 8) return strips<P, BITS, FORM, strips_for(8), 8, HALF>;
         }
     }
+    return nullptr;
 }
 
 template <class P, int BITS, Form FORM>
 Status multiply_form(Plan& plan) {
+    constexpr Range kRange = P::template moves<BITS>() ? kMoved : P::template range<BITS>();
     P::template write_decoder<BITS, FORM>(*plan.weight, plan.decoder);
+    plan.bias = static_cast<float>(P::template bias<BITS, FORM>());
     if constexpr (P::kTiles) {
-        return many<P, BITS, FORM, 4, kTileRows>(plan);
+        return many<P, kRange, 4, kTileRows>(plan, decode<P, BITS, FORM, 4>);
     } else if constexpr (P::kOnlyOneRow) {
-        if constexpr (paired(BITS)) few<P, BITS, FORM, 1, false>(plan);
-    } else if (!plan.few) {
-        if (plan.block_rows == 1) return many<P, BITS, FORM, kThinStrips, 1>(plan);
-        return many<P, BITS, FORM, kPanelStrips, kPanelRows>(plan);
-    } else if (plan.segment_tiles == 0) {
-        multiply_few<P, BITS, FORM, true>(plan);
+        if constexpr (paired(BITS)) few(plan, 1, strips<P, BITS, FORM, 1, 1, false>);
+    } else if (plan.few) {
+        few(plan, strips_for(plan.block_rows), plan.segment_tiles ? loop_for<P, BITS, FORM, false>(plan.block_rows)
+                                                                  : loop_for<P, BITS, FORM, true>(plan.block_rows));
+    } else if (plan.block_rows == 1) {
+        return many<P, kRange, kThinStrips, 1>(plan, decode<P, BITS, FORM, kThinStrips>);
     } else {
-        multiply_few<P, BITS, FORM, false>(plan);
+        return many<P, kRange, kPanelStrips, kPanelRows>(plan, decode<P, BITS, FORM, kPanelStrips>);
     }
     return kDone;
 }
@@ -270,7 +274,7 @@ Status run_product(const Weight& weight, const Call& call, bool& added) {
     Adding adding;
     added = call.beside && plan.few;
     if (added) {
-        const Status status = prepare(*call.beside, threads, adding);
+        const Status status = path_entry(call.path).step.prepare(*call.beside, threads, adding);
         if (status != kDone) return status;
         plan.adding = &adding;
     }
@@ -294,7 +298,7 @@ Status run(const Weight& weight, const Call& call) {
     if (!seen.x) return kOutOfMemory;
     bool added = false;
     const Status status = run_product<P>(weight, seen, added);
-    return status != kDone || !call.beside || added ? status : add_beside(*call.beside);
+    return status != kDone || !call.beside || added ? status : path_entry(call.path).step.beside(*call.beside);
 }
 
 }  // namespace UNIT

@@ -84,10 +84,10 @@ INLINE void accumulate(const typename P::Decoder& decoder, const uint8_t* const 
 // How far ahead of use codes are asked for, where their bytes and not the arithmetic are the bound.
 constexpr int64_t kAhead = 1536;
 
-// Totals [row][16] of strips first .. first + R - 1 for one block of M rows. Strips beyond the last repeat it. HALF: segments are
-// half tiles.
+// Totals [strip][row][16] of strips first .. first + R - 1 for one block of M rows. Strips beyond the last repeat it. HALF:
+// segments are half tiles.
 template <class P, int BITS, Form FORM, int R, int M, bool HALF>
-void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R]) {
+void strips(const Plan& plan, int64_t first, int64_t block, float* to) {
     // More sums than these would not stay in registers.
     constexpr int kChains = HALF || P::kOnlyOneRow || R * M * kParts >= 8 || P::template range<BITS>() == kNibbles ? 1 : 2;
     constexpr float kBias = static_cast<float>(P::template bias<BITS, FORM>());
@@ -148,7 +148,7 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* const (&to)[R
             });
         });
     }
-    repeat<R>([&](int r) ALWAYS { repeat<M>([&](int m) ALWAYS { store(to[r] + 16 * m, total[r][m]); }); });
+    repeat<R>([&](int r) ALWAYS { repeat<M>([&](int m) ALWAYS { store(to + (r * M + m) * kStrip, total[r][m]); }); });
 }
 
 // bias + zero point of a strip in a group, in all four bytes of a lane.

@@ -9,7 +9,7 @@
 // tile; with exact activations those of a group are summed on before its scale is applied (`run_from`). Activations are copied into [block of rows][tile][row][32 columns], so that a kernel reads them front to back with
 // constant distances between rows. A row is one term of one token (see numerics.h); a block's missing rows are zeros.
 #pragma once
-#include "beside.h"
+#include "adding.h"
 #include "numerics.h"
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #include "pairs.h"
@@ -37,6 +37,7 @@ struct Plan {
     float* x_scale;  // [block][segment][row], int8 only
     int row_bytes;
     float factor_of_all;  // of the results, before the bias
+    float bias;           // of the codes, see numerics.h
     alignas(64) uint8_t decoder[kDecoderBytes];  // see numerics.h
 
     int64_t group_of(int64_t segment) const {

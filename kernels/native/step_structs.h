@@ -64,4 +64,18 @@ struct Operation {
     const void* more;  // the Call or Rows beside a weight
 };
 
+// Inputs as the loops of beside.h read them, [block of W tokens][columns][W]: of all columns in x's type (floats where W is 1),
+// for outliers; of the kept columns as floats, filled up with zeros to whole sixteens.
+struct Inputs {
+    const char* all;
+    const float* kept;
+};
+
+// Everything ready to be added to rows: `rows` adds what rows first .. stop - 1 get.
+struct Adding {
+    Beside beside;
+    Inputs inputs;
+    void (*rows)(const Beside&, const Inputs&, int64_t first, int64_t stop);
+};
+
 }  // namespace aerogel

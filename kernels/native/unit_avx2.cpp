@@ -17,7 +17,7 @@ Status exact_avx2(const Weight& weight, const Call& call) {
 Status int8_avx2(const Weight& weight, const Call& call) { return avx2::run<avx2::Int8>(weight, call); }
 extern const Step step_avx2;
 const Step step_avx2 = {
-    avx2::attend, avx2::attend_prompt, avx2::norm, avx2::gate, avx2::add_beside, avx2::read_all,
+    avx2::attend, avx2::attend_prompt, avx2::norm, avx2::gate, avx2::add_beside, avx2::prepare, avx2::read_all,
     {avx2::lookup<avx2::Real>, avx2::lookup<avx2::Fixed>, avx2::lookup_decode},
 };
 

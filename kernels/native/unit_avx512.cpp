@@ -12,7 +12,7 @@ Status exact_avx512(const Weight& weight, const Call& call) { return avx512::run
 Status int8_avx512(const Weight& weight, const Call& call) { return avx512::run<avx512::Int8>(weight, call); }
 extern const Step step_avx512;
 const Step step_avx512 = {
-    avx512::attend, avx512::attend_prompt, avx512::norm, avx512::gate, avx512::add_beside, avx512::read_all,
+    avx512::attend, avx512::attend_prompt, avx512::norm, avx512::gate, avx512::add_beside, avx512::prepare, avx512::read_all,
     {avx512::lookup<avx512::Real>, avx512::lookup<avx512::Fixed>, avx512::lookup_decode},
 };
 

@@ -12,7 +12,7 @@ Status exact_neon(const Weight& weight, const Call& call) { return neon::run<neo
 Status int8_neon(const Weight& weight, const Call& call) { return neon::run<neon::Int8>(weight, call); }
 extern const Step step_neon;
 const Step step_neon = {
-    neon::attend, neon::attend_prompt, neon::norm, neon::gate, neon::add_beside, neon::read_all,
+    neon::attend, neon::attend_prompt, neon::norm, neon::gate, neon::add_beside, neon::prepare, neon::read_all,
     {neon::lookup<neon::Real>, neon::lookup<neon::Fixed>, neon::lookup_decode},
 };
 

@@ -12,7 +12,7 @@ Status exact_portable(const Weight& weight, const Call& call) { return portable:
 Status int8_portable(const Weight& weight, const Call& call) { return portable::run<portable::Int8>(weight, call); }
 extern const Step step_portable;
 const Step step_portable = {
-    portable::attend, portable::attend_prompt, portable::norm, portable::gate, portable::add_beside, portable::read_all,
+    portable::attend, portable::attend_prompt, portable::norm, portable::gate, portable::add_beside, portable::prepare, portable::read_all,
     {portable::lookup<portable::Real>, portable::lookup<portable::Fixed>, portable::lookup_decode},
 };
 

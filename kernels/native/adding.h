@@ -1,0 +1,44 @@
+// What a matmul does with the numbers that stand beside its weight (beside.h): it asks for them ahead, has them added to the
+// rows that it made, and does not see the inputs of kept columns where activations are rounded.
+#pragma once
+#include "scratch.h"
+#include "step_structs.h"
+#include "vector.h"
+
+namespace aerogel {
+namespace UNIT {
+
+inline void add(const Adding& adding, int64_t first, int64_t stop) {
+    const int64_t rows = adding.beside.rows;
+    adding.rows(adding.beside, adding.inputs, first, stop < rows ? stop : rows);
+}
+
+// Asks for what rows first .. stop - 1 will need, while something else is computed.
+inline void ask_for(const Adding& adding, int64_t first, int64_t stop) {
+    const Beside& b = adding.beside;
+    const int64_t last = stop < b.rows ? stop : b.rows;
+    const auto lines = [](const void* from, int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
+    };
+    if (b.start) {
+        const int64_t begin = b.start[first], end = b.start[last];
+        lines(b.column, begin * b.column_bytes, end * b.column_bytes);
+        lines(b.value, begin * size_of(b.value_type), end * size_of(b.value_type));
+    }
+    if (b.kept) lines(b.kept_value, first * b.kept * size_of(b.kept_type), last * b.kept * size_of(b.kept_type));
+}
+
+// x with zeros at the inputs of kept columns, so that they do not set the unit of all others.
+inline const void* quiet(const Beside& b) {
+    const size_t size = static_cast<size_t>(size_of(b.type)), row = static_cast<size_t>(b.columns) * size;
+    char* to = static_cast<char*>(scratch(kQuietScratch, static_cast<size_t>(b.tokens) * row));
+    if (!to) return nullptr;
+    memcpy(to, b.x, static_cast<size_t>(b.tokens) * row);
+    for (int64_t token = 0; token < b.tokens; ++token) {
+        for (int64_t i = 0; i < b.kept; ++i) memset(to + static_cast<size_t>(token) * row + static_cast<size_t>(b.index[i]) * size, 0, size);
+    }
+    return to;
+}
+
+}  // namespace UNIT
+}  // namespace aerogel
