@@ -231,7 +231,7 @@ void panel(const Plan& plan, const uint8_t* operands, const I16* begin, int64_t 
                     const int number = (HALF ? 4 * half * P::kOperands : 0) + index;
                     typename P::Operand w[R];
                     repeat<R>([&](int r) ALWAYS { w[r] = load<typename P::Operand>(from + (number * R + r) * kVector); });
-                    repeat<M>([&](int m) ALWAYS {
+                    unroll<M>([&](auto m) ALWAYS {
                         repeat<R>([&](int r) ALWAYS {
                             into[r][m] = P::template dot<RANGE>(into[r][m], w[r], x + m * kRow + number * 4);
                         });
