@@ -231,9 +231,9 @@ def attend(
 @triton.jit
 def _norm(
     a_ptr, b_ptr, weight_ptr, sum_ptr, y_ptr, eps, a_row, b_row,
-    N: tl.constexpr, N_PAD: tl.constexpr, ADD: tl.constexpr, ROUND: tl.constexpr, EARLY: tl.constexpr,
+    N: tl.constexpr, N_PAD: tl.constexpr, ADD: tl.constexpr, ROUND: tl.constexpr, EARLY: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
+    if FETCH:
         line = tl.minimum(tl.arange(0, N_PAD // 64 if N_PAD > 64 else 1) * 64, N - 1)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [weight_ptr + line], dtype=tl.int32, is_pure=False, pack=1
@@ -263,10 +263,10 @@ def _normed(a: Tensor, b: Tensor | None, weight: Tensor, eps: float, round_first
     y = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     total = y if b is None else torch.empty_like(y)
     x, other = _rows(a), _rows(a if b is None else b)
-    size = triton.next_power_of_2(N)
+    size, launch = triton.next_power_of_2(N), _launch(a.device)
     _norm[(len(x),)](
         x, other, weight, total, y, eps, x.stride(0), other.stride(0), N=N, N_PAD=size, ADD=b is not None,
-        ROUND=round_first, num_warps=min(16, max(1, size // 512)), **_launch(a.device),
+        ROUND=round_first, FETCH=launch["EARLY"] and len(x) <= MANY_ROWS, num_warps=min(16, max(1, size // 512)), **launch,
     )  # fmt: skip
     return total, y
 
