@@ -13,10 +13,7 @@
 //
 // An expert that does not exist is nobody: its pairs come last, belong to no run, and add nothing.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "pieces.cuh"
 
 constexpr u32 ALL = 0xFFFFFFFFu;
 constexpr int AHEAD = 4;  // steps whose pairs are fetched together
@@ -178,43 +175,10 @@ struct AddArguments {
     int each, columns, weight_type;  // 0 bfloat16, 1 float16, 2 float32
 };
 
-template <bool HALF> __device__ float number(u32 bits) {
-    if (!HALF) return __uint_as_float(bits << 16);
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((u16)bits));
-    return f;
-}
-__device__ u32 rounded_bits(float value) {
-    u16 h;
-#if FP16
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(value));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(value));
-#endif
-    return h;
-}
 __device__ float weight_of(const AddArguments& p, int pair) {
     if (p.weight_type == 2) return ((const float*)p.weight)[pair];
     const u16 bits = ((const u16*)p.weight)[pair];
-    return p.weight_type ? number<true>(bits) : number<false>(bits);
-}
-
-struct Eight {
-    u32 words[4];
-    __device__ float operator[](int i) const { return number<FP16>(words[i / 2] >> (16 * (i % 2)) & 0xFFFF); }
-};
-
-// Columns from `column` on, zeros beyond the row.
-__device__ Eight read8(const AddArguments& p, const u16* row, int column) {
-    if (p.columns % 8 == 0) {
-        const uint4 v = *(const uint4*)(row + column);
-        return {v.x, v.y, v.z, v.w};
-    }
-    Eight v = {};
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        if (column + i < p.columns) v.words[i / 2] |= (u32)row[column + i] << (16 * (i % 2));
-    return v;
+    return p.weight_type ? from_fp16(bits) : from_bf16(bits);
 }
 
 // A thread for eight columns of a token; rows of TOGETHER pairs are fetched at once.
@@ -223,31 +187,25 @@ extern "C" __global__ void __launch_bounds__(256) add_experts(const __grid_const
     constexpr int TOGETHER = 4;
     const int column = 8 * (blockIdx.x * 256 + threadIdx.x), token = blockIdx.y;
     if (column >= p.columns) return;
+    const bool aligned = p.columns % 8 == 0;
     float sum[8] = {};
     for (int first = 0; first < p.each; first += TOGETHER) {
-        Eight rows[TOGETHER];
+        Piece<8> rows[TOGETHER];
         float weights[TOGETHER];
 #pragma unroll
         for (int i = 0; i < TOGETHER; i++) {
             const int pair = token * p.each + min(first + i, p.each - 1), place = p.place[pair];
             const bool there = first + i < p.each && place >= 0;
             weights[i] = there ? weight_of(p, pair) : 0.0f;
-            rows[i] = there ? read8(p, p.rows + (size_t)place * p.columns, column) : Eight{};
+            rows[i] = there ? read_piece<8>(p.rows + (size_t)place * p.columns, column, p.columns, aligned) : Piece<8>{};
         }
 #pragma unroll
         for (int i = 0; i < TOGETHER; i++)
 #pragma unroll
             for (int j = 0; j < 8; j++) sum[j] = fmaf(weights[i], rows[i][j], sum[j]);
     }
-    u32 words[4] = {};
+    Piece<8> y;
 #pragma unroll
-    for (int j = 0; j < 8; j++) words[j / 2] |= rounded_bits(sum[j]) << (16 * (j % 2));
-    u16* to = p.y + (size_t)token * p.columns + column;
-    if (p.columns % 8 == 0) {
-        *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
-        return;
-    }
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-        if (column + j < p.columns) to[j] = (u16)(words[j / 2] >> (16 * (j % 2)));
+    for (int j = 0; j < 4; j++) y.words[j] = to_pair(sum[2 * j], sum[2 * j + 1]);
+    write_piece(p.y + (size_t)token * p.columns, column, p.columns, aligned, y);
 }

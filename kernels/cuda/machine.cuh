@@ -130,6 +130,15 @@ INLINE u16 to_half(float v) {
 #endif
   return d;
 }
+INLINE u32 to_pair(float low, float high) {
+  u32 d;
+#if FP16
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#endif
+  return d;
+}
 
 // ---- Memory ----------------------------------------------------------------------------------------------------------
 // Loads of data that is read once: not kept in L1, and the L2 is told to fetch the neighbourhood.
