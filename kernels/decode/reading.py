@@ -8,6 +8,9 @@ here the model runs as it is, with three kinds of its parts replaced while it re
     activations  silu, gelu: wait for the product       ->  aerogel::gate        (`Awaiting`)
     rotations    the function that turns q and k        ->  aerogel::rotate
 
+Where linears of a norm's or a gate's width round their inputs to int8, what it makes waits for them (`later`) and is rounded
+where it is made.
+
 Nothing is known of architectures. What a part computes is found by experiment: it is given a few random numbers, and only
 where its answer is that of the operator, rounding included, is it replaced.
 
@@ -29,6 +32,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from aerogel.kernels.decode import ops
+from aerogel.kernels.decode.later import Later
+from aerogel.kernels.gemm.cuda_int8 import FEW_TOKENS
+from aerogel.kernels.gemm.cuda_made import Gated, Normed
+from aerogel.kernels.linear import Linear
 
 ROTATION = "apply_rotary_pos_emb"
 """The name under which model files of transformers hold their rotation."""
@@ -36,6 +43,8 @@ EPSILONS = ("variance_epsilon", "eps")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
 PRODUCTS = frozenset({torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__})
+ROUNDING = "cuda-int8"
+"""The kernel of linears that round what they are given, and take it from where it is made."""
 SAME = 1e-4
 """Relative distance up to which two answers are the same: a rounding at another place makes ten times as much in 16 bits."""
 
@@ -71,7 +80,11 @@ class Parts:
 def parts_of(model: nn.Module) -> Parts:
     """Every part of the model that our operators compute as it does."""
     leaves = [module for module in model.modules() if not any(module.children()) and "forward" not in vars(module)]
-    forwards = {module: forward for module in leaves if (forward := _norm(module) or _activation(module)) is not None}
+    widths = frozenset(
+        module.in_features for module in model.modules() if isinstance(module, Linear) and module.kernel_name == ROUNDING
+    )
+    found = ((module, _norm(module, widths) or _activation(module, widths)) for module in leaves)
+    forwards = {module: forward for module, forward in found if forward is not None}
     files = {sys.modules[type(module).__module__] for module in model.modules()}
     rotations = {file: rotation for file in files if (rotation := _rotation(getattr(file, ROTATION, None))) is not None}
     return Parts(forwards, rotations)
@@ -81,7 +94,7 @@ def _same(found: Tensor, wanted: Tensor) -> bool:
     return found.dtype == wanted.dtype and bool((found - wanted).float().norm() <= SAME * wanted.float().norm())
 
 
-def _norm(module: nn.Module) -> Forward | None:
+def _norm(module: nn.Module, widths: frozenset[int]) -> Forward | None:
     """The module's forward as `rms_norm`, or None for anything that is no such norm."""
     held = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
     weight_N = held.get("weight")
@@ -95,23 +108,26 @@ def _norm(module: nn.Module) -> Forward | None:
     for factor_N in (weight_N.detach(), 1 + weight_N.detach().float()):
         for round_first in (True, False):
             if _same(found_2N, ops.rms_norm(x_2N, factor_N, eps, round_first)):
-                return _normed(module, factor_N, eps, round_first, weight_N.dtype)
+                return _normed(module, factor_N, eps, round_first, widths)
     return None
 
 
-def _normed(module: nn.Module, factor_N: Tensor, eps: float, round_first: bool, dtype: torch.dtype) -> Forward:
+def _normed(module: Any, factor_N: Tensor, eps: float, round_first: bool, widths: frozenset[int]) -> Forward:
     plain: Forward = type(module).forward.__get__(module)
+    dtype, N = module.weight.dtype, len(factor_N)
 
     def forward(x: Tensor) -> Tensor:
         if x.dtype != dtype:
             return plain(x)
+        if N in widths and x.numel() > FEW_TOKENS * N:
+            return Later.of(Normed(x.reshape(-1, N), factor_N, eps, round_first), x.shape)
         y: Tensor = torch.ops.aerogel.rms_norm.default(x, factor_N, eps, round_first)
         return y
 
     return forward
 
 
-def _activation(module: nn.Module) -> Forward | None:
+def _activation(module: nn.Module, widths: frozenset[int]) -> Forward | None:
     """A forward whose result waits for the product behind it, or None for anything but an activation that `gate` has."""
     if type(module).__module__ not in ACTIVATION_MODULES or module.state_dict():
         return None
@@ -123,7 +139,7 @@ def _activation(module: nn.Module) -> Forward | None:
     if act is None:
         return None
     plain: Forward = type(module).forward.__get__(module)
-    return lambda g: Awaiting.of(g, act, plain)
+    return lambda g: Awaiting.of(g, act, plain, widths)
 
 
 class Awaiting(Tensor):
@@ -131,13 +147,22 @@ class Awaiting(Tensor):
 
     act: str
     plain: Forward
+    widths: frozenset[int]
 
     @classmethod
-    def of(cls, g: Tensor, act: str, plain: Forward) -> Awaiting:
-        """act(g), not computed yet."""
+    def of(cls, g: Tensor, act: str, plain: Forward, widths: frozenset[int] = frozenset()) -> Awaiting:
+        """act(g), not computed yet; its products neither where they are of one of these widths."""
         found = g.as_subclass(cls)
-        found.act, found.plain = act, plain
+        found.act, found.plain, found.widths = act, plain, widths
         return found
+
+    def times(self, u: Tensor) -> Tensor:
+        """act(g) * u."""
+        g, N = _bare(self), u.shape[-1]
+        if N in self.widths and u.numel() > FEW_TOKENS * N:
+            return Later.of(Gated(g.reshape(-1, N), u.reshape(-1, N), self.act), u.shape)
+        y: Tensor = torch.ops.aerogel.gate.default(g, u, self.act)
+        return y
 
     def settled(self) -> Tensor:
         """act(g)."""
@@ -154,7 +179,7 @@ class Awaiting(Tensor):
                 if isinstance(active, cls) and not isinstance(u, cls) and isinstance(u, Tensor):
                     g = _bare(active)
                     if (g.shape, g.dtype, g.device) == (u.shape, u.dtype, u.device):
-                        return torch.ops.aerogel.gate.default(g, u, active.act)
+                        return active.times(u)
         args, kwargs = tree_map(lambda held: held.settled() if isinstance(held, cls) else held, (args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.gemm import cuda, cuda_wgmma
+from aerogel.kernels.gemm.cuda_made import Made
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, per_kind, tensors_of
 from aerogel.kernels.gemm.cuda_wgmma import Config, ceil_divide, deepest
@@ -109,8 +111,8 @@ def choose_config(weight: TileWeight, M: int, multiprocessors: int) -> Config | 
 
 
 def many_tokens(weight: TileWeight, r: Tensor, M: int, dtype: torch.dtype, config: Config | None = None) -> Runner | None:
-    """The integer matmul planned for M tokens; None where the device or the weight has none. It is called with (x_MK, bias_N or
-    None, y_MN to be filled, and the scale of all tokens, float32 [1], where that is stored)."""
+    """The integer matmul planned for M tokens; None where the device or the weight has none. It is called with (x_MK or what
+    makes it, bias_N or None, y_MN to be filled, and the scale of all tokens, float32 [1], where that is stored)."""
     facts = torch.cuda.get_device_properties(weight.codes.device)
     if facts.major != 9:
         return None
@@ -123,8 +125,8 @@ def many_tokens(weight: TileWeight, r: Tensor, M: int, dtype: torch.dtype, confi
     columns = 128 * weight.codes.shape[1]
     rounding = Quantizer(dtype=dtype, device=weight.codes.device, output=INT8, columns=columns, permuted=True)
 
-    def run(x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor, fixed: Tensor | None = None) -> None:
-        codes, scale_M = rounding(x_MK, fixed)
+    def run(x: Tensor | Made, bias_N: Tensor | None, y_MN: Tensor, fixed: Tensor | None = None) -> None:
+        codes, scale_M = rounding(x, fixed)
         plan.launch(codes, scale_M, bias_N, y_MN)
 
     return run
@@ -134,7 +136,7 @@ _plans: dict[tuple[object, ...], Runner | None] = {}
 
 
 def tiles_linear_int8(
-    x: Tensor,
+    x: Tensor | Made,
     codes: Tensor,
     scale: Tensor,
     zero: Tensor | None,
@@ -144,47 +146,29 @@ def tiles_linear_int8(
     N: int,
     fixed: Tensor | None = None,
 ) -> Tensor:
-    """`aerogel::tiles_linear_int8` on CUDA: x [M, K] bf16 or fp16 -> [M, N]; `row_scale` is that of `cuda_int8.row_scale`,
-    `fixed` the scale of all tokens, float32 [1], where it is stored."""
-    M, K = x.shape
-    y = x.new_empty(M, N)
+    """`aerogel::tiles_linear_int8` on CUDA: x [M, K] bf16 or fp16, or the norm or gate that makes it and rounds it there, ->
+    [M, N]; `row_scale` is that of `cuda_int8.row_scale`, `fixed` the scale of all tokens, float32 [1], where it is stored."""
+    like = x if isinstance(x, Tensor) else x.x
+    M, K = like.shape
+    y = like.new_empty(M, N)
     if M == 0 or N == 0 or K == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand(M, N))
     zero_at = 0 if zero is None else zero.data_ptr()
-    key = (codes.data_ptr(), scale.data_ptr(), zero_at, row_scale.data_ptr(), M, K, N, group_size, x.dtype, scale.dtype)
-    if x.get_device() == torch._C._cuda_getDevice():
-        return _multiply(x, codes, scale, zero, row_scale, bias, group_size, y, key, fixed)
-    with torch.cuda.device(x.device):
-        return _multiply(x, codes, scale, zero, row_scale, bias, group_size, y, key, fixed)
-
-
-def _multiply(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    row_scale: Tensor,
-    bias: Tensor | None,
-    group_size: int,
-    y: Tensor,
-    key: tuple[object, ...],
-    fixed: Tensor | None,
-) -> Tensor:
-    (M, K), N = x.shape, y.shape[1]
-    if M > FEW_TOKENS:
-        if key not in _plans:
+    key = (codes.data_ptr(), scale.data_ptr(), zero_at, row_scale.data_ptr(), M, K, N, group_size, y.dtype, scale.dtype)
+    with nullcontext() if y.get_device() == torch._C._cuda_getDevice() else torch.cuda.device(y.device):
+        if M > FEW_TOKENS and key not in _plans:
             held = TileWeight(codes=codes, scale=scale, zero=zero, table=None, pick=None, group_size=group_size, N=N, K=K)
             held.check()
             if len(_plans) >= cuda.MOST_PLANS:
                 _plans.clear()
-            _plans[key] = many_tokens(held, row_scale, M, x.dtype)
-        runner = _plans[key]
+            _plans[key] = many_tokens(held, row_scale, M, y.dtype)
+        runner = _plans.get(key)
         if runner is not None:
             runner(x, bias, y, fixed)
             return y
-    columns = -(-K // 16) * 16
-    rounded = Quantizer(dtype=x.dtype, device=x.device, output=ROUNDED, columns=columns)(x, fixed)[0]
-    return cuda.tiles_linear(rounded[:, :K].contiguous(), codes, scale, zero, None, None, bias, group_size, N)
+        columns = -(-K // 16) * 16
+        rounded = Quantizer(dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns)(x, fixed)[0]
+        return cuda.tiles_linear(rounded[:, :K].contiguous(), codes, scale, zero, None, None, bias, group_size, N)
 
 
 def _fake(

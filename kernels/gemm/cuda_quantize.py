@@ -1,4 +1,5 @@
-"""Activations rounded to 8 bits on CUDA, a scale for each token: the host's side of `quantize.cu`.
+"""Activations rounded to 8 bits on CUDA, a scale for each token, as they are or where they are made: the host's side of
+`quantize.cu`.
 
 Shape legend: M tokens, K in features.
 """
@@ -14,20 +15,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from aerogel.kernels.gemm.cuda_made import Made
+from aerogel.kernels.gemm.cuda_wgmma_plan import in_pieces
+
 if TYPE_CHECKING:
     from aerogel.kernels.cuda.launch import Launch
 
-SOURCE, KERNEL, THREADS = "quantize.cu", "quantize_tokens", 256
+SOURCE, KERNEL = "quantize.cu", "quantize_tokens"
 INT8, E4M3, ROUNDED = 0, 1, 2
 """What comes out: int8 codes, e4m3 codes, or the rounded numbers in the type they came in."""
+MOST_THREADS, MOST_CHUNKS = 512, 4
+"""Of a block, and pieces of 16 columns that each of them keeps in registers."""
 
 
 class Arguments(ctypes.Structure):
     """`Arguments` of quantize.cu, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "codes", "scale", "fixed")),
-        *((name, ctypes.c_int) for name in ("K", "x_stride", "columns")),
+        *((name, ctypes.c_void_p) for name in ("x", "u", "weight", "codes", "scale", "fixed")),
+        *((name, ctypes.c_int) for name in ("K", "x_stride", "u_stride", "columns")),
+        ("eps", ctypes.c_float),
     ]
 
 
@@ -45,24 +52,25 @@ class Quantizer:
     columns: int
     permuted: bool = False
 
-    def __call__(self, x_MK: Tensor, fixed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor | Made, fixed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Codes [M, columns] and float32 scales [M]: x ~ code * scale. `fixed`: a float32 scale [1] for all tokens.
 
-        A token with an infinity or a NaN gets a scale that is not finite, and so does all that is computed with it.
+        x may be what a norm or a gate makes: its codes are those of `x.settled()`, but for the few whose 16 bits come out one
+        unit off. A token with an infinity or a NaN gets a scale that is not finite, and so does all that is computed with it.
         """
+        x_MK, made = _source(x)
         M, K = x_MK.shape
-        if K % 8 or x_MK.data_ptr() % 16 or not x_MK.is_contiguous():
-            x_MK = torch.nn.functional.pad(x_MK, (0, -K % 8)).contiguous()
-            x_MK = x_MK.clone() if x_MK.data_ptr() % 16 else x_MK
         kind = (torch.int8, torch.float8_e4m3fn, x_MK.dtype)[self.output]
         codes = torch.empty(M, self.columns, dtype=kind, device=x_MK.device)
         scale = torch.empty(M, dtype=torch.float32, device=x_MK.device)
-        launch = _launch(self, M)
+        launch = _launch(self, M, K, () if made is None else tuple(made.macros().items()))
         with _LOCK:
             arguments: Any = launch.arguments
             arguments.x, arguments.codes, arguments.scale = x_MK.data_ptr(), codes.data_ptr(), scale.data_ptr()
             arguments.fixed = None if fixed is None else fixed.data_ptr()
-            arguments.K, arguments.x_stride = K, x_MK.shape[1]
+            arguments.x_stride = x_MK.stride(0)
+            for name, value in {} if made is None else made.arguments().items():
+                setattr(arguments, name, value)
             launch(torch._C._cuda_getCurrentRawStream(self.device.index))
         return codes, scale
 
@@ -71,14 +79,30 @@ _LOCK = threading.Lock()
 """Held from filling a launch's arguments until it is queued."""
 
 
+def _source(x: Tensor | Made) -> tuple[Tensor, Made | None]:
+    """What the kernel reads, 16 bytes at a time, and what it makes of that."""
+    if isinstance(x, Tensor):
+        return in_pieces(x), None
+    return (x.x, x) if x.in_pieces() else (in_pieces(x.settled()), None)
+
+
+def macros(quantizer: Quantizer, K: int, made: tuple[tuple[str, int], ...] = ()) -> dict[str, int]:
+    """What specialises the source: threads enough to keep a token of K numbers in registers, as far as it fits."""
+    pieces = -(-quantizer.columns // 16)
+    chunks = min(MOST_CHUNKS, -(-pieces // MOST_THREADS))
+    threads = min(MOST_THREADS, -(-pieces // (32 * chunks)) * 32)
+    own = {"OUTPUT": quantizer.output, "PERMUTED": int(quantizer.permuted), "FP16": int(quantizer.dtype == torch.float16)}
+    cut = {"THREADS": threads, "CHUNKS": chunks, "LONGER": int(pieces > threads * chunks), "RAGGED": int(K % 16 > 0)}
+    return {"MADE": 0, **cut, **own, **dict(made)}
+
+
 @functools.lru_cache(maxsize=1024)
-def _launch(quantizer: Quantizer, M: int) -> Launch:
-    """The kernel for M tokens; its addresses are filled in by each call."""
+def _launch(quantizer: Quantizer, M: int, K: int, made: tuple[tuple[str, int], ...]) -> Launch:
+    """The kernel for M tokens of K numbers; its addresses are filled in by each call."""
     from aerogel.kernels.cuda.launch import Launch
     from aerogel.kernels.cuda.sources import function
 
-    fp16 = quantizer.dtype == torch.float16
-    macros = {"OUTPUT": quantizer.output, "FP16": int(fp16), "PERMUTED": int(quantizer.permuted)}
-    kernel = function(SOURCE, KERNEL, macros, quantizer.device)
+    wanted = macros(quantizer, K, made)
+    kernel = function(SOURCE, KERNEL, wanted, quantizer.device)
     early = torch.cuda.get_device_capability(quantizer.device) >= (9, 0)
-    return Launch(kernel, Arguments(columns=quantizer.columns), grid=(M,), block=THREADS, early=early)
+    return Launch(kernel, Arguments(K=K, columns=quantizer.columns), grid=(M,), block=wanted["THREADS"], early=early)

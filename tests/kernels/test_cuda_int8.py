@@ -3,6 +3,7 @@ looks for them, its second rounding stays within its bound, and it compiles as m
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,9 @@ from tests.kernels.tile_weights import dense64
 
 from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.dispatch import explain
-from aerogel.kernels.gemm import cuda_int8
+from aerogel.kernels.gemm import cuda_int8, cuda_quantize, cuda_wgmma_plan
+from aerogel.kernels.gemm.cuda_made import ACTS, Gated, Normed
+from aerogel.kernels.gemm.cuda_quantize import E4M3, INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import defines, fits
 from aerogel.kernels.problem import Problem
@@ -198,10 +201,25 @@ def test_every_cut_compiles(bits: int, size: int, zero: bool) -> None:
         nvrtc.compiler().compile("wgmma.cu", sources.sources_of("wgmma.cu"), macros, HOPPER)
 
 
+def test_argument_blocks_are_those_of_the_sources() -> None:
+    for module, name in ((cuda_quantize, "quantize.cu"), (cuda_wgmma_plan, "wgmma_work.cuh")):
+        body = re.search(r"struct (?:alignas\(64\) )?Arguments \{(.*?)\};", sources.texts()[name], re.DOTALL)
+        assert body is not None
+        fields = re.findall(r"\*?\s*(\w+)\s*[,;]", re.sub(r"//.*", "", body[1]))
+        ours = [entry[0].removesuffix("_map") for entry in module.Arguments._fields_ if entry[0] != "padding"]
+        assert fields == ours
+
+
 @needs_nvrtc
-def test_the_quantizer_compiles() -> None:
-    for output in range(3):
-        for half in range(2):
-            macros = {"OUTPUT": output, "FP16": half, "PERMUTED": int(output == 0)}
-            for capability in ((8, 9), (9, 0), (10, 0)):
-                nvrtc.compiler().compile("quantize.cu", sources.sources_of("quantize.cu"), macros, capability)
+@pytest.mark.parametrize("columns", [128, 14336])
+def test_the_quantizer_compiles(columns: int) -> None:
+    x, u, bf16 = torch.zeros(2, 64).bfloat16(), torch.zeros(64), torch.bfloat16
+    made = [Normed(x, u, 1e-5, True), Normed(x, x[0], 1e-5, False), *(Gated(x, x, act) for act in ACTS)]
+    wanted = [(INT8, bf16, tuple(one.macros().items())) for one in made]
+    wanted += [(output, dtype, ()) for output in (INT8, E4M3, ROUNDED) for dtype in (bf16, torch.float16)]
+    for output, dtype, kind in wanted:
+        quantizer = Quantizer(dtype=dtype, device=torch.device("cuda"), output=output, columns=columns, permuted=output == INT8)
+        macros = cuda_quantize.macros(quantizer, columns - columns % 3, kind)
+        assert macros["THREADS"] % 32 == 0 and not macros["LONGER"]
+        for capability in ((9, 0),) if columns > 128 else ((8, 0), (10, 0)) if output != E4M3 else ((8, 9),):
+            nvrtc.compiler().compile("quantize.cu", sources.sources_of("quantize.cu"), macros, capability)

@@ -11,6 +11,7 @@ from tests.kernels.tile_weights import dense64
 
 from aerogel.kernels.dispatch import choose
 from aerogel.kernels.gemm import cuda_int8
+from aerogel.kernels.gemm.cuda_made import ACTS, Gated, Made, Normed
 from aerogel.kernels.gemm.cuda_quantize import E4M3, INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import Config
@@ -54,6 +55,53 @@ def test_the_quantizer_rounds_as_the_reference(K: int, dtype: torch.dtype) -> No
     fixed = torch.tensor([0.5], device="cuda")
     given, s = Quantizer(dtype=dtype, device=x.device, output=INT8, columns=columns)(x, fixed)
     assert bool((s == 0.5).all()) and torch.equal(given[:, :K], (x.float() / 0.5).round().clamp(-127, 127).to(torch.int8))
+
+
+def made_of(kind: str, M: int, K: int, dtype: torch.dtype) -> Made:
+    x, both = torch.randn(M, K, device="cuda").to(dtype), torch.randn(M, 2 * K, device="cuda").to(dtype)
+    if kind in ACTS:
+        return Gated(both[:, :K], both[:, K:], kind)
+    return Normed(x, torch.rand(K, device="cuda").to(torch.float32 if kind == "wide" else dtype), 1e-5, kind == "first")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["first", "last", "wide", *ACTS])
+def test_what_a_norm_or_a_gate_makes_is_rounded_there(kind: str, dtype: torch.dtype) -> None:
+    """The codes are those of the made numbers, but for a few whose 16 bits came out one unit off."""
+    for K in (8, 104, 4096, 5000, 14336, 40000):
+        made, columns = made_of(kind, 37, K, dtype), -(-K // 128) * 128
+        assert made.in_pieces()
+        quantizer = Quantizer(dtype=dtype, device=made.x.device, output=INT8, columns=columns, permuted=True)
+        for fixed in (None, torch.tensor([0.02], device="cuda")):
+            (codes, scale), apart = quantizer(made, fixed), quantizer(made.settled(), fixed)
+            off = (codes.int() - apart[0].int()).abs()
+            assert off.max() <= 1 and off.float().mean() <= 0.02 and (scale / apart[1] - 1).abs().max() <= 0.01, (K, fixed)
+    made = made_of(kind, 37, 104, dtype)
+    made.x[3, 5] = torch.inf
+    made.x[7, 0] = torch.nan
+    finite = Quantizer(dtype=dtype, device=made.x.device, output=INT8, columns=128, permuted=True)(made)[1].isfinite()
+    assert not finite[7] and finite.sum() >= 35
+
+
+def test_what_does_not_lie_in_pieces_is_made_first() -> None:
+    wide = torch.randn(37, 205, device="cuda").bfloat16()
+    quantizer = Quantizer(dtype=wide.dtype, device=wide.device, output=INT8, columns=128, permuted=True)
+    for made in (Normed(wide[:, 1:101], wide[0, :100], 1e-5, True), Gated(wide[:, :100], wide[:, 100:200], "silu")):
+        assert not made.in_pieces()
+        for found, apart in zip(quantizer(made), quantizer(made.settled()), strict=True):
+            assert torch.equal(found, apart)
+
+
+@pytest.mark.parametrize("kind", ["first", "silu"])
+def test_a_matmul_of_what_is_made(kind: str) -> None:
+    weight = there(weight_of(4, 128, False, 320, 1024))
+    r = cuda_int8.row_scale(weight)
+    given = (weight.codes, weight.scale, None, r, torch.randn(320, device="cuda").bfloat16(), 128, 320)
+    for M in (5, 300, 5000):  # rounded to 16 bits, and to bytes
+        made = made_of(kind, M, 1024, torch.bfloat16)
+        y = cuda_int8.tiles_linear_int8(made, *given)
+        wanted = cuda_int8.tiles_linear_int8(made.settled(), *given)
+        assert ((y.float() - wanted.float()).norm() / wanted.float().norm()).item() <= 5e-3, M
 
 
 def check(weight: TileWeight, M: int, dtype: torch.dtype, config: Config | None = None, bias: bool = False) -> None:

@@ -12,8 +12,11 @@ from tests.zoo import ZOO, build
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aerogel.kernels.decode import ops
+from aerogel.kernels.decode import ops, reading
+from aerogel.kernels.decode.later import Later
 from aerogel.kernels.decode.reading import Awaiting, Parts, parts_of
+from aerogel.kernels.gemm import cuda_int8
+from aerogel.kernels.gemm.cuda_made import Normed
 
 REPLACED = {
     "llama": {"rms_norm": 5, "gate": 2, "rotate": 4},
@@ -51,6 +54,39 @@ def test_logits_are_the_models_own(name: str) -> None:
     assert not none
     assert seen == REPLACED.get(name, seen)
     assert torch.equal(read(model, ids, Parts())[0], expected), "the model is as it was"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_what_waits_for_a_linear_is_computed_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every linear rounded its input; these take the computed one."""
+    monkeypatch.setattr(nn.Linear, "kernel_name", reading.ROUNDING, raising=False)
+    monkeypatch.setattr(reading, "Linear", nn.Linear)
+    monkeypatch.setattr(reading, "FEW_TOKENS", 9)
+    model = build(name)
+    for ids in (torch.randint(3, 100, (2, 9)), torch.randint(3, 100, (1, 9))):  # what waits, and what is too short to
+        expected, _ = read(model, ids, Parts())
+        found, seen = read(model, ids, parts_of(model))
+        assert distance(found, expected) < 1e-5 and seen == REPLACED[name]
+
+
+def test_an_int8_matmul_takes_what_is_not_computed_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(cuda_int8, "tiles_linear_int8", lambda *given: taken.append(given) or torch.zeros(6, 5))
+    x, weight = torch.randn(2, 3, 8), torch.randn(8)
+    made = Normed(x.reshape(-1, 8), weight, 1e-5, True)
+    later = Later.of(made, x.shape)
+    assert later.shape == (2, 3, 8) and later.dtype == torch.float32 and later.device == x.device
+    rows = later.reshape(-1, 8).to(torch.float32).contiguous()
+    rest = (torch.zeros(1), torch.zeros(1), None, torch.zeros(1), None, 0, 5, None)
+    assert isinstance(rows, Later) and rows.shape == (6, 8)
+    assert torch.ops.aerogel.tiles_linear_int8.default(rows, *rest).shape == (6, 5)
+    assert taken[0][0] is made and len(taken[0]) == 9
+    wanted = ops.rms_norm(x, weight, 1e-5, True)
+    with Counting() as counting:
+        assert torch.equal(later + 0, wanted) and torch.equal(torch.cat([rows, rows]), wanted.reshape(-1, 8).repeat(2, 1))
+        assert type(later.reshape(6, 2, 4)) is Tensor and torch.equal(later[:, -1:], wanted[:, -1:])
+    assert counting.seen == {"rms_norm": 1}, "computed once"
 
 
 def test_roundings_in_16_bits_are_the_models_own() -> None:
