@@ -6,9 +6,11 @@ results are compared with a dense product, so that nothing passes by not running
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -16,11 +18,14 @@ from aerogel.kernels.gemm import cuda, cuda_int8
 from aerogel.kernels.gemm.cuda_dense import dequantize
 from aerogel.kernels.gemm.cuda_few import Config as FewConfig
 from aerogel.kernels.gemm.cuda_few import Plan as FewPlan
+from aerogel.kernels.gemm.cuda_made import Gated, Normed
 from aerogel.kernels.gemm.cuda_quantize import E4M3, INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_tune import random_weight
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import Config, deepest
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
+from aerogel.kernels.grouped.cuda_grouped import cuts
+from aerogel.kernels.grouped.cuda_routes import add_experts, most_runs, route_experts, spread_tokens
 
 N, K = 200, 712
 KINDS = ((128, "none"), (32, "integer"), (0, "float"))
@@ -77,18 +82,26 @@ def main() -> int:
                 if not error < 1e-2:
                     wrong += 1
                     print(f"{bits} bits, groups of {group}, zero {zero}: {name} is off by {error:.2g}", flush=True)
-    wrong += rounded()
+    wrong += rounded() + grouped()
     print(f"{count} matmuls, {wrong} wrong", flush=True)
     return int(wrong > 0)
 
 
 def rounded() -> int:
-    """Activations of 8 bits: how many results are wrong."""
-    x, wrong = torch.randn(70, K, device="cuda").bfloat16(), 0
-    for output in (INT8, E4M3, ROUNDED):
-        codes, scale = Quantizer(dtype=x.dtype, device=x.device, output=output, columns=-(-K // 16) * 16)(x)
+    """Activations of 8 bits, as they are and where they are made: how many results are wrong."""
+    x, both, wrong = torch.randn(70, K, device="cuda").bfloat16(), torch.randn(70, 2 * K, device="cuda").bfloat16(), 0
+    factor = torch.rand(K, device="cuda")
+    made = [
+        x,
+        Normed(x, factor, 1e-5, False),
+        Normed(x, factor.bfloat16(), 1e-5, True),
+        Gated(both[:, :K], both[:, K:], "silu"),
+    ]
+    for output, what in itertools.product((INT8, E4M3, ROUNDED), made):
+        codes, scale = Quantizer(dtype=x.dtype, device=x.device, output=output, columns=-(-K // 16) * 16)(what)
         back = codes.float()[:, :K] * (1 if output == ROUNDED else scale[:, None])
-        wrong += not float((back - x.float()).norm() / x.float().norm()) < 5e-2
+        y = (what if isinstance(what, torch.Tensor) else what.settled()).float()
+        wrong += not float((back - y).norm() / y.norm()) < 5e-2
     for bits, group in ((4, 128), (8, 0)):
         weight = random_weight(N, K, bits, group, "cuda")
         r, y = cuda_int8.row_scale(weight), torch.full((70, N), torch.nan, device="cuda", dtype=torch.bfloat16)
@@ -98,6 +111,30 @@ def rounded() -> int:
             run(x, None, y)
             wanted = (x @ dequantize(weight, torch.bfloat16).T).float()
             wrong += not float((y.float() - wanted).norm() / wanted.norm()) < 3e-2
+    return wrong
+
+
+def grouped() -> int:
+    """Experts of ragged loads on Hopper: how many results are wrong."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        return 0
+    experts, wrong = 5, 0
+    weight = random_weight(experts * 208, K, 4, 128, "cuda")
+    dense = dequantize(weight, torch.bfloat16).reshape(experts, 208, K)[:, :N].float()
+    for run, pairs in ((16, 3), (32, 70), (160, 400)):
+        expert = torch.randint(experts + 1, (pairs, 2), device="cuda")
+        order, place, runs = route_experts(expert.reshape(-1), experts, run)
+        x, share = torch.randn(pairs, K, device="cuda").bfloat16(), torch.rand(pairs, 2, device="cuda")
+        rows = spread_tokens(x, order)
+        for split in (1, 3):
+            config = cuts(weight, run, split)[0]
+            y = torch.full((2 * pairs, N), torch.nan, device="cuda", dtype=torch.bfloat16)
+            plan = Plan(replace(weight, N=N), config, 2 * pairs, torch.bfloat16, runs=most_runs(2 * pairs, experts, run))
+            plan.launch(rows, None, None, y, runs=runs)
+            there = (expert < experts)[..., None]
+            each = torch.einsum("mk,mjnk->mjn", x.float(), dense[expert.clamp(max=experts - 1)])
+            wanted = (torch.where(there, each, 0) * share[..., None]).sum(1)
+            wrong += not float((add_experts(y, place, share).float() - wanted).norm() / wanted.norm()) < 1e-2
     return wrong
 
 
