@@ -12,6 +12,13 @@ rounds in which all of these take turns; M tokens:
     int_mm    torch._int_mm alone, without rounding x and without scales
     scaled_mm torch._scaled_mm alone, without rounding x
 
+and, as a model has it, with what makes x: the norm before attention or an MLP (K of 4096, 8192), the gate behind its activation
+(14336, 28672).
+
+    made                 that kernel alone, 16 bits out
+    dense_made           that kernel, then torch's matmul
+    w4a8_made, w8a8_made the same with the rounding inside, 8 bits out, then ours
+
 `--sweep` times every cut of the integer matmul instead, its quantizer left out, beside the 16-bit one.
 """
 
@@ -33,6 +40,7 @@ import torch
 from aerogel.kernels.cuda import sources
 from aerogel.kernels.cuda.timing import copies, graph_microseconds
 from aerogel.kernels.gemm import cuda_fp8, cuda_int8
+from aerogel.kernels.gemm.cuda_made import Gated, Made, Normed
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_tune import random_weight, weight_copies
 from aerogel.kernels.gemm.cuda_wgmma import defines
@@ -76,13 +84,34 @@ def row(shape: str, M: int, held: dict[str, Any]) -> dict[str, Any]:
             for w in held["e4m3"]
         ],
     }
+    made, make = made_for(shape, M)
+    calls["made"] = [make] * 4
+    calls["dense_made"] = [lambda w=w: torch.mm(make(), w.T, out=y) for w in held["dense"]]
+    for name in ("w4a8", "w8a8"):
+        calls[f"{name}_made"] = [
+            lambda w=w, r=r: cuda_int8.tiles_linear_int8(made, w.codes, w.scale, None, r, None, w.group_size, N)
+            for w, r in held[name]
+        ]
     if M > 16:
         calls["int_mm"] = [lambda w=w: torch._int_mm(x8, w.T) for w in held["int8"]]
     found = medians(calls)
     over = {name: found["dense"] / found[name] for name in ("w4a8", "w8a8", "fp8")}
+    over |= {f"{name}_made": found["dense_made"] / found[f"{name}_made"] for name in ("w4a8", "w8a8")}
     print(f"{shape} M={M:<5}" + " ".join(f"{name} {us:8.1f}" for name, us in found.items()) + "  dense over "
           + " ".join(f"{name} {ratio:.2f}" for name, ratio in over.items()), flush=True)  # fmt: skip
-    return {"shape": shape, "M": M, **found, "best_over_dense": max(over.values())}
+    best = {"best_over_dense": max(over[name] for name in ("w4a8", "w8a8", "fp8"))}
+    return {"shape": shape, "M": M, **found, **best, "made_over_dense": max(over["w4a8_made"], over["w8a8_made"])}
+
+
+def made_for(shape: str, M: int) -> tuple[Made, Callable[[], torch.Tensor]]:
+    """What makes the input of such a linear in a model, and the kernel that does so in 16 bits."""
+    K = int(shape.split("x")[1])
+    if K > 8192:
+        both = torch.randn(M, 2 * K, device="cuda").bfloat16()
+        g, u = both[:, :K], both[:, K:]
+        return Gated(g, u, "silu"), lambda: torch.ops.aerogel.gate(g, u, "silu")
+    x, weight = torch.randn(M, K, device="cuda").bfloat16(), torch.rand(K, device="cuda").bfloat16()
+    return Normed(x, weight, 1e-5, True), lambda: torch.ops.aerogel.rms_norm(x, weight, 1e-5, True)
 
 
 def weights(shape: str) -> dict[str, Any]:
