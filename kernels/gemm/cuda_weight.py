@@ -12,12 +12,13 @@ Shape legend: N out features, K in features, R = ceil(N / 16) row tiles, C = cei
 T tables, E = 16 or 256 entries.
 
 Codes of other widths into tables are held in the next of 4 and 8 bits, with tables filled up by zeros: 3 bits take a third
-more memory than in the file, and run.
+more memory than in the file, and run. Narrower floats are held as the e2m1 or e4m3 of the same number.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
@@ -26,11 +27,11 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
-from aerogel.kernels.gemm.block_scales import BYTES, STORED, stored_bytes, tile_bytes
+from aerogel.kernels.gemm.block_scales import BYTES, STORED, UE5M3, stored_bytes, tile_bytes
 from aerogel.pack import bits as stream
 from aerogel.pack import tiles
 from aerogel.pack.tile_orders import E2M1, E4M3, PAIRS, Order, pack_in_order, unpack_in_order
-from aerogel.quantize.formats.floats import float_numbers
+from aerogel.quantize.formats.floats import Kind, float_numbers
 from aerogel.quantize.grids import Codes, Fp8Grid, Grid, IntGrid
 from aerogel.quantize.tables import TableGrid
 
@@ -182,11 +183,32 @@ def tensors_of(codes: Codes, pack: Callable[[Tensor, int], Tensor] = tiles.pack_
     raise BadInput(f"codes on a {type(grid).__name__} have no tile layout; it holds integers, e4m3 floats and tables")
 
 
+FLOATS_INSIDE: dict[str, tuple[Kind, ...]] = {
+    "e2m1": ("e2m1", "e1m1", "e2m0"),
+    "e4m3": ("e4m3", "e3m2", "e2m3", "e3m1", "e2m2"),
+}
+"""Floats that are decoded by arithmetic, and those whose numbers are among theirs."""
+
+
+def float_codes(grid: Grid) -> Tensor | None:
+    """The codes that e2m1 (up to 4 bits) or e4m3 has for the numbers of this grid, uint8 [2^b]: a sign and a magnitude in each.
+    None for a grid whose numbers are looked up, and for `Fp8Grid`."""
+    return _float_codes(grid) if isinstance(grid, TableGrid) and not grid.learned else None
+
+
+@functools.cache
+def _float_codes(grid: TableGrid) -> Tensor | None:
+    numbers, kind = grid.numbers()[0], "e2m1" if grid.bits <= 4 else "e4m3"
+    if repr(numbers) not in [repr(float_numbers(name)) for name in FLOATS_INSIDE[kind]]:  # NaN equals NaN here
+        return None
+    theirs, half = float_numbers(kind), len(numbers) // 2
+    places = [theirs.index(number) if not math.isnan(number) else len(theirs) // 2 - 1 for number in numbers[:half]]
+    return torch.tensor([*places, *(place + len(theirs) // 2 for place in places)], dtype=torch.uint8)
+
+
 def of_floats(grid: Grid) -> bool:
-    """Whether codes on this grid are e2m1 or e4m3 floats, which are decoded by arithmetic."""
-    if not isinstance(grid, TableGrid) or grid.learned:
-        return isinstance(grid, Fp8Grid)
-    return repr(grid.numbers()) in (repr((float_numbers("e2m1"),)), repr((float_numbers("e4m3"),)))  # NaN equals NaN here
+    """Whether codes on this grid are small floats, which are decoded by arithmetic: as e2m1 or as e4m3."""
+    return isinstance(grid, Fp8Grid) or float_codes(grid) is not None
 
 
 def _pack_floats(values: Tensor, bits: int) -> Tensor:
@@ -205,9 +227,10 @@ def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[
         raise BadInput("codes into a table need the table, and there is none")
     ours = pack is tiles.pack_tiles
     values, layout = codes.values_NK, _scale_tensors(codes, shared, N, as_bytes=ours)
-    if ours and of_floats(codes.grid):
-        return layout | {"tile_codes": _pack_floats(_nothing_without_scale(codes, shared), codes.grid.bits)}
     bits = 4 if codes.grid.bits <= 4 else 8
+    known = float_codes(codes.grid) if ours else None
+    if known is not None:
+        return layout | {"tile_codes": _pack_floats(_renamed(_nothing_without_scale(codes, shared), known), bits)}
     rows = -N % tiles.ROWS if codes.table_per_row else 0
     layout["tile_table"] = torch.nn.functional.pad(table_TE, (0, (1 << bits) - table_TE.shape[1], 0, rows))
     layout["tile_codes"] = pack_in_order(values, 4, PAIRS) if ours and bits == 4 else pack(values, bits)
@@ -216,15 +239,24 @@ def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[
     return layout
 
 
+def _renamed(values: Tensor, names: Tensor) -> Tensor:
+    """names[values]."""
+    return values if values.is_meta else names.to(values.device)[values.long()]
+
+
 def _scale_tensors(codes: Codes, shared: int, N: int, *, as_bytes: bool) -> dict[str, Tensor]:
     """tile_scale with whatever is needed beside it."""
     scale = codes.scale_NG
-    made = tile_bytes(scale) if as_bytes and scale.dtype in STORED and codes.grid.group_size is not None else None
+    narrow = as_bytes and scale.dtype in STORED and codes.grid.group_size is not None
+    made = tile_bytes(scale) if narrow and (codes.factor is not None or scale.dtype != UE5M3) else None
     if made is not None:
-        rows = made.view(torch.uint8).repeat_interleave(shared, 0)[:N]
-        layout = {"tile_scale": tiles.pack_rows_of_tiles(rows).view(made.dtype)}
+        held, power = made
+        rows = held.view(torch.uint8).repeat_interleave(shared, 0)[:N]
+        layout = {"tile_scale": tiles.pack_rows_of_tiles(rows).view(held.dtype)}
         if codes.factor is not None:
             layout["tile_factor"] = codes.factor.float().reshape(())
+        if scale.dtype == UE5M3:
+            layout |= {"stored_factor": layout["tile_factor"], "tile_factor": layout["tile_factor"] * 2.0**power}
         return layout
     narrow = scale.dtype in SCALE_DTYPES and codes.factor is None
     held = scale if narrow else codes.effective_scale()
@@ -250,6 +282,11 @@ def _table_codes(layout: Mapping[str, Tensor], values: Tensor, grid: Grid) -> Co
     """The inverse of `_table_tensors`, exactly."""
     N = values.shape[0]
     first_rows = slice(None, None, grid.shared_rows or N)
+    known = float_codes(grid) if "tile_table" not in layout else None
+    if known is not None:
+        values = _renamed(
+            values, torch.zeros(256, dtype=torch.uint8).scatter_(0, known.long(), torch.arange(len(known)).byte())
+        )
     pick, table_TE = layout.get("tile_pick"), layout.get("tile_table")
     if table_TE is None and isinstance(grid, TableGrid):
         table_TE = grid.tables.to(values.device)
@@ -258,7 +295,7 @@ def _table_codes(layout: Mapping[str, Tensor], values: Tensor, grid: Grid) -> Co
     if scale is None:
         raw = held.view(torch.uint8) if held.dtype in BYTES else held
         scale = tiles.unpack_rows_of_tiles(raw, N)[first_rows].contiguous()
-        scale = stored_bytes(scale.view(held.dtype)) if held.dtype in BYTES else scale
+        scale = stored_bytes(scale.view(held.dtype), grid.scale_dtype, _power_of(layout)) if held.dtype in BYTES else scale
     return Codes(
         values_NK=values,
         scale_NG=scale,
@@ -267,6 +304,11 @@ def _table_codes(layout: Mapping[str, Tensor], values: Tensor, grid: Grid) -> Co
         factor=layout.get("stored_factor", layout.get("tile_factor")),
         grid=grid,
     )
+
+
+def _power_of(layout: Mapping[str, Tensor]) -> int:
+    """The power of two that its scales of bytes lack."""
+    return int((layout["tile_factor"] / layout["stored_factor"]).log2()) if "stored_factor" in layout else 0
 
 
 def codes_of(

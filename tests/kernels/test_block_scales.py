@@ -6,21 +6,26 @@ import pytest
 import torch
 
 from aerogel.errors import BadInput
-from aerogel.kernels.gemm.block_scales import E5M3, E8M0, MOST_E8M0, stored_bytes, tile_bytes, tile_numbers
-from aerogel.kernels.gemm.cuda_weight import codes_of, tensors_of
+from aerogel.kernels.gemm.block_scales import E5M3, E8M0, MOST_E8M0, UE5M3, stored_bytes, tile_bytes, tile_numbers
+from aerogel.kernels.gemm.cuda_weight import codes_of, float_codes, of_floats, tensors_of
 from aerogel.pack.tile_orders import E2M1, E4M3, PAIRS, pack_in_order, unpack_in_order
 from aerogel.quantize.codes import Codes, quantized
-from aerogel.quantize.formats.floats import float_numbers
+from aerogel.quantize.formats.floats import Float, Kind, float_numbers
 from aerogel.quantize.formats.mx import Mx
+from aerogel.quantize.formats.nf4 import Nf4
 from aerogel.quantize.formats.nvfp4 import Nvfp4
+from aerogel.quantize.formats.rf8 import Rf8
+from aerogel.quantize.scales import scale_values
 
 
 def test_every_e4m3_number_has_its_byte() -> None:
     stored = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    made = tile_bytes(stored)
-    assert made is not None and made.dtype == E5M3
+    found = tile_bytes(stored)
+    assert found is not None
+    made, power = found
+    assert made.dtype == E5M3 and power == 0
     assert torch.equal(tile_numbers(made), stored.float())
-    assert torch.equal(stored_bytes(made).view(torch.uint8), stored.view(torch.uint8))
+    assert torch.equal(stored_bytes(made, stored.dtype, power).view(torch.uint8), stored.view(torch.uint8))
     # As the kernels make a bfloat16 and a float32 of a byte.
     bits = made[1:].int() * 16 + ((127 - 10) << 7)
     assert torch.equal(bits.short().view(torch.bfloat16).float(), stored[1:].float())
@@ -30,11 +35,27 @@ def test_every_e4m3_number_has_its_byte() -> None:
 def test_e8m0_stays_as_it_is_while_small() -> None:
     small = torch.arange(MOST_E8M0 + 1, dtype=torch.uint8).view(E8M0)
     made = tile_bytes(small)
-    assert made is small and torch.equal(stored_bytes(small).view(torch.uint8), small.view(torch.uint8))
+    assert made is not None and made[0] is small and made[1] == 0
+    assert torch.equal(stored_bytes(small, E8M0, 0).view(torch.uint8), small.view(torch.uint8))
     assert tile_bytes(torch.tensor([MOST_E8M0 + 1], dtype=torch.uint8).view(E8M0)) is None
 
 
-@pytest.mark.parametrize(("byte", "dtype"), [(0x7F, torch.float8_e4m3fn), (0xB8, torch.float8_e4m3fn), (0xFF, E8M0)])
+@pytest.mark.parametrize("least", [8, 8 * 9 + 3, 8 * 14])
+def test_ue5m3_moves_to_where_e4m3_is(least: int) -> None:
+    stored = torch.arange(least, min((least // 8 + 18) * 8, 255), dtype=torch.uint8)
+    found = tile_bytes(stored)
+    assert found is not None
+    made, power = found
+    assert int(made.max()) >> 3 == 18 and int(made.min()) >= 8
+    assert torch.equal(tile_numbers(made) * 2.0**power, scale_values(stored))
+    assert torch.equal(stored_bytes(made, UE5M3, power), stored)
+    apart = torch.tensor([least, least + 18 * 8 + 7 if least < 100 else 7], dtype=torch.uint8)
+    assert tile_bytes(apart) is None
+
+
+@pytest.mark.parametrize(
+    ("byte", "dtype"), [(0x7F, torch.float8_e4m3fn), (0xB8, torch.float8_e4m3fn), (0xFF, E8M0), (0xFF, UE5M3)]
+)
 def test_what_is_no_scale_is_refused(byte: int, dtype: torch.dtype) -> None:
     with pytest.raises(BadInput, match="negative or no number"):
         tile_bytes(torch.tensor([8, byte], dtype=torch.uint8).view(dtype))
@@ -48,6 +69,17 @@ def placed(words: list[torch.Tensor], bits: int, register: int) -> torch.Tensor:
         return around & 0x87808780 | (word << 4) & 0x00700070 if register % 2 else word & 0x87F087F0
     split = (word << 2) & 0x80C080C0 | (word >> 6) & 0x01000100
     return split if register == 3 else (word, (word << 6) & 0xFFFFFFFF, around)[register] & 0x81C081C0
+
+
+@pytest.mark.parametrize("kind", ["e1m1", "e2m0", "e2m1", "e2m2", "e3m1", "e2m3", "e3m2", "e4m3"])
+def test_narrow_floats_are_held_as_the_same_number_in_a_wider_one(kind: Kind) -> None:
+    grid = Float(kind=kind, group_size=16)
+    codes = float_codes(grid)
+    assert codes is not None and of_floats(grid)
+    wider = torch.tensor(float_numbers("e2m1" if grid.bits <= 4 else "e4m3"))[codes.long()]
+    assert torch.equal(wider.nan_to_num(9).view(torch.int32), grid.tables[0].nan_to_num(9).view(torch.int32))
+    for other in (Float(kind="e3m0"), Float(kind="e5m2"), Nf4(), Rf8()):
+        assert float_codes(other) is None and not of_floats(other)
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(4, "e2m1"), (8, "e4m3")])
@@ -79,7 +111,7 @@ def test_a_byte_holds_a_pair() -> None:
     assert torch.equal(pairs[s // 4, g, t, s % 4, i], codes[row, column] | codes[row, column + 1] << 4)
 
 
-@pytest.mark.parametrize("grid", [Nvfp4(), Mx()], ids=str)
+@pytest.mark.parametrize("grid", [Nvfp4(), Nvfp4(scale_dtype=UE5M3), Mx()], ids=str)
 def test_groups_of_nothing_and_large_scales(grid: Nvfp4 | Mx) -> None:
     w = torch.randn(32, 128)
     w[:, 16:48] = 0
@@ -88,7 +120,7 @@ def test_groups_of_nothing_and_large_scales(grid: Nvfp4 | Mx) -> None:
         layout = tensors_of(codes)
         back: Codes = codes_of(layout, grid, 32, 128)
         assert torch.equal(back.decode(), codes.decode())
-        narrow = grid == Nvfp4() or scaled is w
+        narrow = isinstance(grid, Nvfp4) or scaled is w
         assert (layout["tile_scale"].dtype in (E5M3, E8M0)) is narrow and ("stored_scale" in layout) is not narrow
 
 

@@ -14,6 +14,7 @@ from aerogel.pack import tiles, words
 from aerogel.pack.tile_orders import unpack_in_order
 from aerogel.quantize.codes import Codes, quantized
 from aerogel.quantize.formats.bitmod import Bitmod
+from aerogel.quantize.formats.floats import float_numbers
 from aerogel.quantize.formats.kmeans import KMeans
 from aerogel.quantize.formats.mx import Mx
 from aerogel.quantize.formats.nf4 import Nf4
@@ -41,7 +42,8 @@ def check(codes: Codes) -> None:
     order = order_of(bits, not table, table)
     values = tiles.unpack_tiles(packed, bits, N, K) if order is None else unpack_in_order(packed, bits, order, N, K)
     values = values.long()
-    numbers = layout.get("tile_table", codes.table_TE)
+    floats = None if table else torch.tensor([float_numbers("e2m1" if bits == 4 else "e4m3")])
+    numbers = layout["tile_table"] if floats is None else floats
     table_of = torch.zeros(N, K, dtype=torch.long)
     if codes.table_per_row:
         table_of = torch.arange(N)[:, None].expand(N, K)
