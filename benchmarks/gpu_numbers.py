@@ -8,8 +8,8 @@ activations; each as in `gpu_gemm.py`, a CUDA graph over 200 MB of copies of the
     nvfp4   e2m1 floats, groups of 16, e4m3 scales and a factor, against int4 in groups of 32: 0.5625 bytes a weight
     mxfp4   e2m1 floats, groups of 32, e8m0 scales, against int4 in groups of 64: 0.53125 bytes
     table   any 16 numbers, groups of 64, bfloat16 scales, against the same int4
-    rows    the same with a table for each row, which are 32 bytes a row more
-    groups  the same with four tables, one of which each group of a row picks (a byte a group more)
+    rows    a table for each row and no groups, as a codebook is fitted, against int4 in groups of 128: up to 0.5156 bytes
+    groups  as `table`, but each group of a row picks one of two tables and a sign, as BitMoD's do (a byte a group more)
 
 The summary holds, for each of them, the time over that of its integers: every point's, the geometric mean and the most.
 """
@@ -37,7 +37,7 @@ AGAINST = {
     "nvfp4": ("int4 g32", 16),
     "mxfp4": ("int4 g64", 32),
     "table": ("int4 g64", 64),
-    "rows": ("int4 g64", 64),
+    "rows": ("int4 g128", 0),
     "groups": ("int4 g64", 64),
 }
 """Name -> the integers of equal bytes, and the group size."""

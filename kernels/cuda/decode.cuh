@@ -22,10 +22,12 @@
 // times a power of two, and one product brings them to size. Where a group's scale is a byte, that product is with
 // the scale: 2 or 4 significant bits times at most 4, which is exact, and no sum needs scaling any more (SCALED).
 //
-// Defines used: BITS, FP16, TABLE (0 none, 1 one table, 2 one per row, 3 picked per group), FLOATS, ZERO, SCALE, GROUP.
+// Defines used: BITS, FP16, TABLE (0 none, 1 one table, 2 one per row, 3 picked per group), TABLES (how many, 1 where each row has
+// its own), FLOATS, ZERO, SCALE, GROUP.
 
 #pragma once
 #include "machine.cuh"
+#include "tables.cuh"
 
 // ---- Numbers known at compile time -----------------------------------------------------------------------------------
 constexpr int MANTISSA = FP16 ? 10 : 7;
@@ -187,47 +189,29 @@ INLINE void decode_table(const u32* words, int s, u32 upper, u32 lower, u32* a) 
   }
 }
 
-// The same through one table with one load for both halves of a register: a table of all 256 pairs, and of each entry a copy for
-// every lane, since 32 lanes that look up 32 entries would else meet in the banks. 32 KB; `own` is this lane's copy of the first.
-constexpr bool PAIRED = TABLE == 1 && BITS == 4;
-constexpr int PAIR_BYTES = 256 * 32 * 4;
-INLINE void decode_pairs(u32 word, u32 own, u32* a) {
-  UNROLL for (int i = 0; i < 4; i++) a[i] = load_shared_u32(own + __byte_perm(word, 0, 0x4440 + i) * 128);
+// Tables of 16 as `tables.cuh` has them: one or two for all rows as pairs, one for each row half in registers and half as pairs.
+constexpr bool PAIRED = BITS == 4 && (TABLE == 1 || (TABLE == 3 && TABLES <= 2)), BY_ROWS = BITS == 4 && TABLE == 2;
+constexpr int ROW_TABLE_BYTES = EIGHT_BYTES + 8 * 32;  // of a row tile: pairs of rows 8..15, then bytes of the tables of rows 0..7
+INLINE void decode_pairs(u32 word, u32 upper, u32 lower, u32* a) {
+  UNROLL for (int i = 0; i < 4; i++) a[i] = load_shared_u32((i & 1 ? lower : upper) + __byte_perm(word, 0, 0x4440 + i) * PAIR_STEP);
 }
-INLINE void fetch_pairs(const u16* table, u8* room, int thread, int threads) {
-  for (int i = thread; i < PAIR_BYTES / 16; i += threads) {
-    const u32 pair = table[i >> 3 & 15] | (u32)table[i >> 7] << 16;
-    ((uint4*)room)[i] = make_uint4(pair, pair, pair, pair);
-  }
-}
-
-// The same through a table of 16 for each of the lane's two rows, in registers: a byte permutation looks up four codes among eight
-// bytes, so 16 entries take two for their low and two for their high bytes, and the codes' upper bits choose between them.
-constexpr bool BY_ROWS = (TABLE == 2 || TABLE == 3) && BITS == 4;
-struct RowTable {
-  u32 low[4], high[4];  // bytes of the 16 entries
-};
-INLINE void decode_by_rows(u32 word, const RowTable* tables, u32* a) {
-  const u32 below8 = word & 0x77777777u, even = word << 4;
-  UNROLL for (int h = 0; h < 2; h++) {  // bytes h and 2 + h of the word are the codes of registers h and 2 + h
-    const u32 codes = __byte_perm(below8, 0, h ? 0x4431 : 0x4420), upper = signs_of_bytes(even, word, h ? 0xFBD9 : 0xEAC8);
-    const RowTable& own = tables[h];
-    const u32 low = select_bits(upper, __byte_perm(own.low[2], own.low[3], codes), __byte_perm(own.low[0], own.low[1], codes));
-    const u32 high = select_bits(upper, __byte_perm(own.high[2], own.high[3], codes), __byte_perm(own.high[0], own.high[1], codes));
-    a[h] = __byte_perm(low, high, 0x5140), a[2 + h] = __byte_perm(low, high, 0x7362);
-  }
+INLINE void decode_by_rows(u32 word, const RowTable& upper, u32 lower, u32* a) {
+  UNROLL for (int i = 1; i < 4; i += 2) a[i] = load_shared_u32(lower + __byte_perm(word, 0, 0x4440 + i) * EIGHT_STEP);
+  look_up_row<0>(word, upper, a[0], a[2]);
 }
 INLINE RowTable load_row_table(u32 room) {
   RowTable table;
   load_shared_u32x4(table.low, room), load_shared_u32x4(table.high, room + 16);
   return table;
 }
-// `count` tables from number `first` on, their bytes as above; those from `end` on are zero.
-INLINE void fetch_row_tables(const u16* table, int first, int count, int end, u8* room, int thread, int threads) {
-  for (int i = thread; i < count * 16; i += threads) {
-    const u16 entry = first + i / 16 < end ? table[first * 16 + i] : (u16)0;
-    u8* to = room + i / 16 * 32 + i % 16;
-    to[0] = (u8)entry, to[16] = (u8)(entry >> 8);
+// Of `tiles` row tiles from number `first` on; rows from `end` on have zeros.
+INLINE void fetch_row_tables(const u16* table, int first, int tiles, int end, u8* room, int thread, int threads) {
+  for (int i = thread; i < tiles * 128; i += threads) {
+    const int tile = i >> 7, entry = i & 127, row = (first + tile) * 16;
+    u8 *place = room + tile * ROW_TABLE_BYTES, *to = place + EIGHT_BYTES + (entry >> 4) * 32 + (entry & 15);
+    fetch_eight(table, row + 8, end, place, entry);
+    const u16 number = row + (entry >> 4) < end ? table[row * 16 + entry] : (u16)0;
+    to[0] = (u8)number, to[16] = (u8)(number >> 8);
   }
 }
 
@@ -241,6 +225,10 @@ INLINE void fetch_tables(const u16* table, int tables, u16* room, int first_tile
   }
 }
 INLINE u32 table_of(u32 room, int tile, int row) { return TABLE == 2 ? room + ((tile * 16 + row) * (2 << BITS)) : room; }
+
+// A table that a group picks: its number, and in bit 7 that its numbers are taken with the other sign, which the scale does.
+INLINE int picked(u8 pick) { return pick & 0x7F; }
+INLINE float with_sign_of(float scale, u8 pick) { return __uint_as_float(__float_as_uint(scale) ^ (u32)(pick & 0x80) << 24); }
 
 // ---- A lane's words of a tile ----------------------------------------------------------------------------------------
 // 4-bit limbs in two pieces of 16 bytes a lane, 2-bit limbs in one, 1-bit limbs in one of 8 bytes; 3 bits in one of each.

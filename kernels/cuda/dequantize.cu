@@ -48,14 +48,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize(const __grid
   UNROLL for (int run = 0; run < RUNS; run++) {
     const size_t place = (row_tile * p.groups + min(group_of(tile, run), p.groups - 1)) * 16;
     const u8* scales = p.scale + place * SCALE_BYTES;
-    const float scale[2] = {read_scale(scales, g) * factor, read_scale(scales, g + 8) * factor};
+    float scale[2] = {read_scale(scales, g) * factor, read_scale(scales, g + 8) * factor};
     float zero[2] = {0, 0};
     if constexpr (ZERO) {
       zero[0] = read_zero(p.zero + place * ZERO_BYTES, g) - CENTRE;
       zero[1] = read_zero(p.zero + place * ZERO_BYTES, g + 8) - CENTRE;
     }
     u32 upper = table_of(shared_address(tables), 0, g), lower = table_of(shared_address(tables), 0, g + 8);
-    if constexpr (TABLE == 3) upper += p.pick[place + g] * (2 << BITS), lower += p.pick[place + g + 8] * (2 << BITS);
+    if constexpr (TABLE == 3) {
+      const u8 picks[2] = {p.pick[place + g], p.pick[place + g + 8]};
+      upper += picked(picks[0]) * (2 << BITS), lower += picked(picks[1]) * (2 << BITS);
+      scale[0] = with_sign_of(scale[0], picks[0]), scale[1] = with_sign_of(scale[1], picks[1]);
+    }
     UNROLL for (int step = 0; step < RUN / 16; step++) {
       const int s = run * (RUN / 16) + step;
       u32 a[4];

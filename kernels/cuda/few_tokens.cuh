@@ -32,18 +32,21 @@ constexpr int PARTIAL_STRIDE = BLOCK_ROWS + 4;  // of one token: four tokens of 
 constexpr bool CHOSEN = FOLDED && BITS == 1 && TOKEN_TILES == 1, FOLDS = FOLDED && !CHOSEN;
 
 INLINE int table_room(int tables) {
-  return PAIRED ? PAIR_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
+  return PAIRED ? TABLES * PAIR_BYTES : BY_ROWS ? BLOCK_TILES * ROW_TABLE_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
 }
 INLINE void fetch_tables_of_block(const u16* table, int tables, u8* room, int first_tile) {
   if constexpr (PAIRED)
-    fetch_pairs(table, room, threadIdx.x, THREADS);
+    fetch_pairs(table, TABLES, room, threadIdx.x, THREADS);
   else if constexpr (BY_ROWS)
-    fetch_row_tables(table, TABLE == 2 ? first_tile * 16 : 0, TABLE == 2 ? BLOCK_ROWS : tables, tables, room, threadIdx.x, THREADS);
+    fetch_row_tables(table, first_tile, BLOCK_TILES, tables, room, threadIdx.x, THREADS);
   else
     fetch_tables<BLOCK_ROWS>(table, tables, (u16*)room, first_tile, threadIdx.x, THREADS);
 }
 // Where a lane finds the table of `row` in row tile `tile` of the block, or the first of those that groups pick from.
-INLINE u32 table_at(u32 room, int tile, int row) { return PAIRED ? room + (threadIdx.x & 31) * 4 : table_of(room, tile, row); }
+INLINE u32 table_at(u32 room, int tile, int row) {
+  if constexpr (BY_ROWS) return room + tile * ROW_TABLE_BYTES + (row < 8 ? EIGHT_BYTES + row * 32 : (row - 8) * 4);
+  return PAIRED ? room + (threadIdx.x & 31) * 4 : table_of(room, tile, row);
+}
 
 struct Arguments {
   const u8* codes;   // [row tile][k tile][256 * BITS]
@@ -151,13 +154,13 @@ constexpr int run_group(int run) { return GROUP && GROUP < 128 ? run * RUN / (GR
 // that multiplies floats.
 struct Decoding {
   u32 table[2], unit[2];
-  RowTable own[2];
+  RowTable own;
 };
 INLINE void decode(const u32* words, int s, const Decoding& by, u32* a) {
   if constexpr (PAIRED)
-    decode_pairs(words[s], by.table[0], a);
+    decode_pairs(words[s], by.table[0], by.table[1], a);
   else if constexpr (BY_ROWS)
-    decode_by_rows(words[s], by.own, a);
+    decode_by_rows(words[s], by.own, by.table[1], a);
   else if constexpr (TABLE)
     decode_table(words, s, by.table[0], by.table[1], a);
   else if constexpr (FLOATS)
@@ -192,11 +195,12 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
   const u8 *scales = side + own * SCALE_BYTES, *zeros = side + Side<TILES>::zeros + own * ZERO_BYTES;
   const u8* picks = side + Side<TILES>::picks + own;
   Decoding by = {{table_upper, table_lower}, {}, {}};
+  if constexpr (BY_ROWS) by.own = load_row_table(table_upper);
   UNROLL for (int run = 0; run < RUNS; run++) {
     const int at = 16 * (STEADY ? run_group(run) : min(group_of(tile, run), groups - 1) - group_of(tile, 0));
     UNROLL for (int h = 0; h < 2; h++) {
-      if constexpr (TABLE == 3) by.table[h] = (h ? table_lower : table_upper) + picks[at + 8 * h] * (2 << BITS);
-      if constexpr (BY_ROWS) by.own[h] = load_row_table(by.table[h]);
+      if constexpr (TABLE == 3)
+        by.table[h] = (h ? table_lower : table_upper) + picked(picks[at + 8 * h]) * (PAIRED ? PAIR_BYTES : 2 << BITS);
       by.unit[h] = SCALED ? scale_pair(scales, at + 8 * h) : both(power_of_two(FLOAT_SHRINK));
     }
     if constexpr (SCALED) {
@@ -211,12 +215,13 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
     UNROLL for (int h = 0; h < 2; h++) {
       if constexpr (ZERO) zero[h] = read_zero(zeros, at + 8 * h) - CENTRE;
       if constexpr (GROUP != 0) scale[h] = read_scale(scales, at + 8 * h);
+      if constexpr (TABLE == 3) scale[h] = with_sign_of(scale[h], picks[at + 8 * h]);
     }
     UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) {
       float sum = part[n][j];
       if (folded_last) sum += x.folded[n][run][j];
       if constexpr (ZERO) sum -= zero[j >> 1] * x.sums[n][run][j & 1];
-      acc[n][j] += GROUP == 0 ? sum : scale[j >> 1] * sum;
+      acc[n][j] += GROUP == 0 && TABLE != 3 ? sum : scale[j >> 1] * sum;
     }
   }
 }

@@ -15,6 +15,7 @@
 
 #pragma once
 #include "hopper.cuh"
+#include "tables.cuh"
 
 #ifndef INT8
 #define INT8 0
@@ -81,10 +82,14 @@ constexpr int SCALE_BYTES = 16 * SCALE_SIZE;  // the scales of 16 rows for one g
 // Beside them lie zero points, or the numbers of the tables.
 constexpr int ZERO_BYTES = TABLE == TABLE_PER_GROUP ? 16 : ZERO == SYMMETRIC ? 0 : ZERO == INTEGER ? 16 : SCALE_BYTES;
 constexpr int ENTRY_BYTES = 2;
-// Of one table of 16 numbers all 256 pairs are held, each as often as there are lanes: one look-up gives a register, and lanes
-// do not meet in the banks.
-constexpr bool PAIRED = TABLE == ONE_TABLE && BITS == 4;
-constexpr int TABLE_SIZE = PAIRED ? 256 * 32 * 4 : ENTRY_BYTES << BITS;
+// Tables of 16 as `tables.cuh` has them: one or two for all rows as pairs in shared memory, with one table row g in registers
+// (HALVED); one for each row in registers.
+constexpr bool PAIRED = BITS == 4 && (TABLE == ONE_TABLE || (TABLE == TABLE_PER_GROUP && TABLES <= 2));
+#ifndef HALVES
+#define HALVES 1
+#endif
+constexpr bool HALVED = HALVES && PAIRED && TABLE == ONE_TABLE, BY_ROWS = BITS == 4 && TABLE == TABLE_PER_ROW;
+constexpr int TABLE_SIZE = PAIRED ? PAIR_BYTES : BY_ROWS ? 0 : ENTRY_BYTES << BITS;
 
 // A float's register is the number times 2^-FLOAT_SHRINK; a scale of a byte takes that back but for 2^-SCALED_SHRINK, exactly.
 constexpr bool SCALED_FLOATS = FLOATS && (SCALE == E5M3 || (SCALE == E8M0 && ACTIVATION == BF16));
@@ -110,6 +115,7 @@ struct GroupOf2Rows {
     u32 scale[2], zero[2];
     float scale_f[2], offset_f[2];
     u32 table[2];  // places in shared memory; the caller sets those that no group changes
+    RowTable own[2];
 };
 constexpr u32 CENTRE = 1u << (BITS - 1);
 
@@ -120,13 +126,14 @@ FN void read_group(GroupOf2Rows& group, const u8* scales, const u8* zeros, u32 t
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int r = row + 8 * h;
-        if (TABLE == TABLE_PER_GROUP) group.table[h] = tables + zeros[r] * TABLE_SIZE;
+        if (TABLE == TABLE_PER_GROUP) group.table[h] = tables + (zeros[r] & 0x7F) * TABLE_SIZE;
         if (ZERO == INTEGER) group.zero[h] = zero_pair(zeros[r]);
         if (ZERO == SYMMETRIC) group.zero[h] = zero_pair(CENTRE);
         if (ZERO != FLOATING && scaled) {
             if constexpr (SCALED_FLOATS) group.scale[h] = scale_pair(scales, r);
             else if constexpr (SCALE == ACTIVATION) group.scale[h] = both(((const u16*)scales)[r]);
             else group.scale[h] = pair_of(stored_number(scales, r), stored_number(scales, r));
+            if (TABLE == TABLE_PER_GROUP) group.scale[h] ^= (zeros[r] & 0x80) * 0x01000100u;  // numbers with the other sign
         }
         if (ZERO == FLOATING) {
             group.scale_f[h] = scaled ? stored_number(scales, r) : 1.0f;
@@ -204,7 +211,7 @@ FN u32 placed_float(const Codes& codes, int s, int i) {
 
 // The two table entries of register i at step s.
 FN u32 looked_up(const Codes& codes, int s, int i, u32 table) {
-    if constexpr (PAIRED) return *(const u32*)(memory + table + __byte_perm(codes.four[0][s], 0, 0x4440 + i) * (32 * 4));
+    if constexpr (PAIRED) return *(const u32*)(memory + table + __byte_perm(codes.four[0][s], 0, 0x4440 + i) * PAIR_STEP);
     u32 entry[2];
 #pragma unroll
     for (int e = 0; e < 2; e++) {
@@ -216,12 +223,19 @@ FN u32 looked_up(const Codes& codes, int s, int i, u32 table) {
     }
     return entry[0] | entry[1] << 16;
 }
+FN void look_up(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group) {
+#pragma unroll
+    for (int i = HALVED; i < 4 && !BY_ROWS; i += HALVED ? 2 : 1) a[i] = looked_up(codes, s, i, group.table[i % 2]);
+    if constexpr (HALVED || BY_ROWS) look_up_row<0>(codes.four[0][s], group.own[0], a[0], a[2]);
+    if constexpr (BY_ROWS) look_up_row<1>(codes.four[0][s], group.own[1], a[1], a[3]);
+}
 
 #if !INT8
 typedef GroupOf2Rows Group;
 
 // The A fragment of step s; `scaled` false leaves the multiplication by s to whoever stores the result.
 FN void decode(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group, bool scaled) {
+    if constexpr (TABLE != UNIFORM) look_up(a, codes, s, group);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         if constexpr (FLOATS) {
@@ -229,8 +243,7 @@ FN void decode(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group
             const u32 number = SCALED_FLOATS ? placed : pair_mul(placed, both((FLOAT_SHRINK + EXPONENT_BIAS) << MANTISSA));
             a[i] = scaled ? pair_mul(number, group.scale[i % 2]) : number;
         } else if constexpr (TABLE != UNIFORM) {
-            const u32 pair = looked_up(codes, s, i, group.table[i % 2]);
-            a[i] = scaled ? pair_mul(pair, group.scale[i % 2]) : pair;
+            if (scaled) a[i] = pair_mul(a[i], group.scale[i % 2]);
         } else if constexpr (ZERO == FLOATING) {
             const u32 u = integers(codes, s, i, zero_pair(0));
             const float scale = group.scale_f[i % 2], offset = group.offset_f[i % 2];

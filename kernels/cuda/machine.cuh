@@ -73,21 +73,6 @@ INLINE u32 and_xor(u32 v, u32 mask, u32 bits) {
   return d;
 }
 
-// The bits of `a` where `mask` has ones, else those of `b`.
-INLINE u32 select_bits(u32 mask, u32 a, u32 b) {
-  u32 d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(d) : "r"(mask), "r"(a), "r"(b));
-  return d;
-}
-
-// Four of the eight bytes of a and b, by the nibbles of the selector, each as its sign: 0 or 255. (The compiler's __byte_perm
-// leaves the bit out that says so.)
-INLINE u32 signs_of_bytes(u32 a, u32 b, u32 selector) {
-  u32 d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
-  return d;
-}
-
 // Both halves of a + b.
 INLINE u32 add_pairs(u32 a, u32 b) {
   u32 d;

@@ -90,6 +90,9 @@ struct Consumer {
         } else if (lane < SHARE) barrier_arrive_at(barriers.x_empty(slot), work.split * SHARE + lane);
     }
 
+    // Where the lane's tables begin, or the first of those that groups pick from.
+    FN u32 tables() const { return AT_TABLES + (PAIRED ? 4 * lane : 0); }
+
     // What does not change along the columns: tables of rows; per channel, zero points too (the scale waits for the end).
     FN void read_rows(Group (&group)[BLOCKS]) const {
 #pragma unroll
@@ -98,10 +101,14 @@ struct Consumer {
 #if INT8
             read_rows_of(group[b], p.row_scale + tile * 16 + row);
 #endif
-            if (!GROUPED) read_group(group[b], p.scale, p.zero + (size_t)tile * ZERO_BYTES, AT_TABLES, row, false);
+            if (!GROUPED) read_group(group[b], p.scale, p.zero + (size_t)tile * ZERO_BYTES, tables(), row, false);
 #if !INT8
-            if (TABLE == ONE_TABLE) group[b].table[0] = group[b].table[1] = AT_TABLES + (PAIRED ? 4 * lane : 0);
-            if (TABLE == TABLE_PER_ROW) {
+            if (TABLE == ONE_TABLE) group[b].table[0] = group[b].table[1] = tables();
+            if constexpr (HALVED) group[b].own[0] = b == 0 ? row_table(p.table) : group[0].own[0];
+            if constexpr (BY_ROWS) {
+                const u16* from = p.table + ((size_t)tile * 16 + row) * 16;
+                group[b].own[0] = row_table(from), group[b].own[1] = row_table(from + 8 * 16);
+            } else if (TABLE == TABLE_PER_ROW) {
                 const int first = AT_TABLES + row_tile(b) * 16 * TABLE_SIZE;
                 const uint4* from = (const uint4*)(p.table + (size_t)tile * 16 * (TABLE_SIZE / 2));
                 for (int i = lane; i < TABLE_SIZE; i += 32) ((uint4*)(memory + first))[i] = from[i];
@@ -123,7 +130,7 @@ struct Consumer {
             if (step % HALF == 0) read_codes(codes[b], stage + (tile * W_TILES + k - k0) * TILE_BYTES, step / HALF, lane);
             if (GROUPED && (step == 0 || (SPAN % 128 != 0 && (128 % SPAN != 0 || STEP * step % SPAN == 0)))) {
                 const int at = tile * WINDOW + (k * 128 + STEP * step) / SPAN - k0 * 128 / SPAN;
-                read_group(group[b], stage + AT_SCALES + at * SCALE_BYTES, stage + AT_ZEROS + at * ZERO_BYTES, AT_TABLES, lane / 4,
+                read_group(group[b], stage + AT_SCALES + at * SCALE_BYTES, stage + AT_ZEROS + at * ZERO_BYTES, tables(), lane / 4,
                            true);
             }
             decode(a[b][step % BATCH], codes[b], step % HALF, group[b], GROUPED);
@@ -247,6 +254,7 @@ struct Consumer {
         for (int h = 0; h < 2; h++) {
             const int row = (at.row_tile + row_tile(block)) * 16 + lane / 4 + 8 * h, stored = at.expert * p.row_tiles * 16 + row;
             factor[h] = row >= p.N ? 1.0f : INT8 ? p.row_scale[stored] : GROUPED ? common : stored_number(p.scale, stored);
+            if (TABLE == TABLE_PER_GROUP && !GROUPED && row < p.N && p.zero[stored] & 0x80) factor[h] = -factor[h];
             bias[h] = p.bias && row < p.N ? low_of(p.bias[at.expert * p.N + row]) : 0.0f;
         }
     }
@@ -361,11 +369,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
     const Work work(p);
     const Barriers barriers{shared_address(memory + AT_BARRIERS)};
     if (threadIdx.x == 0) barriers.init(work.split);
-    if constexpr (PAIRED)
-        for (int i = threadIdx.x; i < TABLE_SIZE / 16; i += CONSUMERS + 128) {
-            const u32 pair = p.table[i / 8 % 16] | (u32)p.table[i / 128] << 16;
-            ((uint4*)(memory + AT_TABLES))[i] = make_uint4(pair, pair, pair, pair);
-        }
+    if constexpr (PAIRED) fetch_pairs(p.table, TABLES, memory + AT_TABLES, threadIdx.x, CONSUMERS + 128);
     else if constexpr (TABLE == ONE_TABLE || TABLE == TABLE_PER_GROUP)
         for (int i = threadIdx.x; i < TABLES * TABLE_SIZE / 2; i += CONSUMERS + 128) ((u16*)(memory + AT_TABLES))[i] = p.table[i];
     __syncthreads();

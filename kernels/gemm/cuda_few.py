@@ -27,7 +27,8 @@ TOKENS = 16
 MOST_TOKENS = 96
 """Above this, decoding the whole weight and multiplying densely is faster than passing over it every 16 tokens."""
 MOST_TABLE_BYTES = 48 << 10
-PAIR_BYTES = 32 << 10
+PAIR_BYTES, ROW_TABLE_BYTES = 32 << 10, (8 << 10) + 256
+"""Of a table's pairs of numbers; of the tables of a row tile's 16 rows. See tables.cuh and decode.cuh."""
 SHARED_LIMIT = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10, 12: 99 << 10}
 """Shared memory of a block in bytes, by the major compute capability; the least of the generation's devices."""
 HALF_SHARED = 112 << 10
@@ -144,6 +145,7 @@ def decoder_defines(weight: TileWeight, dtype: torch.dtype) -> dict[str, int]:
         "SCALE": SCALE_NUMBER[weight.scale.dtype],
         "ZERO": zero,
         "TABLE": table_kind(weight),
+        "TABLES": weight.table.shape[0] if weight.table is not None and table_kind(weight) != 2 else 1,
         "FLOATS": int(weight.floats),
         "GROUP": weight.group_size,
     }
@@ -157,16 +159,24 @@ def table_kind(weight: TileWeight) -> int:
 
 
 def table_bytes(weight: TileWeight, row_tiles: int) -> int:
-    """Bytes of the tables that a block of so many row tiles keeps in shared memory."""
+    """Bytes of the tables that a block of so many row tiles needs, as numbers of 16 bits."""
     kind = table_kind(weight)
     if weight.table is None or kind == 0:
         return 0
     return (row_tiles * 16 if kind == 2 else weight.table.shape[0]) * (2 << weight.bits)
 
 
+def paired(weight: TileWeight) -> int:
+    """Tables of which the kernels hold all pairs of numbers: see tables.cuh. 0 where there are none, or too many."""
+    fits = weight.table is not None and weight.bits == 4 and table_kind(weight) != 2 and weight.table.shape[0] <= 2
+    return len(weight.table) if fits and weight.table is not None else 0
+
+
 def table_room(weight: TileWeight, row_tiles: int) -> int:
-    """The same as kernels of matrix products keep them: of one table of 16 numbers all pairs, with a copy for each lane."""
-    return PAIR_BYTES if table_kind(weight) == 1 and weight.bits == 4 else table_bytes(weight, row_tiles)
+    """Bytes of the tables that a block of so many row tiles keeps, laid out for looking up."""
+    if weight.bits == 4 and table_kind(weight) == 2:
+        return row_tiles * ROW_TABLE_BYTES
+    return paired(weight) * PAIR_BYTES or table_bytes(weight, row_tiles)
 
 
 def side_bytes(weight: TileWeight, columns: int) -> int:

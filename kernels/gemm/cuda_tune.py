@@ -25,6 +25,7 @@ from aerogel.kernels.gemm.block_scales import E5M3, E8M0
 from aerogel.kernels.gemm.cuda_dense import dequantize
 from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, Plan, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
 from aerogel.kernels.gemm.cuda_weight import TileWeight, of_floats
+from aerogel.kernels.gemm.mirrored_tables import SIGN
 from aerogel.kernels.problem import Problem
 from aerogel.pack.tiles import tile_counts
 from aerogel.quantize.tables import TableGrid
@@ -61,16 +62,17 @@ def random_weight(
 def random_numbers(N: int, K: int, name: str, group_size: int, device: torch.device | str, *, seed: int = 0) -> TileWeight:
     """A weight of random codes of four bits that are no integers. name: `nvfp4` (e2m1, e4m3 scales and a factor), `mxfp4`
     (e2m1, e8m0 scales), or with bfloat16 scales any 16 numbers: `table` (one for all), `rows` (one table for each row) or
-    `groups` (each group of a row picks from four)."""
+    `groups` (each group of a row picks one of two tables and a sign, as those of BitMoD do)."""
     plain = random_weight(N, K, 4, group_size, device, seed=seed)
     generator = torch.Generator(device).manual_seed(seed + 1)
     bytes_of = {"nvfp4": (E5M3, 8, 152), "mxfp4": (E8M0, 112, 124)}
     R, G = plain.scale.shape[:2]
-    tables = {"table": 1, "rows": R * 16, "groups": 4}
+    tables = {"table": 1, "rows": R * 16, "groups": 2}
     if name in tables:
         table, pick = torch.randn(tables[name], 16, device=device, generator=generator), None
         if name == "groups":
             pick = torch.randint(0, 4, (R, G, 16), device=device, generator=generator, dtype=torch.uint8)
+            pick = pick & 1 | (pick & 2) * (SIGN // 2)
         return replace(plain, table=table, pick=pick)
     dtype, least, beyond = bytes_of[name]
     scale = torch.randint(least, beyond, plain.scale.shape, device=device, generator=generator, dtype=torch.uint8).view(dtype)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from aerogel.errors import BadInput
 from aerogel.kernels.gemm.block_scales import BYTES, STORED, UE5M3, stored_bytes, tile_bytes
+from aerogel.kernels.gemm.mirrored_tables import from_kept, mirrored, to_kept
 from aerogel.pack import bits as stream
 from aerogel.pack import tiles
 from aerogel.pack.tile_orders import E2M1, E4M3, PAIRS, Order, pack_in_order, unpack_in_order
@@ -49,7 +50,8 @@ class TileWeight:
     scale: fp16, bf16 or fp32 [R, G, 16]; or bytes of a type in `block_scales.BYTES`, for tables and floats.
     zero: uint8 (the integer z_u), or float in the scale's dtype (its value), [R, G, 16]; None when symmetric or a table.
     table: fp16, bf16 or fp32 [T, E]: T is 1, or N rounded up to row tiles (one per row), or anything with `pick`.
-    pick: uint8 [R, G, 16], the number of the table of each group and row; None otherwise.
+    pick: uint8 [R, G, 16], the number of each group's table, with `mirrored_tables.SIGN` where its numbers are taken
+        with the other sign; None otherwise.
     group_size: a multiple of 16, or 0 for one scale per row (G = 1).
     N, K: the weight's own shape.
     floats: the codes are floats, e2m1 with 4 bits, e4m3 with 8.
@@ -129,7 +131,7 @@ class TileWeight:
         table = self.table
         if table is None or table.dim() != 2 or self.zero is not None or table.dtype not in SCALE_DTYPES:
             return False
-        tables_fit = table.shape[0] <= 256 if self.pick is not None else table.shape[0] in (1, R * 16)
+        tables_fit = table.shape[0] <= 128 if self.pick is not None else table.shape[0] in (1, R * 16)
         return tables_fit and table.shape[1] == 1 << self.bits and self.bits in (4, 8)
 
 
@@ -232,10 +234,14 @@ def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[
     if known is not None:
         return layout | {"tile_codes": _pack_floats(_renamed(_nothing_without_scale(codes, shared), known), bits)}
     rows = -N % tiles.ROWS if codes.table_per_row else 0
+    pick_NG = None if codes.pick_NG is None else codes.pick_NG.repeat_interleave(shared, 0)[:N]
+    if ours and pick_NG is not None and isinstance(codes.grid, TableGrid):
+        values, pick_NG = to_kept(codes.grid, values, pick_NG, codes.grid.group_size or values.shape[1])
+        table_TE = table_TE[mirrored(codes.grid).kept]
     layout["tile_table"] = torch.nn.functional.pad(table_TE, (0, (1 << bits) - table_TE.shape[1], 0, rows))
     layout["tile_codes"] = pack_in_order(values, 4, PAIRS) if ours and bits == 4 else pack(values, bits)
-    if codes.pick_NG is not None:
-        layout["tile_pick"] = tiles.pack_rows_of_tiles(codes.pick_NG.repeat_interleave(shared, 0)[:N])
+    if pick_NG is not None:
+        layout["tile_pick"] = tiles.pack_rows_of_tiles(pick_NG)
     return layout
 
 
@@ -278,7 +284,7 @@ def _nothing_without_scale(codes: Codes, shared: int) -> Tensor:
     return values * kept[:, :K]
 
 
-def _table_codes(layout: Mapping[str, Tensor], values: Tensor, grid: Grid) -> Codes:
+def _table_codes(layout: Mapping[str, Tensor], values: Tensor, grid: Grid, ours: bool) -> Codes:
     """The inverse of `_table_tensors`, exactly."""
     N = values.shape[0]
     first_rows = slice(None, None, grid.shared_rows or N)
@@ -288,6 +294,10 @@ def _table_codes(layout: Mapping[str, Tensor], values: Tensor, grid: Grid) -> Co
             values, torch.zeros(256, dtype=torch.uint8).scatter_(0, known.long(), torch.arange(len(known)).byte())
         )
     pick, table_TE = layout.get("tile_pick"), layout.get("tile_table")
+    pick_NG = None if pick is None else tiles.unpack_rows_of_tiles(pick, N)
+    if pick_NG is not None and ours and isinstance(grid, TableGrid):
+        values, pick_NG = from_kept(grid, values, pick_NG, grid.group_size or values.shape[1])
+        table_TE = None
     if table_TE is None and isinstance(grid, TableGrid):
         table_TE = grid.tables.to(values.device)
     per_row = pick is None and table_TE is not None and len(table_TE) > 1
@@ -300,7 +310,7 @@ def _table_codes(layout: Mapping[str, Tensor], values: Tensor, grid: Grid) -> Co
         values_NK=values,
         scale_NG=scale,
         table_TE=table_TE if table_TE is None else table_TE[: N if per_row else None, : 1 << grid.bits].contiguous(),
-        pick_NG=None if pick is None else tiles.unpack_rows_of_tiles(pick, N)[first_rows].contiguous(),
+        pick_NG=None if pick_NG is None else pick_NG[first_rows].contiguous(),
         factor=layout.get("stored_factor", layout.get("tile_factor")),
         grid=grid,
     )
@@ -325,7 +335,7 @@ def codes_of(
     order = order_of(bits, of_floats(grid) and not table, table) if ours else None
     values = unpack(packed, bits, N, K) if order is None else unpack_in_order(packed, bits, order, N, K)
     if not isinstance(grid, IntGrid | Fp8Grid):
-        return _table_codes(layout, values, grid)
+        return _table_codes(layout, values, grid, ours)
     scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], N)
     if isinstance(grid, Fp8Grid):
         scale = scale[:: grid.shared_rows or N].contiguous()

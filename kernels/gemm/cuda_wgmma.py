@@ -22,7 +22,7 @@ import torch
 from aerogel.errors import RunFailed
 from aerogel.kernels.cuda.tensor_map import LARGEST_BOX
 from aerogel.kernels.gemm.cuda import Runner
-from aerogel.kernels.gemm.cuda_few import SCALE_NUMBER, table_kind, table_room
+from aerogel.kernels.gemm.cuda_few import PAIR_BYTES, SCALE_NUMBER, paired, table_bytes, table_kind
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 
 SOURCE = "wgmma.cu"
@@ -131,6 +131,13 @@ class Space(NamedTuple):
     def total(self, x_stages: int, w_stages: int) -> int:
         """Bytes of a launch with so many stages, each with two barriers."""
         return max(x_stages * self.x_stage + w_stages * self.w_stage, self.sums) + self.beside + 16 * (x_stages + w_stages)
+
+
+def table_room(weight: TileWeight, row_tiles: int) -> int:
+    """Bytes of tables in shared memory; those of 16 numbers for each row lie in registers."""
+    if weight.bits == 4 and table_kind(weight) == 2:
+        return 0
+    return paired(weight) * PAIR_BYTES or table_bytes(weight, row_tiles)
 
 
 def space(weight: TileWeight, config: Config) -> Space:

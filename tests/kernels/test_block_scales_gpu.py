@@ -20,7 +20,10 @@ from aerogel.pack.tile_orders import E4M3, pack_in_order
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SHAPES = [(37, 208), (130, 1104)]
-KINDS = ("nvfp4", "mxfp4", "mxfp8", "e2m1", "e4m3 per channel", "bytes and e8m0", "table and e4m3")
+KINDS = (
+    *("nvfp4", "mxfp4", "mxfp8", "e2m1", "e4m3 per channel", "bytes and e8m0", "table and e4m3", "rows", "rows in groups"),
+    *("picked", "picked per channel", "picked and e4m3"),
+)
 
 
 def weight_of(kind: str, N: int, K: int) -> TileWeight:
@@ -43,8 +46,12 @@ def weight_of(kind: str, N: int, K: int) -> TileWeight:
         plain = random_weight(N, K, 8, 32, "cuda")
         scale = torch.randint(110, 124, plain.scale.shape, device="cuda", dtype=torch.uint8).view(E8M0)
         weight = replace(plain, scale=scale, table=torch.randn(1, 256, device="cuda").bfloat16().float())
+    elif kind in ("rows", "rows in groups"):
+        weight = random_numbers(N, K, "rows", 0 if kind == "rows" else 48, "cuda")
+    elif kind in ("picked", "picked per channel"):
+        weight = random_numbers(N, K, "groups", 32 if kind == "picked" else 0, "cuda")
     else:
-        plain = random_numbers(N, K, "table", 64, "cuda")
+        plain = random_numbers(N, K, "groups" if "picked" in kind else "table", 64, "cuda")
         scale = torch.randint(0, 152, plain.scale.shape, device="cuda", dtype=torch.uint8)
         assert plain.table is not None
         weight = replace(

@@ -10,6 +10,7 @@ from tests.quantize.test_tables import GRIDS, weight
 
 from aerogel.kernels.gemm.block_scales import tile_numbers
 from aerogel.kernels.gemm.cuda_weight import SCALE_DTYPES, codes_of, order_of, tensors_of
+from aerogel.kernels.gemm.mirrored_tables import SIGN
 from aerogel.pack import tiles, words
 from aerogel.pack.tile_orders import unpack_in_order
 from aerogel.quantize.codes import Codes, quantized
@@ -48,7 +49,9 @@ def check(codes: Codes) -> None:
     if codes.table_per_row:
         table_of = torch.arange(N)[:, None].expand(N, K)
     if "tile_pick" in layout:
-        table_of = tiles.unpack_rows_of_tiles(layout["tile_pick"], N).long()[:, g]
+        pick = tiles.unpack_rows_of_tiles(layout["tile_pick"], N).long()
+        assert len(layout["tile_table"]) == 2  # BitMoD's other two are their mirrors
+        table_of, scale = (pick & (SIGN - 1))[:, g], torch.where(pick < SIGN, scale, -scale)
     assert torch.equal(numbers[table_of, values] * scale[:, g], codes.decode())
 
 

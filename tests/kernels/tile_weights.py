@@ -6,6 +6,7 @@ import torch
 
 from aerogel.kernels.gemm.block_scales import BYTES, tile_numbers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.kernels.gemm.mirrored_tables import SIGN
 from aerogel.pack import tiles
 from aerogel.pack.tile_orders import unpack_in_order
 from aerogel.quantize.formats.floats import float_numbers
@@ -36,7 +37,9 @@ def dense64(weight: TileWeight) -> torch.Tensor:
         table = weight.table.double()
         rows = torch.arange(N, device=table.device)[:, None]
         row = rows if table.shape[0] > 1 else torch.zeros_like(rows)
-        which = spread(weight.pick).long() if weight.pick is not None else row
+        which = row if weight.pick is None else spread(weight.pick & (SIGN - 1)).long()
+        if weight.pick is not None:
+            scale = torch.where(spread(weight.pick) < SIGN, scale, -scale)
         return table[which, codes.long()] * scale
     zero = spread(weight.zero).double() if weight.zero is not None else float(1 << (weight.bits - 1))
     return (codes.double() - zero) * scale
