@@ -226,8 +226,9 @@ INLINE void fetch_tables(const u16* table, int tables, u16* room, int first_tile
 }
 INLINE u32 table_of(u32 room, int tile, int row) { return TABLE == 2 ? room + ((tile * 16 + row) * (2 << BITS)) : room; }
 
-// A table that a group picks: its number, and in bit 7 that its numbers are taken with the other sign, which the scale does.
-INLINE int picked(u8 pick) { return pick & 0x7F; }
+// A table that a group picks: its number, and in bit 7 that its numbers are taken with the other sign, which the scale does. What
+// lies beside row tiles that do not exist may be anything: no number leads out of the tables.
+INLINE int picked(u8 pick) { return PAIRED ? pick & (TABLES - 1) : min(pick & 0x7F, TABLES - 1); }
 INLINE float with_sign_of(float scale, u8 pick) { return __uint_as_float(__float_as_uint(scale) ^ (u32)(pick & 0x80) << 24); }
 
 // ---- A lane's words of a tile ----------------------------------------------------------------------------------------

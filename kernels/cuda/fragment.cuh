@@ -82,13 +82,9 @@ constexpr int SCALE_BYTES = 16 * SCALE_SIZE;  // the scales of 16 rows for one g
 // Beside them lie zero points, or the numbers of the tables.
 constexpr int ZERO_BYTES = TABLE == TABLE_PER_GROUP ? 16 : ZERO == SYMMETRIC ? 0 : ZERO == INTEGER ? 16 : SCALE_BYTES;
 constexpr int ENTRY_BYTES = 2;
-// Tables of 16 as `tables.cuh` has them: one or two for all rows as pairs in shared memory, with one table row g in registers
-// (HALVED); one for each row in registers.
+// Tables of 16 as `tables.cuh` has them: one or two for all rows as pairs in shared memory, one for each row in registers.
 constexpr bool PAIRED = BITS == 4 && (TABLE == ONE_TABLE || (TABLE == TABLE_PER_GROUP && TABLES <= 2));
-#ifndef HALVES
-#define HALVES 1
-#endif
-constexpr bool HALVED = HALVES && PAIRED && TABLE == ONE_TABLE, BY_ROWS = BITS == 4 && TABLE == TABLE_PER_ROW;
+constexpr bool BY_ROWS = BITS == 4 && TABLE == TABLE_PER_ROW;
 constexpr int TABLE_SIZE = PAIRED ? PAIR_BYTES : BY_ROWS ? 0 : ENTRY_BYTES << BITS;
 
 // A float's register is the number times 2^-FLOAT_SHRINK; a scale of a byte takes that back but for 2^-SCALED_SHRINK, exactly.
@@ -224,10 +220,13 @@ FN u32 looked_up(const Codes& codes, int s, int i, u32 table) {
     return entry[0] | entry[1] << 16;
 }
 FN void look_up(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group) {
+    if constexpr (BY_ROWS) {
+        look_up_row<0>(codes.four[0][s], group.own[0], a[0], a[2]);
+        look_up_row<1>(codes.four[0][s], group.own[1], a[1], a[3]);
+    } else {
 #pragma unroll
-    for (int i = HALVED; i < 4 && !BY_ROWS; i += HALVED ? 2 : 1) a[i] = looked_up(codes, s, i, group.table[i % 2]);
-    if constexpr (HALVED || BY_ROWS) look_up_row<0>(codes.four[0][s], group.own[0], a[0], a[2]);
-    if constexpr (BY_ROWS) look_up_row<1>(codes.four[0][s], group.own[1], a[1], a[3]);
+        for (int i = 0; i < 4; i++) a[i] = looked_up(codes, s, i, group.table[i % 2]);
+    }
 }
 
 #if !INT8

@@ -8,8 +8,8 @@
 //
 // In registers: a byte permutation looks up four codes among eight bytes, so 16 entries take two for their low and two for their
 // high bytes, the codes' upper bits choose between them, and two put the bytes together. Twelve instructions for two registers
-// where shared memory takes two for one. Loads and permutations do not hinder each other: half of the rows take one way, half the
-// other, and neither is the limit.
+// where shared memory takes two for one. Loads and permutations do not hinder each other: with a table for each row, the
+// few-token kernels take half of the rows this way and half the other.
 
 #pragma once
 

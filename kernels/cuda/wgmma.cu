@@ -104,7 +104,6 @@ struct Consumer {
             if (!GROUPED) read_group(group[b], p.scale, p.zero + (size_t)tile * ZERO_BYTES, tables(), row, false);
 #if !INT8
             if (TABLE == ONE_TABLE) group[b].table[0] = group[b].table[1] = tables();
-            if constexpr (HALVED) group[b].own[0] = b == 0 ? row_table(p.table) : group[0].own[0];
             if constexpr (BY_ROWS) {
                 const u16* from = p.table + ((size_t)tile * 16 + row) * 16;
                 group[b].own[0] = row_table(from), group[b].own[1] = row_table(from + 8 * 16);

@@ -1,8 +1,8 @@
 """Measured configurations of the many-token kernel, by device family, weight and number of tokens.
 
 `wgmma_NAME.json` beside this module holds what was measured on NAME: for each weight the fastest configuration at some
-numbers of tokens, with its time. Other numbers of tokens use the next larger one. A weight that no table knows, or a number
-of tokens beyond it, is served by the cost model of `cuda_wgmma`.
+numbers of tokens, with its time. Other numbers of tokens use the next larger one, other groups and decoders the cut of
+groups of 128. A weight that no table knows, or a number of tokens beyond it, is served by the cost model of `cuda_wgmma`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
     An entry with `rows` and `rest` serves that many rows with `config` and the others with `rest`.
     """
     tokens = next((size for size in TOKEN_CLASSES if size >= M), TOKEN_CLASSES[-1])
-    entry = table(name).get(shape_key(weight), {}).get(str(tokens))
+    known, place = table(name), f"{weight.bits}/g128/{weight.N}x{weight.K}"
+    entry = known.get(shape_key(weight), known.get(place, {})).get(str(tokens))
     if entry is None:
         return []
     rows = entry.get("rows", weight.N)
