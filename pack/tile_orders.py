@@ -1,4 +1,4 @@
-"""Tiles of four and eight bits with the bits of their 32-bit words in the order that a decoder wants to cut them in.
+"""Tiles of four, six and eight bits with the bits of their 32-bit words in the order that a decoder wants to cut them in.
 
 `pack/tiles.py` puts the codes of a register's two halves 16 bits apart, and eight bits into two limbs, as integers need them.
 Two other decoders need less work where the same bits lie otherwise.
@@ -17,6 +17,15 @@ E4M3: the same with bits 10..4 and 2^-120. Registers 0 and 1 share the word of t
 
     0, 2        10..4          15                       nothing
     1, 3        14..11, 2..0   3 of the other half      4 to the right, around the end; bits 2..0 by 4 to the left
+
+E5M2: bits 11..5 and 2^-112.
+
+    0, 2        11..5          15                       nothing
+    1, 3        14..12, 3..0   4                        3 to the right; bits 3..0 by 5, bit 4 by 11 to the left
+
+E2M3, E3M2: six bits, of which the lowest four lie in the wide limb as ever. The sign and the fifth bit are the narrow limb's:
+register i of step s is number c = 4 (s % 2) + i there, and c to the left brings its sign to bit 15 and its fifth bit to
+8 or 9, where the exponent wants it. The first one or two, whose fifth bit would lie among the signs, need 8 more for it.
 
 PAIRS, any 16 numbers: byte i holds both codes of register i, the lower half's in its low nibble: a byte looks up a pair.
 
@@ -75,8 +84,27 @@ PAIRS: Order = (
 )
 
 
+E5M2: Order = tuple(
+    Move(0x10001 * mask << 4 * register, (place - 4 * register) % 32, limb, register // 2)
+    for register in range(4)
+    for mask, place, limb in (
+        ((0xF, 0, 0), (0x7, 12, 1), (0x8, 1, 1)) if register % 2 else ((0xF, 5, 0), (0x7, 9, 1), (0x8, 12, 1))
+    )
+)
+
+
+def _six(top: int) -> Order:
+    """The narrow limb of six bits, whose fifth bits come to bit `top`."""
+    signs = (Move(0x20002 << 2 * c, (14 - 3 * c) % 32) for c in range(8))
+    fifths = (Move(0x10001 << 2 * c, ((top - c if c > top - 8 else top - 8 - c) - 2 * c) % 32) for c in range(8))
+    return (*signs, *fifths)
+
+
+E2M3, E3M2 = _six(8), _six(9)
+
+
 def pack_in_order(codes_NK: Tensor, bits: int, order: Order) -> Tensor:
-    """Codes uint8 [N, K] of four or eight bits -> uint8 [R, C, 256 * bits]. Errors as `pack_tiles`."""
+    """Codes uint8 [N, K] of four, six or eight bits -> uint8 [R, C, 256 * bits]. Errors as `pack_tiles`."""
     return _moved(pack_tiles(codes_NK, bits), bits, order)
 
 
@@ -93,11 +121,12 @@ def _moved(packed: Tensor, bits: int, order: Order) -> Tensor:
     """Every 32-bit word with its bits where the order has them."""
     if packed.is_meta:
         return packed
-    R, C = packed.shape[:2]
-    out = torch.empty_like(packed)
+    C, first_byte = packed.shape[1], 1024 if bits == 6 else 0  # six bits: the narrow limb alone
+    out = packed.clone() if first_byte else torch.empty_like(packed)
+    limbs, held = (1, 128) if first_byte else (bits // 4, 256)  # words of a limb
     step = row_tiles_at_once(packed, C)
-    for first in range(0, R, step):
-        words = packed[first : first + step].view(torch.int32).reshape(-1, bits // 4, 256)
+    for first in range(0, packed.shape[0], step):
+        words = packed[first : first + step, :, first_byte:].contiguous().view(torch.int32).reshape(-1, limbs, held)
         moved = torch.zeros_like(words)
         for move in order:
             source, target = words[:, move.source], moved[:, move.target]
@@ -111,7 +140,7 @@ def _moved(packed: Tensor, bits: int, order: Order) -> Tensor:
                 target |= (source & _signed(low)) << move.turn
             if high:
                 target |= (source >> right) & (high >> right)
-        out[first : first + step] = moved.reshape(-1, C, 64 * bits).view(torch.uint8)
+        out[first : first + step, :, first_byte:] = moved.reshape(-1, C, limbs * held).view(torch.uint8)
     return out
 
 

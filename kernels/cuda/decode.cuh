@@ -23,10 +23,11 @@
 // the scale: 2 or 4 significant bits times at most 4, which is exact, and no sum needs scaling any more (SCALED).
 //
 // Defines used: BITS, FP16, TABLE (0 none, 1 one table, 2 one per row, 3 picked per group), TABLES (how many, 1 where each row has
-// its own), FLOATS, ZERO, SCALE, GROUP.
+// its own), FLOATS (bits of mantissa, 0 for no floats), ZERO, SCALE, GROUP.
 
 #pragma once
 #include "machine.cuh"
+#include "floats.cuh"
 #include "tables.cuh"
 
 // ---- Numbers known at compile time -----------------------------------------------------------------------------------
@@ -145,27 +146,14 @@ INLINE void folded_offsets(int s, u32* a) {
   UNROLL for (int i = 0; i < 4; i++) a[i] = both(offset_of(s, i));
 }
 
-// The A fragment of step s of floats, e2m1 or e4m3: `upper` multiplies row g, `lower` row g + 8, both a pair of 16-bit numbers
-// that takes FLOAT_SHRINK back. As float16 the magnitude moves three bits up, which adding it seven times does.
-constexpr int FLOAT_BIAS = BITS == 4 ? 1 : 7;
+// The A fragment of step s of floats: `upper` multiplies row g, `lower` row g + 8, both a pair of 16-bit numbers that takes
+// FLOAT_SHRINK back. As float16 the magnitude moves three bits up, which adding it seven times does.
 constexpr int FLOAT_SHRINK = EXPONENT_BIAS - FLOAT_BIAS;  // a register before the product is the number times 2^-FLOAT_SHRINK
 INLINE void decode_floats(const u32* words, int s, u32 upper, u32 lower, u32* a) {
-  constexpr u32 magnitude = both(BITS == 4 ? 0x01C0 : 0x07F0), place = magnitude | 0x80008000u;
-  if constexpr (BITS == 4) {
-    const u32 word = words[s];
-    a[0] = word & place;
-    a[1] = (word << 6) & place;
-    a[2] = __funnelshift_r(word, word, 4) & place;
-    a[3] = and_or(word >> 6, 0x01000100u, (word << 2) & 0x80C080C0u);
-  } else {
-    UNROLL for (int pair = 0; pair < 2; pair++) {
-      const u32 word = words[s + 8 * pair];
-      a[2 * pair] = word & place;
-      a[2 * pair + 1] = and_or(__funnelshift_r(word, word, 4), 0x87808780u, (word << 4) & 0x00700070u);
-    }
-  }
   UNROLL for (int i = 0; i < 4; i++) {
-    if constexpr (FP16) a[i] += (a[i] & magnitude) * 7;
+    const u32 word = words[BITS == 8 ? s + i / 2 * 8 : s], rest = BITS == 6 ? words[8 + s / 2] : BITS == 5 ? words[8 + s / 4] : 0;
+    a[i] = placed_float(word, rest, s, i);
+    if constexpr (FP16) a[i] += (a[i] & FLOAT_MAGNITUDES) * 7;
     a[i] = multiply_pairs(a[i], i & 1 ? lower : upper);
   }
 }

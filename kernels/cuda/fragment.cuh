@@ -75,6 +75,8 @@ FN float high_of(u32 pair) {
     return ACTIVATION == BF16 ? __uint_as_float(pair & 0xFFFF0000u) : float_of_half((u16)(pair >> 16));
 }
 
+#include "floats.cuh"
+
 // ---- scales and zero points ----------------------------------------------------------------------------------------------
 
 constexpr int SCALE_SIZE = SCALE >= E5M3 ? 1 : SCALE == FP32 ? 4 : 2;
@@ -90,7 +92,7 @@ constexpr int TABLE_SIZE = PAIRED ? PAIR_BYTES : BY_ROWS ? 0 : ENTRY_BYTES << BI
 // A float's register is the number times 2^-FLOAT_SHRINK; a scale of a byte takes that back but for 2^-SCALED_SHRINK, exactly.
 constexpr bool SCALED_FLOATS = FLOATS && (SCALE == E5M3 || (SCALE == E8M0 && ACTIVATION == BF16));
 constexpr int MANTISSA = ACTIVATION == BF16 ? 7 : 10, EXPONENT_BIAS = ACTIVATION == BF16 ? 127 : 15;
-constexpr int E5M3_BIAS = 10, FLOAT_SHRINK = EXPONENT_BIAS - (BITS == 4 ? 1 : 7), SCALED_SHRINK = 8;
+constexpr int E5M3_BIAS = 10, FLOAT_SHRINK = EXPONENT_BIAS - FLOAT_BIAS, SCALED_SHRINK = 8;
 FN u32 scale_pair(const u8* scales, int row) {
     constexpr int digits = SCALE == E5M3 ? 3 : 0, own_bias = SCALE == E5M3 ? E5M3_BIAS : 127;
     constexpr int bias = FLOAT_SHRINK - SCALED_SHRINK + EXPONENT_BIAS - own_bias;
@@ -193,16 +195,11 @@ FN u32 integers(const Codes& codes, int s, int i, u32 zero) {
     return pair_fma(high, both(0x4180), low);
 }
 
-// Register i of step s of floats, e2m1 or e4m3, times 2^-FLOAT_SHRINK.
-FN u32 placed_float(const Codes& codes, int s, int i) {
-    constexpr u32 magnitude = both(BITS == 4 ? 0x01C0 : 0x07F0), place = magnitude | 0x80008000u;
-    const u32 word = codes.four[BITS == 4 ? 0 : i / 2 * (FOURS - 1)][s], around = __funnelshift_r(word, word, 4);
-    u32 v;
-    if (BITS == 4 && i == 3) v = and_or(word >> 6, 0x01000100u, (word << 2) & 0x80C080C0u);
-    else if (BITS == 4) v = (i == 1 ? word << 6 : i == 2 ? around : word) & place;
-    else v = i % 2 ? and_or(around, 0x87808780u, (word << 4) & 0x00700070u) : word & place;
-    if (ACTIVATION == FP16) v += (v & magnitude) * 7;  // three bits up
-    return v;
+// Register i of step s of floats, times 2^-FLOAT_SHRINK.
+FN u32 float_of_codes(const Codes& codes, int s, int i) {
+    const u32 word = codes.four[BITS == 8 ? i / 2 * (FOURS - 1) : 0][s];
+    const u32 v = placed_float(word, BITS == 6 ? codes.two[s / 2] : BITS == 5 ? codes.one : 0, s, i);
+    return ACTIVATION == FP16 ? v + (v & FLOAT_MAGNITUDES) * 7 : v;  // three bits up
 }
 
 // The two table entries of register i at step s.
@@ -238,7 +235,7 @@ FN void decode(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         if constexpr (FLOATS) {
-            const u32 placed = placed_float(codes, s, i);
+            const u32 placed = float_of_codes(codes, s, i);
             const u32 number = SCALED_FLOATS ? placed : pair_mul(placed, both((FLOAT_SHRINK + EXPONENT_BIAS) << MANTISSA));
             a[i] = scaled ? pair_mul(number, group.scale[i % 2]) : number;
         } else if constexpr (TABLE != UNIFORM) {

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
-from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, of_floats, tensors_of
+from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
+from aerogel.kernels.gemm.small_floats import mantissa_bits
 from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
 from aerogel.lazy import load
 from aerogel.pack import tiles
@@ -82,7 +83,7 @@ def tiles_linear(
     bias: Tensor | None,
     group_size: int,
     N: int,
-    floats: bool = False,
+    floats: int = 0,
     factor: Tensor | None = None,
 ) -> Tensor:
     """`aerogel::tiles_linear` on CUDA: x [M, K] bf16 or fp16 -> [M, N]. See `TileWeight` for the other arguments.
@@ -147,7 +148,7 @@ def _fake(
     bias: Tensor | None,
     group_size: int,
     N: int,
-    floats: bool = False,
+    floats: int = 0,
     factor: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], N)
@@ -156,7 +157,7 @@ def _fake(
 _library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "tiles_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? table, Tensor? pick, Tensor? bias,"
-    " int group_size, int N, bool floats=False, Tensor? factor=None) -> Tensor",
+    " int group_size, int N, int floats=0, Tensor? factor=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("tiles_linear", tiles_linear, "CUDA")  # type: ignore[no-untyped-call]
@@ -170,7 +171,7 @@ class Cuda(Kernel):
     rows: ClassVar[int] = tiles.ROWS
     shared: ClassVar[frozenset[str]] = frozenset({"tile_table", "tile_factor", "stored_factor"})
     about: ClassVar[str] = (
-        "CUDA kernels compiled at run time: integers of 1 to 8 bits, e2m1, e4m3, tables of up to 256 numbers; 16-bit inputs"
+        "CUDA kernels compiled at run time: integers of 1 to 8 bits, small floats, tables of up to 256 numbers; 16-bit inputs"
     )
 
     @staticmethod
@@ -258,7 +259,7 @@ class Cuda(Kernel):
             bias_N,
             problem.grid.group_size or 0,
             problem.N,
-            of_floats(problem.grid),
+            mantissa_bits(problem.grid),
             layout.get("tile_factor"),
         )
         return y_MN
@@ -275,7 +276,7 @@ def tile_weight(layout: Layout, problem: Problem) -> TileWeight:
         group_size=problem.grid.group_size or 0,
         N=problem.N,
         K=problem.K,
-        floats=of_floats(problem.grid),
+        floats=mantissa_bits(problem.grid),
         factor=layout.get("tile_factor"),
     )
 

@@ -146,7 +146,7 @@ def decoder_defines(weight: TileWeight, dtype: torch.dtype) -> dict[str, int]:
         "ZERO": zero,
         "TABLE": table_kind(weight),
         "TABLES": weight.table.shape[0] if weight.table is not None and table_kind(weight) != 2 else 1,
-        "FLOATS": int(weight.floats),
+        "FLOATS": weight.floats,
         "GROUP": weight.group_size,
     }
 

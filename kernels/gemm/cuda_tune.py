@@ -24,8 +24,9 @@ from aerogel.kernels.gemm import cuda_table
 from aerogel.kernels.gemm.block_scales import E5M3, E8M0
 from aerogel.kernels.gemm.cuda_dense import dequantize
 from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, Plan, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
-from aerogel.kernels.gemm.cuda_weight import TileWeight, of_floats
+from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.mirrored_tables import SIGN
+from aerogel.kernels.gemm.small_floats import mantissa_bits
 from aerogel.kernels.problem import Problem
 from aerogel.pack.tiles import tile_counts
 from aerogel.quantize.tables import TableGrid
@@ -77,7 +78,7 @@ def random_numbers(N: int, K: int, name: str, group_size: int, device: torch.dev
     dtype, least, beyond = bytes_of[name]
     scale = torch.randint(least, beyond, plain.scale.shape, device=device, generator=generator, dtype=torch.uint8).view(dtype)
     factor = torch.full((), 2.0**-10, device=device) if name == "nvfp4" else None
-    return replace(plain, scale=scale, floats=True, factor=factor)
+    return replace(plain, scale=scale, floats=1, factor=factor)
 
 
 def like(problem: Problem) -> TileWeight | None:
@@ -89,7 +90,7 @@ def like(problem: Problem) -> TileWeight | None:
     if grid.bits != 4 or not isinstance(grid, TableGrid) or grid.learned or grid.pick_bits:
         return None
     bytes_of = {torch.float8_e4m3fn: "nvfp4", torch.float8_e8m0fnu: "mxfp4"}
-    name = bytes_of.get(grid.scale_dtype) if of_floats(grid) else None if grid.scale_dtype in bytes_of else "table"
+    name = bytes_of.get(grid.scale_dtype) if mantissa_bits(grid) else None if grid.scale_dtype in bytes_of else "table"
     return None if name is None else random_numbers(problem.N, problem.K, name, size, "cuda")
 
 

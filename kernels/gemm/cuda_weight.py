@@ -2,7 +2,7 @@
 
     W[n, k] = (u[n, k] - z) * s            integers; z = 2^(b-1) where there is no zero point
     W[n, k] = table[u[n, k]] * s           any 16 or 256 numbers; one table, one per row, or one of several per group
-    W[n, k] = float(u[n, k]) * s           e2m1 and e4m3, which need no table: their bits are those of a wider float
+    W[n, k] = float(u[n, k]) * s           small floats, which need no table: their bits are those of a wider one
 
 with s, z and the table's number those of row n and of k's group; s may be a byte (`block_scales`), and is then multiplied by
 the weight's factor where there is one. `pack/tiles.py` says where each bit of u lies, `pack/tile_orders.py` for floats
@@ -12,13 +12,12 @@ Shape legend: N out features, K in features, R = ceil(N / 16) row tiles, C = cei
 T tables, E = 16 or 256 entries.
 
 Codes of other widths into tables are held in the next of 4 and 8 bits, with tables filled up by zeros: 3 bits take a third
-more memory than in the file, and run. Narrower floats are held as the e2m1 or e4m3 of the same number.
+more memory than in the file, and run.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
@@ -29,10 +28,10 @@ from torch import Tensor
 from aerogel.errors import BadInput
 from aerogel.kernels.gemm.block_scales import BYTES, STORED, UE5M3, stored_bytes, tile_bytes
 from aerogel.kernels.gemm.mirrored_tables import from_kept, mirrored, to_kept
+from aerogel.kernels.gemm.small_floats import ORDERS, mantissa_bits, names, own_names, pack_floats
 from aerogel.pack import bits as stream
 from aerogel.pack import tiles
-from aerogel.pack.tile_orders import E2M1, E4M3, PAIRS, Order, pack_in_order, unpack_in_order
-from aerogel.quantize.formats.floats import Kind, float_numbers
+from aerogel.pack.tile_orders import PAIRS, Order, pack_in_order, unpack_in_order
 from aerogel.quantize.grids import Codes, Fp8Grid, Grid, IntGrid
 from aerogel.quantize.tables import TableGrid
 
@@ -54,7 +53,7 @@ class TileWeight:
         with the other sign; None otherwise.
     group_size: a multiple of 16, or 0 for one scale per row (G = 1).
     N, K: the weight's own shape.
-    floats: the codes are floats, e2m1 with 4 bits, e4m3 with 8.
+    floats: the codes are floats (`small_floats.KINDS`) with so many bits of mantissa; 0 where they are none.
     factor: fp32 scalar that multiplies every scale, for scales of bytes; None for 1.
     """
 
@@ -66,7 +65,7 @@ class TileWeight:
     group_size: int
     N: int
     K: int
-    floats: bool = False
+    floats: int = 0
     factor: Tensor | None = None
 
     @property
@@ -110,11 +109,11 @@ class TileWeight:
             or (self.zero.dtype in (torch.uint8, self.scale.dtype) and tuple(self.zero.shape) == per_group),
             "table": self.table is None or self._table_fits(R),
             "pick": self.pick is None or (self.pick.dtype == torch.uint8 and tuple(self.pick.shape) == per_group),
-            "floats": not self.floats or (self.bits in (4, 8) and self.zero is None and self.table is None),
+            "floats": not self.floats or (self.bits in (4, 5, 6, 8) and self.zero is None and self.table is None),
             "factor": self.factor is None or (self.factor.dtype == torch.float32 and self.factor.numel() == 1),
         }
         if self.scale.dtype in BYTES:
-            found["scale"] &= self.group_size > 0 and (self.floats or self.table is not None)
+            found["scale"] &= self.group_size > 0 and (self.floats > 0 or self.table is not None)
         else:
             found["factor"] = self.factor is None
         held = (self.codes, self.scale, self.zero, self.table, self.pick)
@@ -154,10 +153,10 @@ def e4m3_table(device: torch.device) -> Tensor:
     return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).half()[None]
 
 
-def order_of(bits: int, floats: bool, table: bool) -> Order | None:
+def order_of(bits: int, floats: int, table: bool) -> Order | None:
     """The order of a word's bits for a kind of codes; None for that of `pack/tiles.py`."""
     if floats:
-        return E2M1 if bits == 4 else E4M3
+        return ORDERS.get((bits, floats))
     return PAIRS if table and bits == 4 else None
 
 
@@ -178,45 +177,11 @@ def tensors_of(codes: Codes, pack: Callable[[Tensor, int], Tensor] = tiles.pack_
         values = codes.values_NK.contiguous().view(torch.uint8)
         layout = {"tile_scale": tiles.pack_rows_of_tiles(codes.scale_NG.repeat_interleave(grid.shared_rows or N, 0)[:N])}
         if pack is tiles.pack_tiles:
-            return layout | {"tile_codes": _pack_floats(values, 8)}
+            return layout | {"tile_codes": pack_floats(values, 8, 3)}
         return layout | {"tile_codes": pack(values, 8), "tile_table": e4m3_table(values.device)}
     if codes.table_TE is not None:
         return _table_tensors(codes, pack)
     raise BadInput(f"codes on a {type(grid).__name__} have no tile layout; it holds integers, e4m3 floats and tables")
-
-
-FLOATS_INSIDE: dict[str, tuple[Kind, ...]] = {
-    "e2m1": ("e2m1", "e1m1", "e2m0"),
-    "e4m3": ("e4m3", "e3m2", "e2m3", "e3m1", "e2m2"),
-}
-"""Floats that are decoded by arithmetic, and those whose numbers are among theirs."""
-
-
-def float_codes(grid: Grid) -> Tensor | None:
-    """The codes that e2m1 (up to 4 bits) or e4m3 has for the numbers of this grid, uint8 [2^b]: a sign and a magnitude in each.
-    None for a grid whose numbers are looked up, and for `Fp8Grid`."""
-    return _float_codes(grid) if isinstance(grid, TableGrid) and not grid.learned else None
-
-
-@functools.cache
-def _float_codes(grid: TableGrid) -> Tensor | None:
-    numbers, kind = grid.numbers()[0], "e2m1" if grid.bits <= 4 else "e4m3"
-    if repr(numbers) not in [repr(float_numbers(name)) for name in FLOATS_INSIDE[kind]]:  # NaN equals NaN here
-        return None
-    theirs, half = float_numbers(kind), len(numbers) // 2
-    places = [theirs.index(number) if not math.isnan(number) else len(theirs) // 2 - 1 for number in numbers[:half]]
-    return torch.tensor([*places, *(place + len(theirs) // 2 for place in places)], dtype=torch.uint8)
-
-
-def of_floats(grid: Grid) -> bool:
-    """Whether codes on this grid are small floats, which are decoded by arithmetic: as e2m1 or as e4m3."""
-    return isinstance(grid, Fp8Grid) or float_codes(grid) is not None
-
-
-def _pack_floats(values: Tensor, bits: int) -> Tensor:
-    if bits == 8 and not values.is_meta and bool(((values & 0x7F) == 0x7F).any()):
-        raise BadInput("a weight in e4m3 holds a NaN, which the kernels would take for 480; get the checkpoint again")
-    return pack_in_order(values, bits, E2M1 if bits == 4 else E4M3)
 
 
 def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
@@ -230,9 +195,10 @@ def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[
     ours = pack is tiles.pack_tiles
     values, layout = codes.values_NK, _scale_tensors(codes, shared, N, as_bytes=ours)
     bits = 4 if codes.grid.bits <= 4 else 8
-    known = float_codes(codes.grid) if ours else None
-    if known is not None:
-        return layout | {"tile_codes": _pack_floats(_renamed(_nothing_without_scale(codes, shared), known), bits)}
+    mantissa = mantissa_bits(codes.grid) if ours else 0
+    if mantissa and isinstance(codes.grid, TableGrid):
+        values = _renamed(_nothing_without_scale(codes, shared), names(codes.grid))
+        return layout | {"tile_codes": pack_floats(values, max(codes.grid.bits, 4), mantissa)}
     rows = -N % tiles.ROWS if codes.table_per_row else 0
     pick_NG = None if codes.pick_NG is None else codes.pick_NG.repeat_interleave(shared, 0)[:N]
     if ours and pick_NG is not None and isinstance(codes.grid, TableGrid):
@@ -245,9 +211,9 @@ def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[
     return layout
 
 
-def _renamed(values: Tensor, names: Tensor) -> Tensor:
-    """names[values]."""
-    return values if values.is_meta else names.to(values.device)[values.long()]
+def _renamed(values: Tensor, others: Tensor | None) -> Tensor:
+    """others[values]."""
+    return values if others is None or values.is_meta else others.to(values.device)[values.long()]
 
 
 def _scale_tensors(codes: Codes, shared: int, N: int, *, as_bytes: bool) -> dict[str, Tensor]:
@@ -288,11 +254,8 @@ def _table_codes(layout: Mapping[str, Tensor], values: Tensor, grid: Grid, ours:
     """The inverse of `_table_tensors`, exactly."""
     N = values.shape[0]
     first_rows = slice(None, None, grid.shared_rows or N)
-    known = float_codes(grid) if "tile_table" not in layout else None
-    if known is not None:
-        values = _renamed(
-            values, torch.zeros(256, dtype=torch.uint8).scatter_(0, known.long(), torch.arange(len(known)).byte())
-        )
+    if "tile_table" not in layout and isinstance(grid, TableGrid):
+        values = _renamed(values, own_names(grid))
     pick, table_TE = layout.get("tile_pick"), layout.get("tile_table")
     pick_NG = None if pick is None else tiles.unpack_rows_of_tiles(pick, N)
     if pick_NG is not None and ours and isinstance(grid, TableGrid):
@@ -332,7 +295,7 @@ def codes_of(
     table = "tile_table" in layout
     ours, packed = unpack is tiles.unpack_tiles, layout["tile_codes"]
     bits = packed.shape[2] // 256
-    order = order_of(bits, of_floats(grid) and not table, table) if ours else None
+    order = order_of(bits, 0 if table else mantissa_bits(grid), table) if ours else None
     values = unpack(packed, bits, N, K) if order is None else unpack_in_order(packed, bits, order, N, K)
     if not isinstance(grid, IntGrid | Fp8Grid):
         return _table_codes(layout, values, grid, ours)

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from aerogel.errors import RunFailed
 from aerogel.kernels.gemm import cuda, cuda_wgmma
-from aerogel.kernels.gemm.cuda_weight import TileWeight, of_floats, per_kind
+from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 from aerogel.kernels.gemm.cuda_wgmma import Config, ceil_divide, deepest, microseconds_of_tiles
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan, in_pieces
+from aerogel.kernels.gemm.small_floats import mantissa_bits
 from aerogel.kernels.grouped import cuda_routes
 from aerogel.kernels.grouped.kernel import Grouped, Routes
 from aerogel.kernels.problem import Kernel, Layout, Problem
@@ -98,7 +99,7 @@ def grouped_tiles_linear(
     bias: Tensor | None,
     group_size: int,
     N: int,
-    floats: bool = False,
+    floats: int = 0,
     factor: Tensor | None = None,
 ) -> Tensor:
     """`aerogel::grouped_tiles_linear` on CUDA: x [S, K] bf16 or fp16 in sorted order -> [S, N] in the same order.
@@ -156,7 +157,7 @@ def _fake(
     bias: Tensor | None,
     group_size: int,
     N: int,
-    floats: bool = False,
+    floats: int = 0,
     factor: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], N)
@@ -165,7 +166,7 @@ def _fake(
 _library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "grouped_tiles_linear(Tensor x, Tensor runs, Tensor codes, Tensor scale, Tensor? zero, Tensor? table, Tensor? pick,"
-    " Tensor? bias, int group_size, int N, bool floats=False, Tensor? factor=None) -> Tensor",
+    " Tensor? bias, int group_size, int N, int floats=0, Tensor? factor=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("grouped_tiles_linear", grouped_tiles_linear, "CUDA")  # type: ignore[no-untyped-call]
@@ -220,7 +221,7 @@ class Cuda(Grouped):
             bias_EN,
             problem.grid.group_size or 0,
             problem.N,
-            of_floats(problem.grid),
+            mantissa_bits(problem.grid),
             layout.get("tile_factor"),
         )
         return y_SN

@@ -7,9 +7,12 @@ import torch
 
 from aerogel.errors import BadInput
 from aerogel.kernels.gemm.block_scales import E5M3, E8M0, MOST_E8M0, UE5M3, stored_bytes, tile_bytes, tile_numbers
-from aerogel.kernels.gemm.cuda_weight import codes_of, float_codes, of_floats, tensors_of
-from aerogel.pack.tile_orders import E2M1, E4M3, PAIRS, pack_in_order, unpack_in_order
+from aerogel.kernels.gemm.cuda_weight import codes_of, order_of, tensors_of
+from aerogel.kernels.gemm.small_floats import INSIDE, KINDS, float_kind, mantissa_bits, names, pack_floats
+from aerogel.pack.tile_orders import E2M1, PAIRS, pack_in_order, unpack_in_order
+from aerogel.pack.tiles import unpack_tiles
 from aerogel.quantize.codes import Codes, quantized
+from aerogel.quantize.formats.bitmod import Bitmod
 from aerogel.quantize.formats.floats import Float, Kind, float_numbers
 from aerogel.quantize.formats.mx import Mx
 from aerogel.quantize.formats.nf4 import Nf4
@@ -61,44 +64,77 @@ def test_what_is_no_scale_is_refused(byte: int, dtype: torch.dtype) -> None:
         tile_bytes(torch.tensor([8, byte], dtype=torch.uint8).view(dtype))
 
 
-def placed(words: list[torch.Tensor], bits: int, register: int) -> torch.Tensor:
-    """What the kernels make of a step's words, int64 of 32 bits."""
-    word = words[0 if bits == 4 else register // 2]
-    around = (word >> 4) | (word << 28) & 0xFFFFFFFF
-    if bits == 8:
-        return around & 0x87808780 | (word << 4) & 0x00700070 if register % 2 else word & 0x87F087F0
-    split = (word << 2) & 0x80C080C0 | (word >> 6) & 0x01000100
-    return split if register == 3 else (word, (word << 6) & 0xFFFFFFFF, around)[register] & 0x81C081C0
-
-
-@pytest.mark.parametrize("kind", ["e1m1", "e2m0", "e2m1", "e2m2", "e3m1", "e2m3", "e3m2", "e4m3"])
-def test_narrow_floats_are_held_as_the_same_number_in_a_wider_one(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [*KINDS, *INSIDE])
+def test_floats_are_held_as_they_are_or_as_the_same_number_in_a_wider_one(kind: Kind) -> None:
     grid = Float(kind=kind, group_size=16)
-    codes = float_codes(grid)
-    assert codes is not None and of_floats(grid)
-    wider = torch.tensor(float_numbers("e2m1" if grid.bits <= 4 else "e4m3"))[codes.long()]
-    assert torch.equal(wider.nan_to_num(9).view(torch.int32), grid.tables[0].nan_to_num(9).view(torch.int32))
-    for other in (Float(kind="e3m0"), Float(kind="e5m2"), Nf4(), Rf8()):
-        assert float_codes(other) is None and not of_floats(other)
+    held, codes = float_kind(grid), names(grid)
+    assert held == INSIDE.get(kind, kind) and (codes is None) is (held == kind)
+    if codes is not None and held is not None:
+        wider = torch.tensor(float_numbers(held))[codes.long()]
+        assert torch.equal(wider.view(torch.int32), grid.tables[0].view(torch.int32))
+    for other in (Float(kind="e3m0"), Nf4(), Rf8(), Bitmod()):
+        assert float_kind(other) is None and mantissa_bits(other) == 0
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(4, "e2m1"), (8, "e4m3")])
-def test_floats_come_into_place(bits: int, kind: str) -> None:
+@pytest.mark.parametrize(("code", "mantissa"), [(0x7F, 3), (0xFF, 3), (0x7C, 2), (0xFE, 2)])
+def test_what_is_no_number_is_refused(code: int, mantissa: int) -> None:
+    with pytest.raises(BadInput, match="NaN or an infinity"):
+        pack_floats(torch.full((16, 128), code, dtype=torch.uint8), 8, mantissa)
+
+
+LINES = 0xFFFFFFFF
+
+
+def placed(four: torch.Tensor, rest: torch.Tensor, bits: int, mantissa: int, step: torch.Tensor, i: int) -> torch.Tensor:
+    """What floats.cuh makes of a step's words for register i, int64 of 32 bits."""
+    low, top = 7 - mantissa, 11 - mantissa
+    around = (four >> 4) | (four << 28) & LINES
+    both = 0x80008000 | (((1 << (bits - 1)) - 1) << low) * 0x10001
+    if bits == 4 and i == 3:
+        return (four << 2) & 0x80C080C0 | (four >> 6) & 0x01000100
+    if bits == 4:
+        return (four, four << 6, around)[i] & both
+    if bits == 8 and i % 2 == 0:
+        return four & both
+    if bits == 8 and mantissa == 3:
+        return around & 0x87808780 | (four << 4) & 0x00700070
+    if bits == 8:
+        return (four << 11) & 0x80008000 | (four >> 3) & 0x0E000E00 | (four << 5) & 0x01E001E0
+    right = 4 * i - low
+    magnitude = (four >> right if right >= 0 else four << -right) & (0xF << low) * 0x10001
+    if bits == 5:
+        return (rest << (15 - 4 * (step % 4) - i)) & 0x80008000 | magnitude
+    place = 4 * (step % 2) + i
+    fifth = torch.where(place > top - 8, rest << place, rest << (8 + place)) & (1 << top) * 0x10001
+    return (rest << place) & 0x80008000 | fifth | magnitude
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_floats_come_into_place(kind: Kind) -> None:
+    bits, mantissa = 1 + int(kind[1]) + int(kind[3]), int(kind[3])
     codes = torch.randint(0, 1 << bits, (16, 128), dtype=torch.uint8)
-    codes[(codes & 127) == 127] = 0
-    order = E2M1 if bits == 4 else E4M3
-    packed = pack_in_order(codes, bits, order)
-    assert torch.equal(unpack_in_order(packed, bits, order, 16, 128), codes)
-    words = packed.view(torch.int32).long().reshape(bits // 4, 2, 8, 4, 4) & 0xFFFFFFFF  # limb, piece, g, t, step % 4
+    if bits == 8:
+        codes[(codes & 127) >= (127 if mantissa == 3 else 124)] = 0
+    packed, order = pack_floats(codes, bits, mantissa), order_of(bits, mantissa, False)
+    back = unpack_tiles(packed, bits, 16, 128) if order is None else unpack_in_order(packed, bits, order, 16, 128)
+    assert torch.equal(back, codes)
+    raw = packed.flatten().view(torch.int32).long() & LINES
+    s, t, g = torch.meshgrid(torch.arange(8), torch.arange(4), torch.arange(8), indexing="ij")
+    wide = raw[:256].reshape(2, 8, 4, 4)[s // 4, g, t, s % 4]  # piece, g, t, step % 4
+    wide8 = raw[-256:].reshape(2, 8, 4, 4)[s // 4, g, t, s % 4]
+    rest = torch.zeros_like(wide)
+    if bits == 6:
+        rest = raw[256:].reshape(8, 4, 4)[g, t, s // 2]
+    if bits == 5:
+        rest = raw[256:].reshape(8, 4, 2)[g, t, s // 4]
     numbers = torch.tensor(float_numbers(kind))[codes.long()]
     for register in range(4):
-        both = placed(list(words), bits, register)
+        both = placed(wide8 if bits == 8 and register > 1 else wide, rest, bits, mantissa, s, register) & LINES
         for half in range(2):
-            raw = (both >> 16 * half) & 0xFFFF
-            found = torch.where(raw >= 1 << 15, raw - (1 << 16), raw).short().view(torch.bfloat16).float()
-            s, t, g = torch.meshgrid(torch.arange(8), torch.arange(4), torch.arange(8), indexing="ij")
+            bits16 = (both >> 16 * half) & 0xFFFF
+            found = torch.where(bits16 >= 1 << 15, bits16 - (1 << 16), bits16).short().view(torch.bfloat16).float()
             row, column = g + 8 * (register % 2), 16 * s + 8 * (register // 2) + 2 * t + half
-            assert torch.equal(found[s // 4, g, t, s % 4] * 2.0 ** (126 if bits == 4 else 120), numbers[row, column])
+            assert torch.equal(found * 2.0 ** (128 - (1 << (bits - 2 - mantissa))), numbers[row, column])
 
 
 def test_a_byte_holds_a_pair() -> None:

@@ -15,14 +15,14 @@ from aerogel.kernels.gemm.cuda_dense import dequantize
 from aerogel.kernels.gemm.cuda_tune import random_numbers, random_weight
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import ManyTokens
-from aerogel.pack.tile_orders import E4M3, pack_in_order
+from aerogel.kernels.gemm.small_floats import pack_floats
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SHAPES = [(37, 208), (130, 1104)]
 KINDS = (
     *("nvfp4", "mxfp4", "mxfp8", "e2m1", "e4m3 per channel", "bytes and e8m0", "table and e4m3", "rows", "rows in groups"),
-    *("picked", "picked per channel", "picked and e4m3"),
+    *("picked", "picked per channel", "picked and e4m3", "e5m2", "e5m2 and e8m0", "e3m2", "e2m3 and e8m0", "e3m1", "e2m2"),
 )
 
 
@@ -31,14 +31,14 @@ def weight_of(kind: str, N: int, K: int) -> TileWeight:
     if kind in ("nvfp4", "mxfp4"):
         weight = random_numbers(N, K, kind, 16 if kind == "nvfp4" else 32, "cuda")
     elif kind == "e2m1":
-        weight = replace(random_weight(N, K, 4, 48, "cuda"), floats=True)
+        weight = replace(random_weight(N, K, 4, 48, "cuda"), floats=1)
     elif kind in ("mxfp8", "e4m3 per channel"):
         plain = random_weight(N, K, 8, 32 if kind == "mxfp8" else 0, "cuda")
         codes = (
             torch.randint(0, 127, (N, K), device="cuda", dtype=torch.uint8)
             | torch.randint(0, 2, (N, K), device="cuda").byte() << 7
         )
-        weight = replace(plain, codes=pack_in_order(codes, 8, E4M3), floats=True)
+        weight = replace(plain, codes=pack_floats(codes, 8, 3), floats=3)
         if kind == "mxfp8":
             scale = torch.randint(110, 124, plain.scale.shape, device="cuda", dtype=torch.uint8).view(E8M0)
             weight = replace(weight, scale=scale)
@@ -46,6 +46,13 @@ def weight_of(kind: str, N: int, K: int) -> TileWeight:
         plain = random_weight(N, K, 8, 32, "cuda")
         scale = torch.randint(110, 124, plain.scale.shape, device="cuda", dtype=torch.uint8).view(E8M0)
         weight = replace(plain, scale=scale, table=torch.randn(1, 256, device="cuda").bfloat16().float())
+    elif kind[:2] in ("e2", "e3", "e5") and kind != "e2m1":
+        mantissa, bits = int(kind[3]), 1 + int(kind[1]) + int(kind[3])
+        plain = random_weight(N, K, bits, 32 if "and" in kind else 48, "cuda")
+        codes = torch.randint(0, 1 << bits, (N, K), device="cuda", dtype=torch.uint8) & (0xBF if bits == 8 else 0xFF)
+        scale = torch.randint(110, 124, plain.scale.shape, device="cuda", dtype=torch.uint8).view(E8M0)
+        weight = replace(plain, codes=pack_floats(codes, bits, mantissa), floats=mantissa)
+        weight = replace(weight, scale=scale) if "and" in kind else weight
     elif kind in ("rows", "rows in groups"):
         weight = random_numbers(N, K, "rows", 0 if kind == "rows" else 48, "cuda")
     elif kind in ("picked", "picked per channel"):

@@ -11,6 +11,7 @@ from tests.quantize.test_tables import GRIDS, weight
 from aerogel.kernels.gemm.block_scales import tile_numbers
 from aerogel.kernels.gemm.cuda_weight import SCALE_DTYPES, codes_of, order_of, tensors_of
 from aerogel.kernels.gemm.mirrored_tables import SIGN
+from aerogel.kernels.gemm.small_floats import float_kind, mantissa_bits
 from aerogel.pack import tiles, words
 from aerogel.pack.tile_orders import unpack_in_order
 from aerogel.quantize.codes import Codes, quantized
@@ -40,11 +41,11 @@ def check(codes: Codes) -> None:
     g = torch.arange(K) // (codes.grid.group_size or K)
     table, packed = "tile_table" in layout, layout["tile_codes"]
     bits = packed.shape[2] // 256
-    order = order_of(bits, not table, table)
+    order = order_of(bits, 0 if table else mantissa_bits(codes.grid), table)
     values = tiles.unpack_tiles(packed, bits, N, K) if order is None else unpack_in_order(packed, bits, order, N, K)
     values = values.long()
-    floats = None if table else torch.tensor([float_numbers("e2m1" if bits == 4 else "e4m3")])
-    numbers = layout["tile_table"] if floats is None else floats
+    kind = float_kind(codes.grid)
+    numbers = torch.tensor([float_numbers(kind)]) if kind is not None and not table else layout["tile_table"]
     table_of = torch.zeros(N, K, dtype=torch.long)
     if codes.table_per_row:
         table_of = torch.arange(N)[:, None].expand(N, K)

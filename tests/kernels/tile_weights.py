@@ -7,6 +7,7 @@ import torch
 from aerogel.kernels.gemm.block_scales import BYTES, tile_numbers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.mirrored_tables import SIGN
+from aerogel.kernels.gemm.small_floats import kind_of
 from aerogel.pack import tiles
 from aerogel.pack.tile_orders import unpack_in_order
 from aerogel.quantize.formats.floats import float_numbers
@@ -27,12 +28,8 @@ def dense64(weight: TileWeight) -> torch.Tensor:
     if weight.scale.dtype in BYTES and weight.factor is not None:
         scale = scale * weight.factor.double()
     if weight.floats:
-        return (
-            torch.tensor(float_numbers("e2m1" if weight.bits == 4 else "e4m3"), dtype=torch.float64, device=codes.device)[
-                codes.long()
-            ]
-            * scale
-        )
+        numbers = torch.tensor(float_numbers(kind_of(weight.bits, weight.floats)), dtype=torch.float64, device=codes.device)
+        return numbers[codes.long()] * scale
     if weight.table is not None:
         table = weight.table.double()
         rows = torch.arange(N, device=table.device)[:, None]
