@@ -3,8 +3,8 @@
 Entries are keyed by what decides the time: bits, kind of decoder, group size, N, K and the number of tokens. Tables are
 looked for in two places: beside this module (`cuda_NAME.json`, measured by us) and in the cache folder (measured on this
 machine by `tune`, with the device's name and the versions it was measured with; it wins). A weight that was not measured takes
-what was measured for its shape with groups of 128, of its decoder or else of integers; one that no table knows gets
-`default_config`.
+what was measured for its shape with other groups or about as many tokens, of its decoder or else of integers; one that no
+table knows gets `default_config`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,29 @@ def token_class(M: int) -> int:
     return next(size for size in TOKEN_CLASSES if size >= M)
 
 
+def kind_of(weight: TileWeight) -> str:
+    """Width and decoder: `4`, `4z` with zero points, `4f` floats, `4t` one table, `4r` one for each row, `4p` groups pick."""
+    if weight.table is not None:
+        return f"{weight.bits}{'p' if weight.pick is not None else 't' if len(weight.table) == 1 else 'r'}"
+    return f"{weight.bits}{'f' if weight.floats else '' if weight.zero is None else 'z'}"
+
+
 def key_of(weight: TileWeight, M: int) -> str:
     """`4/g128/4096x14336/m4`: width, decoder and group class, shape, token class."""
-    kind = "f" if weight.floats else "t" if weight.table is not None else "z" if weight.zero is not None else ""
-    return f"{weight.bits}{kind}/g{weight.group_size}/{weight.N}x{weight.K}/m{token_class(M)}"
+    return f"{places(weight)[0]}/m{token_class(M)}"
+
+
+def places(weight: TileWeight) -> tuple[str, ...]:
+    """Where a weight's entries are, and those of weights like it: `4t/g64/4096x14336`. Best first; the last reads nearly as
+    many bytes."""
+    shape, groups = f"{weight.N}x{weight.K}", dict.fromkeys((weight.group_size, 128, 64))
+    return (*(f"{kind_of(weight)}/g{size}/{shape}" for size in groups), f"{weight.bits}/g128/{shape}")
+
+
+def classes_like(M: int) -> list[int]:
+    """Numbers of tokens whose entries M may take: the next larger ones, then smaller ones, of as many matrix products."""
+    alike = [size for size in TOKEN_CLASSES if (size > FEWEST) == (M > FEWEST)]
+    return [*(size for size in alike if size >= M), *(size for size in reversed(alike) if size < M)]
 
 
 def device_slug(name: str) -> str:
@@ -96,9 +115,7 @@ def config_for(weight: TileWeight, M: int) -> Config:
     facts = torch.cuda.get_device_properties(weight.codes.device)
     capability = (facts.major, facts.minor)
     known = table(facts.name)
-    own, place = key_of(weight, M), f"g128/{weight.N}x{weight.K}/m{token_class(M)}"
-    # Best first; the last reads nearly as many bytes.
-    alike = (own, f"{own.partition('/')[0]}/{place}", f"{weight.bits}/{place}")
+    alike = (f"{place}/m{size}" for place in places(weight) for size in classes_like(M))
     entry = next((known[key] for key in alike if key in known), None)
     if entry is not None:
         measured = Config(**entry["config"])

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aerogel.kernels.gemm.cuda_table import family_slug
+from aerogel.kernels.gemm.cuda_table import family_slug, places
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import Config, deepest, fits
 
@@ -21,14 +21,9 @@ FOLDER = Path(__file__).parent
 TOKEN_CLASSES = (16, 32, 64, 128, 256, 512, 1024, 4096)
 
 
-def shape_key(weight: TileWeight) -> str:
-    """`4/g128/4096x14336`: width, group and shape. How zero points and tables are decoded changes times little."""
-    return f"{weight.bits}/g{weight.group_size}/{weight.N}x{weight.K}"
-
-
 @functools.cache
 def table(name: str) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
-    """Shape key to number of tokens to entry (`config`, `us`) for the device `name`; empty when nothing was measured."""
+    """Place (`cuda_table.places`) to number of tokens to entry (`config`, `us`) for the device `name`; empty without measurements."""
     path = FOLDER / f"wgmma_{family_slug(name)}.json"
     found: Mapping[str, Mapping[str, Mapping[str, Any]]] = (
         json.loads(path.read_text("utf-8"))["entries"] if path.is_file() else {}
@@ -42,8 +37,8 @@ def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
     An entry with `rows` and `rest` serves that many rows with `config` and the others with `rest`.
     """
     tokens = next((size for size in TOKEN_CLASSES if size >= M), TOKEN_CLASSES[-1])
-    known, place = table(name), f"{weight.bits}/g128/{weight.N}x{weight.K}"
-    entry = known.get(shape_key(weight), known.get(place, {})).get(str(tokens))
+    known = [table(name).get(place, {}) for place in places(weight)]
+    entry = next((entries[str(tokens)] for entries in known if str(tokens) in entries), None)
     if entry is None:
         return []
     rows = entry.get("rows", weight.N)

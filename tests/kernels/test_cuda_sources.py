@@ -463,12 +463,14 @@ def test_the_shipped_table_holds_configurations_that_fit() -> None:
         entries = json.loads(path.read_text("utf-8"))["entries"]
         assert len(entries) >= 60
         for key, entry in entries.items():
-            found = re.fullmatch(r"(\d)([tzf]?)/g(\d+)/(\d+)x(\d+)/m(\d+)", key)
+            found = re.fullmatch(r"(\d)([trpzf]?)/g(\d+)/(\d+)x(\d+)/m(\d+)", key)
             assert found is not None, key
             bits, size, N, K, M = (int(part) for part in found.group(1, 3, 4, 5, 6))
             held = weight(N, K, bits, size, zero=found[2] == "z")
-            if found[2] == "t":
-                held = replace(held, table=torch.empty(1, 1 << bits, device="meta"))
+            if found[2] in ("t", "r", "p"):
+                tables = {"t": 1, "r": held.codes.shape[0] * 16, "p": 2}[found[2]]
+                pick = held.scale.to(torch.uint8) if found[2] == "p" else None
+                held = replace(held, table=torch.empty(tables, 1 << bits, device="meta"), pick=pick)
             held = replace(held, floats={4: 1, 8: 3}[bits] if found[2] == "f" else 0)
             assert cuda_table.key_of(held, M) == key
             assert fits(held, Config(**entry["config"]), M, (9, 0), 132), key
