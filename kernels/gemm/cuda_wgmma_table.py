@@ -23,7 +23,7 @@ TOKEN_CLASSES = (16, 32, 64, 128, 256, 512, 1024, 4096)
 
 @functools.cache
 def table(name: str) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
-    """Place (`cuda_table.places`) to number of tokens to entry (`config`, `us`) for the device `name`; empty without measurements."""
+    """Place (`cuda_table.places`) to number of tokens to entry (`config`, `us`) for device `name`; empty if not measured."""
     path = FOLDER / f"wgmma_{family_slug(name)}.json"
     found: Mapping[str, Mapping[str, Mapping[str, Any]]] = (
         json.loads(path.read_text("utf-8"))["entries"] if path.is_file() else {}
@@ -49,6 +49,10 @@ def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
 
 
 def _fitting(weight: TileWeight, data: Mapping[str, Any]) -> Config | None:
-    """The configuration, with shallower rings where the weight has more beside its codes than the one that was measured."""
+    """The configuration, with shallower rings where the weight has more beside its codes than the one that was measured; None
+    where they would be less than half as deep, which is no longer what was measured."""
     config = Config(**data)
-    return config if fits(weight, config) else deepest(weight, config)
+    if fits(weight, config):
+        return config
+    made = deepest(weight, config)
+    return made if made is not None and 2 * made.x_stages >= config.x_stages else None
