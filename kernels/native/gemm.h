@@ -254,7 +254,9 @@ void choose_blocks(Plan& plan) {
 // `added`: whether what stands beside the weight was added by those who made the rows.
 template <class P>
 Status run_product(const Weight& weight, const Call& call, bool& added) {
-    Plan plan = make_plan<P>(weight, call);
+    bool folded = false;
+    if constexpr (P::kFolds) folded = call.tokens > most_rows<P>() && P::folds(weight);
+    Plan plan = make_plan<P>(weight, call, folded);
     choose_blocks<P>(plan);
     const size_t x_bytes = static_cast<size_t>(plan.blocks * plan.tiles * plan.block_rows * plan.row_bytes);
     const size_t factor_bytes = (static_cast<size_t>(plan.blocks * plan.segments * plan.block_rows) * sizeof(float) + 63) / 64 * 64;

@@ -175,11 +175,19 @@ void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count,
             const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
             const uint8_t* codes = static_cast<const uint8_t*>(plan.weight->codes) + strip * plan.strip_bytes + tile * tile_bytes<BITS>();
             U16 offsets, picks;
+            F16 scale = zero_f();
             unroll<8>([&](auto step) ALWAYS {
                 typename P::Operand w[P::kOperands];
                 const int64_t segment = plan.segment_tiles ? tile / plan.segment_tiles : 2 * tile + step / 4;
-                if constexpr (step % 4 == 0) picks = picks_of<P, BITS, FORM>(plan, strip, plan.group_of(segment));
+                if constexpr (step % 4 == 0) {
+                    const int64_t group = plan.group_of_half(2 * tile + step / 4);
+                    picks = picks_of<P, BITS, FORM>(plan, strip, group);
+                    if (plan.folded) scale = factors_of(plan, strip, group, 0.0f).scale;
+                }
                 P::template weights<BITS, FORM, step>(decoder, codes, picks, w);
+                if constexpr (P::kFolds) {
+                    if (plan.folded) unroll<P::kOperands>([&](auto o) ALWAYS { w[o] = P::scaled(w[o], scale); });
+                }
                 if constexpr (P::template signed_codes<BITS>()) {
                     if constexpr (step % 4 == 0) offsets = byte_offsets(plan, strip, plan.group_of(segment), P::template bias<BITS, FORM>());
                     w[0] = P::less(w[0], offsets);
@@ -251,7 +259,8 @@ void panel(const Plan& plan, const uint8_t* operands, const I16* begin, int64_t 
             const int64_t group = plan.group_of(done);
             repeat<R>([&](int r) ALWAYS {
                 const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
-                const Factors f = factors_of(plan, strip, group, bias);
+                Factors f = factors_of(plan, strip, group, bias);
+                if (P::kFolds && plan.folded) f.scale = spread<F16>(1.0f);
                 repeat<M>([&](int m) ALWAYS {
                     float* at = total + (m * R + r) * 16;
                     const float scale = P::kOperands == 1 ? plan.x_scale[factor + m] : 1.0f;

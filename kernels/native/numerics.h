@@ -30,6 +30,7 @@ constexpr int kDecoderBytes = 512;
 
 // What an arithmetic on integers alone has in the place of tables.
 struct IntegersOnly {
+    static constexpr bool kFolds = false;
     static constexpr Form form(Form given) { return given; }
     template <int BITS, Form FORM>
     static constexpr bool runs() {
@@ -60,7 +61,26 @@ struct Exact {
     using Accumulator = F16;
     using Operand = U16;
     static constexpr int kOperands = 2, kWordBytes = 4, kLongestSegment = 256;
-    static constexpr bool kTerms = true, kOnlyOneRow = false, kTiles = false;
+    static constexpr bool kTerms = true, kOnlyOneRow = false, kTiles = false, kFolds = true;
+    // Whether bfloat16 holds the products of a weight's numbers and scales: of four digits each. Sums then need not end with
+    // a group, which pays where groups are short and a panel meets many rows.
+    static bool folds(const Weight& weight) {
+        if (!weight.table || weight.scale_type != kFloat8E4m3 || weight.group == 0) return false;
+        const float* table = static_cast<const float*>(weight.table);
+        for (int64_t i = 0; i < weight.table_bytes / 4; ++i) {
+            if (float_to_bits(table[i]) & 0x000fffffu) return false;
+        }
+        return true;
+    }
+    static INLINE Operand scaled(const Operand& w, const F16& scale) {
+        const __m512i both = reinterpret_cast<__m512i>(w.part[0]), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+        const __m512 factor = reinterpret_cast<__m512>(scale.part[0]);
+        const __m512 low = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), factor);
+        const __m512 high = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(both, upper)), factor);
+        Operand v;
+        v.part[0] = reinterpret_cast<NativeU>(_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high)));
+        return v;
+    }
     // Integers are one more table.
     static constexpr Form form(Form given) { return given == kIntegers ? kOneTable : given; }
     template <int BITS, Form FORM>
@@ -179,7 +199,7 @@ struct Exact {
     using Accumulator = F16;
     using Operand = F16;
     static constexpr int kOperands = 4, kWordBytes = 4, kLongestSegment = 256;
-    static constexpr bool kTerms = false, kOnlyOneRow = false, kTiles = false;
+    static constexpr bool kTerms = false, kOnlyOneRow = false, kTiles = false, kFolds = false;
     // One table is one of several.
     static constexpr Form form(Form given) { return given == kIntegers ? kIntegers : kTables; }
     template <int BITS, Form FORM>

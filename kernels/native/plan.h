@@ -30,6 +30,7 @@ struct Plan {
     int block_rows;
     Form form;       // what the loops take the codes for
     bool few;        // the loop for few rows runs it
+    bool folded;     // decoded operands have their scales multiplied in, and segments know no groups
     bool moved;      // int8 activations have 128 added
     const Adding* adding;  // what is added to rows by those who made them, or null
     uint8_t* x;      // [block][tile][row][row_bytes]
@@ -42,14 +43,17 @@ struct Plan {
 
     int64_t group_of(int64_t segment) const {
         if (segment_tiles) return segment / segments_per_group;
-        // The last half tile may lie wholly beyond the last column: its activations are zeros, any scale will do.
-        const int64_t group = columns.group ? segment * 16 / columns.group : 0;
-        return group < columns.groups ? group : columns.groups - 1;
+        return group_of_half(segment);
     }
     // How many half tiles from `segment` on are summed before the scale of their group is applied.
     int64_t run_from(int64_t segment) const {
         const int64_t left = segments_per_group - segment % segments_per_group;
         return left < longest_run ? left : longest_run;
+    }
+    // The group of columns 16 * half ..; behind the last there are zeros to multiply, so any will do.
+    int64_t group_of_half(int64_t half) const {
+        const int64_t group = columns.group && columns.groups > 1 ? half * 16 / columns.group : 0;
+        return group < columns.groups ? group : columns.groups - 1;
     }
     const uint8_t* x_at(int64_t block, int64_t tile) const { return x + (block * tiles + tile) * block_rows * row_bytes; }
     int64_t factor(int64_t block, int64_t segment) const { return (block * segments + segment) * block_rows; }
@@ -64,17 +68,18 @@ inline int64_t segment_tiles(const Columns& columns, int64_t longest) {
 }
 
 template <class P>
-inline Plan make_plan(const Weight& weight, const Call& call) {
+inline Plan make_plan(const Weight& weight, const Call& call, bool folded) {
     Plan plan{};
     plan.weight = &weight, plan.call = &call;
     plan.columns = columns_of(weight);
     plan.strips = ceil_div(weight.rows, kStrip), plan.tiles = ceil_div(plan.columns.count, kTile);
     plan.strip_bytes = plan.tiles * kVector * weight.bits;
-    plan.segment_tiles = segment_tiles(plan.columns, P::kLongestSegment);
+    plan.folded = folded;
+    plan.segment_tiles = folded ? P::kLongestSegment / kTile : segment_tiles(plan.columns, P::kLongestSegment);
     plan.segments = plan.segment_tiles ? ceil_div(plan.tiles, plan.segment_tiles) : 2 * plan.tiles;
-    plan.segments_per_group = plan.columns.groups == 1 ? plan.segments
-                              : plan.segment_tiles     ? plan.columns.group / kTile / plan.segment_tiles
-                                                       : plan.columns.group / 16;
+    plan.segments_per_group = plan.columns.groups == 1 || folded ? plan.segments
+                              : plan.segment_tiles               ? plan.columns.group / kTile / plan.segment_tiles
+                                                                 : plan.columns.group / 16;
     plan.longest_run = P::kOperands == 1 ? 1 : P::kLongestSegment / 16;
     plan.terms = !P::kTerms || call.x_type == kBfloat16 ? 1 : call.x_type == kFloat16 ? 2 : 3;
     plan.row_bytes = 8 * P::kOperands * P::kWordBytes;
