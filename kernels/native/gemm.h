@@ -187,7 +187,11 @@ Strips loop_for(int rows) {
         if (rows == 1) return strips<P, BITS, FORM, strips_for(1), 1, HALF>;
         if (rows == 4) return strips<P, BITS, FORM, strips_for(4), 4, HALF>;
         if constexpr (most_rows<P>() == 16) {
-            if (rows == 16) return strips<P, BITS, FORM, strips_for(16), 16, HALF>;
+            if constexpr (HALF) {
+                if (rows == 16) return halves<P, BITS, FORM, 16>;
+            } else {
+                if (rows == 16) return strips<P, BITS, FORM, strips_for(16), 16, HALF>;
+            }
         }
     }
     if constexpr (kSizes == kAllSizes) {
@@ -254,9 +258,7 @@ void choose_blocks(Plan& plan) {
 // `added`: whether what stands beside the weight was added by those who made the rows.
 template <class P>
 Status run_product(const Weight& weight, const Call& call, bool& added) {
-    bool folded = false;
-    if constexpr (P::kFolds) folded = call.tokens > most_rows<P>() && P::folds(weight);
-    Plan plan = make_plan<P>(weight, call, folded);
+    Plan plan = make_plan<P>(weight, call);
     choose_blocks<P>(plan);
     const size_t x_bytes = static_cast<size_t>(plan.blocks * plan.tiles * plan.block_rows * plan.row_bytes);
     const size_t factor_bytes = (static_cast<size_t>(plan.blocks * plan.segments * plan.block_rows) * sizeof(float) + 63) / 64 * 64;

@@ -151,6 +151,51 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* to) {
     repeat<R>([&](int r) ALWAYS { repeat<M>([&](int m) ALWAYS { store(to + (r * M + m) * kStrip, total[r][m]); }); });
 }
 
+// `strips` for one strip whose groups may end with every half tile and M rows as many as registers: totals and the numbers of half
+// a tile stay in registers, and the sums of a few rows at a time join their totals before the next rows begin.
+template <class P, int BITS, Form FORM, int M>
+void halves(const Plan& plan, int64_t strip, int64_t block, float* to) {
+    constexpr int kRow = 8 * P::kOperands * P::kWordBytes, kNumbers = 4 * P::kOperands, kTogether = 4;
+    constexpr float kBias = static_cast<float>(P::template bias<BITS, FORM>());
+    const typename P::Decoder decoder = P::template decoder<BITS, FORM>(plan.decoder);
+    const bool offset = kBias != 0.0f || plan.weight->zero != nullptr;
+    const uint8_t* codes = static_cast<const uint8_t*>(plan.weight->codes) + strip * plan.strip_bytes;
+    F16 total[M];
+    unroll<M>([&](auto m) ALWAYS { total[m] = zero_f(); });
+    int64_t group = 0, left = plan.segments_per_group;
+    for (int64_t tile = 0; tile < plan.tiles; ++tile, codes += tile_bytes<BITS>()) {
+        const uint8_t* x = plan.x_at(block, tile);
+        unroll<2>([&](auto half) ALWAYS {
+            if (left == 0 && group + 1 < plan.columns.groups) ++group, left = plan.segments_per_group;
+            --left;
+            const Factors f = factors_of(plan, strip, group, kBias);
+            const U16 picks = picks_of<P, BITS, FORM>(plan, strip, group);
+            typename P::Operand w[kNumbers];
+            unroll<4>([&](auto step) ALWAYS {
+                typename P::Operand some[P::kOperands];
+                P::template weights<BITS, FORM, 4 * half + step>(decoder, codes, picks, some);
+                unroll<P::kOperands>([&](auto o) ALWAYS { w[step * P::kOperands + o] = some[o]; });
+            });
+            const float* x_sum = plan.x_sum + plan.factor(block, 2 * tile + half);
+            unroll<M / kTogether>([&](auto some) ALWAYS {
+                typename P::Accumulator sum[kTogether];
+                unroll<kTogether>([&](auto m) ALWAYS { sum[m] = P::none(); });
+                unroll<kNumbers>([&](auto number) ALWAYS {
+                    unroll<kTogether>([&](auto m) ALWAYS {
+                        const uint8_t* at = x + (some * kTogether + m) * kRow + (half * kNumbers + number) * P::kWordBytes;
+                        sum[m] = P::template dot<P::template range<BITS>()>(sum[m], w[number], at);
+                    });
+                });
+                unroll<kTogether>([&](auto m) ALWAYS {
+                    constexpr int kAt = some * kTogether + m;
+                    total[kAt] = joined<P>(sum[m], total[kAt], f, offset, x_sum[kAt], 1.0f);
+                });
+            });
+        });
+    }
+    unroll<M>([&](auto m) ALWAYS { store(to + 16 * m, total[m]); });
+}
+
 // bias + zero point of a strip in a group, in all four bytes of a lane.
 INLINE U16 byte_offsets(const Plan& plan, int64_t strip, int64_t group, int bias) {
     const int8_t* zero = static_cast<const int8_t*>(plan.weight->zero);
@@ -182,7 +227,7 @@ void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count,
                 if constexpr (step % 4 == 0) {
                     const int64_t group = plan.group_of_half(2 * tile + step / 4);
                     picks = picks_of<P, BITS, FORM>(plan, strip, group);
-                    if (plan.folded) scale = factors_of(plan, strip, group, 0.0f).scale;
+                    if (P::kFolds && plan.folded) scale = factors_of(plan, strip, group, 0.0f).scale;
                 }
                 P::template weights<BITS, FORM, step>(decoder, codes, picks, w);
                 if constexpr (P::kFolds) {

@@ -28,9 +28,14 @@ enum Form { kIntegers, kOneTable, kTables };
 // Bytes that hold whatever an arithmetic keeps of a weight's tables.
 constexpr int kDecoderBytes = 512;
 
-// What an arithmetic on integers alone has in the place of tables.
-struct IntegersOnly {
+// What an arithmetic has that applies scales to sums only.
+struct NothingFolded {
     static constexpr bool kFolds = false;
+    static bool folds(const Weight&, int64_t) { return false; }
+};
+
+// What an arithmetic on integers alone has in the place of tables.
+struct IntegersOnly : NothingFolded {
     static constexpr Form form(Form given) { return given; }
     template <int BITS, Form FORM>
     static constexpr bool runs() {
@@ -57,28 +62,62 @@ INLINE uint32_t word_of(const uint8_t* x) {
 
 #if defined(__AVX512BF16__)
 
+// Of floats that are not zero: the least and largest exponent, as stored, and all bits behind the leading one.
+struct Extent {
+    uint32_t lowest = 255, highest = 0, mantissas = 0;
+
+    INLINE void add(uint32_t bits) {
+        const uint32_t exponent = bits >> 23 & 255u, mantissa = bits & 0x7fffffu;
+        lowest = exponent < lowest && (exponent | mantissa) ? exponent : lowest;
+        highest = exponent > highest ? exponent : highest;
+        mantissas |= mantissa;
+    }
+    int digits() const { return mantissas ? 24 - __builtin_ctz(mantissas) : 1; }
+};
+
+// Adds the scales of a weight, in bfloat16 or powers of two, until they have more than so many digits.
+inline void read_scales(const Weight& weight, int digits, Extent& to) {
+    constexpr int64_t kSome = 1024;
+    const bool powers = weight.scale_type == kFloat8E8m0;
+    const int64_t count = powers ? weight.scale_bytes : weight.scale_bytes / 2;
+    for (int64_t i = 0; i < count && to.digits() <= digits; i += kSome) {
+        const int64_t stop = i + kSome < count ? i + kSome : count;
+        for (int64_t j = i; powers && j < stop; ++j) {
+            const uint32_t power = static_cast<const uint8_t*>(weight.scale)[j];
+            to.add(power ? power << 23 : 0x00400000u);
+        }
+        for (int64_t j = i; !powers && j < stop; ++j) to.add(uint32_t{static_cast<const uint16_t*>(weight.scale)[j]} << 16);
+    }
+}
+
 struct Exact {
     using Accumulator = F16;
     using Operand = U16;
     static constexpr int kOperands = 2, kWordBytes = 4, kLongestSegment = 256;
     static constexpr bool kTerms = true, kOnlyOneRow = false, kTiles = false, kFolds = true;
-    // Whether bfloat16 holds the products of a weight's numbers and scales: of four digits each. Sums then need not end with
-    // a group, which pays where groups are short and a panel meets many rows.
-    static bool folds(const Weight& weight) {
-        if (!weight.table || weight.scale_type != kFloat8E4m3 || weight.group == 0) return false;
+    // Whether scales are multiplied into the decoded numbers of a weight that meets `rows`, so that sums need not end with a group.
+    // It has to be exact: bfloat16 must hold all products, which have no more than its eight digits and are normal numbers.
+    // Scales other than e4m3 have to be read for that, which takes as long as some rows.
+    static bool folds(const Weight& weight, int64_t rows) {
+        const bool known = weight.scale_type == kFloat8E4m3;
+        if (!weight.table || weight.group == 0 || weight.scale_type < kBfloat16 || rows <= (known ? 16 : 64)) return false;
         const float* table = static_cast<const float*>(weight.table);
-        for (int64_t i = 0; i < weight.table_bytes / 4; ++i) {
-            if (float_to_bits(table[i]) & 0x000fffffu) return false;
-        }
-        return true;
+        Extent numbers, scales;
+        for (int64_t i = 0; i < weight.table_bytes / 4; ++i) numbers.add(float_to_bits(table[i]));
+        if (known) scales.add(0x3f900000u), scales.add(0x3b000000u), scales.add(0x43f00000u);  // 1.125, 2^-9, 480
+        if (!known) read_scales(weight, 8 - numbers.digits(), scales);
+        return numbers.digits() + scales.digits() <= 8 && numbers.lowest + scales.lowest > 127 && numbers.highest + scales.highest <= 380;
     }
     static INLINE Operand scaled(const Operand& w, const F16& scale) {
-        const __m512i both = reinterpret_cast<__m512i>(w.part[0]), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+        alignas(64) static const uint16_t order[32] = {1,  33, 3,  35, 5,  37, 7,  39, 9,  41, 11, 43, 13, 45, 15, 47,
+                                                       17, 49, 19, 51, 21, 53, 23, 55, 25, 57, 27, 59, 29, 61, 31, 63};
+        const __m512i both = reinterpret_cast<__m512i>(w.part[0]);
         const __m512 factor = reinterpret_cast<__m512>(scale.part[0]);
         const __m512 low = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), factor);
-        const __m512 high = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(both, upper)), factor);
+        const __m512 high = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-0x10000))), factor);
         Operand v;
-        v.part[0] = reinterpret_cast<NativeU>(_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high)));
+        v.part[0] = reinterpret_cast<NativeU>(
+            _mm512_permutex2var_epi16(_mm512_castps_si512(low), _mm512_load_si512(order), _mm512_castps_si512(high)));
         return v;
     }
     // Integers are one more table.
@@ -195,11 +234,11 @@ struct Exact {
 
 #else
 
-struct Exact {
+struct Exact : NothingFolded {
     using Accumulator = F16;
     using Operand = F16;
     static constexpr int kOperands = 4, kWordBytes = 4, kLongestSegment = 256;
-    static constexpr bool kTerms = false, kOnlyOneRow = false, kTiles = false, kFolds = false;
+    static constexpr bool kTerms = false, kOnlyOneRow = false, kTiles = false;
     // One table is one of several.
     static constexpr Form form(Form given) { return given == kIntegers ? kIntegers : kTables; }
     template <int BITS, Form FORM>
