@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ ROUNDING = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
 ROUNDED = 2e-3
 """Where numbers are rounded to bfloat16."""
 SHAPES = [(1, 16), (7, 40), (37, 200), (66, 300)]
-TOKENS = (1, 2, 3, 9, 16, 17, 40)
+TOKENS = (1, 2, 3, 9, 16, 17, 40, 70)
 
 
 def codes_on(grid: Grid, N: int, K: int) -> Codes:
@@ -106,7 +107,8 @@ def test_rounding_to_bfloat16_costs_less_than_rounding_the_result() -> None:
     for grid in (Nf4(), Nf4(group_size=40), Nvfp4(), Bitmod()):
         w_NK = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
         codes = quantized(grid, w_NK, grid.fit(w_NK))
-        layout, x = native_tables.tensors_of(codes), torch.randn(20, 1024).bfloat16()
+        layout = native_tables.tensors_of(codes)
+        x = torch.randn(20, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
         wanted = x.double() @ codes.decode().double().T
         dense = relative(wanted.bfloat16(), wanted)
         for M in (1, 20):
@@ -128,6 +130,43 @@ def test_all_256_bytes_of_e4m3_and_its_nan() -> None:
                 wanted = codes.values_NK.float()[3, 5]
                 assert torch.equal(y[:, 3].float().nan_to_num(nan=-1e9), wanted.expand(M).nan_to_num(nan=-1e9)), (byte, path)
                 assert not y[:, 4].any()
+
+
+@pytest.mark.parametrize("path", library.PATHS)
+@pytest.mark.parametrize("M", [3, 16, 128])
+def test_scales_multiplied_into_numbers_round_nothing(path: str, M: int) -> None:
+    """One input at a time gives the weight itself, for few tokens and for so many that scales may be folded; see numerics.h."""
+    if path not in library.paths():
+        pytest.skip(f"{path}: not built, or this machine has not its instructions")
+    random = torch.Generator().manual_seed(0)
+    for grid in (
+        Nvfp4(),
+        Nvfp4(scale_dtype=torch.uint8),
+        Mx(kind="e2m1"),
+        Mx(kind="e4m3"),
+        Bitmod(group_size=32, scale_dtype=torch.bfloat16),
+    ):
+        codes = codes_on(grid, 40, 128)
+        if codes.scale_NG.dtype == torch.float8_e4m3fn:
+            every = torch.arange(1, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+            codes = replace(codes, scale_NG=every[torch.randint(len(every), codes.scale_NG.shape, generator=random)])
+        layout = native_tables.tensors_of(codes)
+        dense_NK, x_KK = codes.decode(), torch.eye(128).bfloat16()
+        for first in range(0, 128, M):
+            x_MK = x_KK[first : first + M].contiguous()
+            found_MN = linear(x_MK, layout, None, 40, grid.group_size or 0, library.PATHS.index(path))
+            assert torch.equal(found_MN, dense_NK.T[first : first + M].bfloat16()), grid
+
+
+def test_scales_at_the_ends_of_their_range() -> None:
+    """Powers of two whose products bfloat16 does not hold as normal numbers are applied to sums."""
+    codes = codes_on(Mx(kind="e2m1"), 40, 128)
+    ones = replace(codes, scale_NG=torch.ones(40, 4).to(codes.scale_NG.dtype))
+    for power in (-126, 126):
+        held = replace(codes, scale_NG=torch.full((40, 4), 2.0**power).to(codes.scale_NG.dtype))
+        x_MK = torch.randn(70, 128, generator=torch.Generator().manual_seed(0)) * (2.0**-100 if power > 0 else 2.0**110)
+        found_MN = linear(x_MK, native_tables.tensors_of(held), None, 40, 32)
+        assert relative(found_MN, x_MK.double() @ ones.decode().double().T * 2.0**power) < 1e-6
 
 
 def test_the_dispatcher_and_the_layer_use_it() -> None:
