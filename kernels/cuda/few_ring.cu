@@ -25,7 +25,7 @@ constexpr bool SIDES = GROUP != 0 || ZERO != 0 || TABLE == 3;
 
 // Warps beside the multiplying ones: the one that produces, and with 8 multiplying warps three more that only give up registers, which
 // a multiprocessor hands out by warpgroups. Many row tiles of 16 tokens are too much for the 168 that 9 warps could have.
-constexpr int PRODUCER_THREADS = TRADE ? 128 : 32;
+constexpr int PRODUCER_THREADS = TRADE ? 128 : 32, ALL_WARPS = WARPS + PRODUCER_THREADS / 32;
 
 // This block's part of the work: its k tiles (a cluster's blocks share K), its row blocks.
 struct Share {
@@ -91,6 +91,16 @@ INLINE void fetch_weights(const Arguments& p, u32 stage, u32 full, int row_block
   }
 }
 
+// Whether tokens come with a row block's stages.
+INLINE bool with_x(int block) { return X_IN_STAGE || (X_RESIDENT && block == 0); }
+
+// The weights of one turn into the stage in `slot` of the ring, whose barrier learns what to expect, tokens included.
+INLINE void fetch_turn(const Arguments& p, const Share& share, const Room& room, int block, int stage, int slot) {
+  const int tile = share.first_tile + stage * K_WARPS, tiles = min(K_WARPS, share.end_tile - tile);
+  fetch_weights(p, shared_address(room.ring) + slot * STAGE_BYTES, room.full + 8 * slot,
+                share.row_start + block * share.row_step, tile, tiles, with_x(block) ? p.M * tiles * 256 : 0);
+}
+
 // A place in the ring: the stage that is next, and how often (modulo 2) the ring has come round to it.
 struct Slot {
   int index = 0;
@@ -100,49 +110,61 @@ struct Slot {
   }
 };
 
-// The tokens' columns for one stage: to where they stay, or into the stage in `slot` of the ring.
-INLINE void fetch_stage_tokens(const Arguments& p, const Share& share, const Room& room, int stage, int slot) {
-  const int token = threadIdx.x & 31, first = stage * K_WARPS;
+// One token's columns for one stage: to where they stay, or into the stage in `slot` of the ring.
+INLINE void fetch_stage_token(const Arguments& p, const Share& share, const Room& room, int stage, int slot, int token) {
+  const int first = stage * K_WARPS;
   const u32 bytes = min(K_WARPS, share.end_tile - share.first_tile - first) * 256, full = room.full + 8 * slot;
   const u32 to = X_RESIDENT ? room.x + token * room.x_stride + first * 256
                             : shared_address(room.ring) + slot * STAGE_BYTES + WEIGHT_BYTES + token * STAGE_TOKEN_BYTES;
   const u16* from = p.x + (size_t)token * p.x_stride + (share.first_tile + first) * 128;
 #if X_SHARE > 1
-  if (token < p.M && token % X_SHARE == cluster_rank()) bulk_copy_to_all<X_SHARE>(to, from, bytes, full);
+  if (token % X_SHARE == cluster_rank()) bulk_copy_to_all<X_SHARE>(to, from, bytes, full);
 #else
-  if (token < p.M) bulk_copy(to, from, bytes, full);
+  bulk_copy(to, from, bytes, full);
 #endif
 }
 
+// Up to 8 tokens, all that the ring holds is asked for before the previous kernel has ended. More tokens weigh as much as the weights,
+// and copies are served one after the other: x should not wait behind weights that are needed after it, nor the previous kernel's
+// stores behind either. So only the first turn goes ahead of x, and each turn's tokens follow its weights (X_FOLLOWS).
+constexpr bool X_FOLLOWS = TOKEN_TILES > 1 && !X_BY_WARPS;
+
+// The first turn's tokens, by all warps, since one alone takes some 50 cycles for each. They may be here before the barrier has
+// been told to expect them.
+INLINE void fetch_first_tokens(const Arguments& p, const Share& share, const Room& room) {
+  if ((threadIdx.x & 31) == 0 && share.stages > 0)
+    for (int token = threadIdx.x >> 5; token < p.M; token += ALL_WARPS) fetch_stage_token(p, share, room, 0, 0, token);
+}
+
 INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
-  const int ahead = min(share.row_blocks * share.stages, p.stages);  // turns before any stage must be free again
+  const int ahead = X_FOLLOWS ? 0 : min(share.row_blocks * share.stages, p.stages), token = threadIdx.x & 31;
   Slot slot;
   int turn = 0;
   for (int block = 0; block < share.row_blocks; block++)
     for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {
-      const int tile = share.first_tile + stage * K_WARPS, tiles = min(K_WARPS, share.end_tile - tile);
-      const bool with_x = X_IN_STAGE || (X_RESIDENT && block == 0);
+      if (X_FOLLOWS && turn == 0) continue;
       if (turn >= p.stages) mbarrier_wait(room.empty + 8 * slot.index, slot.round ^ 1);
-      fetch_weights(p, shared_address(room.ring) + slot.index * STAGE_BYTES, room.full + 8 * slot.index,
-                    share.row_start + block * share.row_step, tile, tiles, with_x ? p.M * tiles * 256 : 0);
-      if (X_BY_WARPS) continue;
+      fetch_turn(p, share, room, block, stage, slot.index);
       if (turn == ahead - 1) {  // the ring is full of weights: now x is needed
         wait_for_previous_kernel();
-        const int end = X_IN_STAGE ? ahead : min(ahead, share.stages);
-        for (int t = 0; t < end; t++) fetch_stage_tokens(p, share, room, t % share.stages, t);
-      } else if (turn >= ahead && with_x) {
-        fetch_stage_tokens(p, share, room, stage, slot.index);
+        const int end = X_BY_WARPS ? 0 : X_IN_STAGE ? ahead : min(ahead, share.stages);
+        for (int t = 0; t < end; t++)
+          if (token < p.M) fetch_stage_token(p, share, room, t % share.stages, t, token);
+      } else if (turn >= ahead && token < p.M && with_x(block)) {
+        fetch_stage_token(p, share, room, stage, slot.index, token);
       }
     }
 }
 
 // ---- Consuming -------------------------------------------------------------------------------------------------------
-// The tables of a row block, when every warp is done with the last one's.
+// The tables of a row block, when every warp is done with the last one's; the first were asked for at the start.
 INLINE void renew_tables(const Arguments& p, const Room& room, int block, int first_tile) {
   if constexpr (TABLE) {
     if (block > 0 && TABLE != 2) return;
-    if (block > 0) barrier_of(1, THREADS);
-    fetch_tables_of_block(p.table, p.tables, room.tables, first_tile);
+    if (block > 0) {
+      barrier_of(1, THREADS);
+      fetch_tables_of_block(p.table, p.tables, room.tables, first_tile);
+    }
     barrier_of(1, THREADS);
   }
 }
@@ -196,7 +218,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
     barrier_of(1, THREADS);  // all have read the ring, and used the last partial sums
     store_partials(room.partials, p, row_warp, slice, acc);
     barrier_of(1, THREADS);
-    if (!X_BY_WARPS && block == 0) wait_for_previous_kernel();
+    if (block == 0) wait_for_previous_kernel();
 #if CLUSTER > 1
     finish_in_cluster(room.partials, (const float2*)room.inbox, room.bell, p, factor, first_row_tile, threadIdx.x);
 #else
@@ -209,25 +231,34 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS, BLOCKS)
   const Share share = share_of(p);
   const bool single = share.row_step >= (p.row_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
   const Room room = room_of(p, single);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < p.stages; i++) mbarrier_init(room.full + 8 * i, 1), mbarrier_init(room.empty + 8 * i, WARPS * X_SHARE);
+  const int warp = threadIdx.x >> 5;
+  if ((threadIdx.x & 31) == 0) {
+#pragma unroll 1
+    for (int i = warp; i < p.stages; i += ALL_WARPS)
+      mbarrier_init(room.full + 8 * i, 1), mbarrier_init(room.empty + 8 * i, WARPS * X_SHARE);
 #if CLUSTER > 1
-    mbarrier_init(room.bell, 1), mbarrier_expect(room.bell, p.M * BLOCK_ROWS * 4);
+    if (warp == 0) mbarrier_init(room.bell, 1), mbarrier_expect(room.bell, p.M * BLOCK_ROWS * 4);
 #endif
     mbarrier_init_done();
   }
-#if X_SHARE * CLUSTER > 1
-  cluster_meet();  // before anyone arrives here, or sends
-#else
   __syncthreads();
+#if X_SHARE * CLUSTER > 1
+  cluster_arrive();  // at barriers of this block others may arrive
 #endif
   allow_next_kernel();
-  if (threadIdx.x < THREADS) {
+  if (X_FOLLOWS && warp == WARPS && share.stages > 0) fetch_turn(p, share, room, 0, 0, 0);
+  if (warp < WARPS) fetch_tables_of_block(p.table, p.tables, room.tables, share.row_start * BLOCK_TILES);
+  if constexpr (X_FOLLOWS) wait_for_previous_kernel();
+#if X_SHARE * CLUSTER > 1
+  cluster_wait();
+#endif
+  if constexpr (X_FOLLOWS) fetch_first_tokens(p, share, room);
+  if (warp < WARPS) {
     if constexpr (TRADE) registers_take<232>();
     consume(p, share, room);
   } else {
     if constexpr (TRADE) registers_give<40>();
-    if (threadIdx.x < THREADS + 32) produce(p, share, room);
+    if (warp == WARPS) produce(p, share, room);
   }
 #if X_SHARE > 1
   cluster_meet();  // nobody leaves while another still arrives here

@@ -209,10 +209,15 @@ INLINE u32 cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
 }
-INLINE void cluster_meet() {
+INLINE void cluster_arrive() {
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
+INLINE void cluster_wait() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+INLINE void cluster_meet() { cluster_arrive(), cluster_wait(); }
 // `values` to the shared memory of another block, where the barrier counts them as eight bytes.
 INLINE void send(u32 shared, float2 values, u32 barrier, u32 rank) {
   asm volatile(
