@@ -28,7 +28,7 @@ from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 SOURCE = "wgmma.cu"
 FEW_TOKENS = 16
 WIDE_BYTES = 192 << 20
-"""Up to FEW_TOKENS the few-token kernels are faster, except for codes of WIDE_BYTES and more."""
+"""Up to FEW_TOKENS the few-token kernels are faster, except for codes of more than four bits and of WIDE_BYTES and more."""
 SHARED_LIMIT = 227 << 10
 REGISTERS = {(2, 1): (40, 232), (3, 1): (40, 152), (4, 1): (32, 112), (2, 2): (40, 96)}
 """Registers of a producing and of a consuming thread, by warpgroups and blocks on a multiprocessor; others do not trade."""
@@ -313,4 +313,5 @@ class ManyTokens:
 def fewest_tokens(weight: TileWeight) -> int:
     """From how many tokens on a weight is served here: wide layers read x too often in the few-token kernels. Tables cost more
     here, where look-ups and tokens share the way to shared memory."""
-    return 9 if weight.codes.nbytes >= WIDE_BYTES and weight.table is None else FEW_TOKENS + 1
+    wide = weight.bits > 4 and weight.codes.nbytes >= WIDE_BYTES and weight.table is None
+    return 9 if wide else FEW_TOKENS + 1
