@@ -1,8 +1,9 @@
 """Measured configurations of the many-token kernel, by device family, weight and number of tokens.
 
 `wgmma_NAME.json` beside this module holds what was measured on NAME: for each weight the fastest configuration at some
-numbers of tokens, with its time. Other numbers of tokens use the next larger one, other groups and decoders the cut of
-groups of 128. A weight that no table knows, or a number of tokens beyond it, is served by the cost model of `cuda_wgmma`.
+numbers of tokens, with its time. Other numbers of tokens use the next larger one; tables those of other groups too, since what
+decoding takes decides there. A weight that no table knows, or a number of tokens beyond it, is served by the cost model of
+`cuda_wgmma`: the cut of other groups can be half as fast, where two blocks share a multiprocessor.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
     An entry with `rows` and `rest` serves that many rows with `config` and the others with `rest`.
     """
     tokens = next((size for size in TOKEN_CLASSES if size >= M), TOKEN_CLASSES[-1])
-    known = [table(name).get(place, {}) for place in places(weight)]
+    own = f"{weight.bits}/g{weight.group_size}/{weight.N}x{weight.K}"
+    known = [table(name).get(place, {}) for place in (*(places(weight)[:-1] if weight.table is not None else ()), own)]
     entry = next((entries[str(tokens)] for entries in known if str(tokens) in entries), None)
     if entry is None:
         return []

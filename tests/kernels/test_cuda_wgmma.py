@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aerogel.kernels.cuda import nvrtc, sources
-from aerogel.kernels.gemm import cuda_wgmma, cuda_wgmma_table
+from aerogel.kernels.gemm import cuda_table, cuda_wgmma, cuda_wgmma_table
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import CUTS, SOURCE, Config, ManyTokens, choose_config, deepest, defines, fits
 from aerogel.kernels.gemm.cuda_wgmma_plan import Parts, Plan
@@ -66,11 +66,14 @@ def test_chooses_a_cut_that_fits_for_any_weight(N: int, K: int, bits: int, group
 
 def test_every_measured_configuration_fits() -> None:
     entries = cuda_wgmma_table.table("NVIDIA H100 80GB HBM3")
-    assert len(entries) == 6
+    assert len(entries) == 30
     for key, by_tokens in entries.items():
-        bits, group, shape = key.split("/")
+        kind, group, shape = key.split("/")
         N, K = (int(size) for size in shape.split("x"))
-        weight = meta_weight(N, K, int(bits), int(group[1:]))
+        tables = {"4": None, "4t": 1, "4r": N, "4p": 2}[kind]
+        pick = torch.uint8 if kind == "4p" else None
+        weight = meta_weight(N, K, 4, int(group[1:]), table=tables, pick=pick)
+        assert key == cuda_table.places(weight)[0]
         for tokens, entry in by_tokens.items():
             assert fits(weight, Config(**entry["config"])), (key, tokens)
             cuts = cuda_wgmma_table.cuts_for(weight, int(tokens), "NVIDIA H100 80GB HBM3")
