@@ -71,7 +71,7 @@ struct Tokens<16> {
 INLINE F16 read_values(const void* from, int64_t first, int64_t count, int32_t type) {
     if (count >= 16) return load_floats(from, first, type);
 #if defined(__AVX512F__)
-    const __mmask16 wanted = static_cast<__mmask16>((1u << count) - 1);
+    const __mmask16 wanted = static_cast<__mmask16>(count > 0 ? (1u << count) - 1 : 0u);
     F16 v;
     if (type == kFloat32) {
         v.part[0] = reinterpret_cast<NativeF>(_mm512_maskz_loadu_ps(wanted, static_cast<const float*>(from) + first));
@@ -132,6 +132,78 @@ INLINE typename Tokens<W>::V outliers_of(const Beside& b, const char* x, int64_t
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+// Inputs of the outliers of some rows, four tokens each, in the outliers' order. They are copied, many at a time, before they are
+// multiplied: the loads of a copy wait for nothing, and whole vectors of products are left.
+template <int32_t TYPE, class Column>
+struct Copied {
+    static constexpr int64_t kMost = 256, kEach = 4 * (TYPE == kFloat32 ? 4 : 2);
+    alignas(64) char inputs[kMost * kEach];
+    int64_t first = 0, stop = 0;
+
+    // Inputs of outliers i .. i + 15, of those there are before `end`.
+    INLINE const char* at(const Beside& b, const char* x, int64_t i, int64_t end) {
+        if (i < first || (i + 16 < end ? i + 16 : end) > stop) copy(b, x, i, end);
+        return inputs + (i - first) * kEach;
+    }
+
+private:
+    __attribute__((noinline)) void copy(const Beside& b, const char* x, int64_t from, int64_t end) {
+        first = from, stop = from + kMost < end ? from + kMost : end;
+        const Column *column = static_cast<const Column*>(b.column) + from, *last = static_cast<const Column*>(b.column) + stop;
+        __builtin_prefetch(reinterpret_cast<const char*>(last) + kFarAhead);
+        char* to = inputs;
+        for (; column + 4 <= last; column += 4, to += 4 * kEach) {
+            repeat<4>([&](int j) ALWAYS { memcpy(to + j * kEach, x + column[j] * kEach, kEach); });
+        }
+        for (; column < last; ++column, to += kEach) memcpy(to, x + *column * kEach, kEach);
+    }
+};
+
+// The four numbers from 4 * PART on, each in four lanes.
+template <int PART>
+INLINE F16 four_times(const F16& values) {
+#if defined(__AVX512F__)
+    const __m512i order = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    F16 v;
+    v.part[0] = reinterpret_cast<NativeF>(_mm512_permutexvar_ps(_mm512_add_epi32(order, _mm512_set1_epi32(4 * PART)),
+                                                                reinterpret_cast<__m512>(values.part[0])));
+    return v;
+#else
+    float from[16], to[16];
+    store(from, values);
+    for (int lane = 0; lane < 16; ++lane) to[lane] = from[4 * PART + lane / 4];
+    return load<F16>(to);
+#endif
+}
+
+// What the outliers of a row add for four tokens; `end` is that of the rows whose inputs are copied together.
+template <int32_t TYPE, class Column>
+INLINE F4 outliers_of_four(const Beside& b, const char* x, int64_t row, int64_t end, Copied<TYPE, Column>& copied) {
+    F16 sums[4] = {zero_f(), zero_f(), zero_f(), zero_f()};
+    const int64_t stop = b.start[row + 1];
+    int64_t i = b.start[row];
+    for (; i + 16 <= stop; i += 16) {
+        const char* inputs = copied.at(b, x, i, end);
+        const F16 values = load_floats(b.value, i, b.value_type);
+        unroll<4>([&](auto part) ALWAYS {
+            sums[part] = multiply_add(four_times<part>(values), load_floats(inputs, 16 * part, TYPE), sums[part]);
+        });
+    }
+    if (i < stop) {
+        const int64_t left = stop - i;
+        const char* inputs = copied.at(b, x, i, end);
+        const F16 values = read_values(b.value, i, left, b.value_type);
+        unroll<4>([&](auto part) ALWAYS {
+            sums[part] = multiply_add(four_times<part>(values), read_values(inputs, 16 * part, 4 * left - 16 * part, TYPE), sums[part]);
+        });
+    }
+    float lanes[16];
+    F4 four[4];
+    store(lanes, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+    memcpy(four, lanes, sizeof four);
+    return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
 // What the kept columns add to four rows: one reading of the inputs for all. Rows beyond the last repeat it.
 template <int W>
 INLINE void kept_of(const Beside& b, const float* kept, int64_t row, typename Tokens<W>::V (&sums)[4]) {
@@ -170,14 +242,18 @@ inline void add_sums(const Beside& b, int64_t block, int64_t row, int64_t rows, 
 
 template <int W, int32_t TYPE, class Column>
 inline void add_rows(const Beside& b, const Inputs& inputs, int64_t first, int64_t stop) {
+    Copied<TYPE, Column> copied;
     for (int64_t block = 0; block * W < b.tokens; ++block) {
         const char* x = inputs.all + block * b.columns * W * (W == 1 ? 4 : size_of(TYPE));
         const float* kept = inputs.kept + block * filled(b.kept) * W;
         for (int64_t row = first; row < stop; row += 16) {
             const int64_t rows = stop - row < 16 ? stop - row : 16;
             alignas(64) float sums[16 * W] = {};
+            copied.first = copied.stop = 0;
             for (int64_t r = 0; b.start && r < rows; ++r) {
-                const auto sum = outliers_of<W, TYPE, Column>(b, x, row + r);
+                typename Tokens<W>::V sum;
+                if constexpr (W == 4) sum = outliers_of_four<TYPE, Column>(b, x, row + r, b.start[row + rows], copied);
+                if constexpr (W != 4) sum = outliers_of<W, TYPE, Column>(b, x, row + r);
                 memcpy(sums + r * W, &sum, sizeof sum);
             }
             for (int64_t r = 0; b.kept && r < rows; r += 4) {

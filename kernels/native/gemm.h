@@ -56,7 +56,6 @@ constexpr int strips_for(int rows) {
 }
 constexpr int kMostSums = 16;           // rows times strips of a loop for few rows
 constexpr int kTileRows = 16;           // of a block on tiles (amx.h)
-constexpr int64_t kBlockTiles = 8;      // of a decoded panel: 256 columns, which stay in the first-level cache
 constexpr int64_t kMostStrips = 8;      // of a piece of a thread
 constexpr int64_t kPassRows = 528;      // whose totals stay in the second-level cache
 constexpr int64_t kSmall = 48 * 1024;   // bytes of codes below which waking a second thread costs more than it saves

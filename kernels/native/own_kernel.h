@@ -16,6 +16,7 @@ namespace aerogel {
 namespace UNIT {
 
 constexpr int kOwnRows = 12;               // tokens of a block where there are many; two strips share their activations
+constexpr int kOwnFewer = 8;               // up to two such blocks; loads of activations would hold up one strip with sixteen
 constexpr int64_t kOwnPiece = 256 * 1024;  // bytes of codes that stay in the second-level cache while blocks of tokens pass
 
 struct OwnPlan {
@@ -144,7 +145,7 @@ template <int BITS, int F>
 void own_tokens(const OwnPlan& plan) {
     if (plan.block_rows == 1) return own_all<BITS, F, 1, 1>(plan);
     if (plan.block_rows == 4) return own_all<BITS, F, 1, 4>(plan);
-    if (plan.block_rows == 16) return own_all<BITS, F, 1, 16>(plan);
+    if (plan.block_rows == kOwnFewer) return own_all<BITS, F, 2, kOwnFewer>(plan);
     own_all<BITS, F, 2, kOwnRows>(plan);
 }
 template <int BITS>
@@ -159,7 +160,7 @@ inline Status own_tables(const OwnTables& weight, const Call& call) {
     plan.weight = &weight, plan.call = &call;
     plan.strips = ceil_div(weight.rows, kLookupStrip), plan.tiles = ceil_div(weight.columns, kLookupTile);
     plan.groups = weight.group ? ceil_div(weight.columns, weight.group) : 1;
-    plan.block_rows = call.tokens == 1 ? 1 : call.tokens <= 4 ? 4 : call.tokens <= 16 ? 16 : kOwnRows;
+    plan.block_rows = call.tokens == 1 ? 1 : call.tokens <= 4 ? 4 : call.tokens <= 2 * kOwnFewer ? kOwnFewer : kOwnRows;
     plan.blocks = ceil_div(call.tokens, plan.block_rows);
     const size_t x_bytes = static_cast<size_t>(plan.blocks * plan.block_rows * plan.tiles * kLookupTile) * 2;
     uint8_t* memory = static_cast<uint8_t*>(scratch(kCallScratch, x_bytes + static_cast<size_t>(plan.tiles * 8) * 4));

@@ -6,8 +6,8 @@
 //
 // A segment is the longest run of whole tiles that divides the group and is not longer than the arithmetic allows: sums
 // of a bounded length keep float32 accurate. Groups that are not made of whole tiles (16, 48, ...) have segments of half a
-// tile; with exact activations those of a group are summed on before its scale is applied (`run_from`). Activations are copied into [block of rows][tile][row][32 columns], so that a kernel reads them front to back with
-// constant distances between rows. A row is one term of one token (see numerics.h); a block's missing rows are zeros.
+// tile; with exact activations those of a group are summed on before its scale is applied (`run_from`). Activations are copied into [run of tiles][block of rows][tile][row][32 columns]: what meets a
+// decoded panel lies together, and no two parts of it fight for a place in a cache. A row is one term of one token (see numerics.h); a block's missing rows are zeros.
 #pragma once
 #include "adding.h"
 #include "numerics.h"
@@ -17,6 +17,8 @@
 
 namespace aerogel {
 namespace UNIT {
+
+constexpr int64_t kBlockTiles = 8;  // of a decoded panel: 256 columns, which stay in the first-level cache
 
 struct Plan {
     const Weight* weight;
@@ -33,7 +35,7 @@ struct Plan {
     bool folded;     // decoded operands have their scales multiplied in, and segments know no groups
     bool moved;      // int8 activations have 128 added
     const Adding* adding;  // what is added to rows by those who made them, or null
-    uint8_t* x;      // [block][tile][row][row_bytes]
+    uint8_t* x;      // [run of kBlockTiles tiles][block][tile][row][row_bytes]
     float* x_sum;    // [block][segment][row]
     float* x_scale;  // [block][segment][row], int8 only
     int row_bytes;
@@ -55,7 +57,10 @@ struct Plan {
         const int64_t group = columns.group && columns.groups > 1 ? half * 16 / columns.group : 0;
         return group < columns.groups ? group : columns.groups - 1;
     }
-    const uint8_t* x_at(int64_t block, int64_t tile) const { return x + (block * tiles + tile) * block_rows * row_bytes; }
+    const uint8_t* x_at(int64_t block, int64_t tile) const {
+        const int64_t first = tile / kBlockTiles * kBlockTiles, count = tiles - first < kBlockTiles ? tiles - first : kBlockTiles;
+        return x + (blocks == 1 ? tile : first * blocks + block * count + tile - first) * block_rows * row_bytes;
+    }
     int64_t factor(int64_t block, int64_t segment) const { return (block * segments + segment) * block_rows; }
 };
 
