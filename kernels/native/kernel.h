@@ -68,9 +68,12 @@ INLINE void accumulate(const typename P::Decoder& decoder, const uint8_t* const 
             P::template weights<BITS, FORM, kStep>(decoder, codes[r] + at, picks[r], w);
             unroll<P::kOperands>([&](auto o) ALWAYS {
                 constexpr int kNumber = kStep * P::kOperands + o, kChain = kNumber % CHAINS;
-                repeat<M>([&](int m) ALWAYS {
+                const auto row = [&](auto m) ALWAYS {
                     sum[r][m][kChain] = P::template dot<kRange>(sum[r][m][kChain], w[o], x + m * kRow + kNumber * P::kWordBytes);
-                });
+                };
+                // Sums that half tiles share stay in registers only where their places are constants from the start.
+                if constexpr (COUNT == 8) repeat<M>(row);
+                if constexpr (COUNT < 8) unroll<M>(row);
             });
         });
     });

@@ -210,8 +210,13 @@ INLINE float read_float(const void* from, int64_t index, int32_t type) {
     return type == kFloat16 ? half_to_float(raw) : bits_to_float(static_cast<uint32_t>(raw) << 16);
 }
 
-// Sixteen numbers of any type as floats.
-INLINE F16 load_floats(const void* from, int64_t index, int32_t type) {
+// Sixteen numbers of any type as floats. Without instructions for it that is too much code to repeat wherever it is called.
+#if defined(__AVX2__)
+INLINE
+#else
+inline __attribute__((noinline))
+#endif
+F16 load_floats(const void* from, int64_t index, int32_t type) {
     if (type == kFloat32) return load<F16>(static_cast<const char*>(from) + 4 * index);
     const char* raw = static_cast<const char*>(from) + 2 * index;
     F16 v;
