@@ -105,8 +105,11 @@ install: .venv/.tools ## make .venv with everything, without running anything
 	$(PIP) install -q --no-deps $(DATA)
 	@touch $@
 
+# Only what the extra asks for: installing the package itself again would compile its kernels again.
 .venv/.tools: .venv/.installed
-	$(PIP) install -q -c constraints.txt -e ".[test]"
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"], sep="\n")' \
+	  > .venv/test-requirements.txt
+	$(PIP) install -q -c constraints.txt -r .venv/test-requirements.txt
 	@touch $@
 
 # Versions are pinned: what a peer writes is a fact about a version. transformers is one that all of its files load in.
