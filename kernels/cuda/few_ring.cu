@@ -8,7 +8,8 @@
 // block, or come with every stage (X_IN_STAGE), or each warp fetches the columns of its own tiles, two ahead, as in
 // few_registers.cu. With 16 tokens every multiprocessor would fetch as many bytes of x as of weights, all from the L2 cache,
 // which is then the limit: X_SHARE blocks of a cluster fetch x once, each some tokens, and the engine puts them into the shared
-// memory of all; a stage that holds x is free when the warps of all these blocks have read it.
+// memory of all. A stage that x comes with is free when the warps of all these blocks have read it, unless no stage is used again
+// while x still comes.
 //
 // Shared memory: barriers in 256 bytes, tables, a cluster's inbox, the ring, the tokens, partial sums (in place of the ring
 // where the block has one row block only).
@@ -30,6 +31,7 @@ constexpr int PRODUCER_THREADS = TRADE ? 128 : 32, ALL_WARPS = WARPS + PRODUCER_
 // This block's part of the work: its k tiles (a cluster's blocks share K), its row blocks.
 struct Share {
   int first_tile, end_tile, stages, row_blocks, row_step, row_start;
+  int readers;  // blocks that must have read a stage before it is filled again
 };
 INLINE Share share_of(const Arguments& p) {
   Share s;
@@ -46,6 +48,7 @@ INLINE Share share_of(const Arguments& p) {
   const int all_blocks = (p.row_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
   // As many as the cluster's first block: those that share x take turns together, if need be without rows.
   s.row_blocks = (all_blocks - s.row_start / X_SHARE * X_SHARE + s.row_step - 1) / s.row_step;
+  s.readers = X_IN_STAGE || s.stages > p.stages ? X_SHARE : 1;
   return s;
 }
 
@@ -211,8 +214,8 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
         }
       }
       __syncwarp();
-      if (X_SHARE == 1 && lane == 0) mbarrier_arrive(room.empty + 8 * slot.index);
-      if (X_SHARE > 1 && lane < X_SHARE) mbarrier_arrive_at(room.empty + 8 * slot.index, lane);
+      if (share.readers == 1 && lane == 0) mbarrier_arrive(room.empty + 8 * slot.index);
+      if (X_SHARE > 1 && share.readers > 1 && lane < X_SHARE) mbarrier_arrive_at(room.empty + 8 * slot.index, lane);
       if (X_BY_WARPS) fetch_own();
     }
     barrier_of(1, THREADS);  // all have read the ring, and used the last partial sums
@@ -235,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS, BLOCKS)
   if ((threadIdx.x & 31) == 0) {
 #pragma unroll 1
     for (int i = warp; i < p.stages; i += ALL_WARPS)
-      mbarrier_init(room.full + 8 * i, 1), mbarrier_init(room.empty + 8 * i, WARPS * X_SHARE);
+      mbarrier_init(room.full + 8 * i, 1), mbarrier_init(room.empty + 8 * i, WARPS * share.readers);
 #if CLUSTER > 1
     if (warp == 0) mbarrier_init(room.bell, 1), mbarrier_expect(room.bell, p.M * BLOCK_ROWS * 4);
 #endif
@@ -261,6 +264,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS, BLOCKS)
     if (warp == WARPS) produce(p, share, room);
   }
 #if X_SHARE > 1
-  cluster_meet();  // nobody leaves while another still arrives here
+  if (share.readers > 1) cluster_meet();  // nobody leaves while another still arrives here
 #endif
 }

@@ -35,6 +35,7 @@ RINGS = [
     Config(ring=True, row_tiles=1, k_warps=2, stages=2, cluster=2),
     Config(ring=True, row_tiles=1, k_warps=2, stages=2, share=2),
     Config(ring=True, row_tiles=2, k_warps=2, stages=3, share=2, x_resident=True),
+    Config(ring=True, row_tiles=1, k_warps=4, stages=2, share=2, x_resident=True),
     Config(ring=True, row_tiles=1, k_warps=2, stages=2, x_in_stage=True),
 ]
 # (group_size, zero, scale dtype): each group and each kind of zero point and of scale at least once.
