@@ -20,7 +20,7 @@ from aerogel.kernels.gemm.cuda_few import Config as FewConfig
 from aerogel.kernels.gemm.cuda_few import Plan as FewPlan
 from aerogel.kernels.gemm.cuda_made import Gated, Normed
 from aerogel.kernels.gemm.cuda_quantize import E4M3, INT8, ROUNDED, Quantizer
-from aerogel.kernels.gemm.cuda_tune import random_weight
+from aerogel.kernels.gemm.cuda_tune import random_numbers, random_weight
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import Config, deepest
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
@@ -62,26 +62,38 @@ def cases(weight: TileWeight, every_cut: bool) -> Iterator[Case]:
             yield f"{config}", Plan(weight, config, 70, dtype), 70
 
 
+def weights(asked: list[str]) -> Iterator[tuple[str, TileWeight, bool]]:
+    """(what it is, a weight, whether every cut runs it): integers of the widths asked for, and `numbers`; all without any."""
+    widths = [int(word) for word in asked if word.isdigit()] or (list(range(1, 9)) if not asked else [])
+    for bits, (group, zero) in itertools.product(widths, KINDS):
+        what = f"{bits} bits, groups of {group}, zero {zero}"
+        yield what, random_weight(N, K, bits, group, "cuda", zero=zero), bits in (3, 4, 8)
+    if "numbers" not in asked and asked:
+        return
+    for name, group in (("nvfp4", 16), ("mxfp4", 32), ("table", 64), ("rows", 0), ("groups", 32)):
+        yield name, random_numbers(N, K, name, group, "cuda"), True
+    for bits, mantissa in ((5, 2), (6, 2), (6, 3), (8, 2), (8, 3)):  # any bits are numbers to the kernels
+        plain = random_weight(N, K, bits, 32, "cuda")
+        yield f"floats, {mantissa} of {bits} bits mantissa", replace(plain, floats=mantissa), False
+
+
 def main() -> int:
     """0 when every result is right."""
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
         raise SystemExit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: buffers must end where they end")
-    widths = [int(bits) for bits in sys.argv[1:]] or list(range(1, 9))
     wrong = count = 0
-    for bits in widths:
-        for group, zero in KINDS:
-            weight = random_weight(N, K, bits, group, "cuda", zero=zero)
-            reference = dequantize(weight, torch.bfloat16)
-            for name, run, M in cases(weight, every_cut=bits in (3, 4, 8)):
-                x = torch.randn(M, K, device="cuda").bfloat16()
-                y = torch.full((M, N), torch.nan, device="cuda", dtype=torch.bfloat16)
-                run(x, None, y)
-                wanted = (x @ reference.T).float()
-                error = float((y.float() - wanted).norm() / wanted.norm())
-                count += 1
-                if not error < 1e-2:
-                    wrong += 1
-                    print(f"{bits} bits, groups of {group}, zero {zero}: {name} is off by {error:.2g}", flush=True)
+    for what, weight, every_cut in weights(sys.argv[1:]):
+        reference = dequantize(weight, torch.bfloat16)
+        for name, run, M in cases(weight, every_cut):
+            x = torch.randn(M, K, device="cuda").bfloat16()
+            y = torch.full((M, N), torch.nan, device="cuda", dtype=torch.bfloat16)
+            run(x, None, y)
+            wanted = (x @ reference.T).float()
+            error = float((y.float() - wanted).norm() / wanted.norm())
+            count += 1
+            if not error < 1e-2:
+                wrong += 1
+                print(f"{what}: {name} is off by {error:.2g}", flush=True)
     wrong += rounded() + grouped()
     print(f"{count} matmuls, {wrong} wrong", flush=True)
     return int(wrong > 0)
