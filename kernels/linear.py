@@ -218,7 +218,7 @@ class Linear(nn.Module):
         found: dict[type[Kernel], list[tuple[Layout, Problem]]] = {}
         for module in model.modules():
             if isinstance(module, Linear) and module._problem is not None and module._tensors():
-                found.setdefault(module._kernel, []).append((module._tensors(), module._problem))
+                found.setdefault(module._kernel, []).append((module.operands(), module._problem))
         return found
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from aerogel.kernels.beside.ref import Beside
 from aerogel.pack.config import format_of
 from aerogel.pack.format import Activations, Format, Grid, Shapes
 from aerogel.quantize.grids import Codes, IntGrid
@@ -78,7 +79,7 @@ class Kernel(ABC):
     """Output rows per step of the first axis of the layout's tensors, so that weights can be cut and stacked there; 0 where
     the layout has no such axis."""
     adds_beside: ClassVar[bool] = False
-    """Whether `run` adds what stands beside the weight itself, where the layout holds it (`kernels.beside.ref.NAMES`)."""
+    """Whether `run` adds what stands beside the weight itself, as it is stored (`kernels.beside.ref.NAMES`)."""
     shared: ClassVar[frozenset[str]] = frozenset()
     """Tensors of the layout that do not grow with N."""
 
@@ -110,6 +111,12 @@ class Kernel(ABC):
     @staticmethod
     def rearrange(stored: Layout, problem: Problem) -> dict[str, Tensor] | None:
         """What `pack` makes of the codes in a file's tensors, made without decoding them; None where it cannot, the default."""
+        return None
+
+    @staticmethod
+    def lay_beside(beside: Beside, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
+        """What stands beside the weight as `run` takes it together with the layout, made once; None where it does not add
+        it, the default. place_K: which of the kernel's columns each input is; None for its own."""
         return None
 
     @staticmethod

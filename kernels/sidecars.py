@@ -2,12 +2,13 @@
 
     y_MN = kernel(x'_MK) + x_MC W_NC^T + x_MK S^T        W_NC kept columns, S [N, K] sparse outliers
 
-Outliers and columns are added together: by the kernel itself where it can (`Kernel.adds_beside`), else by one small operator
-(`kernels/beside`). An outlier reads 4 bytes, where 4-bit codes are half a byte per weight: at 1 % of the weights 0.04 bytes per
-weight beside 0.53, 8 % more to read; 1 % of the columns beside int8 is 2 % more. Where the kernel rounds its inputs, x' is x
-with the inputs of kept columns at zero, so that they do not set the unit of all others; else x' = x. Both kinds see the input
-as it is, also where the kernel rounds it. With a threshold (LLM.int8()) the columns depend on x: what is wanted is read back
-to the host in every call, which no CUDA graph can hold.
+Outliers and columns are added together: by the kernel itself where it can, as they are stored (`Kernel.adds_beside`) or as it
+lays them out once (`Kernel.lay_beside`), else by one small operator (`kernels/beside`). An outlier reads 4 bytes, where 4-bit
+codes are half a byte per weight: at 1 % of the weights 0.04 bytes per weight beside 0.53, 8 % more to read; 1 % of the columns
+beside int8 is 2 % more. Where the kernel rounds its inputs, x' is x with the inputs of kept columns at zero, so that they do
+not set the unit of all others; else x' = x. Both kinds see the input as it is, also where the kernel rounds it. With a
+threshold (LLM.int8()) the columns depend on x: what is wanted is read back to the host in every call, which no CUDA graph can
+hold.
 
 A scale of inputs (static rounding) is no product: the kernel is called with it.
 
@@ -154,21 +155,22 @@ class SidecarLinear(Linear):
     def __init__(self, *args: Any, beside: Mapping[str, Tensor] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._adds: bool | None = None
+        self._laid: dict[str, Tensor] | None = None
         self.keep(beside or {})
 
     def keep(self, beside: Mapping[str, Tensor]) -> Self:
         """Takes the sidecars among these tensors."""
-        self._adds = None
         for key, read_one in SIDECARS.items():
             sidecar = read_one(beside)
             if sidecar is not None:
                 self.add_module(key, PRODUCTS[key](sidecar))
-        return self
+        return self if self._problem is None else self.ready()
 
     def operands(self) -> dict[str, Tensor]:
         """As `Linear` has them, with the scale of its inputs where that is stored."""
         held = self._modules.get("input_scale")
-        return super().operands() | ({"input_scale": held.scale_1} if isinstance(held, InputScaleHeld) else {})
+        scale = {"input_scale": held.scale_1} if isinstance(held, InputScaleHeld) else {}
+        return super().operands() | scale | (self._laid or {})
 
     def prepare(self, dtype: torch.dtype | None = None, *, overwrite: bool = False) -> Self:
         """As `Linear` does it, for rows of more bits as well."""
@@ -177,11 +179,20 @@ class SidecarLinear(Linear):
 
     def ready(self) -> Self:
         """Makes what stands beside the weight ready for the kernel that was chosen."""
-        self._adds = None
+        stored, order, problem = self._stored(), self.column_order, self._problem or self.problem()
+        self._adds = self._kernel.adds_beside and order is None and fits(self.out_features, stored)
+        self._laid = None
+        if stored.operands() and not self._looks():
+            self._laid = self._kernel.lay_beside(stored, problem, None if order is None else order.argsort())
         for product in self._products():
             if isinstance(product, RowProduct):
                 product.ready(self)
         return self
+
+    def allow_fast_activations(self, allowed: bool = True) -> Self:
+        """As `Linear` does it; another kernel may have to add what stands beside the weight."""
+        super().allow_fast_activations(allowed)
+        return self.ready()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in x's dtype."""
@@ -189,8 +200,8 @@ class SidecarLinear(Linear):
             self.prepare(x.dtype)
         problem = self._problem or self.problem()
         x_MK = x.reshape(-1, self.in_features).contiguous()
-        beside = self._wanted(x_MK)
-        if self._kernel_adds() and x.dtype is problem.dtype and not torch.compiler.is_compiling():
+        beside = Beside() if self._laid is not None else self._wanted(x_MK)
+        if self._adds and x.dtype is problem.dtype and not torch.compiler.is_compiling():
             y_MN = self._kernel.run(x_MK, self.operands() | beside.operands(), problem, self.bias)
         else:
             hides = beside.index_C is not None and self.hides_columns
@@ -208,10 +219,13 @@ class SidecarLinear(Linear):
 
     def added_by_kernel(self) -> Beside | None:
         """What the kernel adds itself at every call, for callers that record calls; None where more than the kernel runs."""
-        columns = self._modules.get("weight_columns")
-        looks = isinstance(columns, ColumnProduct) and columns.looks and self.hides_columns
         others = {"weight_rows", "input_scale"} & set(self._modules)
-        return None if looks or others or not self._kernel_adds() else self._stored()
+        return None if self._looks() or others or not self._adds else self._stored()
+
+    def _looks(self) -> bool:
+        """Whether what is added depends on the inputs."""
+        columns = self._modules.get("weight_columns")
+        return isinstance(columns, ColumnProduct) and self.hides_columns and columns.looks
 
     def _stored(self) -> Beside:
         """What is stored beside the weight."""
@@ -222,16 +236,10 @@ class SidecarLinear(Linear):
     def _wanted(self, x_MK: Tensor) -> Beside:
         """What is added to the kernel's product of these inputs."""
         columns = self._modules.get("weight_columns")
-        if not isinstance(columns, ColumnProduct) or not self.hides_columns or not columns.looks:
+        if not isinstance(columns, ColumnProduct) or not self._looks():
             return self._stored()
         index_C, kept_NC = columns.wanted(x_MK, super().dequantize)
         return replace(self._stored(), index_C=index_C, kept_NC=kept_NC)
-
-    def _kernel_adds(self) -> bool:
-        """Whether its kernel takes what stands beside the weight, as it is, with inputs in their order."""
-        if self._adds is None:
-            self._adds = self._kernel.adds_beside and self.column_order is None and fits(self.out_features, self._stored())
-        return self._adds
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [N, K], with what is kept in its place."""
@@ -242,9 +250,9 @@ class SidecarLinear(Linear):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of codes and of what is stored beside them."""
-        held = (tensor for product in self._products() for tensor in product.sidecar.tensors().values())
-        return super().packed_bytes + sum(tensor.nbytes for tensor in held)
+        """Bytes of codes and of what is stored beside them, as it was stored and as the kernel takes it."""
+        held = [tensor for product in self._products() for tensor in product.sidecar.tensors().values()]
+        return super().packed_bytes + sum(tensor.nbytes for tensor in (*held, *(self._laid or {}).values()))
 
     def _products(self) -> list[Product]:
         return [product for product in self.children() if isinstance(product, Product)]

@@ -44,6 +44,11 @@ class Beside:
         """Every field in order."""
         return self.start_N1, self.column_E, self.value_E, self.index_C, self.kept_NC
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are. There must be some."""
+        return next(tensor.device for tensor in self.all() if tensor is not None)
+
     def operands(self) -> dict[str, Tensor]:
         """What is there, by the names of `NAMES`."""
         return {name: tensor for name, tensor in zip(NAMES, self.all(), strict=True) if tensor is not None}

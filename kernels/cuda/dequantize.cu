@@ -20,6 +20,8 @@ struct Arguments {
   const u8* pick;    // [row tile][group][16], or null
   const float* factor;  // of all scales, or null
   u16* dense;        // [rows][K]
+  const int* outlier_start;  // of tiles, and the outliers themselves (tile_outliers.cuh), or null
+  const u32* outlier;
   int rows, K, first_tile, k_tiles, groups, tables;
 };
 
@@ -74,6 +76,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize(const __grid
     }
   }
   __syncwarp();
+  if (p.outlier) {
+    const int* start = p.outlier_start + row_tile * p.k_tiles + tile;
+    for (int i = start[0] + lane; i < start[1]; i += 32) {
+      const u32 outlier = p.outlier[i], place = outlier & 0xFFFF;  // 512 step + 16 (4 row + t) + 4 register + 2 half
+      const int row = (place >> 6 & 7) + 8 * (place >> 2 & 1), column = (place >> 9) * 16 + (place >> 3 & 1) * 8 + (place >> 3 & 6) + (place >> 1 & 1);
+      u16* to = (u16*)(turned + row * ROW_BYTES + column * 2);
+      *to = to_half(from_half(*to) + from_half((u16)(outlier >> 16)));
+    }
+    __syncwarp();
+  }
   UNROLL for (int i = lane; i < 256; i += 32) {
     const int row = local_tile * 16 + (i >> 4), column = tile * 128 + (i & 15) * 8;
     const uint4 piece = *(const uint4*)(turned + (i >> 4) * ROW_BYTES + (i & 15) * 16);

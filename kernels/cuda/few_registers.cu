@@ -2,7 +2,7 @@
 // barrier stands in the loop, nothing but loads and matrix products; any compute capability from 8.0, any shape. Best where a
 // block has only a few tiles, so that nearly all of its weights are on their way before the previous kernel has ended.
 //
-// Shared memory: tables, then for each warp two slots of [tokens][272 bytes] and the sides of its tiles; the partial sums
+// Shared memory: tables, what outliers need, then for each warp two slots of [tokens][272 bytes] and the sides of its tiles; the partial sums
 // later take the place of the slots. A slot is filled two tiles ahead, the words of codes one tile ahead.
 
 #include "few_tokens.cuh"
@@ -41,14 +41,16 @@ INLINE void fetch_words(const Rows& rows, int tile, u32 (*words)[WORDS]) {
     load_words_from_global(rows.codes[r] + (u32)(tile * TILE_BYTES), threadIdx.x & 31, words[r]);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) few_registers(const __grid_constant__ Arguments p) {
+extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) few_registers(const __grid_constant__ Arguments p) {
   const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, first_tile = blockIdx.x * ROW_TILES;
-  const int table_bytes = table_room(p.tables);
+  const OutlierRoom outlier_place = outlier_room(p, shared + table_room(p.tables));
+  const int table_bytes = table_room(p.tables) + outlier_bytes(p);  // and of outliers
   const int slot_bytes = p.M * TOKEN_BYTES + ROW_TILES * Side<1>::bytes;
   const u32 slots = shared_address(shared) + table_bytes + warp * 2 * slot_bytes, sides = p.M * TOKEN_BYTES;
   const Rows rows = rows_of(p, first_tile);
   const float factor = factor_of(p);
   allow_next_kernel();
+  if (OUTLIERS && threadIdx.x >= THREADS) return sum_outliers(p, outlier_place, threadIdx.x - THREADS, first_tile * 16, 0, 1);
   int tile = warp;
   u32 words[ROW_TILES][WORDS], next[ROW_TILES][WORDS];
   if (tile < p.k_tiles) {
@@ -57,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) few_registers(cons
     if (tile + WARPS < p.k_tiles) fetch_side(p, slots + slot_bytes + sides, first_tile, tile + WARPS);
   }
   fetch_tables_of_block(p.table, p.tables, shared, first_tile);
-  if constexpr (TABLE) __syncthreads();
+  if constexpr (TABLE) barrier_of(1, THREADS);
   wait_for_previous_kernel();
   if (tile < p.k_tiles) fetch_tokens(p, slots, tile);
   copies_commit();
@@ -84,9 +86,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) few_registers(cons
     copies_commit();
     UNROLL for (int r = 0; r < ROW_TILES; r++) UNROLL for (int w = 0; w < WORDS; w++) words[r][w] = next[r][w];
   }
-  __syncthreads();
+  barrier_of(OUTLIERS ? 2 : 1, THREADS + OUTLIER_THREADS);
   float* partials = (float*)(shared + table_bytes);
   store_partials(partials, p, 0, warp, acc);
-  __syncthreads();
-  finish(partials, p, factor, first_tile, threadIdx.x);
+  barrier_of(1, THREADS);
+  finish(partials, p, factor, first_tile, threadIdx.x, sums_of_outliers(outlier_place, 0));
 }

@@ -11,8 +11,8 @@
 // memory of all. A stage that x comes with is free when the warps of all these blocks have read it, unless no stage is used again
 // while x still comes.
 //
-// Shared memory: barriers in 256 bytes, tables, a cluster's inbox, the ring, the tokens, partial sums (in place of the ring
-// where the block has one row block only).
+// Shared memory: barriers in 256 bytes, tables, what outliers need, a cluster's inbox, the ring, the tokens, partial sums (in
+// place of the ring where the block has one row block only).
 
 #include "few_tokens.cuh"
 
@@ -56,6 +56,7 @@ INLINE Share share_of(const Arguments& p) {
 struct Room {
   u32 full, empty, bell;  // barriers: a stage is filled, a stage is read, all of a cluster's sums are here
   u8 *tables, *inbox, *ring;
+  OutlierRoom outliers;
   u32 x, x_stride;  // x_stride: bytes from token to token where x is resident
   float* partials;
 };
@@ -63,7 +64,9 @@ INLINE Room room_of(const Arguments& p, bool single) {
   Room r;
   r.full = shared_address(shared), r.empty = r.full + 8 * p.stages, r.bell = r.full + 248;
   r.tables = shared + 256;
-  r.inbox = shared + 256 + ((table_room(p.tables) + 127) & ~127);
+  u8* beside = shared + 256 + ((table_room(p.tables) + 127) & ~127);
+  r.outliers = outlier_room(p, beside);
+  r.inbox = beside + outlier_bytes(p);
 #if CLUSTER > 1
   r.ring = r.inbox + inbox_bytes(p);
 #else
@@ -218,19 +221,20 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
       if (X_SHARE > 1 && share.readers > 1 && lane < X_SHARE) mbarrier_arrive_at(room.empty + 8 * slot.index, lane);
       if (X_BY_WARPS) fetch_own();
     }
-    barrier_of(1, THREADS);  // all have read the ring, and used the last partial sums
+    barrier_of(OUTLIERS ? 2 : 1, THREADS + OUTLIER_THREADS);  // all have read the ring, and used the last partial sums
     store_partials(room.partials, p, row_warp, slice, acc);
     barrier_of(1, THREADS);
     if (block == 0) wait_for_previous_kernel();
 #if CLUSTER > 1
-    finish_in_cluster(room.partials, (const float2*)room.inbox, room.bell, p, factor, first_row_tile, threadIdx.x);
+    finish_in_cluster(room.partials, (const float2*)room.inbox, room.bell, p, factor, first_row_tile, threadIdx.x,
+                      sums_of_outliers(room.outliers, block));
 #else
-    finish(room.partials, p, factor, first_row_tile, threadIdx.x);
+    finish(room.partials, p, factor, first_row_tile, threadIdx.x, sums_of_outliers(room.outliers, block));
 #endif
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS, BLOCKS) few_ring(const __grid_constant__ Arguments p) {
+extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIER_THREADS, BLOCKS) few_ring(const __grid_constant__ Arguments p) {
   const Share share = share_of(p);
   const bool single = share.row_step >= (p.row_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
   const Room room = room_of(p, single);
@@ -262,6 +266,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS, BLOCKS)
   } else {
     if constexpr (TRADE) registers_give<40>();
     if (warp == WARPS) produce(p, share, room);
+    if (OUTLIERS && threadIdx.x >= THREADS + PRODUCER_THREADS)
+      sum_outliers(p, room.outliers, threadIdx.x - THREADS - PRODUCER_THREADS, share.row_start * BLOCK_ROWS,
+                   share.row_step * BLOCK_ROWS, share.row_blocks);
   }
 #if X_SHARE > 1
   if (share.readers > 1) cluster_meet();  // nobody leaves while another still arrives here

@@ -20,6 +20,7 @@
 
 #pragma once
 #include "decode.cuh"
+#include "outliers.cuh"
 
 constexpr int BLOCK_TILES = ROW_WARPS * ROW_TILES;
 constexpr int BLOCK_ROWS = BLOCK_TILES * 16;
@@ -58,6 +59,8 @@ struct Arguments {
   const u16* x;      // [M][x_stride], 16-byte aligned, x_stride a multiple of 8; zero in the columns from K to x_columns
   const u16* bias;   // [N] in the activations' type, or null
   u16* y;            // [M][N]
+  const int* outlier_start;  // [N + 1], and the outliers themselves: see outliers.cuh
+  const u32* outlier;
   int M, N, x_stride, x_columns, row_tiles, k_tiles, groups, tables, stages;
 };
 
@@ -226,6 +229,36 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
   }
 }
 
+// ---- Outliers ------------------------------------------------------------------------------------------------------------
+// Two warps where blocks of many warps share a multiprocessor's registers, else four.
+constexpr int OUTLIER_WARPS = !OUTLIERS ? 0 : BLOCKS > 1 && WARPS >= 16 ? 2 : 4, OUTLIER_THREADS = 32 * OUTLIER_WARPS;
+// All of x as it is, and the sums of a row block and of the one before; in shared memory. A cluster's blocks each have all of this.
+struct OutlierRoom {
+  u16* x;
+  float* sums;
+};
+INLINE int outlier_x_bytes(const Arguments& p) { return OUTLIERS ? (OUTLIERS * p.x_stride * 2 + 127) & ~127 : 0; }
+INLINE int outlier_bytes(const Arguments& p) { return outlier_x_bytes(p) + 2 * OUTLIERS * BLOCK_ROWS * 4; }
+INLINE OutlierRoom outlier_room(const Arguments& p, u8* room) { return {(u16*)room, (float*)(room + outlier_x_bytes(p))}; }
+INLINE const float* sums_of_outliers(const OutlierRoom& room, int block) { return room.sums + block % 2 * OUTLIERS * BLOCK_ROWS; }
+// What OUTLIER_WARPS warps of a block do, of which `thread` is one: the sums of its row blocks. The warps that multiply meet them
+// at the end of each, at barrier 2; they may then already begin the next one, whose sums have a place of their own.
+INLINE void sum_outliers(const Arguments& p, const OutlierRoom& room, int thread, int first_row, int row_step, int row_blocks) {
+  constexpr int ROWS = BLOCK_ROWS / (OUTLIERS ? OUTLIER_WARPS : 4);
+  const int rows = thread / 32 * ROWS;
+  OutlierSums<ROWS> outliers;
+  outliers.begin(p.outlier_start, p.outlier, p.N, first_row + rows, row_step, row_blocks);
+  wait_for_previous_kernel();
+  for (int i = thread; i < p.M * p.x_stride / 8; i += OUTLIER_THREADS) copy_async(shared_address(room.x + 8 * i), p.x + 8 * i, 16);
+  copies_commit();
+  copies_wait<0>();
+  barrier_of(3, OUTLIER_THREADS);
+  for (int block = 0; block < row_blocks; block++) {
+    while (!outliers.done(block)) outliers.step(room.x, p.x_stride, room.sums + rows, BLOCK_ROWS);
+    barrier_of(2, THREADS + OUTLIER_THREADS);
+  }
+}
+
 // ---- The end of a row block ------------------------------------------------------------------------------------------
 // Each warp's sums to shared memory as [slice][token][row]; then every output is added up over the slices, in order.
 INLINE void store_partials(float* partials, const Arguments& p, int row_warp, int slice, float (*acc)[TOKEN_TILES][4]) {
@@ -236,24 +269,25 @@ INLINE void store_partials(float* partials, const Arguments& p, int row_warp, in
   }
 }
 
-INLINE u32 output_of(const Arguments& p, int n, float factor, float sum) {
+INLINE u32 output_of(const Arguments& p, int n, float factor, float sum, const float* outlier) {
   if constexpr (SCALE >= 3) sum *= factor;
   if constexpr (GROUP == 0) sum *= read_scale(p.scale, n);
+  if constexpr (OUTLIERS) sum += *outlier;
   if (p.bias) sum += from_half(p.bias[n]);
   return to_half(sum);
 }
-// Two rows, from an even one on.
-INLINE void store_outputs(const Arguments& p, int first_tile, int row, int token, float factor, float2 sum) {
+// Two rows, from an even one on; `outliers`: what their outliers come to.
+INLINE void store_outputs(const Arguments& p, int first_tile, int row, int token, float factor, float2 sum, const float* outliers) {
   const int n = first_tile * 16 + row;
   u16* to = p.y + (size_t)token * p.N + n;
   if (n + 1 < p.N) {
-    const u32 upper = output_of(p, n, factor, sum.x), lower = output_of(p, n + 1, factor, sum.y);
+    const u32 upper = output_of(p, n, factor, sum.x, outliers), lower = output_of(p, n + 1, factor, sum.y, outliers + 1);
     if (((p.N | (size_t)p.y >> 1) & 1) == 0)
       *(u32*)to = upper | lower << 16;
     else
       to[0] = (u16)upper, to[1] = (u16)lower;
   } else if (n < p.N) {
-    to[0] = (u16)output_of(p, n, factor, sum.x);
+    to[0] = (u16)output_of(p, n, factor, sum.x, outliers);
   }
 }
 
@@ -272,12 +306,12 @@ INLINE float2 sum_of_slices(const float* partials, int M, int pair) {
   }
   return sum;
 }
-INLINE void store_pair(const Arguments& p, int first_tile, int pair, float factor, float2 sum) {
-  store_outputs(p, first_tile, pair % (BLOCK_ROWS / 2) * 2, pair / (BLOCK_ROWS / 2), factor, sum);
+INLINE void store_pair(const Arguments& p, int first_tile, int pair, float factor, float2 sum, const float* outliers) {
+  store_outputs(p, first_tile, pair % (BLOCK_ROWS / 2) * 2, pair / (BLOCK_ROWS / 2), factor, sum, outliers + 2 * pair);
 }
-INLINE void finish(const float* partials, const Arguments& p, float factor, int first_tile, int thread) {
+INLINE void finish(const float* partials, const Arguments& p, float factor, int first_tile, int thread, const float* outliers) {
   for (int pair = thread; pair < p.M * BLOCK_ROWS / 2; pair += THREADS)
-    store_pair(p, first_tile, pair, factor, sum_of_slices(partials, p.M, pair));
+    store_pair(p, first_tile, pair, factor, sum_of_slices(partials, p.M, pair), outliers);
 }
 
 #if CLUSTER > 1
@@ -285,7 +319,7 @@ INLINE void finish(const float* partials, const Arguments& p, float factor, int 
 // the others send their sums; it is outside of the ring, which a slower block may still be reading.
 INLINE int inbox_bytes(const Arguments& p) { return (p.M * BLOCK_ROWS * 4 + 127) & ~127; }
 INLINE void finish_in_cluster(const float* partials, const float2* inbox, u32 bell, const Arguments& p, float factor,
-                              int first_tile, int thread) {
+                              int first_tile, int thread, const float* outliers) {
   const int part = p.M * BLOCK_ROWS / 2 / CLUSTER, rank = cluster_rank();
   for (int pair = thread; pair < part * CLUSTER; pair += THREADS)
     send(shared_address(inbox + rank * part + pair % part), sum_of_slices(partials, p.M, pair), bell, pair / part);
@@ -294,7 +328,7 @@ INLINE void finish_in_cluster(const float* partials, const float2* inbox, u32 be
     float2 sum = {0, 0};
     UNROLL for (int block = 0; block < CLUSTER; block++)
       sum.x += inbox[block * part + i].x, sum.y += inbox[block * part + i].y;
-    store_pair(p, first_tile, rank * part + i, factor, sum);
+    store_pair(p, first_tile, rank * part + i, factor, sum, outliers);
   }
 }
 #endif

@@ -20,6 +20,9 @@
 #ifndef INT8
 #define INT8 0
 #endif
+#ifndef OUTLIERS
+#define OUTLIERS 0
+#endif
 
 enum Number { BF16 = 0, FP16 = 1, FP32 = 2, E5M3 = 3, E8M0 = 4 };  // the last two for scales: kernels/gemm/block_scales.py
 enum Zero { SYMMETRIC = 0, INTEGER = 1, FLOATING = 2 };
@@ -229,24 +232,29 @@ FN void look_up(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& grou
 #if !INT8
 typedef GroupOf2Rows Group;
 
+// v * scale, plus what stands beside the codes (`tile_outliers.cuh`): one rounding, which takes no more instructions.
+FN u32 scaled_pair(u32 v, u32 scale, u32 beside) { return OUTLIERS ? pair_fma(v, scale, beside) : pair_mul(v, scale); }
+
 // The A fragment of step s; `scaled` false leaves the multiplication by s to whoever stores the result.
-FN void decode(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group, bool scaled) {
+FN void decode(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group, bool scaled, const uint4& added = uint4()) {
+    const u32 beside[4] = {added.x, added.y, added.z, added.w};
     if constexpr (TABLE != UNIFORM) look_up(a, codes, s, group);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         if constexpr (FLOATS) {
             const u32 placed = float_of_codes(codes, s, i);
             const u32 number = SCALED_FLOATS ? placed : pair_mul(placed, both((FLOAT_SHRINK + EXPONENT_BIAS) << MANTISSA));
-            a[i] = scaled ? pair_mul(number, group.scale[i % 2]) : number;
+            a[i] = scaled ? scaled_pair(number, group.scale[i % 2], beside[i]) : number;
         } else if constexpr (TABLE != UNIFORM) {
-            if (scaled) a[i] = pair_mul(a[i], group.scale[i % 2]);
+            if (scaled) a[i] = scaled_pair(a[i], group.scale[i % 2], beside[i]);
         } else if constexpr (ZERO == FLOATING) {
             const u32 u = integers(codes, s, i, zero_pair(0));
             const float scale = group.scale_f[i % 2], offset = group.offset_f[i % 2];
-            a[i] = pair_of(fmaf(low_of(u), scale, offset), fmaf(high_of(u), scale, offset));
+            const float low = fmaf(low_of(u), scale, offset), high = fmaf(high_of(u), scale, offset);
+            a[i] = OUTLIERS ? pair_of(low + low_of(beside[i]), high + high_of(beside[i])) : pair_of(low, high);
         } else {
             const u32 whole = integers(codes, s, i, group.zero[i % 2]);
-            a[i] = scaled ? pair_mul(whole, group.scale[i % 2]) : whole;
+            a[i] = scaled ? scaled_pair(whole, group.scale[i % 2], beside[i]) : whole;
         }
     }
 }

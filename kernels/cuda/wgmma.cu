@@ -24,50 +24,12 @@
 
 #include "fragment.cuh"
 #include "wgmma_work.cuh"
+#include "tile_outliers.cuh"
+#include "wgmma_streams.cuh"
 #if INT8
 #include "fragment8.cuh"
 #endif
 #include "mma.cuh"
-
-// ---- producers, one thread each ------------------------------------------------------------------------------------------
-
-FN void stream_weights(const Arguments& p, const Barriers& barriers, const Work& work) {
-    Ring<W_STAGES> ring;
-    for (int index = work.cluster; index < work.count(); index += work.clusters) {
-        const Tile tile = work.tile(index);
-        const int row_tile = tile.expert * p.row_tiles + tile.row_tile;
-        const u64 policy = tile.shared ? policy_evict_normal() : policy_evict_first();
-        for (int k = work.k_first; k < work.k_last; k += W_TILES, ring.advance()) {
-            const u32 full = barriers.w_full(ring.slot), stage = shared_address(memory + AT_W) + ring.slot * W_STAGE;
-            barrier_wait(barriers.w_empty(ring.slot), ring.phase ^ 1);
-            barrier_expect(full, CODES_STAGE + SCALES_STAGE + ZEROS_STAGE);
-            copy_box_once(stage, &p.codes, k * (TILE_BYTES / 8), row_tile, full, policy);
-            if (GROUPED) copy_box_once(stage + AT_SCALES, &p.scales, k * 128 / SPAN * 16, row_tile, full, policy);
-            if (ZEROS_STAGE > 0)
-                copy_box_once(stage + AT_ZEROS, &p.zeros, k * 128 / SPAN * 16, row_tile, full, policy);
-        }
-    }
-}
-
-FN void stream_activations(const Arguments& p, const Barriers& barriers, const Work& work) {
-    if (!EXPERTS) wait_for_previous_kernel();
-    Ring<X_STAGES> ring;
-    for (int index = work.cluster; index < work.count(); index += work.clusters) {
-        const Tile tile = work.tile(index);
-        for (int k = STEPS * work.k_first; k < STEPS * work.k_last; k += X_STEPS, ring.advance()) {
-            const u32 full = barriers.x_full(ring.slot), stage = shared_address(memory) + ring.slot * X_STAGE;
-            barrier_wait(barriers.x_empty(ring.slot), ring.phase ^ 1);
-            barrier_expect(full, X_STAGE);
-#pragma unroll
-            for (int box = 0; box < X_STEPS / 4; box++) {
-                const u32 to = stage + box * X_BOX + work.share * (X_BOX / SHARE);
-                const int column = STEP * (k + 4 * box), row = tile.token + work.share * (TOKENS / SHARE);
-                if constexpr (SHARE == 1) copy_box(to, &p.x, column, row, full);
-                else copy_box_multicast(to, &p.x, column, row, full, (u16)(((1 << SHARE) - 1) << (work.split * SHARE)));
-            }
-        }
-    }
-}
 
 // ---- consumers -----------------------------------------------------------------------------------------------------------
 
@@ -80,6 +42,9 @@ struct Consumer {
     int lead;  // x stages until the next warpgroup may start
     Ring<X_STAGES> x;
     Ring<W_STAGES> w;
+#if OUTLIERS
+    TileOutliers outliers[BLOCKS];
+#endif
 
     // The warp's row tile in matrix block `block`, counted from the first of the block's.
     FN int row_tile(int block) const { return (warp / 4 * BLOCKS + block) * 4 + warp % 4; }
@@ -120,7 +85,7 @@ struct Consumer {
 
     // The fragment of step `step` of tile `k` for every block of 64 rows; the stage begins with tile `k0`.
     FN void decode_step(u32 (&a)[BLOCKS][BATCH][4], Codes (&codes)[BLOCKS], Group (&group)[BLOCKS], int k0, int k,
-                        int step) const {
+                        int step) {
         const u8* stage = memory + AT_W + w.slot * W_STAGE;
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
@@ -132,7 +97,12 @@ struct Consumer {
                 read_group(group[b], stage + AT_SCALES + at * SCALE_BYTES, stage + AT_ZEROS + at * ZERO_BYTES, tables(), lane / 4,
                            true);
             }
+#if OUTLIERS
+            if (step == 0) outliers[b].advance(p.outlier, k, work.k_last, lane);
+            decode(a[b][step % BATCH], codes[b], step % HALF, group[b], GROUPED, outliers[b].of_step(step, lane));
+#else
             decode(a[b][step % BATCH], codes[b], step % HALF, group[b], GROUPED);
+#endif
         }
     }
     // Operands in registers must be final before the fence that hands them to the tensor cores: steps s .. s + count.
@@ -140,6 +110,17 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < 4 * BLOCKS * count; i++)
             asm volatile("" : "+r"(a[i / (4 * count)][s + i / 4 % count][i % 4])::"memory");
+    }
+
+    // Outliers of the tiles at hand, from the first column on.
+    FN void begin_outliers() {
+#if OUTLIERS
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            const int tile = min(at.row_tile + row_tile(b), p.row_tiles - 1);
+            outliers[b].begin(p.outlier_start + (size_t)tile * p.k_tiles, p.outlier, work.k_first, work.k_last, lane);
+        }
+#endif
     }
 
     FN void wait_weights() const { barrier_wait(barriers.w_full(w.slot), w.phase); }
@@ -172,6 +153,7 @@ struct Consumer {
         Codes codes[BLOCKS];
         Group group[BLOCKS];
         if (!GROUPED || TABLE != UNIFORM || INT8) read_rows(group);
+        begin_outliers();
         u32 before = X_STAGES;
         for (int k0 = work.k_first; k0 < work.k_last; k0 += W_TILES, w.advance()) {
             wait_weights();
@@ -205,6 +187,7 @@ struct Consumer {
         Codes codes[BLOCKS];
         Group group[BLOCKS];
         if (!GROUPED || TABLE != UNIFORM || INT8) read_rows(group);
+        begin_outliers();
         int k0 = work.k_first;  // the first tile of the weight stage in use
         u32 before = X_STAGES;
         u64 tokens = 0;
@@ -350,6 +333,10 @@ struct Consumer {
 FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, int warp, int lane) {
     Consumer self{p, barriers, work, warp, lane, {}, LEAD, {}, {}};
     if (EXPERTS && (int)work.cluster >= work.count()) return;
+#if OUTLIERS
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) self.outliers[b].clear(memory + AT_OUTLIERS + self.row_tile(b) * OUTLIER_TILE, lane);
+#endif
     if (LEAD > 0 && warp >= 4) meet_wait(warp / 4, 256);  // so that one warpgroup stores while another multiplies
     for (int index = work.cluster; index < work.count(); index += work.clusters) {
         Sum acc[BLOCKS][TOKENS / 2];

@@ -15,6 +15,9 @@
 #ifndef EXPERTS
 #define EXPERTS 0
 #endif
+#ifndef OUTLIERS
+#define OUTLIERS 0
+#endif
 
 constexpr int CONSUMERS = 128 * WARPGROUPS;
 constexpr int WARPS = 4 * WARPGROUPS;
@@ -49,7 +52,8 @@ constexpr int OUT_WARP = OUT_TOKENS * 32;
 constexpr int AT_W = X_STAGES * X_STAGE;
 constexpr int AT_OUT = larger(AT_W + W_STAGES * W_STAGE, SUMS);
 constexpr int AT_TABLES = AT_OUT + WARPS * OUT_WARP;
-constexpr int AT_BARRIERS = AT_TABLES + (TABLE == UNIFORM ? 0 : TABLE == TABLE_PER_ROW ? ROW_TILES * 16 : TABLES) * TABLE_SIZE;
+constexpr int AT_OUTLIERS = AT_TABLES + (TABLE == UNIFORM ? 0 : TABLE == TABLE_PER_ROW ? ROW_TILES * 16 : TABLES) * TABLE_SIZE;
+constexpr int AT_BARRIERS = AT_OUTLIERS + (OUTLIERS ? ROW_TILES * 4096 : 0);
 
 static_assert(SHARED_BYTES == AT_BARRIERS + 8 * (2 * X_STAGES + 2 * W_STAGES + 2), "the host counts shared memory otherwise");
 
@@ -65,6 +69,8 @@ struct alignas(64) Arguments {
     u16* y;
     const float *row_scale, *token_scale;  // of integer sums (INT8): W = w8 * row_scale, x = x8 * token_scale
     const int4* runs;  // EXPERTS: {count}, then for each run of tokens {expert, first, end, runs of this expert}
+    const int* outlier_start;  // [row tiles * k tiles + 1], and the outliers themselves: see tile_outliers.cuh
+    const u32* outlier;
     int M, N, y_stride, row_tiles, k_tiles, token_span;  // N: rows of this launch; row_tiles: of one expert
 };
 

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
+from aerogel.kernels.beside.ref import Beside
+from aerogel.kernels.gemm.cuda_outliers import NAMES as OUTLIERS
+from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
 from aerogel.kernels.gemm.small_floats import mantissa_bits
 from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
@@ -85,6 +88,7 @@ def tiles_linear(
     N: int,
     floats: int = 0,
     factor: Tensor | None = None,
+    outliers: list[Tensor] | None = None,
 ) -> Tensor:
     """`aerogel::tiles_linear` on CUDA: x [M, K] bf16 or fp16 -> [M, N]. See `TileWeight` for the other arguments.
 
@@ -107,6 +111,7 @@ def tiles_linear(
         0 if table is None else table.data_ptr(),
         0 if pick is None else pick.data_ptr(),
         0 if factor is None else factor.data_ptr(),
+        outliers[1].data_ptr() if outliers else 0,
         codes.shape[2],
         floats,
     )
@@ -114,7 +119,7 @@ def tiles_linear(
     if runner is None:
         held = TileWeight(
             codes=codes, scale=scale, zero=zero, table=table, pick=pick, group_size=group_size, N=N, K=K,
-            floats=floats, factor=factor,
+            floats=floats, factor=factor, outliers=TileOutliers.given(outliers),
         )  # fmt: skip
         runner = _plan(held, x, key)
     if x.get_device() == torch._C._cuda_getDevice():
@@ -150,6 +155,7 @@ def _fake(
     N: int,
     floats: int = 0,
     factor: Tensor | None = None,
+    outliers: list[Tensor] | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], N)
 
@@ -157,7 +163,7 @@ def _fake(
 _library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "tiles_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? table, Tensor? pick, Tensor? bias,"
-    " int group_size, int N, int floats=0, Tensor? factor=None) -> Tensor",
+    " int group_size, int N, int floats=0, Tensor? factor=None, Tensor[]? outliers=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("tiles_linear", tiles_linear, "CUDA")  # type: ignore[no-untyped-call]
@@ -171,7 +177,8 @@ class Cuda(Kernel):
     rows: ClassVar[int] = tiles.ROWS
     shared: ClassVar[frozenset[str]] = frozenset({"tile_table", "tile_factor", "stored_factor"})
     about: ClassVar[str] = (
-        "CUDA kernels compiled at run time: integers of 1 to 8 bits, small floats, tables of up to 256 numbers; 16-bit inputs"
+        "CUDA kernels compiled at run time: integers of 1 to 8 bits, small floats, tables of up to 256 numbers; 16-bit inputs;"
+        " adds outliers and kept columns"
     )
 
     @staticmethod
@@ -212,6 +219,14 @@ class Cuda(Kernel):
         return tensors_of(codes)
 
     @staticmethod
+    def lay_beside(beside: Beside, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
+        """Outliers in the orders of the kernels; not beside scales of a byte, which are multiplied into the sums at the end."""
+        if problem.grid.scale_dtype.itemsize == 1:
+            return None
+        laid = TileOutliers.of(beside, problem.N, problem.K, problem.dtype, place_K)
+        return None if laid is None else laid.named()
+
+    @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:
         """The inverse of `pack`, exactly."""
         return codes_of(layout, problem.grid, problem.N, problem.K)
@@ -219,7 +234,10 @@ class Cuda(Kernel):
     @staticmethod
     def warm(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int]) -> None:
         """Makes a plan for each kind of weight and number of tokens, which compiles and loads its kernel."""
-        kinds = {(problem.N, problem.K, problem.dtype, str(problem.grid)): (layout, problem) for layout, problem in weights}
+        kinds = {
+            (problem.N, problem.K, problem.dtype, str(problem.grid), OUTLIERS[0] in layout): (layout, problem)
+            for layout, problem in weights
+        }
 
         def plan(job: tuple[Layout, Problem, int]) -> None:
             layout, problem, M = job
@@ -257,12 +275,19 @@ class Cuda(Kernel):
             layout.get("tile_table"),
             layout.get("tile_pick"),
             bias_N,
-            problem.grid.group_size or 0,
+            _group_size(layout, problem),
             problem.N,
             mantissa_bits(problem.grid),
             layout.get("tile_factor"),
+            [layout[name] for name in OUTLIERS] if OUTLIERS[0] in layout else None,
         )
         return y_MN
+
+
+def _group_size(layout: Layout, problem: Problem) -> int:
+    """0 for one scale per row. Beside outliers that is one group of all columns, so that no sum is scaled at its end."""
+    whole = layout["tile_codes"].shape[1] * tiles.COLUMNS if OUTLIERS[0] in layout else 0
+    return problem.grid.group_size or whole
 
 
 def tile_weight(layout: Layout, problem: Problem) -> TileWeight:
@@ -273,11 +298,12 @@ def tile_weight(layout: Layout, problem: Problem) -> TileWeight:
         zero=layout.get("tile_zero"),
         table=layout.get("tile_table"),
         pick=layout.get("tile_pick"),
-        group_size=problem.grid.group_size or 0,
+        group_size=_group_size(layout, problem),
         N=problem.N,
         K=problem.K,
         floats=mantissa_bits(problem.grid),
         factor=layout.get("tile_factor"),
+        outliers=TileOutliers.among(layout),
     )
 
 

@@ -29,6 +29,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table", "pick", "factor", "dense")),
+        *((name, ctypes.c_void_p) for name in ("outlier_start", "outlier")),
         *((name, ctypes.c_int) for name in ("rows", "K", "first_tile", "k_tiles", "groups", "tables")),
     ]
 
@@ -55,6 +56,8 @@ class Dequantizer:
             "table": None if table is None else table.data_ptr(),
             "pick": None if weight.pick is None else weight.pick.data_ptr(),
             "factor": None if weight.factor is None else weight.factor.data_ptr(),
+            "outlier_start": None if weight.outliers is None else weight.outliers.start_T1.data_ptr(),
+            "outlier": None if weight.outliers is None else weight.outliers.by_tile_E.data_ptr(),
             "K": weight.K,
             "k_tiles": self._k_tiles,
             "groups": weight.groups,

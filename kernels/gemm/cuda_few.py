@@ -24,6 +24,8 @@ from aerogel.kernels.gemm.cuda import Runner
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
 TOKENS = 16
+OUTLIER_TOKENS = 4
+"""Up to so many tokens these kernels add outliers."""
 MOST_TOKENS = 96
 """Above this, decoding the whole weight and multiplying densely is faster than passing over it every 16 tokens."""
 MOST_TABLE_BYTES = 48 << 10
@@ -41,6 +43,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table", "pick", "factor", "x", "bias", "y")),
+        *((name, ctypes.c_void_p) for name in ("outlier_start", "outlier")),
         *(
             (name, ctypes.c_int)
             for name in ("M", "N", "x_stride", "x_columns", "row_tiles", "k_tiles", "groups", "tables", "stages")
@@ -122,7 +125,19 @@ def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> d
         "BLOCKS": max(config.blocks, config.seats),
         "TRADE": int(trades(config, M)),
         "WHOLE": int(weight.K % 128 == 0),
+        "OUTLIERS": outlier_tokens(weight, M),
     }
+
+
+def outlier_tokens(weight: TileWeight, M: int) -> int:
+    """Tokens that sums of outliers are kept for: 1, 2 or 4; 0 where there are none."""
+    return 0 if weight.outliers is None else next(most for most in (1, 2, OUTLIER_TOKENS) if most >= M)
+
+
+def outlier_bytes(weight: TileWeight, config: Config, M: int) -> int:
+    """Shared memory for outliers: all of x, and the sums of two row blocks."""
+    tokens, columns = outlier_tokens(weight, M), weight.codes.shape[1] * 128
+    return ceil_divide(tokens * columns * 2, 128) * 128 + 2 * tokens * config.block_tiles * 16 * 4
 
 
 def trades(config: Config, M: int) -> bool:
@@ -131,9 +146,10 @@ def trades(config: Config, M: int) -> bool:
     return config.ring and alone and config.warps == 8 and config.row_tiles > 4 and M > 8
 
 
-def threads_of(config: Config, M: int) -> int:
+def threads_of(config: Config, M: int, outliers: bool = False) -> int:
     """Threads of a block."""
-    return 32 * (config.warps + (4 if trades(config, M) else int(config.ring)))
+    beside = 0 if not outliers else 2 if max(config.blocks, config.seats) > 1 and config.warps >= 16 else 4
+    return 32 * (config.warps + (4 if trades(config, M) else int(config.ring)) + beside)
 
 
 def decoder_defines(weight: TileWeight, dtype: torch.dtype) -> dict[str, int]:
@@ -194,7 +210,7 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     tables = table_room(weight, config.block_tiles)
     if not config.ring:
         slots = config.warps * 2 * (M * 272 + config.row_tiles * side_bytes(weight, 128))
-        return (tables + 15) // 16 * 16 + max(slots, partials)
+        return (tables + 15) // 16 * 16 + outlier_bytes(weight, config, M) + max(slots, partials)
     tables = (tables + 127) // 128 * 128
     stage = config.block_tiles * (config.k_warps * 256 * weight.bits + side_bytes(weight, config.k_warps * 128))
     stage = (stage + 127) // 128 * 128
@@ -208,7 +224,7 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
         ring += config.warps * 2 * M * 272
     inbox = (M * rows * 4 + 127) // 128 * 128 if config.cluster > 1 else 0
     single = grid // config.cluster >= ceil_divide(weight.codes.shape[0], config.block_tiles)
-    return 256 + tables + inbox + (max(ring, partials) if single else ring + partials)
+    return 256 + tables + outlier_bytes(weight, config, M) + inbox + (max(ring, partials) if single else ring + partials)
 
 
 def grid_of(weight: TileWeight, config: Config, multiprocessors: int) -> int:
@@ -224,7 +240,7 @@ def fits(weight: TileWeight, config: Config, M: int, capability: tuple[int, int]
     """Whether a device can launch the configuration."""
     if config.ring and capability < (9, 0):
         return False
-    if threads_of(config, M) > 1024 or (not config.ring and config.row_warps > 1):
+    if threads_of(config, M, weight.outliers is not None) > 1024 or (not config.ring and config.row_warps > 1):
         return False
     if config.cluster not in (1, 2, 4, 8) or config.share > 8:  # a cluster's blocks divide 8 pairs of rows
         return False
@@ -272,6 +288,8 @@ class Few:
         """Too many tokens, or tables that do not fit into shared memory."""
         if M > MOST_TOKENS:
             return f"passes over the weight once per {TOKENS} tokens, {M} are better served by a dense product"
+        if weight.outliers is not None and M > OUTLIER_TOKENS:
+            return f"adds outliers for up to {OUTLIER_TOKENS} tokens, found {M}"
         if table_bytes(weight, 1) > MOST_TABLE_BYTES:
             return f"holds its tables in shared memory, and these are {table_bytes(weight, 1)} bytes"
         return None
@@ -327,6 +345,8 @@ class Plan:
             table=None if self._table is None else self._table.data_ptr(),
             pick=None if weight.pick is None else weight.pick.data_ptr(),
             factor=None if weight.factor is None else weight.factor.data_ptr(),
+            outlier_start=None if weight.outliers is None else weight.outliers.start_N1.data_ptr(),
+            outlier=None if weight.outliers is None else weight.outliers.by_row_E.data_ptr(),
             M=M,
             N=weight.N,
             x_stride=self._columns,
@@ -339,7 +359,7 @@ class Plan:
         )
         options: Any = {
             "grid": (grid,),
-            "block": threads_of(config, M),
+            "block": threads_of(config, M, weight.outliers is not None),
             "shared_bytes": shared_bytes(weight, config, M, grid),
             "cluster": config.cluster * config.share,
         }

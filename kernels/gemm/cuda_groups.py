@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.cuda import Cuda
 from aerogel.kernels.gemm.cuda_spread import STEP, Spread, filled
 from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
@@ -59,6 +60,11 @@ class CudaGroups(Kernel):
         columns = torch.nn.functional.pad(spread.sources(device), (0, rest))
         groups = torch.arange(inner.grid.groups(inner.K), device=device).clamp(max=spread.groups - 1)
         return Cuda.pack(_cut(codes, columns, groups, inner.grid), inner)
+
+    @staticmethod
+    def lay_beside(beside: Beside, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
+        """As `Cuda`, where the columns lie now."""
+        return Cuda.lay_beside(beside, _inner(problem), _spread(problem).moved(place_K, beside.device))
 
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:

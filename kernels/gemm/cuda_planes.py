@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.cuda import Cuda, tile_weight
 from aerogel.kernels.gemm.cuda_spread import Spread
 from aerogel.kernels.gemm.plane_rows import BitGrid, planes_of, stored_scales
@@ -73,6 +74,11 @@ class CudaPlanes(Kernel):
             "tile_zero": tiles.pack_rows_of_tiles(zero_NqG.flatten(1).to(kind)),
         }
         return layout if codes.zero_NG is None else {**layout, "stored_offset": codes.zero_NG}
+
+    @staticmethod
+    def lay_beside(beside: Beside, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
+        """As `Cuda`, among the columns of the first plane."""
+        return Cuda.lay_beside(beside, _inner(problem), _spread(problem).moved(place_K, beside.device))
 
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:

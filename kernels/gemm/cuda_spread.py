@@ -57,6 +57,11 @@ class Spread:
         k = torch.arange(self.K, device=device)
         return k // self.group * self.filled + k % self.group
 
+    def moved(self, place_K: Tensor | None, device: torch.device | str) -> Tensor:
+        """Where inputs lie that were at `place_K` before, int64 [K]; None for their own places."""
+        found = self.places(device)
+        return found if place_K is None else found[place_K]
+
     def sources(self, device: torch.device | str = "cpu") -> Tensor:
         """Of each column of one copy its column before, int64 [stretch]; the first of its group where it has none."""
         g = torch.arange(self.groups, device=device)[:, None] * self.group

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from aerogel.errors import BadInput
 from aerogel.kernels.gemm.block_scales import BYTES, STORED, UE5M3, stored_bytes, tile_bytes
+from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.mirrored_tables import from_kept, mirrored, to_kept
 from aerogel.kernels.gemm.small_floats import ORDERS, mantissa_bits, names, own_names, pack_floats
 from aerogel.pack import bits as stream
@@ -55,6 +56,7 @@ class TileWeight:
     N, K: the weight's own shape.
     floats: the codes are floats (`small_floats.KINDS`) with so many bits of mantissa; 0 where they are none.
     factor: fp32 scalar that multiplies every scale, for scales of bytes; None for 1.
+    outliers: weights that are added to what the codes say; None for none.
     """
 
     codes: Tensor
@@ -67,6 +69,7 @@ class TileWeight:
     K: int
     floats: int = 0
     factor: Tensor | None = None
+    outliers: TileOutliers | None = None
 
     @property
     def bits(self) -> int:
@@ -87,14 +90,15 @@ class TileWeight:
     def nbytes(self) -> int:
         """Bytes that a pass over the weight reads."""
         held = (self.codes, self.scale, self.zero, self.table, self.pick)
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+        beside = 0 if self.outliers is None else self.outliers.by_row_E.nbytes
+        return beside + sum(tensor.nbytes for tensor in held if tensor is not None)
 
     @property
     def kind(self) -> tuple[object, ...]:
         """All that a choice of kernels may depend on: shapes and types, not where the tensors lie."""
         held = (self.codes, self.scale, self.zero, self.table, self.pick)
         facts = (None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in held)
-        return (self.N, self.K, self.group_size, self.floats, *facts)
+        return (self.N, self.K, self.group_size, self.floats, self.outliers is not None, *facts)
 
     def check(self) -> None:
         """Raises `BadInput` where shapes or dtypes contradict each other."""
@@ -110,6 +114,9 @@ class TileWeight:
             "table": self.table is None or self._table_fits(R),
             "pick": self.pick is None or (self.pick.dtype == torch.uint8 and tuple(self.pick.shape) == per_group),
             "floats": not self.floats or (self.bits in (4, 5, 6, 8) and self.zero is None and self.table is None),
+            # Their sums are not scaled: scales stand in the loop, none at its end.
+            "outliers": self.outliers is None
+            or (self.group_size > 0 and self.scale.dtype not in BYTES and self.outliers.start_T1.numel() == R * C + 1),
             "factor": self.factor is None or (self.factor.dtype == torch.float32 and self.factor.numel() == 1),
         }
         if self.scale.dtype in BYTES:

@@ -22,7 +22,7 @@ import torch
 from aerogel.errors import RunFailed
 from aerogel.kernels.cuda.tensor_map import LARGEST_BOX
 from aerogel.kernels.gemm.cuda import Runner
-from aerogel.kernels.gemm.cuda_few import PAIR_BYTES, SCALE_NUMBER, paired, table_bytes, table_kind
+from aerogel.kernels.gemm.cuda_few import OUTLIER_TOKENS, PAIR_BYTES, SCALE_NUMBER, paired, table_bytes, table_kind
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 
 SOURCE = "wgmma.cu"
@@ -30,6 +30,10 @@ FEW_TOKENS = 16
 WIDE_BYTES = 192 << 20
 """Up to FEW_TOKENS the few-token kernels are faster, except for codes of more than four bits and of WIDE_BYTES and more."""
 SHARED_LIMIT = 227 << 10
+OUTLIER_TILE = 4096
+"""Bytes of the tile of 16 x 128 numbers that a row tile's outliers are put into."""
+MOST_HELD = 3
+"""Outliers of a tile that a lane holds at most; there should be more than on average."""
 REGISTERS = {(2, 1): (40, 232), (3, 1): (40, 152), (4, 1): (32, 112), (2, 2): (40, 96)}
 """Registers of a producing and of a consuming thread, by warpgroups and blocks on a multiprocessor; others do not trade."""
 
@@ -116,6 +120,7 @@ def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str,
         "PRODUCER_REGISTERS": producer,
         "CONSUMER_REGISTERS": consumer,
         "SHARED_BYTES": shared_bytes(weight, config),
+        "OUTLIERS": 0 if weight.outliers is None else min(ceil_divide(5 * weight.outliers.each, 4 * 32), MOST_HELD),
     }
 
 
@@ -146,13 +151,14 @@ def space(weight: TileWeight, config: Config) -> Space:
     touched = config.row_tiles * window(weight.group_size, config.w_tiles) if weight.group_size else 0
     threads, pieces = 128 * config.warpgroups, config.blocks * config.tokens // 16
     out = 4 * config.warpgroups * min(config.tokens, 64) * 32
+    outliers = 0 if weight.outliers is None else config.row_tiles * OUTLIER_TILE
     return Space(
         x_stage=config.tokens * (256 if config.batch == 8 else 128),
         w_stage=config.row_tiles * config.w_tiles * 256 * weight.bits
         + ceil_divide(touched * scale, 128) * 128
         + ceil_divide(touched * zero, 128) * 128,
         sums=ceil_divide(pieces, config.split) * config.split * threads * 32 if config.split > 1 else 0,
-        beside=out + table_room(weight, config.row_tiles) + 16,
+        beside=out + table_room(weight, config.row_tiles) + outliers + 16,
     )
 
 
@@ -313,5 +319,7 @@ class ManyTokens:
 def fewest_tokens(weight: TileWeight) -> int:
     """From how many tokens on a weight is served here: wide layers read x too often in the few-token kernels. Tables cost more
     here, where look-ups and tokens share the way to shared memory."""
+    if weight.outliers is not None:
+        return OUTLIER_TOKENS + 1
     wide = weight.bits > 4 and weight.codes.nbytes >= WIDE_BYTES and weight.table is None
     return 9 if wide else FEW_TOKENS + 1

@@ -35,9 +35,9 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint64 * 16) for name in ("x_map", "codes_map", "scales_map", "zeros_map")),
         *((name, ctypes.c_void_p) for name in ("scale", "zero", "table", "factor", "bias", "y", "row_scale", "token_scale")),
-        ("runs", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("runs", "outlier_start", "outlier")),
         *((name, ctypes.c_int) for name in ("M", "N", "y_stride", "row_tiles", "k_tiles", "token_span")),
-        ("padding", ctypes.c_uint64 * 4),  # the source's struct is aligned to 64 bytes
+        ("padding", ctypes.c_uint64 * 2),  # the source's struct is aligned to 64 bytes
     ]
 
 
@@ -115,6 +115,8 @@ class Plan:
             table=None if self._table is None else self._table.data_ptr(),
             factor=None if weight.factor is None else weight.factor.data_ptr(),
             row_scale=None if row_scale is None else row_scale.data_ptr(),
+            outlier_start=None if weight.outliers is None else weight.outliers.start_T1.data_ptr(),
+            outlier=None if weight.outliers is None else weight.outliers.by_tile_E.data_ptr(),
             M=M,
             N=weight.N,
             y_stride=y_stride or weight.N,
@@ -220,4 +222,5 @@ def rows_of(weight: TileWeight, start: int, stop: int) -> TileWeight:
         K=weight.K,
         floats=weight.floats,
         factor=weight.factor,
+        outliers=None if weight.outliers is None else weight.outliers.rows(start, stop, weight.codes.shape[1]),
     )

@@ -1,0 +1,42 @@
+// The producing side of `wgmma.cu`: two threads that keep the copy engine busy, one for each ring.
+
+#pragma once
+#include "wgmma_work.cuh"
+
+FN void stream_weights(const Arguments& p, const Barriers& barriers, const Work& work) {
+    Ring<W_STAGES> ring;
+    for (int index = work.cluster; index < work.count(); index += work.clusters) {
+        const Tile tile = work.tile(index);
+        const int row_tile = tile.expert * p.row_tiles + tile.row_tile;
+        const u64 policy = tile.shared ? policy_evict_normal() : policy_evict_first();
+        for (int k = work.k_first; k < work.k_last; k += W_TILES, ring.advance()) {
+            const u32 full = barriers.w_full(ring.slot), stage = shared_address(memory + AT_W) + ring.slot * W_STAGE;
+            barrier_wait(barriers.w_empty(ring.slot), ring.phase ^ 1);
+            barrier_expect(full, CODES_STAGE + SCALES_STAGE + ZEROS_STAGE);
+            copy_box_once(stage, &p.codes, k * (TILE_BYTES / 8), row_tile, full, policy);
+            if (GROUPED) copy_box_once(stage + AT_SCALES, &p.scales, k * 128 / SPAN * 16, row_tile, full, policy);
+            if (ZEROS_STAGE > 0)
+                copy_box_once(stage + AT_ZEROS, &p.zeros, k * 128 / SPAN * 16, row_tile, full, policy);
+        }
+    }
+}
+
+FN void stream_activations(const Arguments& p, const Barriers& barriers, const Work& work) {
+    if (!EXPERTS) wait_for_previous_kernel();
+    Ring<X_STAGES> ring;
+    for (int index = work.cluster; index < work.count(); index += work.clusters) {
+        const Tile tile = work.tile(index);
+        for (int k = STEPS * work.k_first; k < STEPS * work.k_last; k += X_STEPS, ring.advance()) {
+            const u32 full = barriers.x_full(ring.slot), stage = shared_address(memory) + ring.slot * X_STAGE;
+            barrier_wait(barriers.x_empty(ring.slot), ring.phase ^ 1);
+            barrier_expect(full, X_STAGE);
+#pragma unroll
+            for (int box = 0; box < X_STEPS / 4; box++) {
+                const u32 to = stage + box * X_BOX + work.share * (X_BOX / SHARE);
+                const int column = STEP * (k + 4 * box), row = tile.token + work.share * (TOKENS / SHARE);
+                if constexpr (SHARE == 1) copy_box(to, &p.x, column, row, full);
+                else copy_box_multicast(to, &p.x, column, row, full, (u16)(((1 << SHARE) - 1) << (work.split * SHARE)));
+            }
+        }
+    }
+}

@@ -1,0 +1,227 @@
+"""Outliers in the orders of the CUDA kernels are the outliers, and on a GPU a product with the whole weight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aerogel.kernels.beside.ref import Beside
+from aerogel.kernels.cuda import nvrtc, sources
+from aerogel.kernels.gemm.cuda import tile_weight
+from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
+from aerogel.kernels.gemm.cuda_few import Config, Few, Plan, defines, fits, grid_of, shared_bytes
+from aerogel.kernels.gemm.cuda_outliers import NAMES, TileOutliers
+from aerogel.kernels.gemm.cuda_wgmma import candidates
+from aerogel.kernels.gemm.cuda_wgmma import defines as many_defines
+from aerogel.kernels.gemm.cuda_wgmma_plan import Plan as ManyPlan
+from aerogel.kernels.sidecars import SidecarLinear
+from aerogel.pack import tiles
+from aerogel.quantize.codes import quantized
+from aerogel.quantize.columns import Columns
+from aerogel.quantize.formats.nf4 import Nf4
+from aerogel.quantize.grids import IntGrid
+from aerogel.quantize.outliers import Outliers
+from aerogel.quantize.planes import PlaneGrid
+
+INT4 = IntGrid(bits=4, group_size=32, scale_dtype=torch.bfloat16)
+GRIDS: list[Any] = [
+    INT4,
+    IntGrid(bits=4, symmetric=False),
+    IntGrid(bits=1 + 2, group_size=128, scale_dtype=torch.float16),
+    IntGrid(bits=8, scale_dtype=torch.bfloat16),
+    IntGrid(bits=2, group_size=64),
+    IntGrid(bits=4, group_size=72),
+    Nf4(group_size=64),
+    PlaneGrid(bits=1, group_size=64),
+    PlaneGrid(bits=3, group_size=40, offset="scale"),
+]
+
+
+def beside_of(N: int, K: int, share: float = 0.02, device: str = "cpu", kinds: str = "oc") -> Beside:
+    """Random outliers: one row without any, one row and the first tile with all; and columns, the first and the last among
+    them, which outliers may share a place with."""
+    random = torch.Generator().manual_seed(N + K)
+    w_NK = torch.randn(N, K, generator=random).bfloat16()
+    mask_NK = torch.rand(N, K, generator=random) < share
+    mask_NK[:16, :128] = True
+    mask_NK[0] = False
+    mask_NK[-1] = True
+    outliers, columns = Outliers.of(w_NK, mask_NK), Columns.of(w_NK, torch.tensor(sorted({0, K // 2, K - 1})))
+    first = (outliers.start_N1, outliers.column_E, outliers.value_E) if "o" in kinds else (None, None, None)
+    last = (columns.index_C, columns.value_NC) if "c" in kinds else (None, None)
+    return Beside(*(None if tensor is None else tensor.to(device) for tensor in (*first, *last)))
+
+
+def dense_of(beside: Beside, N: int, K: int) -> Tensor:
+    """What stands there as a dense matrix, float64 [N, K]."""
+    dense_NK = torch.zeros(N, K, dtype=torch.float64)
+    if beside.start_N1 is not None and beside.column_E is not None and beside.value_E is not None:
+        for n in range(N):
+            e = slice(int(beside.start_N1[n]), int(beside.start_N1[n + 1]))
+            dense_NK[n, beside.column_E[e].long()] += beside.value_E[e].double()
+    if beside.index_C is not None and beside.kept_NC is not None:
+        dense_NK[:, beside.index_C.long()] += beside.kept_NC.double()
+    return dense_NK
+
+
+@pytest.mark.parametrize("kinds", ["o", "c", "oc"])
+@pytest.mark.parametrize("shape", [(1, 8), (33, 300), (48, 128)])
+def test_both_orders_are_the_outliers(shape: tuple[int, int], kinds: str) -> None:
+    N, K = shape
+    beside = beside_of(N, K, kinds=kinds)
+    place_K = torch.randperm(K, generator=torch.Generator().manual_seed(0))
+    for place in (None, place_K):
+        laid = TileOutliers.of(beside, N, K, torch.bfloat16, place)
+        assert laid is not None
+        wanted_NK = dense_of(beside, N, K).float().bfloat16()
+        wanted_NK = wanted_NK if place is None else wanted_NK[:, place.argsort()]
+        by_row = torch.zeros(N, K, dtype=torch.bfloat16)
+        rows = torch.arange(N).repeat_interleave(laid.start_N1.long().diff())
+        by_row[rows, laid.by_row_E.long() & 0xFFFF] = (laid.by_row_E >> 16).short().view(torch.bfloat16)
+        assert torch.equal(by_row, wanted_NK)
+        # The place of a number in a tile is that of the same number in a tile of fragments.
+        C = tiles.tile_counts(N, K)[1]
+        which = torch.arange(len(laid.start_T1) - 1).repeat_interleave(laid.start_T1.long().diff())
+        flat = torch.zeros(len(laid.start_T1) - 1, 2048, dtype=torch.bfloat16)
+        flat[which, (laid.by_tile_E.long() & 0xFFFF) // 2] = (laid.by_tile_E >> 16).short().view(torch.bfloat16)
+        s, g, t, i1, i0, e = (8, 8, 4, 2, 2, 2)
+        back = flat.reshape(-1, C, s, g, t, i1, i0, e).permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(-1, C * 128)
+        assert torch.equal(back[:N, :K], wanted_NK)
+
+
+def test_what_does_not_fit_is_left_to_others() -> None:
+    huge = replace(beside_of(4, 16), value_E=None, start_N1=None, column_E=None)
+    assert huge.kept_NC is not None
+    huge = replace(huge, kept_NC=torch.full_like(huge.kept_NC, 1e30))
+    assert TileOutliers.of(huge, 4, 16, torch.float16) is None and TileOutliers.of(huge, 4, 16, torch.bfloat16) is not None
+    assert TileOutliers.of(beside_of(4, 16), 4, 1 << 17, torch.bfloat16) is None
+
+
+def layer_of(grid: Any, N: int, K: int, dtype: torch.dtype, device: str, bias: bool, order: bool, kinds: str) -> SidecarLinear:
+    """A layer with outliers and columns on random codes."""
+    random = torch.Generator().manual_seed(3)
+    w_NK = torch.randn(N, K, generator=random)
+    codes = quantized(grid, w_NK, grid.fit(w_NK))
+    layer = SidecarLinear.from_codes(
+        codes,
+        bias=torch.randn(N, generator=random) if bias else None,
+        order=torch.randperm(K, generator=random) if order else None,
+        dtype=dtype,
+    ).to(device)
+    beside = beside_of(N, K, device=device, kinds=kinds)
+    if beside.start_N1 is not None:
+        layer.keep(Outliers(start_N1=beside.start_N1, column_E=beside.column_E, value_E=beside.value_E).tensors())  # type: ignore[arg-type]
+    if beside.index_C is not None:
+        threshold = torch.zeros(1, device=device)
+        layer.keep(Columns(index_C=beside.index_C, value_NC=beside.kept_NC, threshold_1=threshold).tensors())  # type: ignore[arg-type]
+    return layer
+
+
+def wanted_of(layer: SidecarLinear, x_MK: Tensor, kinds: str) -> tuple[Tensor, float]:
+    """x times codes plus what stands beside them, in float64, and its norm if no products had cancelled."""
+    N, K = layer.out_features, layer.in_features
+    columns = layer.columns()
+    codes_NK = columns.codes.decode(torch.float64).cpu()
+    if columns.order is not None:
+        codes_NK = codes_NK[:, columns.order.cpu().argsort()]
+    w_NK = codes_NK + dense_of(beside_of(N, K, kinds=kinds), N, K)
+    bias_N = torch.zeros(N, dtype=torch.float64) if layer.bias is None else layer.bias.detach().double().cpu()
+    x_MK = x_MK.double().cpu()
+    return x_MK @ w_NK.T + bias_N, float((x_MK.square() @ w_NK.T.square() + bias_N.square()).sqrt().norm())
+
+
+def close(found_MN: Tensor, wanted: tuple[Tensor, float]) -> None:
+    error = float((found_MN.detach().double().cpu() - wanted[0]).norm()) / wanted[1]
+    assert error <= (6e-3 if found_MN.dtype == torch.bfloat16 else 1e-3), error
+
+
+def sources_compile(name: str, macros: dict[str, int], capability: tuple[int, int] = (9, 0)) -> None:
+    try:
+        compiler = nvrtc.compiler()
+    except ImportError as error:
+        pytest.skip(str(error))
+    assert compiler.compile(name, sources.sources_of(name), macros, capability)[:4] == b"\x7fELF"
+
+
+def test_the_sources_compile() -> None:
+    layer = layer_of(INT4, 64, 256, torch.bfloat16, "cpu", False, False, "oc")
+    from aerogel.kernels.gemm.cuda import Cuda
+
+    problem = replace(layer.problem(), device="cuda")
+    layout = Cuda.pack(layer.columns().codes, problem) | (Cuda.lay_beside(beside_of(64, 256), problem) or {})
+    assert set(NAMES) <= set(layout)
+    weight = tile_weight(layout, problem)
+    weight.check()
+    for M, config in ((1, Config(ring=True, row_tiles=2, k_warps=8)), (3, Config(ring=False, row_tiles=1, k_warps=4))):
+        sources_compile(f"{config.kernel}.cu", defines(weight, config, M, torch.bfloat16))
+        assert shared_bytes(weight, config, M, grid_of(weight, config, 132)) > 256 * 2
+    sources_compile("wgmma.cu", many_defines(weight, candidates(weight, 16)[0], torch.float16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kinds", ["oc"])
+def test_a_layer_on_a_gpu(grid: Any, dtype: torch.dtype, kinds: str) -> None:
+    """Sizes that fill no tile, every kernel that adds outliers, the same bits again and again."""
+    for N, K, bias, order in ((1, 24, True, False), (200, 584, False, True)):
+        layer = layer_of(grid, N, K, dtype, "cuda", bias, order, kinds)
+        assert layer._laid is not None, layer.kernel_name
+        for M in (1, 3, 5, 40, 700):
+            x_MK = torch.randn(M, K, generator=torch.Generator("cuda").manual_seed(M), device="cuda").to(dtype)
+            found = layer(x_MK)
+            close(found, wanted_of(layer, x_MK, kinds))
+            assert all(torch.equal(layer(x_MK), found) for _ in range(4)), M
+
+
+@pytest.mark.gpu
+def test_kept_columns_alone_and_compiled() -> None:
+    layer = layer_of(INT4, 72, 200, torch.bfloat16, "cuda", True, False, "c")
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for M in (1, 40):
+        x_MK = torch.randn(M, 200, device="cuda").bfloat16()
+        close(layer(x_MK), wanted_of(layer, x_MK, "c"))
+        assert torch.equal(compiled(x_MK), layer(x_MK))
+
+
+@pytest.mark.gpu
+def test_every_cut_of_the_kernels() -> None:
+    """Configurations of both few-token kernels and of the many-token one, and the decoded weight."""
+    N, K = 400, 1192
+    layer = layer_of(INT4, N, K, torch.bfloat16, "cuda", False, False, "oc")
+    weight = tile_weight(layer.operands(), layer.problem())
+    few = [
+        Config(ring=ring, row_tiles=row_tiles, k_warps=k_warps, x_resident=resident, cluster=cluster, share=share, stages=2)
+        for ring, row_tiles, k_warps, resident, cluster, share in (
+            (True, 1, 16, True, 1, 1), (True, 7, 4, True, 1, 1), (True, 7, 8, True, 1, 1), (True, 2, 8, False, 1, 1),
+            (True, 2, 4, False, 1, 2), (True, 1, 8, True, 2, 1), (False, 1, 16, False, 1, 1), (False, 2, 16, False, 1, 1),
+            (False, 3, 8, False, 1, 1),
+        )
+    ]  # fmt: skip
+    for M in (1, 2, 4):
+        x_MK = torch.randn(M, K, device="cuda").bfloat16()
+        wanted = wanted_of(layer, x_MK, "oc")
+        for config in few:
+            assert fits(weight, config, M, torch.cuda.get_device_capability(), 132), config
+            y_MN = torch.full((M, N), float("nan"), device="cuda", dtype=torch.bfloat16)
+            Plan(weight, config, M, torch.bfloat16)(x_MK, None, y_MN)
+            close(y_MN, wanted)
+    x_MK = torch.randn(100, K, device="cuda").bfloat16()
+    wanted = wanted_of(layer, x_MK, "oc")
+    for many in candidates(weight, 100)[::5]:
+        plan = ManyPlan(weight, many, 100, torch.bfloat16)
+        assert plan.function.attribute("local_bytes") == 0, many
+        y_MN = torch.full((100, N), float("nan"), device="cuda", dtype=torch.bfloat16)
+        plan(x_MK, None, y_MN)
+        close(y_MN, wanted)
+    assert Few.refuses(weight, 5, torch.bfloat16, (9, 0)) is not None
+    y_MN = torch.empty(100, N, device="cuda", dtype=torch.bfloat16)
+    Dense.plan(weight, 100, torch.bfloat16)(x_MK, None, y_MN)
+    close(y_MN, wanted)
+    codes_NK = layer.columns().codes.decode(torch.float64).cpu()
+    both_NK = codes_NK + dense_of(beside_of(N, K), N, K)
+    close(dequantize(weight, torch.bfloat16), (both_NK, float(both_NK.norm())))
