@@ -8,11 +8,17 @@
 // in between, so that the codes are the same, and 3 bytes a number pass through memory instead of 7.
 // A block takes a token, a thread CHUNKS pieces of 16 columns that it keeps in registers; what is longer (LONGER) is read and
 // made again. RAGGED: K is no multiple of 16.
+// KEPT 1 (of x itself): some columns are kept beside the codes (LLM.int8()). They do not count for the scale and their codes are
+// 0, or the numbers themselves where numbers come out; for the product with what is kept they are also written side by side.
 // On compute capability 9.0 the matmul behind it begins at once and fetches its weights meanwhile.
 //
 // Shape legend: M tokens, K columns of x; columns: of the codes, zeros from K on. Rows lie at multiples of 16 bytes.
 
 #include "rounding.cuh"
+
+#ifndef KEPT
+#define KEPT 0
+#endif
 
 constexpr int WARPS = THREADS / 32;
 constexpr int STEP = 16 * THREADS;
@@ -24,9 +30,29 @@ struct Arguments {
     u8* codes;           // [M][columns]
     float* scale;        // [M]
     const float* fixed;  // the scale of every token, or null
-    int K, x_stride, u_stride, columns;
+    const u16* mask;     // [columns / 16], a bit for each kept column
+    const int* index;    // [kept], the kept columns
+    u16* chosen;         // [M][kept_columns] in x's type: these columns, then zeros; or null
+    int K, x_stride, u_stride, columns, kept, kept_columns;
     float eps;
 };
+
+// 16 columns with zeros where they are kept.
+INLINE Sixteen without_kept(const Arguments& p, int column, Sixteen v) {
+    const u32 mask = KEPT && column < p.columns ? p.mask[column / 16] : 0;
+UNROLL
+    for (int i = 0; i < 8; i++) v.words[i] &= ~((mask >> 2 * i & 1) * 0xFFFFu | (mask >> (2 * i + 1) & 1) * 0xFFFF0000u);
+    return v;
+}
+// What the kept columns are, where it is wanted; when the codes of the token are written.
+INLINE void write_kept(const Arguments& p, const u16* row) {
+    if (OUTPUT == 2) __syncthreads();
+    for (int c = threadIdx.x; c < p.kept_columns; c += THREADS) {
+        const u16 number = c < p.kept ? row[p.index[c]] : 0;
+        if (p.chosen) p.chosen[(size_t)blockIdx.x * p.kept_columns + c] = number;
+        if (OUTPUT == 2 && c < p.kept) ((u16*)p.codes)[(size_t)blockIdx.x * p.columns + p.index[c]] = number;
+    }
+}
 
 INLINE Sixteen read16(const u16* row, int column, int K) {
     return RAGGED || column < K ? read_piece<16>(row, column, RAGGED ? K : column + 16, true) : Sixteen{};
@@ -119,6 +145,11 @@ UNROLL
 };
 #endif
 
+INLINE Sixteen made(const Arguments& p, int column, const Making& make, const Sixteen& x) {
+    const Sixteen y = make(column, x);
+    return KEPT ? without_kept(p, column, y) : y;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, SEATS < 16 ? SEATS : 16) quantize_tokens(const __grid_constant__ Arguments p) {
     allow_next_kernel();
     wait_for_previous_kernel();
@@ -130,8 +161,9 @@ UNROLL
     const Making make(p, held, row);
     u32 largest = 0;
 UNROLL
-    for (int c = 0; c < CHUNKS; c++) held[c] = make(first + c * STEP, held[c]), largest = largest_of(held[c], largest);
-    for REST(p.K) largest = largest_of(make(column, read16(row, column, p.K)), largest);
+    for (int c = 0; c < CHUNKS; c++)
+        held[c] = made(p, first + c * STEP, make, held[c]), largest = largest_of(held[c], largest);
+    for REST(p.K) largest = largest_of(made(p, column, make, read16(row, column, p.K)), largest);
     const float scale = p.fixed ? *p.fixed : scale_of(largest_of_block<WARPS>(largest));
     if (threadIdx.x == 0) p.scale[blockIdx.x] = scale;
 
@@ -141,5 +173,6 @@ UNROLL
     for (int c = 0; c < CHUNKS; c++)
         if (first + c * STEP < p.columns) write16(p.codes, at + first + c * STEP, held[c], by);
     for REST(p.columns)
-        write16(p.codes, at + column, make(column, read16(row, column, p.K)), by);
+        write16(p.codes, at + column, made(p, column, make, read16(row, column, p.K)), by);
+    if constexpr (KEPT) write_kept(p, row);
 }

@@ -24,6 +24,7 @@
 
 #include "fragment.cuh"
 #include "wgmma_work.cuh"
+#include "kept_columns.cuh"
 #include "tile_outliers.cuh"
 #include "wgmma_streams.cuh"
 #if INT8
@@ -248,12 +249,15 @@ struct Consumer {
     }
 
     // 16 tokens' sums (two fragments of 8 tokens), the first of token `first`, to place `slot` of the warp's staging area.
-    FN void stage(const Sum* v, int slot, int first, const float (&factor)[2], const float (&bias)[2]) const {
+    FN void stage(const Sum* v, int block, int slot, int first, const float (&factor)[2], const float (&bias)[2]) const {
         u32 pairs[4];
+        float kept[8] = {};
+        if constexpr (KEPT) kept_product(kept, p, min(at.row_tile + row_tile(block), p.row_tiles - 1), first, at.end - 1, lane);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int t = first + 8 * (i / 2) + 2 * (lane % 4);
-            pairs[i] = pair_of(result(v[2 * i], t, factor[i % 2], bias[i % 2]), result(v[2 * i + 1], t + 1, factor[i % 2], bias[i % 2]));
+            pairs[i] = pair_of(result(v[2 * i], t, factor[i % 2], bias[i % 2] + kept[2 * i]),
+                               result(v[2 * i + 1], t + 1, factor[i % 2], bias[i % 2] + kept[2 * i + 1]));
         }
         const int t = 16 * slot + 8 * (lane / 16) + lane % 8, h = lane / 8 % 2;
         store_transposed(shared_address(memory + AT_OUT) + warp * OUT_WARP + t * 32 + 16 * (h ^ (t / 4 % 2)), pairs);
@@ -290,7 +294,7 @@ struct Consumer {
 #pragma unroll
             for (int t = 0; t < TOKENS; t += 16) {
                 const int slot = t % OUT_TOKENS / 16;
-                stage(&acc[b][t / 2], slot, at.token + t, factor, bias);
+                stage(&acc[b][t / 2], b, slot, at.token + t, factor, bias);
                 if (slot == OUT_TOKENS / 16 - 1 || t + 16 == TOKENS) flush(b, at.token + t - 16 * slot, 16 * slot + 16);
             }
         }
@@ -324,7 +328,7 @@ struct Consumer {
             const int block = i / (TOKENS / 16), t = i % (TOKENS / 16) * 16;
             float factor[2], bias[2];
             row_numbers(block, factor, bias);
-            stage(sum, 0, at.token + t, factor, bias);
+            stage(sum, block, 0, at.token + t, factor, bias);
             flush(block, at.token + t, 16);
         }
     }

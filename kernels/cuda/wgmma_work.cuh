@@ -18,6 +18,9 @@
 #ifndef OUTLIERS
 #define OUTLIERS 0
 #endif
+#ifndef KEPT
+#define KEPT 0
+#endif
 
 constexpr int CONSUMERS = 128 * WARPGROUPS;
 constexpr int WARPS = 4 * WARPGROUPS;
@@ -71,7 +74,9 @@ struct alignas(64) Arguments {
     const int4* runs;  // EXPERTS: {count}, then for each run of tokens {expert, first, end, runs of this expert}
     const int* outlier_start;  // [row tiles * k tiles + 1], and the outliers themselves: see tile_outliers.cuh
     const u32* outlier;
-    int M, N, y_stride, row_tiles, k_tiles, token_span;  // N: rows of this launch; row_tiles: of one expert
+    const uint4* kept;  // KEPT: weights of kept columns as fragments, [row tiles][kept_steps][32 lanes], and their inputs, exact,
+    const u16* chosen;  // [M][16 * kept_steps]
+    int M, N, y_stride, row_tiles, k_tiles, token_span, kept_steps;  // N: rows of this launch; row_tiles: of one expert
 };
 
 #if INT8

@@ -27,7 +27,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm import cuda, cuda_wgmma
+from aerogel.kernels.gemm.cuda_kept import KEPT, KeptOperand
 from aerogel.kernels.gemm.cuda_made import Made
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, per_kind, tensors_of
@@ -110,7 +112,14 @@ def choose_config(weight: TileWeight, M: int, multiprocessors: int) -> Config | 
     return best if faster else None
 
 
-def many_tokens(weight: TileWeight, r: Tensor, M: int, dtype: torch.dtype, config: Config | None = None) -> Runner | None:
+def many_tokens(
+    weight: TileWeight,
+    r: Tensor,
+    M: int,
+    dtype: torch.dtype,
+    config: Config | None = None,
+    kept: KeptOperand | None = None,
+) -> Runner | None:
     """The integer matmul planned for M tokens; None where the device or the weight has none. It is called with (x_MK or what
     makes it, bias_N or None, y_MN to be filled, and the scale of all tokens, float32 [1], where that is stored)."""
     facts = torch.cuda.get_device_properties(weight.codes.device)
@@ -121,13 +130,15 @@ def many_tokens(weight: TileWeight, r: Tensor, M: int, dtype: torch.dtype, confi
         return None
     from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
 
-    plan = Plan(weight, config, M, dtype, row_scale=r)
-    columns = 128 * weight.codes.shape[1]
-    rounding = Quantizer(dtype=dtype, device=weight.codes.device, output=INT8, columns=columns, permuted=True)
+    plan = Plan(weight, config, M, dtype, row_scale=r, kept=None if kept is None else kept.fragments)
+    columns, keeps = 128 * weight.codes.shape[1], kept is not None
+    rounding = Quantizer(dtype=dtype, device=weight.codes.device, output=INT8, columns=columns, permuted=True, keeps=keeps)
+    which = None if kept is None else kept.columns
 
     def run(x: Tensor | Made, bias_N: Tensor | None, y_MN: Tensor, fixed: Tensor | None = None) -> None:
-        codes, scale_M = rounding(x, fixed)
-        plan.launch(codes, scale_M, bias_N, y_MN)
+        chosen_MC = None if which is None else y_MN.new_empty(M, which.columns)
+        codes, scale_M = rounding(x, fixed, which, chosen_MC)
+        plan.launch(codes, scale_M, bias_N, y_MN, chosen=chosen_MC)
 
     return run
 
@@ -145,30 +156,39 @@ def tiles_linear_int8(
     group_size: int,
     N: int,
     fixed: Tensor | None = None,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
     """`aerogel::tiles_linear_int8` on CUDA: x [M, K] bf16 or fp16, or the norm or gate that makes it and rounds it there, ->
-    [M, N]; `row_scale` is that of `cuda_int8.row_scale`, `fixed` the scale of all tokens, float32 [1], where it is stored."""
+    [M, N]; `row_scale` is that of `cuda_int8.row_scale`, `fixed` the scale of all tokens, float32 [1], where it is stored.
+    kept: the tensors of a `KeptOperand`."""
     like = x if isinstance(x, Tensor) else x.x
     M, K = like.shape
     y = like.new_empty(M, N)
     if M == 0 or N == 0 or K == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand(M, N))
-    zero_at = 0 if zero is None else zero.data_ptr()
-    key = (codes.data_ptr(), scale.data_ptr(), zero_at, row_scale.data_ptr(), M, K, N, group_size, y.dtype, scale.dtype)
+    held_at = (None if tensor is None else tensor.data_ptr() for tensor in (codes, scale, zero, row_scale, *(kept or ())))
+    key = (*held_at, M, K, N, group_size, y.dtype, scale.dtype)
+    operand = KeptOperand.given(kept)
     with nullcontext() if y.get_device() == torch._C._cuda_getDevice() else torch.cuda.device(y.device):
         if M > FEW_TOKENS and key not in _plans:
             held = TileWeight(codes=codes, scale=scale, zero=zero, table=None, pick=None, group_size=group_size, N=N, K=K)
             held.check()
             if len(_plans) >= cuda.MOST_PLANS:
                 _plans.clear()
-            _plans[key] = many_tokens(held, row_scale, M, y.dtype)
+            _plans[key] = many_tokens(held, row_scale, M, y.dtype, kept=operand)
         runner = _plans.get(key)
         if runner is not None:
             runner(x, bias, y, fixed)
             return y
         columns = -(-K // 16) * 16
-        rounded = Quantizer(dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns)(x, fixed)[0]
-        return cuda.tiles_linear(rounded[:, :K].contiguous(), codes, scale, zero, None, None, bias, group_size, N)
+        rounding = Quantizer(dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns, keeps=operand is not None)
+        if operand is None:
+            rounded = rounding(x, fixed)[0][:, :K].contiguous()
+            return cuda.tiles_linear(rounded, codes, scale, zero, None, None, bias, group_size, N)
+        # The numbers of kept columns stay what they are, so their weights can be added as outliers are.
+        rounded, outliers = rounding(x, fixed, operand.columns)[0][:, :K].contiguous(), operand.outliers.tensors()
+        whole = group_size or tiles.COLUMNS * codes.shape[1]
+        return cuda.tiles_linear(rounded, codes, scale, zero, None, None, bias, whole, N, outliers=outliers)
 
 
 def _fake(
@@ -181,6 +201,7 @@ def _fake(
     group_size: int,
     N: int,
     fixed: Tensor | None = None,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], N)
 
@@ -188,7 +209,7 @@ def _fake(
 _library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "tiles_linear_int8(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor row_scale, Tensor? bias,"
-    " int group_size, int N, Tensor? fixed=None) -> Tensor",
+    " int group_size, int N, Tensor? fixed=None, Tensor[]? kept=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("tiles_linear_int8", tiles_linear_int8, "CUDA")  # type: ignore[no-untyped-call]
@@ -198,7 +219,7 @@ torch.library.register_fake("aerogel::tiles_linear_int8", _fake, lib=_library)
 class CudaInt8(Kernel):
     """Packed integers with int8 activations."""
 
-    about: ClassVar[str] = "CUDA kernels compiled at run time: integers of 1 to 8 bits with activations: int8"
+    about: ClassVar[str] = "CUDA kernels compiled at run time: integers of 1 to 8 bits with activations: int8; kept columns"
 
     @staticmethod
     def refuses(problem: Problem) -> str | None:
@@ -231,6 +252,12 @@ class CudaInt8(Kernel):
         return {**layout, "tile_row_scale": row_scale(_weight(layout, problem))}
 
     @staticmethod
+    def lay_beside(beside: Beside, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
+        """Kept columns; outliers want their inputs as they are, which only the weight-only kernels see."""
+        kept = KeptOperand.of(beside, problem.N, problem.K, problem.dtype, place_K)
+        return None if kept is None else dict(zip(KEPT, kept.tensors(), strict=True))
+
+    @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:
         """The inverse of `pack`, exactly."""
         return codes_of(dict(layout), problem.grid, problem.N, problem.K)
@@ -248,6 +275,7 @@ class CudaInt8(Kernel):
             problem.grid.group_size or 0,
             problem.N,
             layout.get("input_scale"),
+            [layout[name] for name in KEPT] if KEPT[0] in layout else None,
         )
         return y_MN
 

@@ -20,6 +20,7 @@ from aerogel.kernels.gemm.cuda_wgmma_plan import in_pieces
 
 if TYPE_CHECKING:
     from aerogel.kernels.cuda.launch import Launch
+    from aerogel.kernels.gemm.cuda_kept import KeptColumns
 
 SOURCE, KERNEL = "quantize.cu", "quantize_tokens"
 INT8, E4M3, ROUNDED = 0, 1, 2
@@ -32,8 +33,8 @@ class Arguments(ctypes.Structure):
     """`Arguments` of quantize.cu, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "u", "weight", "codes", "scale", "fixed")),
-        *((name, ctypes.c_int) for name in ("K", "x_stride", "u_stride", "columns")),
+        *((name, ctypes.c_void_p) for name in ("x", "u", "weight", "codes", "scale", "fixed", "mask", "index", "chosen")),
+        *((name, ctypes.c_int) for name in ("K", "x_stride", "u_stride", "columns", "kept", "kept_columns")),
         ("eps", ctypes.c_float),
     ]
 
@@ -43,7 +44,7 @@ class Quantizer:
     """Rounds x [M, K] bf16 or fp16 of one type on one device.
 
     output: INT8, E4M3 or ROUNDED. permuted: int8 codes in the order that the integer matmul wants, inside each 16 columns.
-    columns: of the result, at least K, a multiple of 16; those beyond K are zeros.
+    columns: of the result, at least K, a multiple of 16; those beyond K are zeros. keeps: some columns are kept as they are.
     """
 
     dtype: torch.dtype
@@ -51,14 +52,24 @@ class Quantizer:
     output: int
     columns: int
     permuted: bool = False
+    keeps: bool = False
 
-    def __call__(self, x: Tensor | Made, fixed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self,
+        x: Tensor | Made,
+        fixed: Tensor | None = None,
+        kept: KeptColumns | None = None,
+        chosen_MC: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Codes [M, columns] and float32 scales [M]: x ~ code * scale. `fixed`: a float32 scale [1] for all tokens.
+
+        kept, where it `keeps`: columns that do not count for the scale and get the code 0, or stay as they are (ROUNDED).
+        chosen_MC: filled with what they are, [M, `kept.columns`] of x's type.
 
         x may be what a norm or a gate makes: its codes are those of `x.settled()`, but for the few whose 16 bits come out one
         unit off. A token with an infinity or a NaN gets a scale that is not finite, and so does all that is computed with it.
         """
-        x_MK, made = _source(x)
+        x_MK, made = _source(x if kept is None or isinstance(x, Tensor) else x.settled())
         M, K = x_MK.shape
         kind = (torch.int8, torch.float8_e4m3fn, x_MK.dtype)[self.output]
         codes = torch.empty(M, self.columns, dtype=kind, device=x_MK.device)
@@ -69,6 +80,10 @@ class Quantizer:
             arguments.x, arguments.codes, arguments.scale = x_MK.data_ptr(), codes.data_ptr(), scale.data_ptr()
             arguments.fixed = None if fixed is None else fixed.data_ptr()
             arguments.x_stride = x_MK.stride(0)
+            if kept is not None:
+                arguments.mask, arguments.index = kept.mask.data_ptr(), kept.index_C.data_ptr()
+                arguments.kept, arguments.kept_columns = len(kept.index_C), kept.columns
+                arguments.chosen = None if chosen_MC is None else chosen_MC.data_ptr()
             for name, value in {} if made is None else made.arguments().items():
                 setattr(arguments, name, value)
             launch(torch._C._cuda_getCurrentRawStream(self.device.index))
@@ -93,7 +108,7 @@ def macros(quantizer: Quantizer, K: int, made: tuple[tuple[str, int], ...] = ())
     threads = min(MOST_THREADS, -(-pieces // (32 * chunks)) * 32)
     own = {"OUTPUT": quantizer.output, "PERMUTED": int(quantizer.permuted), "FP16": int(quantizer.dtype == torch.float16)}
     cut = {"THREADS": threads, "CHUNKS": chunks, "LONGER": int(pieces > threads * chunks), "RAGGED": int(K % 16 > 0)}
-    return {"MADE": 0, **cut, **own, **dict(made)}
+    return {"MADE": 0, "KEPT": int(quantizer.keeps), **cut, **own, **dict(made)}
 
 
 @functools.lru_cache(maxsize=1024)

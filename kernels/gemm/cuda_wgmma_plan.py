@@ -35,9 +35,9 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint64 * 16) for name in ("x_map", "codes_map", "scales_map", "zeros_map")),
         *((name, ctypes.c_void_p) for name in ("scale", "zero", "table", "factor", "bias", "y", "row_scale", "token_scale")),
-        *((name, ctypes.c_void_p) for name in ("runs", "outlier_start", "outlier")),
-        *((name, ctypes.c_int) for name in ("M", "N", "y_stride", "row_tiles", "k_tiles", "token_span")),
-        ("padding", ctypes.c_uint64 * 2),  # the source's struct is aligned to 64 bytes
+        *((name, ctypes.c_void_p) for name in ("runs", "outlier_start", "outlier", "kept", "chosen")),
+        *((name, ctypes.c_int) for name in ("M", "N", "y_stride", "row_tiles", "k_tiles", "token_span", "kept_steps")),
+        ("padding", ctypes.c_uint64 * 7),  # the source's struct is aligned to 64 bytes
     ]
 
 
@@ -87,6 +87,7 @@ class Plan:
     row_scale: float32 [16 R], with which the weight is brought to bytes, for activations that are bytes (`cuda_int8`).
     runs: the most runs of tokens that there can be when the weight is that of several experts, one below the other, its N that
     of one of them, and `launch` is told who takes which tokens (`kernels.grouped.cuda_grouped`).
+    kept: weights of columns beside the codes, as fragments (`cuda_kept`); `launch` is given their inputs.
     """
 
     def __init__(
@@ -98,10 +99,12 @@ class Plan:
         y_stride: int | None = None,
         row_scale: Tensor | None = None,
         runs: int | None = None,
+        kept: Tensor | None = None,
     ) -> None:
         device = weight.codes.device
         self.config = config
         macros = defines(weight, config, dtype) | {"INT8": int(row_scale is not None), "EXPERTS": int(runs is not None)}
+        macros["KEPT"] = int(kept is not None)
         self.function = function(SOURCE, KERNEL, macros, device)
         self._element = str(dtype).removeprefix("torch.") if row_scale is None else "uint8"
         self._weight, self._dtype, self._device, self._lock = weight, dtype, device.index, threading.Lock()
@@ -117,6 +120,8 @@ class Plan:
             row_scale=None if row_scale is None else row_scale.data_ptr(),
             outlier_start=None if weight.outliers is None else weight.outliers.start_T1.data_ptr(),
             outlier=None if weight.outliers is None else weight.outliers.by_tile_E.data_ptr(),
+            kept=None if kept is None else kept.data_ptr(),
+            kept_steps=0 if kept is None else kept.shape[1],
             M=M,
             N=weight.N,
             y_stride=y_stride or weight.N,
@@ -148,6 +153,7 @@ class Plan:
         bias_N: Tensor | None,
         y_MN: Tensor,
         runs: Tensor | None = None,
+        chosen: Tensor | None = None,
     ) -> None:
         """Queues the kernel for activations that the copy engine can take as they are: whole rows at multiples of 16 bytes."""
         if bias_N is not None and bias_N.dtype != self._dtype:
@@ -159,6 +165,7 @@ class Plan:
             arguments.bias = None if bias_N is None else bias_N.data_ptr()
             arguments.y = y_MN.data_ptr()
             arguments.token_scale = None if token_scale_M is None else token_scale_M.data_ptr()
+            arguments.chosen = None if chosen is None else chosen.data_ptr()
             arguments.runs = None if runs is None else runs.data_ptr()
             launch, self._first = self._first or self._launch, None
             launch(stream)
