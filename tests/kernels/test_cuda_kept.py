@@ -103,6 +103,7 @@ def wanted_of(layer: SidecarLinear, x_MK: Tensor, kept: Tensor) -> Tensor:
 @pytest.mark.gpu
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
 def test_a_layer_on_a_gpu(grid: IntGrid, dtype: torch.dtype) -> None:
     """Loud inputs in the kept columns; few tokens, many in whole and in ragged tiles; the same bits every time."""
     for N, K, bias in ((200, 584, True), (4096, 1024, False)):
