@@ -1,7 +1,7 @@
 """Which code adds what stands beside a packed weight, behind an operator that torch.compile and traced steps see whole.
 
 On a CPU the compiled loop, elsewhere torch's operators. On an H100 the sparse product of the library costs as much as seven
-matmuls of 4 bits at one token, so outliers are for CPUs until they have a kernel of their own there.
+matmuls of 4 bits at one token: there the matmul adds what it can itself (`Kernel.lay_beside`), and this is for the rest.
 """
 
 from __future__ import annotations
