@@ -172,6 +172,7 @@ def test_prompts_whose_parts_do_not_belong_together_are_refused() -> None:
             native_ops.prompt_arguments(torch.empty(1, 6, 2, 8), q, q, q, 1.0, **{**good, name: tensor})
     with pytest.raises(ValueError, match="belong"):
         native_ops.prompt_arguments(torch.empty(1, 7, 2, 8), q, q, q, 1.0)
-    late = native_ops.prompt_arguments(torch.empty(1, 6, 2, 8), q, q, q, 1.0, start=torch.tensor([6]))
+    start = torch.tensor([6])  # arguments hold addresses only
+    late = native_ops.prompt_arguments(torch.empty(1, 6, 2, 8), q, q, q, 1.0, start=start)
     with pytest.raises(BadInput, match="shape"):
         library.check(library.library().aerogel_native_prompt(ctypes.byref(late)), "a prompt")
