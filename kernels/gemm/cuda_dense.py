@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.gemm.cuda import Runner
-from aerogel.kernels.gemm.cuda_few import decoder_defines, table_bytes
+from aerogel.kernels.gemm.cuda_decoder import decoder_defines, table_bytes
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
 SOURCE = "dequantize.cu"

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from aerogel.kernels.gemm.block_scales import E5M3, E8M0
 from aerogel.kernels.gemm.cuda import Runner
+from aerogel.kernels.gemm.cuda_decoder import decoder_defines, side_bytes, table_bytes, table_room
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
 TOKENS = 16
@@ -29,13 +29,10 @@ OUTLIER_TOKENS = 4
 MOST_TOKENS = 96
 """Above this, decoding the whole weight and multiplying densely is faster than passing over it every 16 tokens."""
 MOST_TABLE_BYTES = 48 << 10
-PAIR_BYTES, ROW_TABLE_BYTES = 32 << 10, (8 << 10) + 256
-"""Of a table's pairs of numbers; of the tables of a row tile's 16 rows. See tables.cuh and decode.cuh."""
 SHARED_LIMIT = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10, 12: 99 << 10}
 """Shared memory of a block in bytes, by the major compute capability; the least of the generation's devices."""
 HALF_SHARED = 112 << 10
 """With this much shared memory the next kernel's blocks can move in beside the present one's."""
-SCALE_NUMBER = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, E5M3: 3, E8M0: 4}
 
 
 class Arguments(ctypes.Structure):
@@ -103,13 +100,6 @@ def ceil_divide(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def group_run(group_size: int, columns: int) -> int:
-    """Groups that `columns` aligned columns may touch, as `Side` in the source counts them."""
-    if group_size == 0 or group_size % columns == 0:
-        return 1
-    return columns // group_size + (0 if columns % group_size == 0 else 2)
-
-
 def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> dict[str, int]:
     """The macros that specialise the source."""
     return {
@@ -150,56 +140,6 @@ def threads_of(config: Config, M: int, outliers: bool = False) -> int:
     """Threads of a block."""
     beside = 0 if not outliers else 2 if max(config.blocks, config.seats) > 1 and config.warps >= 16 else 4
     return 32 * (config.warps + (4 if trades(config, M) else int(config.ring)) + beside)
-
-
-def decoder_defines(weight: TileWeight, dtype: torch.dtype) -> dict[str, int]:
-    """The macros that decode.cuh wants to know about a weight."""
-    zero = 0 if weight.zero is None else 1 if weight.zero.dtype == torch.uint8 else 2
-    return {
-        "BITS": weight.bits,
-        "FP16": int(dtype == torch.float16),
-        "SCALE": SCALE_NUMBER[weight.scale.dtype],
-        "ZERO": zero,
-        "TABLE": table_kind(weight),
-        "TABLES": weight.table.shape[0] if weight.table is not None and table_kind(weight) != 2 else 1,
-        "FLOATS": weight.floats,
-        "GROUP": weight.group_size,
-    }
-
-
-def table_kind(weight: TileWeight) -> int:
-    """0 no table, 1 one for all, 2 one per row, 3 picked per group."""
-    if weight.table is None:
-        return 0
-    return 3 if weight.pick is not None else 1 if weight.table.shape[0] == 1 else 2
-
-
-def table_bytes(weight: TileWeight, row_tiles: int) -> int:
-    """Bytes of the tables that a block of so many row tiles needs, as numbers of 16 bits."""
-    kind = table_kind(weight)
-    if weight.table is None or kind == 0:
-        return 0
-    return (row_tiles * 16 if kind == 2 else weight.table.shape[0]) * (2 << weight.bits)
-
-
-def paired(weight: TileWeight) -> int:
-    """Tables of which the kernels hold all pairs of numbers: see tables.cuh. 0 where there are none, or too many."""
-    fits = weight.table is not None and weight.bits == 4 and table_kind(weight) != 2 and weight.table.shape[0] <= 2
-    return len(weight.table) if fits and weight.table is not None else 0
-
-
-def table_room(weight: TileWeight, row_tiles: int) -> int:
-    """Bytes of the tables that a block of so many row tiles keeps, laid out for looking up."""
-    if weight.bits == 4 and table_kind(weight) == 2:
-        return row_tiles * ROW_TABLE_BYTES
-    return paired(weight) * PAIR_BYTES or table_bytes(weight, row_tiles)
-
-
-def side_bytes(weight: TileWeight, columns: int) -> int:
-    """Bytes beside the codes for one row tile of `columns` columns."""
-    zero = 0 if weight.zero is None else weight.zero.element_size()
-    each = weight.scale.element_size() + zero + (weight.pick is not None)
-    return group_run(weight.group_size, columns) * 16 * each
 
 
 def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:

@@ -22,7 +22,8 @@ import torch
 from aerogel.errors import RunFailed
 from aerogel.kernels.cuda.tensor_map import LARGEST_BOX
 from aerogel.kernels.gemm.cuda import Runner
-from aerogel.kernels.gemm.cuda_few import OUTLIER_TOKENS, PAIR_BYTES, SCALE_NUMBER, paired, table_bytes, table_kind
+from aerogel.kernels.gemm.cuda_decoder import PAIR_BYTES, SCALE_NUMBER, paired, table_bytes, table_kind
+from aerogel.kernels.gemm.cuda_few import OUTLIER_TOKENS
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 
 SOURCE = "wgmma.cu"

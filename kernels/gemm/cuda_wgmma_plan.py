@@ -20,7 +20,7 @@ from torch import Tensor
 from aerogel.kernels.cuda.launch import Launch
 from aerogel.kernels.cuda.sources import function
 from aerogel.kernels.cuda.tensor_map import Matrix
-from aerogel.kernels.gemm.cuda_few import table_kind
+from aerogel.kernels.gemm.cuda_decoder import table_kind
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import SOURCE, Config, ceil_divide, defines, shared_bytes, window
 
