@@ -24,6 +24,7 @@ from aerogel.kernels.cuda.tensor_map import LARGEST_BOX
 from aerogel.kernels.gemm.cuda import Runner
 from aerogel.kernels.gemm.cuda_decoder import PAIR_BYTES, SCALE_NUMBER, paired, table_bytes, table_kind
 from aerogel.kernels.gemm.cuda_few import OUTLIER_TOKENS
+from aerogel.kernels.gemm.cuda_outliers import TILE_BYTES
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 
 SOURCE = "wgmma.cu"
@@ -31,8 +32,6 @@ FEW_TOKENS = 16
 WIDE_BYTES = 192 << 20
 """Up to FEW_TOKENS the few-token kernels are faster, except for codes of more than four bits and of WIDE_BYTES and more."""
 SHARED_LIMIT = 227 << 10
-OUTLIER_TILE = 4096
-"""Bytes of the tile of 16 x 128 numbers that a row tile's outliers are put into."""
 MOST_HELD = 3
 """Outliers of a tile that a lane holds at most; there should be more than on average."""
 REGISTERS = {(2, 1): (40, 232), (3, 1): (40, 152), (4, 1): (32, 112), (2, 2): (40, 96)}
@@ -152,7 +151,7 @@ def space(weight: TileWeight, config: Config) -> Space:
     touched = config.row_tiles * window(weight.group_size, config.w_tiles) if weight.group_size else 0
     threads, pieces = 128 * config.warpgroups, config.blocks * config.tokens // 16
     out = 4 * config.warpgroups * min(config.tokens, 64) * 32
-    outliers = 0 if weight.outliers is None else config.row_tiles * OUTLIER_TILE
+    outliers = 0 if weight.outliers is None else config.row_tiles * TILE_BYTES  # those of a row tile are put into one tile
     return Space(
         x_stage=config.tokens * (256 if config.batch == 8 else 128),
         w_stage=config.row_tiles * config.w_tiles * 256 * weight.bits
