@@ -4,8 +4,9 @@
 
 Bytes of four rows are looked up at once, each row in its own table, and interleaved to bfloat16 (kernels/native/own_kernel.h);
 sixteen tokens share one decoding. Codebooks (SqueezeLLM) have one table a row; q planes of a group are 2^q numbers, whatever
-their scales and offsets are. Numbers are rounded to bfloat16 once; other types of activations, where that would be seen, and
-more planes run on `cpu_lookup` and `plane_rows`.
+their scales and offsets are, and where runs of outputs share scales they share tables, for as few as eight inputs. Numbers are
+rounded to bfloat16 once; other types of activations, where that would be seen, and more planes run on `cpu_lookup` and
+`plane_rows`.
 
 Layout: `aerogel.pack.own_tables`. Shape legend: M tokens, N out features, K in features, G groups along K.
 """
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
-from aerogel.kernels.gemm.cpu_lookup import call_of, groups_refused
+from aerogel.kernels.gemm.cpu_lookup import call_of
 from aerogel.kernels.gemm.cpu_tables import FLOAT32_PATHS
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.pack import own_tables
-from aerogel.quantize.codes import Codes
+from aerogel.quantize.codes import Codes, Grid
 from aerogel.quantize.planes import PlaneGrid
 from aerogel.quantize.tables import TableGrid
 
@@ -50,7 +51,7 @@ class NativeOwn(Kernel):
             return f"is weight-only, activations are {problem.activations}"
         if problem.dtype != torch.bfloat16:
             return f"runs activations in bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
-        refused = groups_refused(problem) or library.missing()
+        refused = own_tables.refused(grid, problem.K) or library.missing()
         if refused is not None:
             return refused
         return None if library.best("exact") in FLOAT32_PATHS else "needs a processor that multiplies bfloat16"
@@ -73,11 +74,24 @@ class NativeOwn(Kernel):
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """One call of the library."""
-        return linear(x_MK, layout, bias_N, problem.N, problem.grid.group_size or 0)
+        return linear(x_MK, layout, bias_N, problem.N, *tables_of(problem.grid, problem.K))
+
+
+def tables_of(grid: Grid, K: int) -> tuple[int, int]:
+    """`group` and `shared` of `linear` for codes on this grid."""
+    shared = own_tables.shared_rows(grid, K)
+    return 0 if shared else grid.group_size or 0, shared
 
 
 def linear(
-    x_MK: Tensor, layout: Layout, bias_N: Tensor | None, N: int, group: int, path: int = -1, threads: int | None = None
+    x_MK: Tensor,
+    layout: Layout,
+    bias_N: Tensor | None,
+    N: int,
+    group: int,
+    shared: int = 0,
+    path: int = -1,
+    threads: int | None = None,
 ) -> Tensor:
     """x @ W.T (+ bias), bfloat16 [M, N], through the compiled kernel.
 
@@ -86,6 +100,7 @@ def linear(
         layout: the tensors of `aerogel.pack.own_tables`.
         bias_N: [N] of any of the three types, or None.
         N, group: out features; columns that share a table, 0 for all.
+        shared: outputs that share tables, which hold for eight columns then (and `group` is 0); 0: each has its own.
         path: an index of `library.PATHS`, -1 for the best this machine has.
         threads: torch's number of threads unless given.
 
@@ -94,17 +109,17 @@ def linear(
     """
     M, K = x_MK.shape
     y_MN = torch.empty(M, N, dtype=x_MK.dtype)
-    weight, call = struct_of(layout, N, K, group), call_of(x_MK, bias_N, y_MN, "exact", path, threads)
+    weight, call = struct_of(layout, N, K, group, shared), call_of(x_MK, bias_N, y_MN, "exact", path, threads)
     status = library.library().aerogel_native_own(ctypes.byref(weight), ctypes.byref(call))
     library.check(status, f"a weight of tables for each row [{N}, {K}]")
     return y_MN
 
 
-def struct_of(layout: Layout, N: int, K: int, group: int) -> library.OwnTables:
+def struct_of(layout: Layout, N: int, K: int, group: int, shared: int = 0) -> library.OwnTables:
     """The weight as the library takes it, valid while the tensors live. Raises `BadInput` for other tensors."""
     codes, table = layout["codes"], layout["table"]
     for tensor in (codes, table):
         if not tensor.is_contiguous() or tensor.device.type != "cpu" or tensor.dtype != torch.uint8:
             raise BadInput(f"a CPU matmul wants contiguous uint8 tensors in main memory, found {tensor.dtype}")
     where, sizes = (codes.data_ptr(), table.data_ptr()), (codes.nbytes, table.nbytes)
-    return library.OwnTables(*where, *sizes, N, K, group, codes.shape[-1] // 64)
+    return library.OwnTables(*where, *sizes, N, K, group, shared, codes.shape[-1] // 64)

@@ -89,7 +89,7 @@ thread_local volatile uint64_t kept_sum;  // what a reader found: without a use 
 
 }  // namespace
 
-int32_t aerogel_native_version() { return 11; }
+int32_t aerogel_native_version() { return 12; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });

@@ -19,7 +19,7 @@ import torch
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.native.build import FOLDER, LIBRARY
 
-VERSION = 11
+VERSION = 12
 """Of the C interface: structs, codes and layout."""
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -77,7 +77,7 @@ class OwnTables(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "table")),
-        *((name, ctypes.c_int64) for name in ("codes_bytes", "table_bytes", "rows", "columns", "group")),
+        *((name, ctypes.c_int64) for name in ("codes_bytes", "table_bytes", "rows", "columns", "group", "shared")),
         ("bits", ctypes.c_int32),
     ]
 

@@ -20,9 +20,11 @@ int32_t aerogel_native_own_check(const OwnTables* weight) {
     if (w.bits < 1 || w.bits > 4) return kBadWidth;
     if (w.rows < 1 || w.columns < 1 || w.rows > kMost || w.columns > kMost) return kBadShape;
     if (w.group < 0 || (w.group % kLookupStep != 0 && w.group < w.columns)) return kBadGroup;
-    const int64_t strips = ceil_div(w.rows, kLookupStrip), groups = w.group ? ceil_div(w.columns, w.group) : 1;
+    if (w.shared < 0 || w.shared % kLookupStrip != 0 || (w.shared && w.group)) return kBadGroup;
+    const int64_t strips = ceil_div(w.rows, kLookupStrip);
     if (w.codes_bytes != strips * ceil_div(w.columns, kLookupTile) * kVector * w.bits) return kTruncatedCodes;
-    if (w.table_bytes != strips * groups * own_table_bytes(w.bits)) return kBadTable;
+    const int64_t runs = w.shared ? ceil_div(w.rows, w.shared) : strips, bytes = w.shared ? shared_table_bytes(w.bits) : own_table_bytes(w.bits);
+    if (w.table_bytes != runs * own_table_groups(w) * bytes) return kBadTable;
     return off(w.codes, kVector) || off(w.table, 1) ? kMisaligned : kDone;
 }
 

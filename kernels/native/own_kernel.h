@@ -22,7 +22,7 @@ constexpr int64_t kOwnPiece = 256 * 1024;  // bytes of codes that stay in the se
 struct OwnPlan {
     const OwnTables* weight;
     const Call* call;
-    int64_t strips, tiles, groups, blocks;
+    int64_t strips, tiles, groups, blocks;  // groups: of columns that have tables of their own
     int block_rows;
     uint8_t* x;         // [block][step][row][16] bfloat16
     int32_t* group_at;  // [step]
@@ -33,18 +33,42 @@ INLINE NativeF own_dot(const NativeF& sum, const NativeU& w, const NativeU& x) {
                                                       reinterpret_cast<__m512bh>(raw(x))));
 }
 
-// Sums of strips first .. first + R - 1 and M tokens, a row in each run. A table holds for F steps. Strips beyond the last repeat it.
+// The low and high bytes of the numbers that a register of codes stands for, in tables of the four rows.
+template <int BITS>
+INLINE void own_bytes(const NativeU& code, const NativeU (&table)[2], NativeU& low, NativeU& high) {
+    low = look_up(table[0], code);
+    high = BITS == 4 ? look_up(table[1], code) : look_up(table[0], code | (NativeU{} + 0x08080808u));
+}
+
+// The same in tables that all rows share, one for the first eight of the sixteen columns and one for the last. Of up to 3 bits
+// both have sixteen low bytes, of 4 bits both have all bytes in half a register.
+template <int BITS>
+INLINE void shared_bytes(const NativeU& code, const uint8_t* table, NativeU& low, NativeU& high) {
+    constexpr uint32_t kLast = (BITS == 4 ? 16u : 8u) * 0x01010101u;
+    const NativeU at = code | NativeU{0, 0, kLast, kLast, 0, 0, kLast, kLast, 0, 0, kLast, kLast, 0, 0, kLast, kLast};
+    if constexpr (BITS == 4) {
+        const __m512i all = raw(load<U16>(table).part[0]);
+        low = words(_mm512_permutexvar_epi8(raw(at), all));
+        high = words(_mm512_permutexvar_epi8(raw(at | (NativeU{} + 0x20202020u)), all));
+    } else {
+        low = look_up(every_run(table), at), high = look_up(every_run(table + 16), at);
+    }
+}
+
+// Sums of strips first .. first + R - 1 and M tokens, a row in each run. Tables hold for F steps; 0: for one, and rows share them.
+// Strips beyond the last repeat it.
 template <int BITS, int F, int R, int M>
 INLINE void own_strips(const OwnPlan& plan, int64_t first, int64_t block, NativeF (&total)[R][M]) {
     constexpr int kChains = R * M == 1 ? 4 : R * M <= 4 ? 2 : 1;  // sums that take turns, to hide the latency of the product
-    constexpr int64_t kBytes = own_table_bytes(BITS);
+    constexpr bool kShared = F == 0;
+    constexpr int64_t kBytes = kShared ? shared_table_bytes(BITS) : own_table_bytes(BITS);
     const uint8_t *codes[R], *tables[R], *x = plan.x + block * plan.tiles * 8 * M * 32;
     for (int r = 0; r < R; ++r) {
         const int64_t strip = first + r < plan.strips ? first + r : plan.strips - 1;
         codes[r] = static_cast<const uint8_t*>(plan.weight->codes) + strip * plan.tiles * tile_bytes<BITS>();
-        tables[r] = static_cast<const uint8_t*>(plan.weight->table) + strip * plan.groups * kBytes;
+        const int64_t run = kShared ? strip * kLookupStrip / plan.weight->shared : strip;
+        tables[r] = static_cast<const uint8_t*>(plan.weight->table) + run * plan.groups * kBytes;
     }
-    const NativeU upper = NativeU{} + 0x08080808u;
     NativeF sum[R][M][kChains] = {};
     NativeU table[R][2] = {};
     for (int64_t tile = 0; tile < plan.tiles; ++tile, x += 8 * M * 32) {
@@ -53,14 +77,17 @@ INLINE void own_strips(const OwnPlan& plan, int64_t first, int64_t block, Native
         unroll<8>([&](auto step) ALWAYS {
             NativeU low[R], high[R];
             repeat<R>([&](int r) ALWAYS {
-                if constexpr (step % F == 0) {
-                    const uint8_t* from = tables[r] + plan.group_at[tile * 8 + step] * kBytes;
-                    table[r][0] = load<U16>(from).part[0];
-                    if constexpr (BITS == 4) table[r][1] = load<U16>(from + 64).part[0];
-                }
                 const NativeU code = quad<BITS, step>(codes[r] + at).part[0];
-                low[r] = look_up(table[r][0], code);
-                high[r] = BITS == 4 ? look_up(table[r][1], code) : look_up(table[r][0], code | upper);
+                if constexpr (kShared) {
+                    shared_bytes<BITS>(code, tables[r] + plan.group_at[tile * 8 + step] * kBytes, low[r], high[r]);
+                } else {
+                    if constexpr (step % F == 0) {
+                        const uint8_t* from = tables[r] + plan.group_at[tile * 8 + step] * kBytes;
+                        table[r][0] = load<U16>(from).part[0];
+                        if constexpr (BITS == 4) table[r][1] = load<U16>(from + 64).part[0];
+                    }
+                    own_bytes<BITS>(code, table[r], low[r], high[r]);
+                }
             });
             unroll<2>([&](auto half) ALWAYS {
                 constexpr int kChain = (2 * step + half) % kChains;
@@ -150,6 +177,7 @@ void own_tokens(const OwnPlan& plan) {
 }
 template <int BITS>
 void own_groups(const OwnPlan& plan) {
+    if (plan.weight->shared) return own_tokens<BITS, 0>(plan);
     if (plan.groups == 1 || plan.weight->group % 128 == 0) return own_tokens<BITS, 8>(plan);
     if (plan.weight->group % 32 == 0) return own_tokens<BITS, 2>(plan);
     own_tokens<BITS, 1>(plan);
@@ -159,7 +187,7 @@ inline Status own_tables(const OwnTables& weight, const Call& call) {
     OwnPlan plan{};
     plan.weight = &weight, plan.call = &call;
     plan.strips = ceil_div(weight.rows, kLookupStrip), plan.tiles = ceil_div(weight.columns, kLookupTile);
-    plan.groups = weight.group ? ceil_div(weight.columns, weight.group) : 1;
+    plan.groups = own_table_groups(weight);
     plan.block_rows = call.tokens == 1 ? 1 : call.tokens <= 4 ? 4 : call.tokens <= 2 * kOwnFewer ? kOwnFewer : kOwnRows;
     plan.blocks = ceil_div(call.tokens, plan.block_rows);
     const size_t x_bytes = static_cast<size_t>(plan.blocks * plan.block_rows * plan.tiles * kLookupTile) * 2;
@@ -167,7 +195,7 @@ inline Status own_tables(const OwnTables& weight, const Call& call) {
     if (!memory) return kOutOfMemory;
     plan.x = memory, plan.group_at = reinterpret_cast<int32_t*>(memory + x_bytes);
     for (int64_t step = 0; step < plan.tiles * 8; ++step) {
-        const int64_t found = plan.groups > 1 ? step * kLookupStep / weight.group : 0;
+        const int64_t found = step * kLookupStep / own_table_columns(weight);
         plan.group_at[step] = static_cast<int32_t>(found < plan.groups ? found : plan.groups - 1);
     }
     if (call.tokens % plan.block_rows) memset(memory, 0, x_bytes);

@@ -10,7 +10,7 @@ from tests.quantize.test_planes import GRIDS as PLANES
 
 from aerogel.errors import BadInput
 from aerogel.kernels.dispatch import choose
-from aerogel.kernels.gemm.cpu_own import NativeOwn, linear
+from aerogel.kernels.gemm.cpu_own import NativeOwn, linear, tables_of
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Problem
@@ -23,7 +23,9 @@ from aerogel.quantize.planes import PlaneGrid
 BOOKS: list[Any] = [KMeans(rounds=5), KMeans(bits=3, rounds=5), KMeans(bits=2, rounds=5, scale_dtype=torch.float16)]
 SUMS: list[Any] = [grid for grid in PLANES if grid.bits <= 4 and (grid.group_size is None or grid.group_size % 16 == 0)]
 SUMS += [PlaneGrid(bits=4, group_size=48, offset="scale"), PlaneGrid(bits=1, group_size=64), PlaneGrid(bits=3, group_size=16)]
-GRIDS = [*BOOKS, *SUMS, PlaneGrid(bits=2, group_size=128, power_of_two=True, block_rows=8, offset="float32")]
+BLOCKS: list[Any] = [PlaneGrid(bits=bits, group_size=8, power_of_two=True, block_rows=128) for bits in (1, 2, 3, 4)]
+BLOCKS += [PlaneGrid(bits=3, group_size=24, block_rows=4, offset="scale"), PlaneGrid(bits=4, group_size=16, block_rows=32)]
+GRIDS = [*BOOKS, *SUMS, *BLOCKS, PlaneGrid(bits=2, group_size=128, power_of_two=True, block_rows=8, offset="float32")]
 PATHS = [path for path in ("avx512bf16", "amx") if library.missing() is None and path in library.paths()]
 ROUNDED = 2.5e-3
 """Numbers in bfloat16; 4e-3 more where the result is rounded to it."""
@@ -40,6 +42,7 @@ def test_against_float64(grid: Grid) -> None:
     for N, K in ((1, 16), (7, 40), (37, 200), (66, 300)):
         codes = codes_on(grid, N, K)
         layout, dense = own_tables.tensors_of(codes), own_tables.numbers_of(codes).bfloat16().double()
+        tables = tables_of(grid, K)
         group = min(grid.group_size or K, K)
         columns = torch.arange(K) // group
         rounded_NK = dense[torch.arange(N)[:, None], columns, codes.values_NK.long()]
@@ -50,11 +53,11 @@ def test_against_float64(grid: Grid) -> None:
             product = x.double() @ rounded_NK.T
             for path in PATHS:
                 number = library.PATHS.index(path)
-                found = linear(x, layout, bias, N, grid.group_size or 0, number, threads=1)
+                found = linear(x, layout, bias, N, *tables, number, threads=1)
                 scale = (x.double().abs() @ rounded_NK.abs().T).norm() / K**0.5  # one output may cancel
                 error = (found.double() - (product + bias.double())).norm() / (scale + bias.double().norm() * M**0.5)
                 assert error < 4e-3, f"[{M}, {N}, {K}]: {error:.1e}"
-                assert torch.equal(found, linear(x, layout, bias, N, grid.group_size or 0, number, threads=3))
+                assert torch.equal(found, linear(x, layout, bias, N, *tables, number, threads=3))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -67,7 +70,7 @@ def test_the_layout_inverts(grid: Grid) -> None:
 
 @pytest.mark.skipif(not PATHS, reason="no path of this machine multiplies bfloat16")
 def test_the_dispatcher_and_the_layer_use_it() -> None:
-    for grid in (KMeans(rounds=3), PlaneGrid(bits=3, group_size=32, offset="scale")):
+    for grid in (KMeans(rounds=3), PlaneGrid(bits=3, group_size=32, offset="scale"), BLOCKS[2]):
         codes = codes_on(grid, 50, 96)
         layer = Linear.from_codes(codes, dtype=torch.bfloat16)
         assert layer.kernel_name == "cpu-own-tables"
@@ -86,15 +89,18 @@ def test_the_dispatcher_and_the_layer_use_it() -> None:
 def test_what_does_not_belong_together_is_refused() -> None:
     layout, x = own_tables.tensors_of(codes_on(PlaneGrid(bits=3, group_size=32), 40, 256)), torch.randn(2, 256).bfloat16()
 
-    def refused(match: str, group: int = 32, **changed: Any) -> None:
+    def refused(match: str, group: int = 32, shared: int = 0, **changed: Any) -> None:
         with pytest.raises(BadInput, match=match):
-            linear(changed.pop("x", x), {**layout, **changed}, None, 40, group)
+            linear(changed.pop("x", x), {**layout, **changed}, None, 40, group, shared)
 
     refused("codes have another size", codes=layout["codes"][:-1].contiguous())
     refused("tables have another size", table=layout["table"][:-1].contiguous())
     refused("codes have another size", x=torch.randn(2, 100).bfloat16())
     refused("number type", x=x.float())
     refused("group size", group=24)
+    refused("group size", shared=128)
+    refused("group size", group=0, shared=6)
+    refused("tables have another size", group=0, shared=8)
     refused("contiguous", codes=layout["codes"].transpose(0, 1))
     room = torch.empty(layout["codes"].nbytes + 64, dtype=torch.uint8)[1:]
     shifted = room[: layout["codes"].nbytes].view(layout["codes"].shape)
