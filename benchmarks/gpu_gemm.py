@@ -6,7 +6,8 @@
 Measured per shape (the linears of Llama-3-8B and 70B, N out x K in features), width and number of tokens M:
 
     us        our operator: median over replays of a CUDA graph that goes round over >= 200 MB of copies of the weight
-    dense     torch's bfloat16 matmul in the same way, in the same run
+    dense     torch's bfloat16 matmul in the same way, in the same run; from 256 tokens on, where the device's power is the
+              limit, all contenders take three turns, each after a pause
     floor     a kernel that only reads as many bytes as codes and scales have, in the same way, in the same run
     peer      the best W4A16 kernel of nine measured on another H100 (figures below), times dense here / dense there, or of
               those that --peers measures beside ours in this run (`gpu_peers.py`), whichever is faster
@@ -21,11 +22,12 @@ import argparse
 import json
 import math
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,8 +39,14 @@ from aerogel.kernels.gemm import cuda
 from aerogel.kernels.gemm.cuda_tune import random_weight, weight_copies
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
+if TYPE_CHECKING:
+    from gpu_peers import Calls
+
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 SHAPES = ("4096x4096", "6144x4096", "28672x4096", "4096x14336", "57344x8192", "8192x28672")
+ROUNDS, WARM_TOKENS, PAUSE = 3, 256, 0.1
+"""How often contenders take turns, from how many tokens on (there a device grows hot and slow), and seconds between them."""
+Row = dict[str, Any]
 NARROW_SHAPES = ("28672x4096", "57344x8192", "8192x28672")
 """Where fewer than four bits are compared with four."""
 
@@ -113,14 +121,27 @@ def read_microseconds(nbytes: int) -> float:
     return min(found)
 
 
-def dense_microseconds(N: int, K: int, tokens: tuple[int, ...]) -> dict[int, float]:
-    """torch's own matmul, by tokens."""
+def dense_calls(N: int, K: int) -> Calls:
+    """torch's own matmul."""
     weights = [torch.randn(N, K, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * N * K))]
-    found = {}
-    for M in tokens:
+
+    def at(M: int) -> list[Callable[[], object]]:
         x, y = torch.randn(M, K, device="cuda").bfloat16(), torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
-        found[M] = graph_microseconds([lambda w=w: torch.mm(x, w.T, out=y) for w in weights])  # noqa: B023
-    return found
+        return [lambda w=w: torch.mm(x, w.T, out=y) for w in weights]
+
+    return at
+
+
+def in_turn(calls: dict[str, list[Callable[[], object]]], rounds: int) -> dict[str, float]:
+    """Microseconds of each, the median of rounds in which all take their turn after a pause: a device that is hot from one
+    contender's long run slows the next one down by a tenth."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, each in calls.items():
+            if rounds > 1:
+                time.sleep(PAUSE)
+            found[name].append(graph_microseconds(each))
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def runner_of(weight: TileWeight, M: int, implementation: str) -> tuple[str, Callable[[Tensor, Tensor | None, Tensor], None]]:
@@ -136,8 +157,9 @@ def runner_of(weight: TileWeight, M: int, implementation: str) -> tuple[str, Cal
     return found.name, found.plan(weight, M, torch.bfloat16)
 
 
-def packed_rows(shape: str, bits: int, tokens: tuple[int, ...], implementation: str) -> list[dict[str, Any]]:
-    """Our time for each number of tokens, with the implementation and the relative error against a dense product."""
+def packed_rows(shape: str, bits: int, tokens: tuple[int, ...], implementation: str, beside: dict[str, Calls]) -> list[Row]:
+    """Times for each number of tokens, ours and those of the contenders `beside` it, with the implementation that ran and its
+    relative error against a dense product."""
     from aerogel.kernels.gemm.cuda_dense import dequantize
 
     N, K = map(int, shape.split("x"))
@@ -154,12 +176,12 @@ def packed_rows(shape: str, bits: int, tokens: tuple[int, ...], implementation: 
         run(x, None, y)
         wanted = (x @ reference.T).float()
         error = ((y.float() - wanted).norm() / wanted.norm()).item()
-        us = graph_microseconds([lambda run=run: run(x, None, y) for _, run in runners])  # noqa: B023
+        calls: dict[str, list[Callable[[], object]]] = {"us": [lambda run=run: run(x, None, y) for _, run in runners]}  # noqa: B023
+        calls |= {other: at(M) for other, at in beside.items()}
+        times = in_turn(calls, ROUNDS if M >= WARM_TOKENS else 1)
         config = getattr(run, "config", None)
-        rows.append(
-            {"shape": shape, "bits": bits, "M": M, "us": us, "by": name, "config": str(config or ""), "error": error,
-             "bytes": weights[0].nbytes}
-        )  # fmt: skip
+        facts = {"by": name, "config": str(config or ""), "error": error, "bytes": weights[0].nbytes}
+        rows.append({"shape": shape, "bits": bits, "M": M, **times, **facts})
     return rows
 
 
@@ -199,10 +221,9 @@ def main() -> None:
     started, rows = time.perf_counter(), []
     for shape in asked.shapes:
         N, K = map(int, shape.split("x"))
-        dense = dense_microseconds(N, K, tuple(asked.tokens))
         there = {M: pair for M, *pair in zip(TOKENS, *THERE.get(shape, ((), ())), strict=False)}
-        beside = {name: PEERS[name][1](N, K, tuple(asked.tokens)) for name in asked.peers}
-        torch.cuda.empty_cache()
+        contenders = {"dense": dense_calls(N, K)}
+        contenders |= {name: PEERS[name][1](N, K, tuple(asked.tokens)) for name in asked.peers}
         for bits in asked.bits:
             if bits < 4 and shape not in NARROW_SHAPES:
                 continue
@@ -210,20 +231,20 @@ def main() -> None:
                 print("time limit: ends before", shape, bits, flush=True)
                 break
             tokens = tuple(M for M in asked.tokens if bits == 4 or M <= 16)
-            found = packed_rows(shape, bits, tokens, asked.implementation)
+            beside = contenders if bits == 4 else {"dense": contenders["dense"]}
+            found = packed_rows(shape, bits, tokens, asked.implementation, beside)
             floor = read_microseconds(found[0]["bytes"]) if found else 0.0
             for row in found:
                 M = row["M"]
-                row |= {"floor": floor, "dense": dense[M]}
+                row |= {"floor": floor}
                 if bits == 4:
-                    row |= {name: us[M] for name, us in beside.items()}
-                    scaled = [there[M][1] * dense[M] / there[M][0]] if M in there else []
-                    peers = [*scaled, *(us[M] for us in beside.values())]
+                    scaled = [there[M][1] * row["dense"] / there[M][0]] if M in there else []
+                    peers = [*scaled, *(row[name] for name in asked.peers)]
                     row |= {"peer": min(peers)} if peers else {}
                 peer = f" peer/ours {row['peer'] / row['us']:.2f}" if "peer" in row else ""
-                peer += "".join(f" {name} {us[M]:.1f}" for name, us in beside.items() if bits == 4)
+                peer += "".join(f" {name} {row[name]:.1f}" for name in asked.peers if bits == 4)
                 print(f"{shape} W{bits} M={M:<5}{row['us']:8.2f} us {row['by']:6} floor {floor / row['us']:.0%}"
-                      f" dense/ours {dense[M] / row['us']:.2f}{peer} err {row['error']:.1e}", flush=True)  # fmt: skip
+                      f" dense/ours {row['dense'] / row['us']:.2f}{peer} err {row['error']:.1e}", flush=True)  # fmt: skip
             rows += found
     facts = torch.cuda.get_device_properties(0)
     result = {

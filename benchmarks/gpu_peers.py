@@ -20,10 +20,11 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-from aerogel.kernels.cuda.timing import copies, graph_microseconds
+from aerogel.kernels.cuda.timing import copies
 
 GROUP = 128
-Timer = Callable[[int, int, tuple[int, ...]], dict[int, float]]
+Calls = Callable[[int], list[Callable[[], object]]]
+"""Number of tokens -> a call for each copy of the weight."""
 
 
 def version_of(package: str) -> str:
@@ -31,8 +32,8 @@ def version_of(package: str) -> str:
     return metadata.version(package)
 
 
-def humming(N: int, K: int, tokens: tuple[int, ...], *, warm: bool = False) -> dict[int, float]:
-    """Microseconds by tokens; with `warm` its kernels are compiled and nothing is timed."""
+def humming(N: int, K: int, tokens: tuple[int, ...]) -> Calls:
+    """Its matmuls of one shape; all kernels that `tokens` need are compiled here."""
     import ctypes
 
     ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
@@ -61,20 +62,19 @@ def humming(N: int, K: int, tokens: tuple[int, ...], *, warm: bool = False) -> d
     ]
     chosen[-1][1] = 1 << 30
     how = {"locks": locks, "tuning_config": json.dumps(chosen)}
-    if warm:
-        humming_forward(config, inputs=weight.new_ones(1, K), **how, **held)
-        torch.cuda.synchronize()
-        return {}
+    humming_forward(config, inputs=weight.new_ones(1, K), **how, **held)
+    torch.cuda.synchronize()
     each = [held, *({name: t.clone() for name, t in held.items()} for _ in range(copies(_bytes(held)) - 1))]
-    found = {}
-    for M in tokens:
+
+    def at(M: int) -> list[Callable[[], object]]:
         x = torch.randn(M, K, device="cuda").bfloat16()
-        found[M] = graph_microseconds([lambda h=h: humming_forward(config, inputs=x, **how, **h) for h in each])  # noqa: B023
-    return found
+        return [lambda h=h: humming_forward(config, inputs=x, **how, **h) for h in each]
+
+    return at
 
 
-def gemlite(N: int, K: int, tokens: tuple[int, ...]) -> dict[int, float]:
-    """Microseconds by tokens."""
+def gemlite(N: int, K: int, _tokens: tuple[int, ...]) -> Calls:
+    """Its matmuls of one shape."""
     from gemlite.core import forward_functional
     from gemlite.helper import A16W4_HQQ_INT
 
@@ -83,11 +83,12 @@ def gemlite(N: int, K: int, tokens: tuple[int, ...]) -> dict[int, float]:
     layer = A16W4_HQQ_INT(device="cuda", dtype=torch.float16).from_weights(codes, scale, torch.full_like(scale, 8))
     tensors, facts = layer.get_tensor_args(), layer.get_meta_args()
     each = [tensors, *([_copy(t) for t in tensors] for _ in range(copies(sum(t.nbytes for t in tensors[:3])) - 1))]
-    found = {}
-    for M in tokens:
+
+    def at(M: int) -> list[Callable[[], object]]:
         x = torch.randn(M, K, device="cuda").half()
-        found[M] = graph_microseconds([lambda t=t: forward_functional(x, None, t, facts) for t in each])  # noqa: B023
-    return found
+        return [lambda t=t: forward_functional(x, None, t, facts) for t in each]
+
+    return at
 
 
 def _bytes(held: dict[str, Tensor]) -> int:
@@ -99,8 +100,12 @@ def _copy(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-PEERS: dict[str, tuple[str, Timer]] = {"humming": ("humming-kernels", humming), "gemlite": ("gemlite", gemlite)}
-"""Name -> package and what times it."""
+Contender = Callable[[int, int, tuple[int, ...]], Calls]
+PEERS: dict[str, tuple[str, Contender]] = {
+    "humming": ("humming-kernels", humming),
+    "gemlite": ("gemlite", gemlite),
+}
+"""Name -> package and what makes its calls."""
 
 
 def compile_humming(shapes: Sequence[str], tokens: tuple[int, ...]) -> None:
@@ -119,7 +124,7 @@ def main() -> None:
     parser.add_argument("tokens", nargs="+", type=int)
     asked = parser.parse_args()
     N, K = map(int, asked.shape.split("x"))
-    humming(N, K, tuple(asked.tokens), warm=True)
+    humming(N, K, tuple(asked.tokens))
 
 
 if __name__ == "__main__":
