@@ -254,6 +254,22 @@ void choose_blocks(Plan& plan) {
     plan.blocks = ceil_div(plan.call->tokens, plan.tokens_per_block);
 }
 
+// Zeros for the rows that blocks have beyond the tokens: in every block, or in the last.
+inline void clear_missing(const Plan& plan) {
+    const bool every = plan.tokens_per_block * plan.terms != plan.block_rows;
+    if (!every && plan.call->tokens % plan.tokens_per_block == 0) return;
+    const int64_t first = every ? 0 : plan.blocks - 1, tile_bytes = plan.block_rows * plan.row_bytes;
+    for (int64_t tile = 0; tile < plan.tiles; tile += kBlockTiles) {
+        const int64_t tiles = plan.tiles - tile < kBlockTiles ? plan.tiles - tile : kBlockTiles;
+        for (int64_t block = first; block < plan.blocks; ++block) {
+            memset(const_cast<uint8_t*>(plan.x_at(block, tile)), 0, static_cast<size_t>(tiles * tile_bytes));
+        }
+    }
+    const int64_t begin = plan.factor(first, 0), count = plan.factor(plan.blocks, 0) - begin;
+    memset(plan.x_sum + begin, 0, static_cast<size_t>(count) * sizeof(float));
+    memset(plan.x_scale + begin, 0, static_cast<size_t>(count) * sizeof(float));
+}
+
 // `added`: whether what stands beside the weight was added by those who made the rows.
 template <class P>
 Status run_product(const Weight& weight, const Call& call, bool& added) {
@@ -265,8 +281,7 @@ Status run_product(const Weight& weight, const Call& call, bool& added) {
     if (!memory) return kOutOfMemory;
     plan.x = memory, plan.x_sum = reinterpret_cast<float*>(memory + x_bytes);
     plan.x_scale = reinterpret_cast<float*>(memory + x_bytes + factor_bytes);
-    const bool padded = plan.tokens_per_block * plan.terms != plan.block_rows || call.tokens % plan.tokens_per_block != 0;
-    if (padded) memset(memory, 0, x_bytes + 2 * factor_bytes);
+    clear_missing(plan);
     plan.factor_of_all = weight.table ? weight.factor : 1.0f;
     const int threads = call.tokens * weight.columns < (1 << 16) ? 1 : call.threads;
     const int64_t grain = threads == 1 ? call.tokens : ceil_div(call.tokens, 4 * threads);

@@ -251,6 +251,10 @@ void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count,
     }
 }
 
+// How far ahead of use a panel asks for activations. The first strips that meet a run of tiles find them in the last-level cache
+// or in memory, the others in the second level.
+constexpr int kTilesAhead = 2;
+
 // Adds the tiles first .. first + count - 1 of a decoded panel to totals [row][R][16] of one block of M rows.
 template <class P, Range RANGE, int R, int M, bool HALF>
 void panel(const Plan& plan, const uint8_t* operands, const I16* begin, int64_t first_strip, int64_t first, int64_t count, int64_t block, float bias, float* total) {
@@ -278,6 +282,9 @@ void panel(const Plan& plan, const uint8_t* operands, const I16* begin, int64_t 
             for (int64_t t = tile; t < stop; ++t) {
                 const uint8_t* from = operands + (t - first) * 8 * P::kOperands * R * kVector;
                 const uint8_t* x = plan.x_at(block, t);
+                if constexpr (half == 0) {
+                    unroll<M * kRow / 64>([&](auto line) ALWAYS { __builtin_prefetch(x + kTilesAhead * M * kRow + line * 64); });
+                }
                 typename P::Accumulator pairs[R][M];
                 if constexpr (RANGE == kNibbles) {
                     repeat<R>([&](int r) ALWAYS { repeat<M>([&](int m) ALWAYS { pairs[r][m] = P::none(); }); });
@@ -309,11 +316,21 @@ void panel(const Plan& plan, const uint8_t* operands, const I16* begin, int64_t 
                 const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
                 Factors f = factors_of(plan, strip, group, bias);
                 if (P::kFolds && plan.folded) f.scale = spread<F16>(1.0f);
+                F16 value[M];
+                repeat<M>([&](int m) ALWAYS { value[m] = P::value(sum[r][m]); });
+                // Decided here and not for each row, whose totals the compiler would otherwise load before and put aside.
+                if (offset) {
+                    const float* x_sum = HALF ? x_sums : plan.x_sum + factor;
+                    repeat<M>([&](int m) ALWAYS { value[m] = value[m] - f.offset * spread<F16>(x_sum[m]); });
+                }
                 repeat<M>([&](int m) ALWAYS {
                     float* at = total + (m * R + r) * 16;
-                    const float scale = P::kOperands == 1 ? plan.x_scale[factor + m] : 1.0f;
-                    store(at, joined<P>(sum[r][m], load<F16>(at), f, offset, HALF ? x_sums[m] : plan.x_sum[factor + m], scale));
+                    F16 scale = f.scale;
+                    if constexpr (P::kOperands == 1) scale = scale * spread<F16>(plan.x_scale[factor + m]);
+                    store(at, multiply_add(value[m], scale, load<F16>(at)));
                 });
+                // Totals stay in memory: there are no registers for them while the next segment is summed.
+                asm volatile("" : : "r"(total) : "memory");
             });
         });
     }
