@@ -137,11 +137,11 @@ void panels(const Plan& plan, Decode decode, int64_t start, int64_t stop, int64_
 #if defined(AEROGEL_TILES)
     if constexpr (P::kTiles) tiles_end();
 #endif
-    // The strips of a unit together: their results lie in one line of memory.
-    for (int64_t unit = start; unit < stop; unit += R) {
-        const float* from = totals + (unit - start) / R * strip_size;
-        for (int64_t block = 0; block < count; ++block, from += block_size) {
-            for (int r = 0; r < R && unit + r < stop; ++r) finish(plan, unit + r, first + block, from + r * kStrip, R * kStrip);
+    // All strips of a block of rows together: their results lie side by side in a few pages of memory.
+    for (int64_t block = 0; block < count; ++block) {
+        for (int64_t strip = start; strip < stop; ++strip) {
+            const int64_t unit = (strip - start) / R, r = (strip - start) % R;
+            finish(plan, strip, first + block, totals + unit * strip_size + block * block_size + r * kStrip, R * kStrip);
         }
     }
 }
