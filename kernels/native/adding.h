@@ -1,9 +1,9 @@
 // What a matmul does with the numbers that stand beside its weight (beside.h): it asks for them ahead, has them added to the
 // rows that it made, and does not see the inputs of kept columns where activations are rounded.
 #pragma once
+#include "numbers.h"
 #include "scratch.h"
 #include "step_structs.h"
-#include "vector.h"
 
 namespace aerogel {
 namespace UNIT {

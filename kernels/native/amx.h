@@ -96,7 +96,7 @@ INLINE void tile_dot() {
 
 #endif
 
-// As `panel` in kernel.h, for blocks of sixteen rows, codes with their zero point taken out, and segments of whole tiles.
+// As `panel` in panel.h, for blocks of sixteen rows, codes with their zero point taken out, and segments of whole tiles.
 template <class P, int R>
 void tile_panel(const Plan& plan, const uint8_t* operands, int64_t first_strip, int64_t first, int64_t count, int64_t block, float* total) {
     static_assert(R == 4, "registers 0 to 3 hold the sums");

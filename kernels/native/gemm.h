@@ -1,9 +1,9 @@
 // One call from activations to results: lay the activations out, choose the loop by the number of rows, hand out strips.
 //
 // Every output is summed by one thread in an order that depends on nothing but shapes, so the number of threads changes no
-// bit. Rows of a block: the smallest compiled size that holds them all, else panels (see kernel.h).
+// bit. Rows of a block: the smallest compiled size that holds them all, else panels (see panel.h).
 #pragma once
-#include "kernel.h"
+#include "panel.h"
 #include "paths.h"
 #if defined(AEROGEL_TILES)
 #include "amx.h"
@@ -79,7 +79,7 @@ inline void finish(const Plan& plan, int64_t strip, int64_t block, const float* 
     }
 }
 
-// What is compiled for every width and form of codes: a loop for few rows, and the decoding of a panel (see kernel.h). All that
+// What is compiled for every width and form of codes: a loop for few rows, and the decoding of a panel. All that
 // lies around them is compiled once for an arithmetic.
 using Strips = void (*)(const Plan&, int64_t first, int64_t block, float* totals);
 using Decode = void (*)(const Plan&, int64_t first_strip, int64_t first, int64_t count, uint8_t* operands, I16* begin);
@@ -118,6 +118,9 @@ void panels(const Plan& plan, Decode decode, int64_t start, int64_t stop, int64_
         const int64_t tiles = plan.tiles - tile < step ? plan.tiles - tile : step;
         for (int64_t strip = start; strip < stop; strip += R) {
             decode(plan, strip, tile, tiles, operands, begin);
+            if constexpr (P::kFolds) {
+                if (plan.folded) fold<P, R>(plan, strip, tile, tiles, operands);
+            }
             float* to = totals + (strip - start) / R * strip_size;
             for (int64_t block = 0; block < count; ++block, to += block_size) {
 #if defined(AEROGEL_TILES)
@@ -157,23 +160,37 @@ inline int64_t strips_of_piece(int64_t strips, int threads, int64_t step) {
     return best;
 }
 
+// Strips as threads take them: whole pieces, and what would be the last one of each thread in quarters, so that all end together.
+struct Pieces {
+    int64_t strips, size, whole, part, count;
+
+    Pieces(int64_t all, int threads, int64_t step) : strips(all), size(strips_of_piece(all, threads, step)) {
+        whole = threads == 1 || all / size < threads ? all / size : all / size - threads;
+        part = threads == 1 ? size : ceil_div(size, 4 * step) * step;
+        count = whole + ceil_div(all - whole * size, part);
+    }
+    int64_t start(int64_t piece) const {
+        const int64_t at = piece < whole ? piece * size : whole * size + (piece - whole) * part;
+        return at < strips ? at : strips;
+    }
+};
+
 template <class P, Range RANGE, int R, int M>
 Status many(const Plan& plan, Decode decode) {
     constexpr int64_t kPanelBytes = kBlockTiles * 8 * P::kOperands * R * kVector;
     const int threads = plan.call->threads;
-    const int64_t size = strips_of_piece(plan.strips, threads, R);
+    const Pieces pieces(plan.strips, threads, R);
     const int64_t most = kPassRows / M, passes = ceil_div(plan.blocks, most), per_pass = ceil_div(plan.blocks, passes);
-    const size_t total_bytes = static_cast<size_t>(size * per_pass * M * kStrip) * sizeof(float);
+    const size_t total_bytes = static_cast<size_t>(pieces.size * per_pass * M * kStrip) * sizeof(float);
     const size_t worker_bytes = (kPanelBytes + total_bytes + 4095) / 4096 * 4096;
     uint8_t* memory = static_cast<uint8_t*>(scratch(kWorkerScratch, worker_bytes * static_cast<size_t>(threads)));
     if (!memory) return kOutOfMemory;
-    const int64_t pieces = ceil_div(plan.strips, size);
-    parallel(pieces * passes, threads, [&](int64_t piece, int worker) {
+    parallel(pieces.count * passes, threads, [&](int64_t number, int worker) {
         uint8_t* mine = memory + worker_bytes * static_cast<size_t>(worker);
-        const int64_t start = piece % pieces * size, first = piece / pieces * per_pass;
-        const int64_t stop = start + size < plan.strips ? start + size : plan.strips;
+        const int64_t piece = number % pieces.count, first = number / pieces.count * per_pass;
         const int64_t count = plan.blocks - first < per_pass ? plan.blocks - first : per_pass;
-        panels<P, RANGE, R, M>(plan, decode, start, stop, first, count, mine, reinterpret_cast<float*>(mine + kPanelBytes));
+        float* totals = reinterpret_cast<float*>(mine + kPanelBytes);
+        panels<P, RANGE, R, M>(plan, decode, pieces.start(piece), pieces.start(piece + 1), first, count, mine, totals);
     });
     return kDone;
 }

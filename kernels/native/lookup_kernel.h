@@ -11,6 +11,7 @@
 #include "bytes.h"
 #include "codes.h"
 #include "lookup.h"
+#include "numbers.h"
 #include "pool.h"
 #include "scratch.h"
 
@@ -26,10 +27,12 @@ struct LookupPlan {
     int32_t* group_at; // [tiles * 8]: the group of each step
 };
 
+constexpr int kLookupTokens = 4;  // that a loop takes together
+
 // Where lookups are loops, a step is a function: inlined everywhere it would take minutes to compile.
 #if defined(__AVX2__) || defined(__aarch64__)
 #define STEP static INLINE
-constexpr bool kLookupLoops = true;  // a loop for each kind of group and for four tokens at a time
+constexpr bool kLookupLoops = true;  // a loop for each kind of group and for some tokens at a time
 #else
 #define STEP static __attribute__((noinline))
 constexpr bool kLookupLoops = false;
@@ -211,18 +214,22 @@ inline void lookup_finish(const LookupPlan& plan, int64_t strip, int64_t first, 
     }
 }
 
-template <class P, int BITS, int F, int M>
-void lookup_all(const LookupPlan& plan) {
-    const int64_t bytes = plan.strips * plan.tiles * tile_bytes<BITS>();
+// What is compiled for every width, size of groups and number of tokens; all that lies around it is compiled once for a policy.
+using LookupLoop = void (*)(const LookupPlan&, int64_t strip, int64_t token, float* totals);
+
+// All strips by a loop that takes `together` tokens at a time.
+template <class P>
+void lookup_all(const LookupPlan& plan, int64_t together, LookupLoop loop) {
+    const int64_t bytes = plan.strips * plan.tiles * kVector * plan.weight->bits;
     const int threads = bytes < 48 * 1024 ? 1 : plan.call->threads;
     const int64_t grain = threads == 1 ? plan.strips : plan.strips / (threads * 6) > 1 ? plan.strips / (threads * 6) : 1;
     parallel(ceil_div(plan.strips, grain), threads, [&](int64_t piece, int) {
         const int64_t stop = (piece + 1) * grain < plan.strips ? (piece + 1) * grain : plan.strips;
         for (int64_t strip = piece * grain; strip < stop; ++strip) {
-            alignas(64) float total[M * 16];
-            for (int64_t token = 0; token < plan.padded; token += M) {
-                lookup_strip<P, BITS, F, M>(plan, strip, token, total);
-                lookup_finish<P>(plan, strip, token, M, total);
+            alignas(64) float total[kLookupTokens * 16];
+            for (int64_t token = 0; token < plan.padded; token += together) {
+                loop(plan, strip, token, total);
+                lookup_finish<P>(plan, strip, token, together, total);
             }
         }
     });
@@ -259,9 +266,9 @@ void lookup_place(const LookupPlan& plan, int64_t token) {
 template <class P, int BITS, int F>
 void lookup_tokens(const LookupPlan& plan) {
     if constexpr (kLookupLoops) {
-        if (plan.padded > 1) return lookup_all<P, BITS, F, 4>(plan);
+        if (plan.padded > 1) return lookup_all<P>(plan, kLookupTokens, lookup_strip<P, BITS, F, kLookupTokens>);
     }
-    lookup_all<P, BITS, F, 1>(plan);
+    lookup_all<P>(plan, 1, lookup_strip<P, BITS, F, 1>);
 }
 template <class P, int BITS>
 void lookup_groups(const LookupPlan& plan, int64_t group) {
@@ -278,7 +285,7 @@ Status lookup(const Lookup& weight, const Call& call) {
     plan.weight = &weight, plan.call = &call;
     plan.strips = ceil_div(weight.rows, kLookupStrip), plan.tiles = ceil_div(weight.columns, kLookupTile);
     plan.groups = weight.group ? ceil_div(weight.columns, weight.group) : 1;
-    plan.padded = call.tokens == 1 ? 1 : ceil_div(call.tokens, 4) * 4;
+    plan.padded = call.tokens == 1 ? 1 : ceil_div(call.tokens, kLookupTokens) * kLookupTokens;
     const size_t x_bytes = static_cast<size_t>(plan.padded * plan.tiles * kLookupTile) * sizeof(typename P::Element);
     const size_t units = static_cast<size_t>(plan.padded * plan.tiles), steps = static_cast<size_t>(plan.tiles * 8);
     uint8_t* memory = static_cast<uint8_t*>(scratch(kCallScratch, x_bytes + 4 * (units + steps)));

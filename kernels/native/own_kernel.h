@@ -8,6 +8,7 @@
 #pragma once
 #include "bytes.h"
 #include "codes.h"
+#include "numbers.h"
 #include "own.h"
 #include "pool.h"
 #include "scratch.h"
@@ -55,10 +56,10 @@ INLINE void shared_bytes(const NativeU& code, const uint8_t* table, NativeU& low
     }
 }
 
-// Sums of strips first .. first + R - 1 and M tokens, a row in each run. Tables hold for F steps; 0: for one, and rows share them.
-// Strips beyond the last repeat it.
+// Sums [strip][token][16] of strips first .. first + R - 1 and M tokens, a row in each run. Tables hold for F steps; 0: for one, and
+// rows share them. Strips beyond the last repeat it.
 template <int BITS, int F, int R, int M>
-INLINE void own_strips(const OwnPlan& plan, int64_t first, int64_t block, NativeF (&total)[R][M]) {
+void own_strips(const OwnPlan& plan, int64_t first, int64_t block, float* to) {
     constexpr int kChains = R * M == 1 ? 4 : R * M <= 4 ? 2 : 1;  // sums that take turns, to hide the latency of the product
     constexpr bool kShared = F == 0;
     constexpr int64_t kBytes = kShared ? shared_table_bytes(BITS) : own_table_bytes(BITS);
@@ -102,24 +103,26 @@ INLINE void own_strips(const OwnPlan& plan, int64_t first, int64_t block, Native
     }
     repeat<R>([&](int r) ALWAYS {
         repeat<M>([&](int m) ALWAYS {
-            total[r][m] = sum[r][m][0];
-            repeat<kChains - 1>([&](int c) ALWAYS { total[r][m] += sum[r][m][c + 1]; });
+            F16 total;
+            total.part[0] = sum[r][m][0];
+            repeat<kChains - 1>([&](int c) ALWAYS { total.part[0] += sum[r][m][c + 1]; });
+            store(to + (r * M + m) * 16, total);
         });
     });
 }
 
-// Adds the lanes of each run, rounds and stores.
-template <int M>
-inline void own_finish(const OwnPlan& plan, int64_t strip, int64_t block, const NativeF (&total)[M]) {
+// Adds the lanes of each run of a strip's sums [token][16], rounds and stores.
+inline void own_finish(const OwnPlan& plan, int64_t strip, int64_t block, const float* total) {
     const Call& call = *plan.call;
     const int64_t row0 = strip * kLookupStrip, left = plan.weight->rows - row0;
     const int count = static_cast<int>(left < kLookupStrip ? left : kLookupStrip);
     float bias[kLookupStrip] = {};
     for (int row = 0; call.bias && row < count; ++row) bias[row] = read_float(call.bias, row0 + row, call.bias_type);
     const __m512i ends = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
-    uint16_t* to = static_cast<uint16_t*>(call.y) + block * M * plan.weight->rows + row0;
-    for (int m = 0; m < M && block * M + m < call.tokens; ++m, to += plan.weight->rows) {
-        __m512 v = reinterpret_cast<__m512>(total[m]);
+    const int64_t first = block * plan.block_rows, end = first + plan.block_rows, stop = end < call.tokens ? end : call.tokens;
+    uint16_t* to = static_cast<uint16_t*>(call.y) + first * plan.weight->rows + row0;
+    for (int64_t token = first; token < stop; ++token, to += plan.weight->rows, total += 16) {
+        __m512 v = _mm512_loadu_ps(total);
         v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
         v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
         const __m128 sums = _mm_add_ps(_mm512_castps512_ps128(_mm512_permutexvar_ps(ends, v)), _mm_loadu_ps(bias));
@@ -133,20 +136,23 @@ inline void own_finish(const OwnPlan& plan, int64_t strip, int64_t block, const 
     }
 }
 
-template <int BITS, int F, int R, int M>
-void own_all(const OwnPlan& plan) {
-    const int64_t strip_bytes = plan.tiles * tile_bytes<BITS>(), bytes = plan.strips * strip_bytes;
+// What is compiled for every width, period of tables and size of block; all that lies around it is compiled once.
+using OwnLoop = void (*)(const OwnPlan&, int64_t first, int64_t block, float* totals);
+
+// All strips and blocks by a loop that takes R strips at a time.
+inline void own_all(const OwnPlan& plan, int64_t R, OwnLoop loop) {
+    const int64_t strip_bytes = plan.tiles * kVector * plan.weight->bits, bytes = plan.strips * strip_bytes;
     const int threads = bytes < 48 * 1024 ? 1 : plan.call->threads;
     const int64_t even = plan.strips / (threads * 6), most = kOwnPiece / strip_bytes;
     const int64_t grain = threads == 1 && plan.blocks == 1 ? plan.strips : even < most || plan.blocks == 1 ? even : most;
     const int64_t size = grain > R ? grain / R * R : R;
     parallel(ceil_div(plan.strips, size), threads, [&](int64_t piece, int) {
         const int64_t stop = (piece + 1) * size < plan.strips ? (piece + 1) * size : plan.strips;
+        alignas(64) float total[2 * kOwnRows * 16];
         for (int64_t block = 0; block < plan.blocks; ++block) {
             for (int64_t strip = piece * size; strip < stop; strip += R) {
-                NativeF total[R][M];
-                own_strips<BITS, F, R, M>(plan, strip, block, total);
-                for (int r = 0; r < R && strip + r < stop; ++r) own_finish<M>(plan, strip + r, block, total[r]);
+                loop(plan, strip, block, total);
+                for (int64_t r = 0; r < R && strip + r < stop; ++r) own_finish(plan, strip + r, block, total + r * plan.block_rows * 16);
             }
         }
     });
@@ -170,10 +176,10 @@ inline void own_place(const OwnPlan& plan, int64_t token) {
 
 template <int BITS, int F>
 void own_tokens(const OwnPlan& plan) {
-    if (plan.block_rows == 1) return own_all<BITS, F, 1, 1>(plan);
-    if (plan.block_rows == 4) return own_all<BITS, F, 1, 4>(plan);
-    if (plan.block_rows == kOwnFewer) return own_all<BITS, F, 2, kOwnFewer>(plan);
-    own_all<BITS, F, 2, kOwnRows>(plan);
+    if (plan.block_rows == 1) return own_all(plan, 1, own_strips<BITS, F, 1, 1>);
+    if (plan.block_rows == 4) return own_all(plan, 1, own_strips<BITS, F, 1, 4>);
+    if (plan.block_rows == kOwnFewer) return own_all(plan, 2, own_strips<BITS, F, 2, kOwnFewer>);
+    own_all(plan, 2, own_strips<BITS, F, 2, kOwnRows>);
 }
 template <int BITS>
 void own_groups(const OwnPlan& plan) {

@@ -6,11 +6,17 @@
 //
 // A segment is the longest run of whole tiles that divides the group and is not longer than the arithmetic allows: sums
 // of a bounded length keep float32 accurate. Groups that are not made of whole tiles (16, 48, ...) have segments of half a
-// tile; with exact activations those of a group are summed on before its scale is applied (`run_from`). Activations are copied into [run of tiles][block of rows][tile][row][32 columns]: what meets a
-// decoded panel lies together, and no two parts of it fight for a place in a cache. A row is one term of one token (see numerics.h); a block's missing rows are zeros.
+// tile; with exact activations those of a group are summed on before its scale is applied (`run_from`). Activations are
+// copied into [run of tiles][block of rows][tile][row][32 columns]: what meets a decoded panel lies together, and no two
+// parts of it fight for a place in a cache. A row is one term of one token (see numerics.h); a block's missing rows are zeros.
 #pragma once
 #include "adding.h"
-#include "numerics.h"
+#include "int8.h"
+#if defined(__AVX512BF16__)
+#include "exact_bfloat.h"
+#else
+#include "exact_float.h"
+#endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #include "pairs.h"
 #endif

@@ -4,7 +4,7 @@
 #define UNIT rows
 #include "rows.h"
 
-#include "vector.h"
+#include "numbers.h"
 
 namespace aerogel {
 namespace {

@@ -4,10 +4,10 @@
 // residual, an activation before its product. Sums are in float32. Attention keeps the scores of one key/value head's
 // queries in a row, subtracts their maximum, and adds up p * value; heads and sequences are independent and shared out.
 #pragma once
+#include "numbers.h"
 #include "pool.h"
 #include "scratch.h"
 #include "step_structs.h"
-#include "vector.h"
 
 namespace aerogel {
 namespace UNIT {
