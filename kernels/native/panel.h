@@ -30,14 +30,15 @@ void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count,
     const int64_t first_segment = plan.segment_tiles ? first / plan.segment_tiles : 2 * first;
     if constexpr (kMoves) memset(begin, 0, sizeof(I16) * 2 * static_cast<size_t>(count * R));
     for (int64_t tile = first; tile < first + count; ++tile) {
-        repeat<R>([&](int r) ALWAYS {
+#pragma GCC unroll 1  // more of it would only take long to compile
+        for (int r = 0; r < R; ++r) {
             const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
             const uint8_t* codes = static_cast<const uint8_t*>(plan.weight->codes) + strip * plan.strip_bytes + tile * tile_bytes<BITS>();
             U16 offsets, picks;
             unroll<8>([&](auto step) ALWAYS {
                 typename P::Operand w[P::kOperands];
                 const int64_t segment = plan.segment_tiles ? tile / plan.segment_tiles : 2 * tile + step / 4;
-                if constexpr (FORM == kTables && step % 4 == 0) {
+                if constexpr (step % 4 == 0) {
                     picks = picks_of<P, BITS, FORM>(plan, strip, plan.group_of_half(2 * tile + step / 4));
                 }
                 P::template weights<BITS, FORM, step>(decoder, codes, picks, w);
@@ -51,7 +52,7 @@ void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count,
                 }
                 unroll<P::kOperands>([&](auto o) ALWAYS { store(to + ((step * P::kOperands + o) * R + r) * kVector, w[o]); });
             });
-        });
+        }
         to += 8 * P::kOperands * R * kVector;
     }
 }
