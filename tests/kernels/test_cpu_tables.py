@@ -135,7 +135,7 @@ def test_all_256_bytes_of_e4m3_and_its_nan() -> None:
 @pytest.mark.parametrize("path", library.PATHS)
 @pytest.mark.parametrize("M", [3, 16, 128])
 def test_scales_multiplied_into_numbers_round_nothing(path: str, M: int) -> None:
-    """One input at a time gives the weight itself, for few tokens and for so many that scales may be folded; see exact_bfloat.h."""
+    """One input at a time gives the weight itself, for few tokens, and for so many that scales are folded (exact_bfloat.h)."""
     if path not in library.paths():
         pytest.skip(f"{path}: not built, or this machine has not its instructions")
     random = torch.Generator().manual_seed(0)
