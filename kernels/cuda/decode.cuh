@@ -30,6 +30,9 @@
 #include "floats.cuh"
 #include "tables.cuh"
 
+INLINE u32 pair_of(float low, float high) { return to_pair(low, high); }
+#include "planes.cuh"
+
 // ---- Numbers known at compile time -----------------------------------------------------------------------------------
 constexpr int MANTISSA = FP16 ? 10 : 7;
 constexpr int EXPONENT_BIAS = FP16 ? 15 : 127;
@@ -60,7 +63,7 @@ constexpr int limb_word(int l) { return l == 0 ? 0 : limb_word(l - 1) + 2 * limb
 
 constexpr int RUN = GROUP == 0 ? 128 : GROUP % 128 == 0 ? 128 : GROUP % 64 == 0 ? 64 : GROUP % 32 == 0 ? 32 : 16;
 constexpr int RUNS = 128 / RUN;  // runs of columns with one scale in a tile
-constexpr bool FOLDED = !TABLE && BITS <= 3 && RUN >= 64;
+constexpr bool FOLDED = !TABLE && !PLANES && BITS <= 3 && RUN >= 64;
 constexpr bool SCALED = FLOATS && (SCALE == 3 || (SCALE == 4 && !FP16));
 
 // ---- Where a field lies ----------------------------------------------------------------------------------------------
@@ -242,9 +245,9 @@ INLINE void load_words_from_shared(const u8* tile, int lane, u32* words) {
 
 // ---- Scales and zero points ------------------------------------------------------------------------------------------
 // Of a run of groups of one row tile: [group][16 rows] scales, then zero points, then table numbers.
-// SCALE: 0 bfloat16, 1 float16, 2 float32, 3 e5m3 without subnormals, 4 e8m0; the last two are bytes.
-constexpr int SCALE_BYTES = SCALE >= 3 ? 1 : SCALE == 2 ? 4 : 2;
-constexpr int ZERO_BYTES = ZERO == 0 ? 0 : ZERO == 1 ? 1 : SCALE_BYTES;  // ZERO: 0 none, 1 uint8, 2 as the scales
+// SCALE: 0 bfloat16, 1 float16, 2 float32, 3 e5m3 without subnormals, 4 e8m0, which are bytes; more: bit planes.
+constexpr int SCALE_BYTES = PLANES ? PLANE_SCALE_BYTES : SCALE >= 3 ? 1 : SCALE == 2 ? 4 : 2;
+constexpr int ZERO_BYTES = ZERO == 0 ? 0 : ZERO == 1 ? 1 : PLANES ? 2 : SCALE_BYTES;  // ZERO: 0 none, 1 uint8, 2 as the scales
 constexpr int PICK_BYTES = TABLE == 3 ? 1 : 0;
 constexpr int E5M3_BIAS = 10;
 INLINE float read_scale(const u8* p, int i) {

@@ -50,9 +50,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize(const __grid
   UNROLL for (int run = 0; run < RUNS; run++) {
     const size_t place = (row_tile * p.groups + min(group_of(tile, run), p.groups - 1)) * 16;
     const u8* scales = p.scale + place * SCALE_BYTES;
-    float scale[2] = {read_scale(scales, g) * factor, read_scale(scales, g + 8) * factor};
+    float scale[2] = {1, 1};
+    PlaneTable planes[2];
+    if constexpr (PLANES)
+      read_planes(planes, scales, p.zero + place * ZERO_BYTES, g);
+    else
+      scale[0] = read_scale(scales, g) * factor, scale[1] = read_scale(scales, g + 8) * factor;
     float zero[2] = {0, 0};
-    if constexpr (ZERO) {
+    if constexpr (ZERO && !PLANES) {
       zero[0] = read_zero(p.zero + place * ZERO_BYTES, g) - CENTRE;
       zero[1] = read_zero(p.zero + place * ZERO_BYTES, g + 8) - CENTRE;
     }
@@ -65,7 +70,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize(const __grid
     UNROLL for (int step = 0; step < RUN / 16; step++) {
       const int s = run * (RUN / 16) + step;
       u32 a[4];
-      if constexpr (TABLE)
+      if constexpr (PLANES)
+        decode_planes(words, s, planes, a);
+      else if constexpr (TABLE)
         decode_table(words, s, upper, lower, a);
       else if constexpr (FLOATS)
         decode_floats(words, s, both(power_of_two(FLOAT_SHRINK)), both(power_of_two(FLOAT_SHRINK)), a);

@@ -158,9 +158,12 @@ constexpr int run_group(int run) { return GROUP && GROUP < 128 ? run * RUN / (GR
 struct Decoding {
   u32 table[2], unit[2];
   RowTable own;
+  PlaneTable planes[2];
 };
 INLINE void decode(const u32* words, int s, const Decoding& by, u32* a) {
-  if constexpr (PAIRED)
+  if constexpr (PLANES)
+    decode_planes(words, s, by.planes, a);
+  else if constexpr (PAIRED)
     decode_pairs(words[s], by.table[0], by.table[1], a);
   else if constexpr (BY_ROWS)
     decode_by_rows(words[s], by.own, by.table[1], a);
@@ -197,7 +200,7 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
   const int own = (group_of(tile, 0) - first) * 16 + ((threadIdx.x & 31) >> 2);
   const u8 *scales = side + own * SCALE_BYTES, *zeros = side + Side<TILES>::zeros + own * ZERO_BYTES;
   const u8* picks = side + Side<TILES>::picks + own;
-  Decoding by = {{table_upper, table_lower}, {}, {}};
+  Decoding by = {{table_upper, table_lower}, {}, {}, {}};
   if constexpr (BY_ROWS) by.own = load_row_table(table_upper);
   UNROLL for (int run = 0; run < RUNS; run++) {
     const int at = 16 * (STEADY ? run_group(run) : min(group_of(tile, run), groups - 1) - group_of(tile, 0));
@@ -206,7 +209,11 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
         by.table[h] = (h ? table_lower : table_upper) + picked(picks[at + 8 * h]) * (PAIRED ? PAIR_BYTES : 2 << BITS);
       by.unit[h] = SCALED ? scale_pair(scales, at + 8 * h) : both(power_of_two(FLOAT_SHRINK));
     }
-    if constexpr (SCALED) {
+    if constexpr (PLANES) {
+      const int group = group_of(tile, 0) - first + at / 16;
+      read_planes(by.planes, side + group * 16 * SCALE_BYTES, side + Side<TILES>::zeros + group * 16 * ZERO_BYTES, (threadIdx.x & 31) >> 2);
+    }
+    if constexpr (SCALED || PLANES) {
       multiply_run(words, run, by, x, acc);
       continue;
     }

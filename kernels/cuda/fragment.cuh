@@ -24,7 +24,7 @@
 #define OUTLIERS 0
 #endif
 
-enum Number { BF16 = 0, FP16 = 1, FP32 = 2, E5M3 = 3, E8M0 = 4 };  // the last two for scales: kernels/gemm/block_scales.py
+enum Number { BF16 = 0, FP16 = 1, FP32 = 2, E5M3 = 3, E8M0 = 4 };  // the last two for scales: kernels/gemm/block_scales.py; more: planes.cuh
 enum Zero { SYMMETRIC = 0, INTEGER = 1, FLOATING = 2 };
 enum Table { UNIFORM = 0, ONE_TABLE = 1, TABLE_PER_ROW = 2, TABLE_PER_GROUP = 3 };
 
@@ -78,14 +78,17 @@ FN float high_of(u32 pair) {
     return ACTIVATION == BF16 ? __uint_as_float(pair & 0xFFFF0000u) : float_of_half((u16)(pair >> 16));
 }
 
+FN u32 add_pairs(u32 a, u32 b) { return pair_fma(a, both(ACTIVATION == BF16 ? 0x3F80 : 0x3C00), b); }
+
 #include "floats.cuh"
+#include "planes.cuh"
 
 // ---- scales and zero points ----------------------------------------------------------------------------------------------
 
-constexpr int SCALE_SIZE = SCALE >= E5M3 ? 1 : SCALE == FP32 ? 4 : 2;
+constexpr int SCALE_SIZE = PLANES ? PLANE_SCALE_BYTES : SCALE >= E5M3 ? 1 : SCALE == FP32 ? 4 : 2;
 constexpr int SCALE_BYTES = 16 * SCALE_SIZE;  // the scales of 16 rows for one group
 // Beside them lie zero points, or the numbers of the tables.
-constexpr int ZERO_BYTES = TABLE == TABLE_PER_GROUP ? 16 : ZERO == SYMMETRIC ? 0 : ZERO == INTEGER ? 16 : SCALE_BYTES;
+constexpr int ZERO_BYTES = TABLE == TABLE_PER_GROUP ? 16 : ZERO == SYMMETRIC ? 0 : ZERO == INTEGER ? 16 : PLANES ? 32 : SCALE_BYTES;
 constexpr int ENTRY_BYTES = 2;
 // Tables of 16 as `tables.cuh` has them: one or two for all rows as pairs in shared memory, one for each row in registers.
 constexpr bool PAIRED = BITS == 4 && (TABLE == ONE_TABLE || (TABLE == TABLE_PER_GROUP && TABLES <= 2));
@@ -117,6 +120,7 @@ struct GroupOf2Rows {
     float scale_f[2], offset_f[2];
     u32 table[2];  // places in shared memory; the caller sets those that no group changes
     RowTable own[2];
+    PlaneTable planes[2];
 };
 constexpr u32 CENTRE = 1u << (BITS - 1);
 
@@ -124,6 +128,7 @@ FN u32 zero_pair(u32 z) { return WIDE ? pair_of((float)z, (float)z) : both(MAGIC
 
 // `scales` and `zeros` point at the 16 rows' numbers of one group; `tables` is the first table's place.
 FN void read_group(GroupOf2Rows& group, const u8* scales, const u8* zeros, u32 tables, int row, bool scaled) {
+    if constexpr (PLANES) return read_planes(group.planes, scales, zeros, row);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int r = row + 8 * h;
@@ -167,6 +172,9 @@ FN void read_codes(Codes& codes, const u8* tile, int half, int lane) {
     }
     if (ONES) codes.one = *(const u32*)(tile + 1024 * FOURS + 512 * TWOS + 8 * lane + 4 * half);
 }
+
+// The words of codes that are not cut into limbs.
+FN const u32* words_of(const Codes& codes) { return FOURS ? codes.four[0] : THREES ? codes.three : TWOS ? codes.two : &codes.one; }
 
 // The `width`-bit fields at bit `from` of both halves of `word`, brought to bit `to` and put into `bits`.
 FN u32 field(u32 word, int from, int to, int width, u32 bits) {
@@ -239,9 +247,12 @@ FN u32 scaled_pair(u32 v, u32 scale, u32 beside) { return OUTLIERS ? pair_fma(v,
 FN void decode(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group, bool scaled, const uint4& added = uint4()) {
     const u32 beside[4] = {added.x, added.y, added.z, added.w};
     if constexpr (TABLE != UNIFORM) look_up(a, codes, s, group);
+    if constexpr (PLANES) decode_planes(words_of(codes), s, group.planes, a);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        if constexpr (FLOATS) {
+        if constexpr (PLANES) {
+            if (OUTLIERS) a[i] = add_pairs(a[i], beside[i]);
+        } else if constexpr (FLOATS) {
             const u32 placed = float_of_codes(codes, s, i);
             const u32 number = SCALED_FLOATS ? placed : pair_mul(placed, both((FLOAT_SHRINK + EXPONENT_BIAS) << MANTISSA));
             a[i] = scaled ? scaled_pair(number, group.scale[i % 2], beside[i]) : number;

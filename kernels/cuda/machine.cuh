@@ -125,6 +125,9 @@ INLINE u32 to_pair(float low, float high) {
   return d;
 }
 
+INLINE float low_of(u32 pair) { return from_half((u16)pair); }
+INLINE float high_of(u32 pair) { return FP16 ? from_fp16((u16)(pair >> 16)) : __uint_as_float(pair & 0xFFFF0000u); }
+
 // ---- Memory ----------------------------------------------------------------------------------------------------------
 // Loads of data that is read once: not kept in L1, and the L2 is told to fetch the neighbourhood.
 INLINE uint4 load_once(const uint4* p) {

@@ -1,17 +1,19 @@
-"""The matmul with bit planes on NVIDIA GPUs: every plane is one more stretch of columns of one-bit integers.
+"""The matmul with bit planes on NVIDIA GPUs: one product for all planes of a weight.
 
-    y_MN = [x x ... x] @ [A_1 A_2 ... A_q].T,    A_i[n, k] = 2 alpha_i (u_i[n, k] - 1/2) = alpha_i * (+1 or -1)
+    y_MN = x_MK @ W_NK.T,    W[n, k] = offset[n, g] + sum_i a_i[n, g] (+1 or -1)
 
-The q planes of a weight [N, K] lie side by side as one weight [N, q K] of one bit with a scale and a zero point for each
-group, so the kernels of `cuda` read q bits per weight, and all planes are summed in float32 before anything is rounded: planes
-cancel, so their sums must not be rounded one by one. An offset moves the zero point of the first plane:
+The q signs of a weight are a code of q bits into the table of its group, which the kernels of `cuda` make in registers from the
+group's numbers (kernels/cuda/planes.cuh, `plane_tables`). They read q bits for each weight, and a product is one for all planes.
+Blocks of eight columns that many rows share, as ShiftAddLLM's, have ready tables.
 
-    2 alpha_1 (u - z) = alpha_1 * (+1 or -1) + offset    where z = 1/2 - offset / (2 alpha_1)
+Groups of another size that is no multiple of 16 are filled up, and x follows by one small launch (`cuda_spread`). More than four
+planes lie side by side as two weights [N, 2 L], and x is repeated for them.
 
-x beside itself is one small launch (`cuda_spread`), which also fills up groups that are no multiple of 16 columns.
-Beyond `MOST_TOKENS` tokens q times the products cost more than decoding: the weight is decoded and cuBLAS multiplies.
+Error, relative Frobenius norm: as of a dense weight in the activations' type, at most 3e-3 in bfloat16 and 4e-4 in float16, with
+four planes and an offset 4e-3 and 5e-4; stored numbers that this type does not hold are rounded to it first, which adds 2e-3
+and 3e-4.
 
-Shape legend: M tokens, N out features, K in features, q planes, L >= K columns of a plane: G groups of whole steps.
+Shape legend: M tokens, N out features, K in features, B blocks of outputs, G groups, q planes, L >= K columns of one copy.
 """
 
 from __future__ import annotations
@@ -24,23 +26,30 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.beside.ref import Beside
-from aerogel.kernels.gemm.cuda import Cuda, tile_weight
-from aerogel.kernels.gemm.cuda_spread import Spread
+from aerogel.kernels.gemm.cuda import Cuda
+from aerogel.kernels.gemm.cuda_spread import STEP, Spread
 from aerogel.kernels.gemm.plane_rows import BitGrid, planes_of, stored_scales
+from aerogel.kernels.gemm.plane_tables import (
+    COLUMNS,
+    MOST_PLANES,
+    numbers_of_rows,
+    own_names,
+    renamed,
+    rows_of_numbers,
+    tables_of_blocks,
+)
 from aerogel.kernels.problem import Kernel, Layout, Problem
-from aerogel.pack import tiles
+from aerogel.pack.nibbles import pack_nibbles, unpack_nibbles
+from aerogel.pack.tiles import COLUMNS as TILE_COLUMNS
+from aerogel.pack.tiles import ROWS
 from aerogel.quantize.codes import Codes
 from aerogel.quantize.planes import PlaneGrid
 
-MOST_TOKENS = 1024
-NOTHING = 2.0**-100
-"""The scale of a first plane that says nothing beside an offset; far below what any weight has."""
-
 
 class CudaPlanes(Kernel):
-    """Planes as columns of one-bit integers in the tile layout."""
+    """Planes as codes into tables of groups, in the tile layout."""
 
-    about: ClassVar[str] = "bit planes as columns of one-bit integers, on the CUDA kernels compiled at run time"
+    about: ClassVar[str] = "bit planes as codes into tables of their groups' sums, on the CUDA kernels compiled at run time"
 
     @staticmethod
     def refuses(problem: Problem) -> str | None:
@@ -56,82 +65,123 @@ class CudaPlanes(Kernel):
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
-        """tile_codes, tile_scale and tile_zero of the one-bit weight [N, q L], and the offsets as they are stored."""
-        inner, grid, N = _inner(problem), planes_of(problem), codes.values_NK.shape[0]
-        alpha, offset = (x.repeat_interleave(grid.block_rows, 0)[:N] for x in grid.numbers(codes))
-        values_NL = codes.values_NK.index_select(1, _spread(problem).sources(codes.values_NK.device))
-        bits_NqL = torch.cat([(values_NL >> (grid.bits - 1 - i)) & 1 for i in range(grid.bits)], dim=1)
-        scale_NqG = (2 * alpha).transpose(1, 2).contiguous()
-        zero_NqG = torch.full_like(scale_NqG, 0.5)
-        if grid.offset_dtype is not None:
-            silent = (scale_NqG[:, 0] == 0) & (offset != 0)
-            scale_NqG[:, 0][silent] = NOTHING
-            zero_NqG[:, 0] -= torch.where(scale_NqG[:, 0] == 0, 0, offset / scale_NqG[:, 0])
-        kind = inner.grid.scale_dtype
-        layout = {
-            "tile_codes": tiles.pack_tiles(bits_NqL, 1),
-            "tile_scale": tiles.pack_rows_of_tiles(scale_NqG.flatten(1).to(kind)),
-            "tile_zero": tiles.pack_rows_of_tiles(zero_NqG.flatten(1).to(kind)),
-        }
-        return layout if codes.zero_NG is None else {**layout, "stored_offset": codes.zero_NG}
+        """tile_codes, tile_scale and tile_zero of the laid out weight; and what is stored, where these are no exact copy of it."""
+        grid, N, blocks = planes_of(problem), codes.values_NK.shape[0], _in_blocks(planes_of(problem))
+        layout = {"tile_codes": pack_nibbles(_codes_of_copies(codes.values_NK, problem), _planes(grid), by_columns=blocks)}
+        alpha_BGq, offset_BG = grid.numbers(codes)
+        if blocks:
+            layout["tile_scale"] = tables_of_blocks(alpha_BGq, offset_BG, grid.block_rows, N, problem.dtype)
+        else:
+            alpha, offset = (x.repeat_interleave(grid.block_rows, 0)[:N] for x in (alpha_BGq, offset_BG))
+            alpha = torch.nn.functional.pad(alpha, (0, _copies(grid) * _planes(grid) - grid.bits))
+            alpha = torch.cat(alpha.split(_planes(grid), -1), 1)
+            offset = torch.nn.functional.pad(offset, (0, alpha.shape[1] - offset.shape[1]))
+            layout |= numbers_of_rows(alpha, None if grid.offset_dtype is None else offset, problem.dtype)
+        if blocks or not _exact_scales(problem):
+            layout["stored_scale"] = codes.scale_NG
+        if codes.zero_NG is not None and (blocks or grid.offset_dtype != problem.dtype):
+            layout["stored_offset"] = codes.zero_NG
+        return layout
 
     @staticmethod
     def lay_beside(beside: Beside, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
-        """As `Cuda`, among the columns of the first plane."""
-        return Cuda.lay_beside(beside, _inner(problem), _spread(problem).moved(place_K, beside.device))
+        """As `Cuda`, among the columns of the first copy."""
+        spread = _spread(problem)
+        return Cuda.lay_beside(beside, _inner(problem), place_K if spread is None else spread.moved(place_K, beside.device))
 
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:
         """The same planes, scales and offsets."""
-        inner, grid = _inner(problem), planes_of(problem)
-        bits_NqL = tiles.unpack_tiles(layout["tile_codes"], 1, problem.N, inner.K)
-        values, places = (
-            torch.zeros(problem.N, problem.K, dtype=torch.uint8, device=bits_NqL.device),
-            _places(problem, bits_NqL),
-        )
-        for i, plane in enumerate(torch.split(bits_NqL, inner.K // grid.bits, 1)):
-            values |= plane[:, places] << (grid.bits - 1 - i)
-        scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], problem.N)
-        scale = scale.masked_fill(scale == NOTHING, 0).reshape(problem.N, grid.bits, -1)
-        alpha = scale[:: grid.block_rows].transpose(1, 2) / 2
-        return Codes(values_NK=values, scale_NG=stored_scales(grid, alpha), zero_NG=layout.get("stored_offset"), grid=grid)
+        grid, inner, blocks = planes_of(problem), _inner(problem), _in_blocks(planes_of(problem))
+        copies = unpack_nibbles(layout["tile_codes"], _planes(grid), problem.N, inner.K, by_columns=blocks)
+        values = _codes_of(copies, problem)
+        scale, offset = layout.get("stored_scale"), layout.get("stored_offset")
+        if not blocks:
+            held = rows_of_numbers(layout["tile_scale"], layout.get("tile_zero"), problem.N, _planes(grid), problem.dtype)
+            first = slice(None, None, grid.block_rows)
+            alpha = torch.cat(held[0][first].chunk(_copies(grid), 1), -1)[..., : grid.bits]
+            scale = stored_scales(grid, alpha) if scale is None else scale
+            if grid.offset_dtype is not None and offset is None:
+                offset = held[1][first, : alpha.shape[1]].contiguous()
+        if scale is None:
+            raise KeyError("a layout of blocks lacks stored_scale, which pack always puts there")
+        return Codes(values_NK=values, scale_NG=scale, zero_NG=offset, grid=grid)
 
     @staticmethod
     def warm(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int]) -> None:
         """See `Kernel.warm`."""
-        Cuda.warm([(layout, _inner(problem)) for layout, problem in weights], [M for M in tokens if M <= MOST_TOKENS])
+        Cuda.warm([(layout, _inner(problem)) for layout, problem in weights], tokens)
 
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
-        """One call of the operator, on x beside itself once for each plane; or a decoded weight and torch's product."""
-        inner, q = _inner(problem), planes_of(problem).bits
-        if len(x_MK) > MOST_TOKENS:
-            from aerogel.kernels.gemm.cuda_dense import dequantize
-
-            planes_NqL = dequantize(tile_weight(layout, inner), x_MK.dtype).reshape(problem.N, q, -1)
-            weight_NK = planes_NqL.sum(1, dtype=torch.float32)[:, _places(problem, x_MK)].to(x_MK.dtype)
-            return torch.nn.functional.linear(x_MK, weight_NK, bias_N)
-        x_ML = x_MK if inner.K == problem.K else _spread(problem)(x_MK)
-        return Cuda.run(x_ML, layout, inner, bias_N)
+        """One call of the operator, on x spread out and repeated where the weight is."""
+        spread = _spread(problem)
+        return Cuda.run(x_MK if spread is None else spread(x_MK), layout, _inner(problem), bias_N)
 
 
-def _spread(problem: Problem) -> Spread:
-    """Where the columns of the planes lie."""
+def _copies(grid: PlaneGrid) -> int:
+    """Weights that lie side by side."""
+    return -(-grid.bits // MOST_PLANES)
+
+
+def _planes(grid: PlaneGrid) -> int:
+    """Planes of each of them."""
+    return -(-grid.bits // _copies(grid))
+
+
+def _in_blocks(grid: PlaneGrid) -> bool:
+    """Whether row tiles have tables of eight columns, which have eight numbers: of four planes only half of the sums."""
+    fits = grid.bits < MOST_PLANES or (grid.bits == MOST_PLANES and grid.offset == "none")
+    return fits and grid.group_size == COLUMNS and grid.block_rows % ROWS == 0
+
+
+def _spread(problem: Problem) -> Spread | None:
+    """Where the columns of x lie that is spread out; None where it is as it was."""
     grid = planes_of(problem)
-    plane = Spread(K=problem.K, group=grid.group_size or problem.K, copies=1, columns=0)
-    return replace(plane, copies=grid.bits, columns=grid.bits * plane.stretch)
-
-
-def _places(problem: Problem, like: Tensor) -> Tensor:
-    return _spread(problem).places(like.device)
+    if _in_blocks(grid) or (_copies(grid) == 1 and (grid.group_size or STEP) % STEP == 0):
+        return None
+    one = Spread(K=problem.K, group=grid.group_size or problem.K, copies=1, columns=0)
+    return replace(one, copies=_copies(grid), columns=_copies(grid) * one.stretch)
 
 
 def _inner(problem: Problem) -> Problem:
-    """The matmul with all planes of the weight side by side, each filled up to whole groups and these to whole steps."""
+    """The matmul of the laid out weight; its grid says how many bits and columns of a group there are."""
     grid, spread = planes_of(problem), _spread(problem)
-    exact = grid.offset_dtype is None and (grid.power_of_two or grid.scale_dtype == torch.bfloat16)
-    # One scale for all inputs is one for each plane: a group as long as a plane.
-    size = None if grid.group_size is None and grid.bits == 1 else spread.filled
-    # Twice a float16 may be too large for one, and an offset over a scale wants more digits than bfloat16 has.
-    bit = BitGrid(group_size=size, scale_dtype=torch.bfloat16 if exact else torch.float32)
-    return replace(problem, grid=bit, K=spread.columns)
+    if _in_blocks(grid):
+        size = 2 * COLUMNS
+    elif spread is not None:
+        size = spread.filled
+    else:  # one group of all columns is one of whole tiles: no sum is scaled at its end
+        size = grid.group_size or -(-problem.K // TILE_COLUMNS) * TILE_COLUMNS
+    inner = BitGrid(bits=_planes(grid), group_size=size, scale_dtype=problem.dtype)
+    return replace(problem, grid=inner, K=problem.K if spread is None else spread.columns)
+
+
+def _codes_of_copies(values_NK: Tensor, problem: Problem) -> Tensor:
+    """Codes as the kernels have them, uint8 [N, inner K]: the planes of each copy, filled up below."""
+    grid, spread = planes_of(problem), _spread(problem)
+    each, copies = _planes(grid), _copies(grid)
+    if spread is not None:
+        values_NK = values_NK.index_select(1, spread.sources(values_NK.device))
+    wide = values_NK << (copies * each - grid.bits)
+    parts = [wide >> each * (copies - 1 - copy) & ((1 << each) - 1) for copy in range(copies)]
+    values = torch.cat(parts, 1) if copies > 1 else parts[0]
+    return renamed(values) if each == MOST_PLANES else values
+
+
+def _codes_of(copies_NL: Tensor, problem: Problem) -> Tensor:
+    """The inverse of `_codes_of_copies`."""
+    grid, spread = planes_of(problem), _spread(problem)
+    each, copies = _planes(grid), _copies(grid)
+    parts = (own_names(copies_NL) if each == MOST_PLANES else copies_NL).chunk(copies, 1)
+    values = parts[0]
+    for part in parts[1:]:
+        values = values << each | part
+    values = values >> (copies * each - grid.bits)
+    return values if spread is None else values.index_select(1, spread.places(values.device))
+
+
+def _exact_scales(problem: Problem) -> bool:
+    """Whether the activations' type holds the scales as they are stored. bfloat16 has all powers of two that a byte has."""
+    grid = planes_of(problem)
+    return problem.dtype == (torch.bfloat16 if grid.power_of_two else grid.scale_dtype)

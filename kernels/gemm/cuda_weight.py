@@ -3,10 +3,11 @@
     W[n, k] = (u[n, k] - z) * s            integers; z = 2^(b-1) where there is no zero point
     W[n, k] = table[u[n, k]] * s           any 16 or 256 numbers; one table, one per row, or one of several per group
     W[n, k] = float(u[n, k]) * s           small floats, which need no table: their bits are those of a wider one
+    W[n, k] = sum of planes[u[n, k]]       bit planes: what lies in the place of scales makes the table of a group
 
 with s, z and the table's number those of row n and of k's group; s may be a byte (`block_scales`), and is then multiplied by
 the weight's factor where there is one. `pack/tiles.py` says where each bit of u lies, `pack/tile_orders.py` for floats
-and for tables of 16.
+and for tables of 16, `pack/nibbles.py` for planes.
 
 Shape legend: N out features, K in features, R = ceil(N / 16) row tiles, C = ceil(K / 128) k tiles, G groups along K,
 T tables, E = 16 or 256 entries.
@@ -29,6 +30,7 @@ from aerogel.errors import BadInput
 from aerogel.kernels.gemm.block_scales import BYTES, STORED, UE5M3, stored_bytes, tile_bytes
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.mirrored_tables import from_kept, mirrored, to_kept
+from aerogel.kernels.gemm.plane_tables import MOST_PLANES, OF_BLOCKS, OF_ROWS
 from aerogel.kernels.gemm.small_floats import ORDERS, mantissa_bits, names, own_names, pack_floats
 from aerogel.pack import bits as stream
 from aerogel.pack import tiles
@@ -47,8 +49,10 @@ class TileWeight:
     """Tensors and shape of one weight.
 
     codes: uint8 [R, C, 256 * bits], see `pack.tiles`.
-    scale: fp16, bf16 or fp32 [R, G, 16]; or bytes of a type in `block_scales.BYTES`, for tables and floats.
-    zero: uint8 (the integer z_u), or float in the scale's dtype (its value), [R, G, 16]; None when symmetric or a table.
+    scale: fp16, bf16 or fp32 [R, G, 16]; or bytes of a type in `block_scales.BYTES`, for tables and floats; or of a type in
+        `plane_tables`, for bit planes.
+    zero: uint8 (the integer z_u), or float in the scale's dtype (its value), [R, G, 16]; None when symmetric or a table. Of four
+        planes their offset in 16 bits.
     table: fp16, bf16 or fp32 [T, E]: T is 1, or N rounded up to row tiles (one per row), or anything with `pick`.
     pick: uint8 [R, G, 16], the number of each group's table, with `mirrored_tables.SIGN` where its numbers are taken
         with the other sign; None otherwise.
@@ -105,12 +109,14 @@ class TileWeight:
         R, C = tiles.tile_counts(self.N, self.K)
         G = 1 if self.group_size == 0 else -(-self.K // self.group_size)
         per_group = (R, G, 16)
+        planes = self.scale.dtype in (OF_ROWS, OF_BLOCKS)
+        zeros = (torch.float16, torch.bfloat16) if planes else (torch.uint8, self.scale.dtype)
         found = {
             "codes": self.codes.dtype == torch.uint8 and tuple(self.codes.shape) == (R, C, 256 * self.bits),
             "group_size": self.group_size >= 0 and self.group_size % 16 == 0,
-            "scale": self.scale.dtype in (*SCALE_DTYPES, *BYTES) and tuple(self.scale.shape) == per_group,
+            "scale": self.scale.dtype in (*SCALE_DTYPES, *BYTES, OF_ROWS, OF_BLOCKS) and tuple(self.scale.shape) == per_group,
             "zero": self.zero is None
-            or (self.zero.dtype in (torch.uint8, self.scale.dtype) and tuple(self.zero.shape) == per_group),
+            or (self.zero.dtype in zeros and tuple(self.zero.shape) == per_group),
             "table": self.table is None or self._table_fits(R),
             "pick": self.pick is None or (self.pick.dtype == torch.uint8 and tuple(self.pick.shape) == per_group),
             "floats": not self.floats or (self.bits in (4, 5, 6, 8) and self.zero is None and self.table is None),
@@ -119,6 +125,8 @@ class TileWeight:
             or (self.group_size > 0 and self.scale.dtype not in BYTES and self.outliers.start_T1.numel() == R * C + 1),
             "factor": self.factor is None or (self.factor.dtype == torch.float32 and self.factor.numel() == 1),
         }
+        if planes:
+            found["scale"] &= self._planes_fit()
         if self.scale.dtype in BYTES:
             found["scale"] &= self.group_size > 0 and (self.floats > 0 or self.table is not None)
         else:
@@ -132,6 +140,10 @@ class TileWeight:
                 f" {', '.join(wrong)} of the wrong shape or dtype; codes are {list(self.codes.shape)} (expected"
                 f" {[R, C, 256 * self.bits]}), scales {self.scale.dtype} {list(self.scale.shape)} (expected {list(per_group)})"
             )
+
+    def _planes_fit(self) -> bool:
+        offset = self.zero is None or (self.bits == MOST_PLANES and self.scale.dtype == OF_ROWS)
+        return offset and self.bits <= MOST_PLANES and self.group_size > 0 and self.table is None and not self.floats
 
     def _table_fits(self, R: int) -> bool:
         table = self.table
