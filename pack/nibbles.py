@@ -1,8 +1,8 @@
 """Tiles of codes of one to four bits as nibbles, the way a byte permutation looks them up (kernels/cuda/planes.cuh).
 
-The tiles and lanes are those of `pack/tiles.py`. A lane has eight codes in each of the eight steps of a tile: with one nibble for
-each they are a word, and a permutation takes the four of its lower or upper half. By rows these are the codes of row g and of row
-g + 8, by columns those of columns 0..7 and 8..15 of the step:
+The tiles and lanes are those of `pack/tiles.py`. A lane has eight codes in each of the eight steps of a tile: with one nibble
+for each they are a word, and a permutation takes the four of its lower or upper half. By rows these are the codes of row g and
+of row g + 8, by columns those of columns 0..7 and 8..15 of the step:
 
     rows       nibble 4 i0 + 2 i1 + e          columns    nibble 4 i1 + 2 i0 + e
 
@@ -33,7 +33,7 @@ EACH = 0x11111111
 
 
 def pack_nibbles(codes_NK: Tensor, bits: int, *, by_columns: bool = False) -> Tensor:
-    """uint8 [N, K], values below 2^bits, of one to four bits -> uint8 [R, C, 256 * bits]. Raises `BadInput` for another type."""
+    """uint8 [N, K], values below 2^bits, of 1 to 4 bits -> uint8 [R, C, 256 * bits]. Raises `BadInput` for another type."""
     return pack_fields(codes_NK, bits, (bits,), _lanes, partial(_join, by_columns=by_columns))
 
 

@@ -2,16 +2,16 @@
 
     y_MN = x_MK @ W_NK.T,    W[n, k] = offset[n, g] + sum_i a_i[n, g] (+1 or -1)
 
-The q signs of a weight are a code of q bits into the table of its group, which the kernels of `cuda` make in registers from the
-group's numbers (kernels/cuda/planes.cuh, `plane_tables`). They read q bits for each weight, and a product is one for all planes.
-Blocks of eight columns that many rows share, as ShiftAddLLM's, have ready tables.
+The q signs of a weight are a code of q bits into the table of its group, which the kernels of `cuda` make in registers from
+the group's numbers (kernels/cuda/planes.cuh, `plane_tables`). They read q bits for each weight, and a product is one for all
+planes. Blocks of eight columns that many rows share, as ShiftAddLLM's, have ready tables.
 
-Groups of another size that is no multiple of 16 are filled up, and x follows by one small launch (`cuda_spread`). More than four
-planes lie side by side as two weights [N, 2 L], and x is repeated for them.
+Groups of another size that is no multiple of 16 are filled up, and x follows by one small launch (`cuda_spread`). More than
+four planes lie side by side as two weights [N, 2 L], and x is repeated for them.
 
-Error, relative Frobenius norm: as of a dense weight in the activations' type, at most 3e-3 in bfloat16 and 4e-4 in float16, with
-four planes and an offset 4e-3 and 5e-4; stored numbers that this type does not hold are rounded to it first, which adds 2e-3
-and 3e-4.
+Error, relative Frobenius norm: that of a dense weight in the activations' type, at most 3e-3 in bfloat16 and 4e-4 in float16,
+with four planes and an offset 4e-3 and 5e-4; stored numbers that this type does not hold are rounded to it first, which adds
+2e-3 and 3e-4.
 
 Shape legend: M tokens, N out features, K in features, B blocks of outputs, G groups, q planes, L >= K columns of one copy.
 """
@@ -65,7 +65,7 @@ class CudaPlanes(Kernel):
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
-        """tile_codes, tile_scale and tile_zero of the laid out weight; and what is stored, where these are no exact copy of it."""
+        """tile_codes, tile_scale and tile_zero of the laid out weight; and what is stored, where they are no exact copy."""
         grid, N, blocks = planes_of(problem), codes.values_NK.shape[0], _in_blocks(planes_of(problem))
         layout = {"tile_codes": pack_nibbles(_codes_of_copies(codes.values_NK, problem), _planes(grid), by_columns=blocks)}
         alpha_BGq, offset_BG = grid.numbers(codes)
@@ -74,7 +74,7 @@ class CudaPlanes(Kernel):
         else:
             alpha, offset = (x.repeat_interleave(grid.block_rows, 0)[:N] for x in (alpha_BGq, offset_BG))
             alpha = torch.nn.functional.pad(alpha, (0, _copies(grid) * _planes(grid) - grid.bits))
-            alpha = torch.cat(alpha.split(_planes(grid), -1), 1)
+            alpha = torch.cat(alpha.chunk(_copies(grid), -1), 1)
             offset = torch.nn.functional.pad(offset, (0, alpha.shape[1] - offset.shape[1]))
             layout |= numbers_of_rows(alpha, None if grid.offset_dtype is None else offset, problem.dtype)
         if blocks or not _exact_scales(problem):

@@ -37,7 +37,10 @@ def token_class(M: int) -> int:
 
 
 def kind_of(weight: TileWeight) -> str:
-    """Width and decoder: `4`, `4z` with zero points, `4f` floats, `4t` one table, `4r` one for each row, `4p` groups pick."""
+    """Width and decoder: `4`, `4z` with zero points, `4f` floats, `4t` one table, `4r` one for each row, `4p` groups pick,
+    `3b` bit planes."""
+    if weight.planes:
+        return f"{weight.bits}b"
     if weight.table is not None:
         return f"{weight.bits}{'p' if weight.pick is not None else 't' if len(weight.table) == 1 else 'r'}"
     return f"{weight.bits}{'f' if weight.floats else '' if weight.zero is None else 'z'}"

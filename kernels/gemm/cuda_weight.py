@@ -51,8 +51,8 @@ class TileWeight:
     codes: uint8 [R, C, 256 * bits], see `pack.tiles`.
     scale: fp16, bf16 or fp32 [R, G, 16]; or bytes of a type in `block_scales.BYTES`, for tables and floats; or of a type in
         `plane_tables`, for bit planes.
-    zero: uint8 (the integer z_u), or float in the scale's dtype (its value), [R, G, 16]; None when symmetric or a table. Of four
-        planes their offset in 16 bits.
+    zero: uint8 (the integer z_u), or float in the scale's dtype (its value), [R, G, 16]; None when symmetric or a table. Of
+        four planes their offset in 16 bits.
     table: fp16, bf16 or fp32 [T, E]: T is 1, or N rounded up to row tiles (one per row), or anything with `pick`.
     pick: uint8 [R, G, 16], the number of each group's table, with `mirrored_tables.SIGN` where its numbers are taken
         with the other sign; None otherwise.
@@ -86,6 +86,11 @@ class TileWeight:
         return order_of(self.bits, self.floats, self.table is not None)
 
     @property
+    def planes(self) -> bool:
+        """Whether the codes are those of bit planes."""
+        return self.scale.dtype in (OF_ROWS, OF_BLOCKS)
+
+    @property
     def groups(self) -> int:
         """Groups along K."""
         return self.scale.shape[1]
@@ -109,14 +114,12 @@ class TileWeight:
         R, C = tiles.tile_counts(self.N, self.K)
         G = 1 if self.group_size == 0 else -(-self.K // self.group_size)
         per_group = (R, G, 16)
-        planes = self.scale.dtype in (OF_ROWS, OF_BLOCKS)
-        zeros = (torch.float16, torch.bfloat16) if planes else (torch.uint8, self.scale.dtype)
+        zeros = (torch.float16, torch.bfloat16) if self.planes else (torch.uint8, self.scale.dtype)
         found = {
             "codes": self.codes.dtype == torch.uint8 and tuple(self.codes.shape) == (R, C, 256 * self.bits),
             "group_size": self.group_size >= 0 and self.group_size % 16 == 0,
             "scale": self.scale.dtype in (*SCALE_DTYPES, *BYTES, OF_ROWS, OF_BLOCKS) and tuple(self.scale.shape) == per_group,
-            "zero": self.zero is None
-            or (self.zero.dtype in zeros and tuple(self.zero.shape) == per_group),
+            "zero": self.zero is None or (self.zero.dtype in zeros and tuple(self.zero.shape) == per_group),
             "table": self.table is None or self._table_fits(R),
             "pick": self.pick is None or (self.pick.dtype == torch.uint8 and tuple(self.pick.shape) == per_group),
             "floats": not self.floats or (self.bits in (4, 5, 6, 8) and self.zero is None and self.table is None),
@@ -125,7 +128,7 @@ class TileWeight:
             or (self.group_size > 0 and self.scale.dtype not in BYTES and self.outliers.start_T1.numel() == R * C + 1),
             "factor": self.factor is None or (self.factor.dtype == torch.float32 and self.factor.numel() == 1),
         }
-        if planes:
+        if self.planes:
             found["scale"] &= self._planes_fit()
         if self.scale.dtype in BYTES:
             found["scale"] &= self.group_size > 0 and (self.floats > 0 or self.table is not None)

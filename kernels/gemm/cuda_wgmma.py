@@ -265,6 +265,8 @@ def microseconds_of_tiles(weight: TileWeight, config: Config, tiles: int, nbytes
 
 def limbs(weight: TileWeight) -> float:
     """How much work a code is to decode, 1 for 4 bits: limbs, or a look-up in a table."""
+    if weight.planes:
+        return 2.0
     if weight.floats or weight.bits == 3 or paired(weight):
         return 1.0
     return 2.0 if weight.table is not None else max(1, weight.bits.bit_count()) if weight.bits != 8 else 2.5

@@ -39,7 +39,8 @@ def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
     """
     tokens = next((size for size in TOKEN_CLASSES if size >= M), TOKEN_CLASSES[-1])
     own = f"{weight.bits}/g{weight.group_size}/{weight.N}x{weight.K}"
-    known = [table(name).get(place, {}) for place in (*(places(weight)[:-1] if weight.table is not None else ()), own)]
+    like = places(weight)[:-1] if weight.table is not None or weight.planes else ()
+    known = [table(name).get(place, {}) for place in (*like, own)]
     entry = next((entries[str(tokens)] for entries in known if str(tokens) in entries), None)
     if entry is None:
         return []

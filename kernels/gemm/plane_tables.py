@@ -1,9 +1,10 @@
 """What the CUDA kernels read beside the codes of bit planes, from which they make a table of sums for each group.
 
-    rows      the numbers of every row and group: a_0 .. a_(q-1) and, of up to three planes, the offset as the fourth; four numbers
-              of the activations' type are one int64 of the layout's scales. The offset of four planes lies where zero points do.
-    blocks    ready tables of eight columns, one for all rows of a row tile: the eight sums' low bytes, then their high bytes; 32
-              bytes for the 16 columns of a step, which lie in the layout's scales as 16 times an int16
+    rows      the numbers of every row and group: a_0 .. a_(q-1) and, of up to three planes, the offset as the fourth; four
+              numbers of the activations' type are one int64 of the layout's scales. The offset of four planes lies where
+              zero points do.
+    blocks    ready tables of eight columns, one for all rows of a row tile: the eight sums' low bytes, then their high
+              bytes; 32 bytes for the 16 columns of a step, which lie in the layout's scales as 16 times an int16
 
 The sums of four planes are eight numbers and the same with the other sign, so their codes are renamed: u < 8 is the number u
 with the first sign +, u >= 8 is minus the number u - 8.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aerogel.errors import BadInput
 from aerogel.pack.tiles import ROWS, pack_rows_of_tiles, unpack_rows_of_tiles
 from aerogel.quantize.planes import sums_of
 
@@ -37,7 +39,7 @@ def own_names(codes: Tensor) -> Tensor:
 
 
 def numbers_of_rows(alpha_NGq: Tensor, offset_NG: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """tile_scale int64 [R, G, 16] of float alphas and offsets in 16 bits and, of four planes with offsets, tile_zero of `dtype`."""
+    """tile_scale int64 [R, G, 16] of alphas and offsets in `dtype`, 16 bits; of four planes tile_zero, where there are offsets."""
     planes = alpha_NGq.shape[-1]
     four = torch.nn.functional.pad(alpha_NGq, (0, MOST_PLANES - planes))
     if planes < MOST_PLANES and offset_NG is not None:
@@ -48,8 +50,10 @@ def numbers_of_rows(alpha_NGq: Tensor, offset_NG: Tensor | None, dtype: torch.dt
     return layout
 
 
-def rows_of_numbers(tile_scale: Tensor, tile_zero: Tensor | None, N: int, planes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The inverse of `numbers_of_rows`: alphas [N, G, q] and offsets [N, G] in `dtype`; offsets where there are none mean nothing."""
+def rows_of_numbers(
+    tile_scale: Tensor, tile_zero: Tensor | None, N: int, planes: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The inverse of `numbers_of_rows`: alphas [N, G, q] and offsets [N, G], which mean nothing where there are none."""
     four = unpack_rows_of_tiles(tile_scale, N)[..., None].view(dtype)
     return four[..., :planes], four[..., -1] if tile_zero is None else unpack_rows_of_tiles(tile_zero, N)
 
@@ -62,6 +66,6 @@ def tables_of_blocks(alpha_BGq: Tensor, offset_BG: Tensor, block_rows: int, N: i
     raw = sums.view(torch.uint8).reshape(len(sums), -1, 8, 2).transpose(2, 3).contiguous()
     steps = raw.flatten(2).view(OF_BLOCKS).reshape(len(sums), -1, 16)
     if planes == MOST_PLANES and bool(offset_BG.any()):
-        raise ValueError("tables of blocks have eight numbers, which hold no offset of four planes")
+        raise BadInput("tables of blocks have eight numbers, which hold no offset of four planes")
     first_row = torch.arange(-(-N // ROWS), device=steps.device) * ROWS
     return steps.index_select(0, first_row // block_rows)
