@@ -39,7 +39,7 @@ def own_names(codes: Tensor) -> Tensor:
 
 
 def numbers_of_rows(alpha_NGq: Tensor, offset_NG: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """tile_scale int64 [R, G, 16] of alphas and offsets in `dtype`, 16 bits; of four planes tile_zero, where there are offsets."""
+    """tile_scale int64 [R, G, 16] of alphas and offsets in `dtype`, 16 bits; of four planes and offsets tile_zero too."""
     planes = alpha_NGq.shape[-1]
     four = torch.nn.functional.pad(alpha_NGq, (0, MOST_PLANES - planes))
     if planes < MOST_PLANES and offset_NG is not None:
