@@ -51,8 +51,8 @@ NO_GRAPH: set[str] = set()
 def codes_only(stage: dict[str, Any]) -> dict[str, Any]:
     """A quantize stage that gives codes of the same format without data."""
     method = stage.get("method", "gptq")
-    if method == "nested":  # planes with an offset, which only calibration data can solve
-        return {"method": "bcq", "bits": stage["bits"], "group_size": stage["group_size"], "offset": "float32"}
+    if method == "nested":  # planes with an offset; only calibration data can solve them
+        return {"method": "bcq", "bits": stage["bits"], "group_size": stage["group_size"], "offset": "scale"}
     kept = {key: stage[key] for key in KEPT if key in stage}
     return {"method": method, **kept} if method == "bcq" else {"method": "rtn", "clip": "none", **kept}
 

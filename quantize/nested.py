@@ -1,13 +1,14 @@
 """Nested precision: a base of few bits and binary planes that each halve what is left; every prefix is a model.
 
-The base is an asymmetric integer weight solved by GPTQ; then, plane by plane, the residual W - Q is approximated by
+The base is a few planes and an offset solved by GPTQ; then, plane by plane, the residual W - Q is approximated by
 alpha b with b in {-1, +1}, signs by the same solver and one alpha per group by least squares on the layer's output:
 
     Q_k = Q_(k-1) + alpha_k b_k,    alpha_k, b_k = argmin tr((W - Q_k) H (W - Q_k)^T)
 
 One file of k planes serves any width from the base's up, and a mixture of experts can load more planes for the experts that
-matter (MWQ of D2MoE, 2025; the idea of nested widths is Any-Precision LLM's, Park et al. 2024, arXiv 2402.10517). Because
-the base is uniform, it turns into planes exactly (`planes.from_uniform`), and the whole is one `PlaneGrid` weight.
+matter (MWQ of D2MoE, 2025; the idea of nested widths is Any-Precision LLM's, Park et al. 2024, arXiv 2402.10517). D2MoE
+has an integer base. Planes of their own scales take as many bits (two scales and an offset for a scale and a zero point) and
+leave a sixth less error, at every width; and their offset has 16 bits, where an integer's zero point times its scale needs more.
 
 Cost: one GPTQ solve for the base and one per further plane.
 Shape legend: N out features, K in features, G groups.
@@ -25,8 +26,7 @@ from aerogel.errors import BadInput
 from aerogel.model.layer import Layer, Need
 from aerogel.quantize.codes import Codes, Grid
 from aerogel.quantize.gptq import Gptq
-from aerogel.quantize.grids import IntGrid
-from aerogel.quantize.planes import PlaneGrid, first_planes, from_uniform
+from aerogel.quantize.planes import PlaneGrid, first_planes
 from aerogel.quantize.problem import relative_loss, second_moment
 
 
@@ -34,8 +34,8 @@ from aerogel.quantize.problem import relative_loss, second_moment
 class Nested:
     """Stage `Layer -> Layer`.
 
-    grid: the planes; `bits` of them. Their offset is float32 whatever is written, for the zero points of the base.
-    base_bits: width of the smallest model, an integer weight.
+    grid: the planes; `bits` of them. They have an offset, as wide as their scales where nothing is written.
+    base_bits: planes of the smallest model.
     act_order, damping, refit: of the solver, as for gptq.
     """
 
@@ -51,10 +51,10 @@ class Nested:
     def __post_init__(self) -> None:
         if not isinstance(self.grid, PlaneGrid):
             raise BadInput("method nested makes bit planes; write format: planes")
-        if self.grid.offset == "scale" or self.grid.power_of_two or self.grid.block_rows != 1:
-            raise BadInput("method nested needs offset: float32, and neither power_of_two nor block_rows")
-        # The zero points of the base are offsets, so there is always one.
-        object.__setattr__(self, "grid", replace(self.grid, offset="float32"))
+        if self.grid.power_of_two or self.grid.block_rows != 1:
+            raise BadInput("method nested takes neither power_of_two nor block_rows")
+        if self.grid.offset == "none":
+            object.__setattr__(self, "grid", replace(self.grid, offset="scale"))
         if not 2 <= self.base_bits <= self.grid.bits:
             raise BadInput(f"base_bits must lie between 2 and bits ({self.grid.bits}), found {self.base_bits}")
 
@@ -67,10 +67,9 @@ class Nested:
         for layer in layers:
             if layer.mask_NK is not None:
                 raise BadInput(f"{layer.name} is pruned, and bit planes cannot hold zeros; write method: gptq, format: int")
-        size, kind = self.grid.group_size, self.grid.scale_dtype
-        base = IntGrid(bits=self.base_bits, group_size=size, symmetric=False, scale_dtype=kind)
-        found = [from_uniform(_codes(solved)) for solved in self._solver(base).call_group(layers)]
-        solver = self._solver(PlaneGrid(bits=1, group_size=size, scale_dtype=kind))
+        grid = self._planes()
+        found = [_codes(solved) for solved in self._solver(grid.first(self.base_bits)).call_group(layers)]
+        solver = self._solver(replace(grid, bits=1, offset="none"))
         for _ in range(self.base_bits, self.grid.bits):
             rests = [
                 layer.with_(weight_NK=layer.weight_NK.float() - codes.decode())
@@ -79,6 +78,11 @@ class Nested:
             planes = [_codes(solved) for solved in solver.call_group(rests)]
             found = [joined(codes, plane) for codes, plane in zip(found, planes, strict=True)]
         return [self._done(layer, codes) for layer, codes in zip(layers, found, strict=True)]
+
+    def _planes(self) -> PlaneGrid:
+        if not isinstance(self.grid, PlaneGrid):
+            raise TypeError("the constructor takes bit planes only")
+        return self.grid
 
     def _solver(self, grid: Grid) -> Gptq:
         return Gptq(grid=grid, act_order=self.act_order, damping=self.damping, refit=self.refit)

@@ -148,7 +148,7 @@ def test_gptq_knows_nothing_of_planes_and_helps_them() -> None:
 def test_every_prefix_of_nested_planes_is_a_better_model_than_the_last() -> None:
     layer = layer_of(40, 64)
     assert layer.stats is not None and layer.stats.second_moment_KK is not None
-    grid = PlaneGrid(bits=4, group_size=16, offset="float32", scale_dtype=torch.bfloat16)
+    grid = PlaneGrid(bits=4, group_size=16, scale_dtype=torch.bfloat16)
     solved = Nested(grid=grid)(layer)
     assert solved.codes is not None and torch.equal(solved.codes.decode(), solved.weight_NK)
     losses = [
@@ -157,8 +157,11 @@ def test_every_prefix_of_nested_planes_is_a_better_model_than_the_last() -> None
     ]
     assert losses[1] < 0.6 * losses[0] and losses[2] < 0.6 * losses[1]
     assert [solved.notes[f"loss_at_{bits}_bits"] for bits in (2, 3, 4)] == losses
-    base = Gptq(grid=IntGrid(bits=2, group_size=16, symmetric=False, scale_dtype=torch.bfloat16))(layer)
-    assert torch.equal(first_planes(solved.codes, 2).decode(), base.weight_NK)
+    base = PlaneGrid(bits=2, group_size=16, offset="scale", scale_dtype=torch.bfloat16)
+    assert torch.equal(first_planes(solved.codes, 2).decode(), Gptq(grid=base)(layer).weight_NK)
+    integers = Gptq(grid=IntGrid(bits=2, group_size=16, symmetric=False, scale_dtype=torch.bfloat16))(layer)
+    assert integers.loss is not None and losses[0] < integers.loss
+    assert solved.codes.zero_NG is not None and solved.codes.zero_NG.dtype == torch.bfloat16
     with pytest.raises(BadInput, match="between 1 and 4"):
         first_planes(solved.codes, 5)
 
@@ -175,8 +178,8 @@ def test_grids_that_make_no_sense_are_refused(change: dict[str, int], word: str)
 def test_methods_refuse_what_they_cannot_do() -> None:
     with pytest.raises(BadInput, match="format: planes"):
         Bcq(grid=IntGrid(bits=3))
-    with pytest.raises(BadInput, match="offset"):
-        Nested(grid=PlaneGrid(bits=3, offset="scale"))
+    with pytest.raises(BadInput, match="power_of_two"):
+        Nested(grid=PlaneGrid(bits=3, power_of_two=True))
     layer = layer_of(8, 16).with_(mask_NK=torch.ones(8, 16, dtype=torch.bool))
     with pytest.raises(BadInput, match="any is pruned"):
         Bcq(grid=PlaneGrid(bits=3))(layer)
