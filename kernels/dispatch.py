@@ -18,6 +18,7 @@ GEMM: dict[str, str] = {
     "cuda-int8": "aerogel.kernels.gemm.cuda_int8:CudaInt8",
     "cuda-fp8": "aerogel.kernels.gemm.cuda_fp8:CudaFp8",
     "cuda-groups": "aerogel.kernels.gemm.cuda_groups:CudaGroups",
+    "cuda-plane": "aerogel.kernels.gemm.cuda_plane:CudaPlane",
     "cuda-planes": "aerogel.kernels.gemm.cuda_planes:CudaPlanes",
     "cpu-int8-dynamic": "aerogel.kernels.gemm.cpu:NativeDynamic",
     "torch-int8-dynamic": "aerogel.kernels.gemm.torch_ops:Int8Dynamic",

@@ -8,7 +8,8 @@ alpha b with b in {-1, +1}, signs by the same solver and one alpha per group by 
 One file of k planes serves any width from the base's up, and a mixture of experts can load more planes for the experts that
 matter (MWQ of D2MoE, 2025; the idea of nested widths is Any-Precision LLM's, Park et al. 2024, arXiv 2402.10517). D2MoE
 has an integer base. Planes of their own scales take as many bits (two scales and an offset for a scale and a zero point) and
-leave a sixth less error, at every width; and their offset has 16 bits, where an integer's zero point times its scale needs more.
+leave a sixth less error, at every width; and their offset has 16 bits, where an integer's zero point times its scale
+needs more.
 
 Cost: one GPTQ solve for the base and one per further plane.
 Shape legend: N out features, K in features, G groups.

@@ -75,9 +75,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
     Tokens x;
     load_tokens(slot, TOKEN_BYTES, p.M, x);
     const u8* side = shared + (slot - shared_address(shared)) + sides;
+    u8* made = shared + warp * ROW_TILES * MADE_BYTES;
+    make_planes<1>(made, side, Side<1>::bytes, tile, group_of(tile, 0), p.groups);
     UNROLL for (int r = 0; r < ROW_TILES; r++)
       multiply_tile<1>(words[r], side + r * Side<1>::bytes, r, tile, group_of(tile, 0), p.groups,
-                       table_at(shared_address(shared), r, g), table_at(shared_address(shared), r, g + 8), x, acc[r]);
+                       table_at(shared_address(shared), r, g), table_at(shared_address(shared), r, g + 8), made + r * MADE_BYTES, x, acc[r]);
     __syncwarp();
     if (tile + 2 * WARPS < p.k_tiles) {
       fetch_side(p, slot + sides, first_tile, tile + 2 * WARPS);

@@ -207,13 +207,16 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
           load_tokens(shared_address(place) + WEIGHT_BYTES + slice * 256, STAGE_TOKEN_BYTES, p.M, x);
         else
           load_tokens(own + (turn & 1) * p.M * TOKEN_BYTES, TOKEN_BYTES, p.M, x);
+        u8* made = room.tables + warp * ROW_TILES * MADE_BYTES;
+        make_planes<K_WARPS>(made, place + BLOCK_TILES * CODE_BYTES + row_warp * ROW_TILES * SIDE_BYTES, SIDE_BYTES, tile,
+                             group_of(tile - slice, 0), p.groups);
         UNROLL for (int r = 0; r < ROW_TILES; r++) {
           const int row_tile = row_warp * ROW_TILES + r;
           u32 words[WORDS];
           load_words_from_shared(place + row_tile * CODE_BYTES + slice * TILE_BYTES, lane, words);
           multiply_tile<K_WARPS>(words, place + BLOCK_TILES * CODE_BYTES + row_tile * SIDE_BYTES, r, tile,
                                  group_of(tile - slice, 0), p.groups, table_at(tables, row_tile, g),
-                                 table_at(tables, row_tile, g + 8), x, acc[r]);
+                                 table_at(tables, row_tile, g + 8), made + r * MADE_BYTES, x, acc[r]);
         }
       }
       __syncwarp();

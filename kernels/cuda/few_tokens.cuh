@@ -33,7 +33,7 @@ constexpr int PARTIAL_STRIDE = BLOCK_ROWS + 4;  // of one token: four tokens of 
 constexpr bool CHOSEN = FOLDED && BITS == 1 && TOKEN_TILES == 1, FOLDS = FOLDED && !CHOSEN;
 
 INLINE int table_room(int tables) {
-  return PAIRED ? TABLES * PAIR_BYTES : BY_ROWS ? BLOCK_TILES * ROW_TABLE_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
+  return MADE ? WARPS * ROW_TILES * MADE_BYTES : PAIRED ? TABLES * PAIR_BYTES : BY_ROWS ? BLOCK_TILES * ROW_TABLE_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
 }
 INLINE void fetch_tables_of_block(const u16* table, int tables, u8* room, int first_tile) {
   if constexpr (PAIRED)
@@ -191,11 +191,23 @@ INLINE void multiply_run(const u32* words, int run, const Decoding& by, const To
   }
 }
 
+// The tables of the groups of one tile in each of a warp's row tiles, whose sides lie `stride` bytes apart, to `room`.
+template <int TILES> INLINE void make_planes(u8* room, const u8* sides, int stride, int tile, int first, int groups) {
+  if constexpr (MADE) {
+    __syncwarp();
+    UNROLL for (int i = threadIdx.x & 31; i < ROW_TILES * MADE_TABLES; i += 32) {
+      const int run = i / 16 % RUNS, group = (STEADY ? group_of(tile, 0) + run_group(run) : min(group_of(tile, run), groups - 1)) - first;
+      make_plane_table(room, i, ((const uint2*)(sides + i / MADE_TABLES * stride))[group * 16 + i % 16]);
+    }
+    __syncwarp();
+  }
+}
+
 // acc += W x for one tile, all 8 steps: the warp's row tile `row_tile`. `first` is the group that `side` begins with, `groups` how
-// many there are; the tables of rows g and g + 8 lie at `table_upper` and `table_lower`.
+// many there are; the tables of rows g and g + 8 lie at `table_upper` and `table_lower`, those of bit planes at `made`.
 template <int TILES>
 INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int tile, int first, int groups, u32 table_upper,
-                          u32 table_lower, const Tokens& x, float (*acc)[4]) {
+                          u32 table_lower, const u8* made, const Tokens& x, float (*acc)[4]) {
   // What lies beside the tile's first group, for row g; other groups are at places that the compiler knows, if it can.
   const int own = (group_of(tile, 0) - first) * 16 + ((threadIdx.x & 31) >> 2);
   const u8 *scales = side + own * SCALE_BYTES, *zeros = side + Side<TILES>::zeros + own * ZERO_BYTES;
@@ -211,7 +223,8 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
     }
     if constexpr (PLANES) {
       const int group = group_of(tile, 0) - first + at / 16;
-      read_planes(by.planes, side + group * 16 * SCALE_BYTES, side + Side<TILES>::zeros + group * 16 * ZERO_BYTES, (threadIdx.x & 31) >> 2);
+      read_planes<MADE>(by.planes, MADE ? made + run * 256 : side + group * 16 * SCALE_BYTES,
+                        side + Side<TILES>::zeros + group * 16 * ZERO_BYTES, (threadIdx.x & 31) >> 2);
     }
     if constexpr (SCALED || PLANES) {
       multiply_run(words, run, by, x, acc);

@@ -27,6 +27,12 @@
 constexpr bool PLANES = SCALE == PLANES_OF_ROWS || SCALE == PLANES_OF_BLOCKS;
 constexpr int PLANE_SCALE_BYTES = SCALE == PLANES_OF_ROWS ? 8 : 2;  // for each of 16 rows
 
+// The four lanes of a row want the same tables: a warp makes those of one tile of 16 x 128 together, in shared memory, where they
+// lie as [run of columns][row]. In few_tokens.cuh and wgmma.cu, that is.
+constexpr bool MADE = SCALE == PLANES_OF_ROWS;
+constexpr int MADE_RUN = GROUP % 128 == 0 ? 128 : GROUP % 64 == 0 ? 64 : GROUP % 32 == 0 ? 32 : 16;  // columns of one group
+constexpr int MADE_TABLES = 128 / MADE_RUN * 16, MADE_BYTES = MADE ? MADE_TABLES * 16 : 0;
+
 struct PlaneTable {
   u32 low[2], high[2];  // bytes of eight numbers
   u32 offset;           // a pair, of four planes
@@ -62,18 +68,25 @@ static __device__ __forceinline__ PlaneTable plane_table(uint2 numbers) {
   return table;
 }
 
+// Table `place` of those that a warp makes.
+static __device__ __forceinline__ void make_plane_table(u8* room, int place, uint2 numbers) {
+  const PlaneTable table = plane_table(numbers);
+  ((uint4*)room)[place] = make_uint4(table.low[0], table.low[1], table.high[0], table.high[1]);
+}
+
 // What a lane needs for one group: the tables of rows g and g + 8, or of columns 0..7 and 8..15. `scales` and `zeros` begin with
-// the group's 16 rows.
+// the group's 16 rows; READY: in the place of scales are tables that have been made.
+template <bool READY = false>
 static __device__ __forceinline__ void read_planes(PlaneTable (&tables)[2], const u8* scales, const u8* zeros, int g) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    if constexpr (SCALE == PLANES_OF_BLOCKS) {
-      const uint4 v = ((const uint4*)scales)[h];
+    if constexpr (READY || SCALE == PLANES_OF_BLOCKS) {
+      const uint4 v = ((const uint4*)scales)[SCALE == PLANES_OF_BLOCKS ? h : g + 8 * h];
       tables[h] = {{v.x, v.y}, {v.z, v.w}, 0};
     } else {
       tables[h] = plane_table(((const uint2*)scales)[g + 8 * h]);
-      if constexpr (ZERO != 0) tables[h].offset = ((const u16*)zeros)[g + 8 * h] * 0x10001u;
     }
+    if constexpr (SCALE == PLANES_OF_ROWS && ZERO != 0) tables[h].offset = ((const u16*)zeros)[g + 8 * h] * 0x10001u;
   }
 }
 

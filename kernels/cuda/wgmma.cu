@@ -84,6 +84,17 @@ struct Consumer {
         __syncwarp();
     }
 
+    // The tables of bit planes that the warp makes of tile `k` in one of its row tiles.
+    FN u8* made(int tile) const { return memory + AT_TABLES + tile * MADE_BYTES; }
+    FN void make_planes(int tile, const u8* scales, int k0, int k) const {
+        __syncwarp();
+        for (int i = lane; i < MADE_TABLES; i += 32) {
+            const int group = (k * 128 + i / 16 * MADE_RUN) / SPAN - k0 * 128 / SPAN;
+            make_plane_table(made(tile), i, ((const uint2*)(scales + group * SCALE_BYTES))[i % 16]);
+        }
+        __syncwarp();
+    }
+
     // The fragment of step `step` of tile `k` for every block of 64 rows; the stage begins with tile `k0`.
     FN void decode_step(u32 (&a)[BLOCKS][BATCH][4], Codes (&codes)[BLOCKS], Group (&group)[BLOCKS], int k0, int k,
                         int step) {
@@ -95,7 +106,9 @@ struct Consumer {
             if (step % HALF == 0) read_codes(codes[b], stage + (tile * W_TILES + k - k0) * TILE_BYTES, step / HALF, lane);
             if (GROUPED && (step == 0 || (SPAN % 128 != 0 && (128 % SPAN != 0 || STEP * step % SPAN == 0)))) {
                 const int at = tile * WINDOW + (k * 128 + STEP * step) / SPAN - k0 * 128 / SPAN;
-                read_group(group[b], stage + AT_SCALES + at * SCALE_BYTES, stage + AT_ZEROS + at * ZERO_BYTES, tables(), lane / 4,
+                if (MADE && step == 0) make_planes(tile, stage + AT_SCALES + tile * WINDOW * SCALE_BYTES, k0, k);
+                const u8* scales = MADE ? made(tile) + STEP * step / MADE_RUN * 256 : stage + AT_SCALES + at * SCALE_BYTES;
+                read_group(group[b], scales, stage + AT_ZEROS + at * ZERO_BYTES, tables(), lane / 4,
                            true);
             }
 #if OUTLIERS

@@ -61,6 +61,12 @@ def table_room(weight: TileWeight, row_tiles: int) -> int:
     return paired(weight) * PAIR_BYTES or table_bytes(weight, row_tiles)
 
 
+def made_room(weight: TileWeight, row_tiles: int) -> int:
+    """Bytes of the tables of bit planes that a warp makes for one tile of each of so many row tiles."""
+    run = next(size for size in (128, 64, 32, 16) if weight.group_size % size == 0)
+    return row_tiles * (128 // run) * 256 if weight.scale.dtype == OF_ROWS else 0
+
+
 def side_bytes(weight: TileWeight, columns: int) -> int:
     """Bytes beside the codes for one row tile of `columns` columns."""
     zero = 0 if weight.zero is None else weight.zero.element_size()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.gemm.cuda import Runner
-from aerogel.kernels.gemm.cuda_decoder import decoder_defines, side_bytes, table_bytes, table_room
+from aerogel.kernels.gemm.cuda_decoder import decoder_defines, made_room, side_bytes, table_bytes, table_room
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
 TOKENS = 16
@@ -147,7 +147,7 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     rows = config.block_tiles * 16
     k_tiles = weight.codes.shape[1]
     partials = config.k_warps * M * (rows + 4) * 4
-    tables = table_room(weight, config.block_tiles)
+    tables = table_room(weight, config.block_tiles) + made_room(weight, config.block_tiles * config.k_warps)
     if not config.ring:
         slots = config.warps * 2 * (M * 272 + config.row_tiles * side_bytes(weight, 128))
         return (tables + 15) // 16 * 16 + outlier_bytes(weight, config, M) + max(slots, partials)

@@ -22,7 +22,7 @@ import torch
 from aerogel.errors import RunFailed
 from aerogel.kernels.cuda.tensor_map import LARGEST_BOX
 from aerogel.kernels.gemm.cuda import Runner
-from aerogel.kernels.gemm.cuda_decoder import PAIR_BYTES, SCALE_NUMBER, paired, table_bytes, table_kind
+from aerogel.kernels.gemm.cuda_decoder import PAIR_BYTES, SCALE_NUMBER, made_room, paired, table_bytes, table_kind
 from aerogel.kernels.gemm.cuda_few import OUTLIER_TOKENS
 from aerogel.kernels.gemm.cuda_outliers import TILE_BYTES
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
@@ -142,7 +142,7 @@ def table_room(weight: TileWeight, row_tiles: int) -> int:
     """Bytes of tables in shared memory; those of 16 numbers for each row lie in registers."""
     if weight.bits == 4 and table_kind(weight) == 2:
         return 0
-    return paired(weight) * PAIR_BYTES or table_bytes(weight, row_tiles)
+    return made_room(weight, row_tiles) or paired(weight) * PAIR_BYTES or table_bytes(weight, row_tiles)
 
 
 def space(weight: TileWeight, config: Config) -> Space:

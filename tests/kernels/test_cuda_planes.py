@@ -14,9 +14,12 @@ from aerogel.kernels.dispatch import choose
 from aerogel.kernels.gemm import cuda_few, cuda_wgmma
 from aerogel.kernels.gemm.cuda import tile_weight
 from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
+from aerogel.kernels.gemm.cuda_plane import CudaPlane
+from aerogel.kernels.gemm.cuda_plane import _inner as one_bit
 from aerogel.kernels.gemm.cuda_planes import CudaPlanes, _inner, _spread
 from aerogel.kernels.gemm.plane_tables import OF_BLOCKS
 from aerogel.kernels.problem import Problem
+from aerogel.pack import tiles
 from aerogel.pack.nibbles import pack_nibbles, unpack_nibbles
 from aerogel.quantize.codes import Codes, quantized
 from aerogel.quantize.grids import IntGrid
@@ -90,6 +93,21 @@ def test_nothing_lies_beside_numbers_that_are_exact() -> None:
         held = sum(tensor.nbytes for tensor in CudaPlanes.pack(codes, problem_of(grid, 128, 256, torch.bfloat16)).values())
         numbers = 4 if grid.bits == 3 else 5
         assert held == 128 * 256 * grid.bits // 8 + 128 * codes.scale_NG.shape[1] * 2 * numbers
+
+
+@pytest.mark.parametrize(
+    "grid", [GRIDS[0], GRIDS[-1], PlaneGrid(bits=1, group_size=32, power_of_two=True, block_rows=8)], ids=str
+)
+def test_one_plane_is_one_bit_integers(grid: PlaneGrid) -> None:
+    codes, problem = weight_of(grid, 70, 200), problem_of(grid, 70, 200, torch.bfloat16)
+    layout = CudaPlane.pack(codes, problem)
+    tile_weight(layout, one_bit(problem)).check()
+    back = CudaPlane.unpack(layout, problem)
+    assert torch.equal(back.values_NK, codes.values_NK) and torch.equal(back.scale_NG, codes.scale_NG)
+    g = torch.arange(200) // (grid.group_size or 200)
+    scale, zero = (tiles.unpack_rows_of_tiles(layout[name], 70).float()[:, g] for name in ("tile_scale", "tile_zero"))
+    assert torch.equal((tiles.unpack_tiles(layout["tile_codes"], 1, 70, 200) - zero) * scale, codes.decode())
+    assert "single" in str(CudaPlane.refuses(problem_of(GRIDS[1], 70, 200, torch.bfloat16)))
 
 
 # ---- the decoder -----------------------------------------------------------------------------------------------------
@@ -198,7 +216,7 @@ def test_products_on_a_gpu(grid: PlaneGrid, dtype: torch.dtype) -> None:
     N, K = 200, 528
     codes, problem = weight_of(grid, N, K, "cuda"), problem_of(grid, N, K, dtype)
     name, kernel = choose(problem)
-    assert name == "cuda-planes"
+    assert name == ("cuda-plane" if grid.bits == 1 and grid.offset == "none" else "cuda-planes")
     layout, dense = kernel.pack(codes, problem), codes.decode(torch.float64)
     least = 4e-3 if dtype == torch.bfloat16 else 5e-4
     for M in (0, 1, 5, 16, 40, 100, 1100):
