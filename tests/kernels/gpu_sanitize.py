@@ -24,6 +24,7 @@ from aerogel.kernels.gemm.cuda_tune import random_numbers, random_weight
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import Config, deepest
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
+from aerogel.kernels.gemm.plane_tables import numbers_of_rows, tables_of_blocks
 from aerogel.kernels.grouped.cuda_grouped import cuts
 from aerogel.kernels.grouped.cuda_routes import add_experts, most_runs, route_experts, spread_tokens
 
@@ -63,18 +64,42 @@ def cases(weight: TileWeight, every_cut: bool) -> Iterator[Case]:
 
 
 def weights(asked: list[str]) -> Iterator[tuple[str, TileWeight, bool]]:
-    """(what it is, a weight, whether every cut runs it): integers of the widths asked for, and `numbers`; all without any."""
+    """(what it is, a weight, whether every cut runs it): integers of the widths asked for, `numbers` and `planes`; all without
+    any."""
     widths = [int(word) for word in asked if word.isdigit()] or (list(range(1, 9)) if not asked else [])
     for bits, (group, zero) in itertools.product(widths, KINDS):
         what = f"{bits} bits, groups of {group}, zero {zero}"
         yield what, random_weight(N, K, bits, group, "cuda", zero=zero), bits in (3, 4, 8)
-    if "numbers" not in asked and asked:
-        return
+    if "numbers" in asked or not asked:
+        yield from numbers()
+    if "planes" in asked or not asked:
+        yield from planes()
+
+
+def numbers() -> Iterator[tuple[str, TileWeight, bool]]:
+    """Tables and floats."""
     for name, group in (("nvfp4", 16), ("mxfp4", 32), ("table", 64), ("rows", 0), ("groups", 32)):
         yield name, random_numbers(N, K, name, group, "cuda"), True
     for bits, mantissa in ((5, 2), (6, 2), (6, 3), (8, 2), (8, 3)):  # any bits are numbers to the kernels
         plain = random_weight(N, K, bits, 32, "cuda")
         yield f"floats, {mantissa} of {bits} bits mantissa", replace(plain, floats=mantissa), False
+
+
+def planes() -> Iterator[tuple[str, TileWeight, bool]]:
+    """Bit planes, of rows and of blocks."""
+    for bits, group in ((1, 64), (2, 16), (3, 128), (4, 64), (4, 48)):
+        laid = numbers_of_rows(*random_sums(bits, group, N), torch.bfloat16)
+        plain, zero = random_weight(N, K, bits, group, "cuda"), laid.get("tile_zero")
+        yield f"{bits} planes, groups of {group}", replace(plain, scale=laid["tile_scale"], zero=zero), bits > 2
+    alpha, offset = random_sums(3, 8, -(-N // 64))
+    plain, scale = random_weight(N, K, 3, 16, "cuda"), tables_of_blocks(alpha, offset, 64, N, torch.bfloat16)
+    yield "3 planes in blocks", replace(plain, scale=scale), True
+
+
+def random_sums(planes: int, group: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales [rows, G, q] and offsets [rows, G] of bit planes."""
+    scale = torch.rand(rows, -(-K // group), planes + 1, device="cuda")
+    return scale[..., 1:], scale[..., 0]
 
 
 def main() -> int:
