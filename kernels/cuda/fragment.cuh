@@ -128,7 +128,7 @@ FN u32 zero_pair(u32 z) { return WIDE ? pair_of((float)z, (float)z) : both(MAGIC
 
 // `scales` and `zeros` point at the 16 rows' numbers of one group; `tables` is the first table's place.
 FN void read_group(GroupOf2Rows& group, const u8* scales, const u8* zeros, u32 tables, int row, bool scaled) {
-    if constexpr (PLANES) return read_planes<MADE>(group.planes, scales, zeros, row);
+    if constexpr (PLANES) return read_planes<MANY_MADE>(group.planes, scales, zeros, row);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int r = row + 8 * h;

@@ -28,10 +28,12 @@ constexpr bool PLANES = SCALE == PLANES_OF_ROWS || SCALE == PLANES_OF_BLOCKS;
 constexpr int PLANE_SCALE_BYTES = SCALE == PLANES_OF_ROWS ? 8 : 2;  // for each of 16 rows
 
 // The four lanes of a row want the same tables: a warp makes those of one tile of 16 x 128 together, in shared memory, where they
-// lie as [run of columns][row]. In few_tokens.cuh and wgmma.cu, that is.
+// lie as [run of columns][row]. In few_tokens.cuh, that is, and where a tile has several groups in wgmma.cu: with one, half of the
+// lanes would have nothing to do, and waiting for each other costs more than it saves.
 constexpr bool MADE = SCALE == PLANES_OF_ROWS;
 constexpr int MADE_RUN = GROUP % 128 == 0 ? 128 : GROUP % 64 == 0 ? 64 : GROUP % 32 == 0 ? 32 : 16;  // columns of one group
 constexpr int MADE_TABLES = 128 / MADE_RUN * 16, MADE_BYTES = MADE ? MADE_TABLES * 16 : 0;
+constexpr bool MANY_MADE = MADE && MADE_TABLES > 16;
 
 struct PlaneTable {
   u32 low[2], high[2];  // bytes of eight numbers

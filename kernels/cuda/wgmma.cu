@@ -106,8 +106,8 @@ struct Consumer {
             if (step % HALF == 0) read_codes(codes[b], stage + (tile * W_TILES + k - k0) * TILE_BYTES, step / HALF, lane);
             if (GROUPED && (step == 0 || (SPAN % 128 != 0 && (128 % SPAN != 0 || STEP * step % SPAN == 0)))) {
                 const int at = tile * WINDOW + (k * 128 + STEP * step) / SPAN - k0 * 128 / SPAN;
-                if (MADE && step == 0) make_planes(tile, stage + AT_SCALES + tile * WINDOW * SCALE_BYTES, k0, k);
-                const u8* scales = MADE ? made(tile) + STEP * step / MADE_RUN * 256 : stage + AT_SCALES + at * SCALE_BYTES;
+                if (MANY_MADE && step == 0) make_planes(tile, stage + AT_SCALES + tile * WINDOW * SCALE_BYTES, k0, k);
+                const u8* scales = MANY_MADE ? made(tile) + STEP * step / MADE_RUN * 256 : stage + AT_SCALES + at * SCALE_BYTES;
                 read_group(group[b], scales, stage + AT_ZEROS + at * ZERO_BYTES, tables(), lane / 4,
                            true);
             }

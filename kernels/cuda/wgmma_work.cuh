@@ -55,7 +55,7 @@ constexpr int OUT_WARP = OUT_TOKENS * 32;
 constexpr int AT_W = X_STAGES * X_STAGE;
 constexpr int AT_OUT = larger(AT_W + W_STAGES * W_STAGE, SUMS);
 constexpr int AT_TABLES = AT_OUT + WARPS * OUT_WARP;
-constexpr int AT_OUTLIERS = AT_TABLES + ROW_TILES * MADE_BYTES + (TABLE == UNIFORM ? 0 : TABLE == TABLE_PER_ROW ? ROW_TILES * 16 : TABLES) * TABLE_SIZE;
+constexpr int AT_OUTLIERS = AT_TABLES + (MANY_MADE ? ROW_TILES * MADE_BYTES : 0) + (TABLE == UNIFORM ? 0 : TABLE == TABLE_PER_ROW ? ROW_TILES * 16 : TABLES) * TABLE_SIZE;
 constexpr int AT_BARRIERS = AT_OUTLIERS + (OUTLIERS ? ROW_TILES * 4096 : 0);
 
 static_assert(SHARED_BYTES == AT_BARRIERS + 8 * (2 * X_STAGES + 2 * W_STAGES + 2), "the host counts shared memory otherwise");

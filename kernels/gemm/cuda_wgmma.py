@@ -139,10 +139,13 @@ class Space(NamedTuple):
 
 
 def table_room(weight: TileWeight, row_tiles: int) -> int:
-    """Bytes of tables in shared memory; those of 16 numbers for each row lie in registers."""
+    """Bytes of tables in shared memory; those of 16 numbers for each row lie in registers, and those of bit planes where a
+    tile has one group."""
     if weight.bits == 4 and table_kind(weight) == 2:
         return 0
-    return made_room(weight, row_tiles) or paired(weight) * PAIR_BYTES or table_bytes(weight, row_tiles)
+    if weight.planes:
+        return made_room(weight, row_tiles) if weight.group_size % 128 else 0
+    return paired(weight) * PAIR_BYTES or table_bytes(weight, row_tiles)
 
 
 def space(weight: TileWeight, config: Config) -> Space:
