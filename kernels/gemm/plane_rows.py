@@ -34,7 +34,7 @@ class BitGrid(IntGrid):
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        """One bit is all there is."""
+        """Nothing that a recipe could have wrong."""
 
 
 class PlaneRows(Kernel):
