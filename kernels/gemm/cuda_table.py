@@ -53,10 +53,10 @@ def key_of(weight: TileWeight, M: int) -> str:
 
 def places(weight: TileWeight) -> tuple[str, ...]:
     """Where a weight's entries are, and those of weights like it: `4t/g64/4096x14336`. Best first; the last reads nearly as
-    many bytes. Bit planes want the cuts of four bits, which take as many instructions."""
+    many bytes. Bit planes take as many instructions whatever their number, nearly as many as four bits."""
     shape, groups = f"{weight.N}x{weight.K}", dict.fromkeys((weight.group_size, 128, 64))
-    own = tuple(f"{kind_of(weight)}/g{size}/{shape}" for size in groups)
-    return (*own, *((f"4/g64/{shape}", f"4/g128/{shape}") if weight.planes else (f"{weight.bits}/g128/{shape}",)))
+    like = ("3b/g128", "4/g64", "4/g128") if weight.planes else (f"{weight.bits}/g128",)
+    return (*(f"{kind_of(weight)}/g{size}/{shape}" for size in groups), *(f"{place}/{shape}" for place in like))
 
 
 def classes_like(M: int) -> list[int]:

@@ -27,8 +27,8 @@ from aerogel.quantize.planes import PlaneGrid, exponent_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class BitGrid(IntGrid):
-    """Asymmetric integers of one bit, which no recipe asks for: u is stored as u - 1 with the zero point -1. Of more bits it says
-    how wide the codes of `cuda_planes` are."""
+    """Asymmetric integers of one bit, which no recipe asks for: u is stored as u - 1 with the zero point -1. Of more bits
+    it says how wide the codes of `cuda_planes` are."""
 
     bits: int = 1
     symmetric: bool = False

@@ -22,6 +22,7 @@ from aerogel.kernels.cuda import launch, nvrtc, sources
 from aerogel.kernels.gemm import cuda, cuda_dense, cuda_few, cuda_table, cuda_tune
 from aerogel.kernels.gemm.cuda_few import Config, default_config, defines, fits, shared_bytes
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
+from aerogel.kernels.gemm.plane_tables import MOST_PLANES, OF_ROWS
 from aerogel.kernels.problem import Problem
 from aerogel.pack import tiles
 from aerogel.pack.tile_orders import PAIRS, pack_in_order
@@ -463,7 +464,7 @@ def test_the_shipped_table_holds_configurations_that_fit() -> None:
         entries = json.loads(path.read_text("utf-8"))["entries"]
         assert len(entries) >= 60
         for key, entry in entries.items():
-            found = re.fullmatch(r"(\d)([trpzf]?)/g(\d+)/(\d+)x(\d+)/m(\d+)", key)
+            found = re.fullmatch(r"(\d)([trpzfb]?)/g(\d+)/(\d+)x(\d+)/m(\d+)", key)
             assert found is not None, key
             bits, size, N, K, M = (int(part) for part in found.group(1, 3, 4, 5, 6))
             held = weight(N, K, bits, size, zero=found[2] == "z")
@@ -471,6 +472,10 @@ def test_the_shipped_table_holds_configurations_that_fit() -> None:
                 tables = {"t": 1, "r": held.codes.shape[0] * 16, "p": 2}[found[2]]
                 pick = held.scale.to(torch.uint8) if found[2] == "p" else None
                 held = replace(held, table=torch.empty(tables, 1 << bits, device="meta"), pick=pick)
+            if found[2] == "b":
+                scale = torch.empty(held.scale.shape, dtype=OF_ROWS, device="meta")
+                held = replace(held, scale=scale, zero=held.scale if bits == MOST_PLANES else None)
+                held.check()
             held = replace(held, floats={4: 1, 8: 3}[bits] if found[2] == "f" else 0)
             assert cuda_table.key_of(held, M) == key
             assert fits(held, Config(**entry["config"]), M, (9, 0), 132), key
