@@ -253,16 +253,9 @@ class Cuda(Kernel):
     def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:
         """Times the configurations for up to 16 tokens on a random weight of the problem's shape and kind; more tokens
         go by a cost model and have nothing to choose."""
-        from aerogel.kernels.gemm import cuda_table, cuda_tune
+        from aerogel.kernels.gemm import cuda_tune
 
-        few = sorted({cuda_table.token_class(M) for M in tokens if cuda_table.TOKEN_CLASSES[-1] >= M})
-        weight = cuda_tune.like(problem) if few else None
-        if weight is None:
-            return None
-        entries = cuda_tune.tune(weight, few)
-        kept = cuda_table.save(torch.cuda.get_device_name(), entries)
-        found = {M: entries[cuda_table.key_of(weight, M)] for M in few}
-        return Tuned(found={M: f"{entry['us']} us, {entry['config']}" for M, entry in found.items()}, kept=kept)
+        return cuda_tune.tune_and_keep(lambda: cuda_tune.like(problem), tokens)
 
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:

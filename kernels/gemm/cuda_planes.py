@@ -38,7 +38,7 @@ from aerogel.kernels.gemm.plane_tables import (
     rows_of_numbers,
     tables_of_blocks,
 )
-from aerogel.kernels.problem import Kernel, Layout, Problem
+from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
 from aerogel.pack.nibbles import pack_nibbles, unpack_nibbles
 from aerogel.pack.tiles import COLUMNS as TILE_COLUMNS
 from aerogel.pack.tiles import ROWS
@@ -111,6 +111,18 @@ class CudaPlanes(Kernel):
     def warm(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int]) -> None:
         """See `Kernel.warm`."""
         Cuda.warm([(layout, _inner(problem)) for layout, problem in weights], tokens)
+
+    @staticmethod
+    def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:
+        """See `Kernel.tune`; x as it is spread counts for nothing here."""
+        from aerogel.kernels.gemm.cuda_tune import random_planes, tune_and_keep
+
+        grid, inner = planes_of(problem), _inner(problem)
+        size, offset = inner.grid.group_size or inner.K, grid.offset != "none"
+        return tune_and_keep(
+            lambda: random_planes(inner.N, inner.K, inner.grid.bits, size, "cuda", offset=offset, blocks=_in_blocks(grid)),
+            tokens,
+        )
 
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:

@@ -26,8 +26,9 @@ from aerogel.kernels.gemm.cuda_dense import dequantize
 from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, Plan, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.mirrored_tables import SIGN
+from aerogel.kernels.gemm.plane_tables import numbers_of_rows, tables_of_blocks
 from aerogel.kernels.gemm.small_floats import mantissa_bits
-from aerogel.kernels.problem import Problem
+from aerogel.kernels.problem import Problem, Tuned
 from aerogel.pack.tiles import tile_counts
 from aerogel.quantize.tables import TableGrid
 
@@ -81,6 +82,20 @@ def random_numbers(N: int, K: int, name: str, group_size: int, device: torch.dev
     return replace(plain, scale=scale, floats=1, factor=factor)
 
 
+def random_planes(
+    N: int, K: int, planes: int, group_size: int, device: torch.device | str, *, offset: bool = False, blocks: bool = False
+) -> TileWeight:
+    """A weight of random bit planes in bfloat16. blocks: 64 rows share a table of each half of `group_size`, which is 16."""
+    plain, generator = random_weight(N, K, planes, group_size, device), torch.Generator(device).manual_seed(1)
+    rows, groups = (ceil_divide(N, 64), ceil_divide(K, 8)) if blocks else (N, ceil_divide(K, group_size))
+    alpha = torch.rand(rows, groups, planes, device=device, generator=generator) * 0.02
+    offset_NG = alpha[..., 0] / 2 if offset else torch.zeros_like(alpha[..., 0])
+    if blocks:
+        return replace(plain, scale=tables_of_blocks(alpha, offset_NG, 64, N, torch.bfloat16))
+    laid = numbers_of_rows(alpha, offset_NG if offset else None, torch.bfloat16)
+    return replace(plain, scale=laid["tile_scale"], zero=laid.get("tile_zero"))
+
+
 def like(problem: Problem) -> TileWeight | None:
     """A random weight of a problem's shape and kind on the GPU; None for kinds that are not made here."""
     grid, size = problem.grid, problem.grid.group_size or 0
@@ -92,6 +107,18 @@ def like(problem: Problem) -> TileWeight | None:
     bytes_of = {torch.float8_e4m3fn: "nvfp4", torch.float8_e8m0fnu: "mxfp4"}
     name = bytes_of.get(grid.scale_dtype) if mantissa_bits(grid) else None if grid.scale_dtype in bytes_of else "table"
     return None if name is None else random_numbers(problem.N, problem.K, name, size, "cuda")
+
+
+def tune_and_keep(made: Callable[[], TileWeight | None], tokens: Sequence[int]) -> Tuned | None:
+    """What `Kernel.tune` gives for the weight that `made` makes; None where it makes none, or nothing is to be chosen."""
+    few = sorted({cuda_table.token_class(M) for M in tokens if cuda_table.TOKEN_CLASSES[-1] >= M})
+    weight = made() if few else None
+    if weight is None:
+        return None
+    entries = tune(weight, few)
+    kept = cuda_table.save(torch.cuda.get_device_name(), entries)
+    found = {M: entries[cuda_table.key_of(weight, M)] for M in few}
+    return Tuned(found={M: f"{entry['us']} us, {entry['config']}" for M, entry in found.items()}, kept=kept)
 
 
 def weight_copies(weight: TileWeight) -> list[TileWeight]:

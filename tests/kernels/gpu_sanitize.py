@@ -20,11 +20,10 @@ from aerogel.kernels.gemm.cuda_few import Config as FewConfig
 from aerogel.kernels.gemm.cuda_few import Plan as FewPlan
 from aerogel.kernels.gemm.cuda_made import Gated, Normed
 from aerogel.kernels.gemm.cuda_quantize import E4M3, INT8, ROUNDED, Quantizer
-from aerogel.kernels.gemm.cuda_tune import random_numbers, random_weight
+from aerogel.kernels.gemm.cuda_tune import random_numbers, random_planes, random_weight
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import Config, deepest
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
-from aerogel.kernels.gemm.plane_tables import numbers_of_rows, tables_of_blocks
 from aerogel.kernels.grouped.cuda_grouped import cuts
 from aerogel.kernels.grouped.cuda_routes import add_experts, most_runs, route_experts, spread_tokens
 
@@ -88,18 +87,8 @@ def numbers() -> Iterator[tuple[str, TileWeight, bool]]:
 def planes() -> Iterator[tuple[str, TileWeight, bool]]:
     """Bit planes, of rows and of blocks."""
     for bits, group in ((1, 64), (2, 16), (3, 128), (4, 64), (4, 48)):
-        laid = numbers_of_rows(*random_sums(bits, group, N), torch.bfloat16)
-        plain, zero = random_weight(N, K, bits, group, "cuda"), laid.get("tile_zero")
-        yield f"{bits} planes, groups of {group}", replace(plain, scale=laid["tile_scale"], zero=zero), bits > 2
-    alpha, offset = random_sums(3, 8, -(-N // 64))
-    plain, scale = random_weight(N, K, 3, 16, "cuda"), tables_of_blocks(alpha, offset, 64, N, torch.bfloat16)
-    yield "3 planes in blocks", replace(plain, scale=scale), True
-
-
-def random_sums(planes: int, group: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales [rows, G, q] and offsets [rows, G] of bit planes."""
-    scale = torch.rand(rows, -(-K // group), planes + 1, device="cuda")
-    return scale[..., 1:], scale[..., 0]
+        yield f"{bits} planes, groups of {group}", random_planes(N, K, bits, group, "cuda", offset=True), bits > 2
+    yield "3 planes in blocks", random_planes(N, K, 3, 16, "cuda", blocks=True), True
 
 
 def main() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +13,13 @@ from torch import Tensor
 
 from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.dispatch import choose
-from aerogel.kernels.gemm import cuda_few, cuda_wgmma
+from aerogel.kernels.gemm import cuda_few, cuda_table, cuda_tune, cuda_wgmma
 from aerogel.kernels.gemm.cuda import tile_weight
 from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
 from aerogel.kernels.gemm.cuda_plane import CudaPlane
 from aerogel.kernels.gemm.cuda_plane import _inner as one_bit
 from aerogel.kernels.gemm.cuda_planes import CudaPlanes, _inner, _spread
+from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.plane_tables import OF_BLOCKS
 from aerogel.kernels.problem import Problem
 from aerogel.pack import tiles
@@ -187,6 +190,32 @@ def test_offsets_beside_planes_that_say_nothing() -> None:
 def test_other_grids_are_refused() -> None:
     other = Problem(format="pack-quantized", grid=IntGrid(bits=4), N=16, K=64, dtype=torch.float16, device="cuda")
     assert "planes" in str(CudaPlanes.refuses(other))
+
+
+@pytest.mark.parametrize(
+    ("grid", "key"),
+    [(GRIDS[3], "3b/g128/64x256"), (GRIDS[5], "4b/g64/64x256"), (GRIDS[8], "3b/g16/64x256"), (GRIDS[12], "2b/g80/64x320")],
+)
+def test_tuning_keeps_what_planes_look_for(grid: PlaneGrid, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tune(weight: TileWeight, tokens: list[int]) -> dict[str, Any]:
+        weight.check()
+        return {
+            cuda_table.key_of(weight, M): {"config": {"ring": False, "row_tiles": 1, "k_warps": 2}, "us": M} for M in tokens
+        }
+
+    draw = cuda_tune.random_planes
+    monkeypatch.setenv("AEROGEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(cuda_tune, "tune", tune)
+    monkeypatch.setattr(cuda_tune, "random_planes", lambda *what, **how: draw(*what[:4], "cpu", **how))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 1GB")
+    cuda_table.table.cache_clear()
+    problem = problem_of(grid, 64, 256, torch.bfloat16)
+    tuned = CudaPlanes.tune(problem, [1, 16, 300])
+    assert tuned is not None and sorted(tuned.found) == [1, 16]
+    weight = tile_weight(CudaPlanes.pack(weight_of(grid, 64, 256), problem), _inner(problem))
+    assert sorted(cuda_table.table("NVIDIA Test 1GB")) == [f"{key}/m1", f"{key}/m16"]
+    assert cuda_table.key_of(weight, 1) == f"{key}/m1"
+    cuda_table.table.cache_clear()
 
 
 @needs_nvrtc
