@@ -40,6 +40,7 @@ GROUPED: dict[str, str] = {
     "cuda": "aerogel.kernels.grouped.cuda_grouped:Cuda",
     "triton": "aerogel.kernels.grouped.triton_grouped:Triton",
     "cpu": "aerogel.kernels.grouped.cpu:Native",
+    "cpu-tables": "aerogel.kernels.grouped.cpu:NativeTables",
     "reference": "aerogel.kernels.grouped.ref:Reference",
 }
 """The same for the experts of a layer, each with the `Problem` of one expert. The last refuses nothing."""

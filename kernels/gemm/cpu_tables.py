@@ -48,9 +48,7 @@ class NativeTables(Kernel):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but such a table on a CPU, and tables that `cpu_lookup` is faster with."""
-        if problem.device != "cpu":
-            return f"runs on the CPU only, not on {problem.device}"
-        return _unfit(problem) or library.missing() or _better_looked_up(problem)
+        return refused(problem) or _better_looked_up(problem)
 
     @staticmethod
     def runs_stored(problem: Problem) -> bool:
@@ -76,6 +74,13 @@ class NativeTables(Kernel):
         if problem.activations != "none":
             x_MK = round_input(x_MK.float(), problem, layout.get("input_scale")).to(x_MK.dtype).contiguous()
         return linear(x_MK, layout, bias_N, problem.N, problem.grid.group_size or 0)
+
+
+def refused(problem: Problem) -> str | None:
+    """Why these loops cannot run the problem, or None, whoever else could."""
+    if problem.device != "cpu":
+        return f"runs on the CPU only, not on {problem.device}"
+    return _unfit(problem) or library.missing()
 
 
 def _unfit(problem: Problem) -> str | None:

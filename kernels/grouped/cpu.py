@@ -10,12 +10,13 @@ Shape legend: E experts, M rows of x, S pairs of token and expert, N out feature
 from __future__ import annotations
 
 import ctypes
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from aerogel.kernels.gemm import cpu
+from aerogel.kernels.gemm import cpu, cpu_tables
 from aerogel.kernels.grouped.kernel import Grouped, Routes
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem
@@ -45,6 +46,34 @@ class Native(Grouped):
         return y_SN
 
 
+class NativeTables(Grouped):
+    """The same for codes that point into tables: FP8, MXFP4 and other floats."""
+
+    about: ClassVar[str] = "the compiled CPU kernels for tables, one call for each active expert"
+    base: ClassVar[type[Kernel]] = cpu_tables.NativeTables
+
+    @classmethod
+    def refuses(cls, problem: Problem) -> str | None:
+        """Anything but such tables on a CPU, and inputs that are rounded before."""
+        rounded = f"is weight-only, activations are {problem.activations}" if problem.activations != "none" else None
+        return cpu_tables.refused(problem) or rounded
+
+    @staticmethod
+    def run(
+        x_MK: Tensor, expert_S: Tensor, routes: Routes, layout: Layout, problem: Problem, bias_EN: Tensor | None = None
+    ) -> Tensor:
+        """One call of the operator."""
+        held = [layout.get(name) for name in TABLE_TENSORS]
+        y_SN: Tensor = torch.ops.aerogel.grouped_native_tables.default(
+            x_MK, expert_S, *held, bias_EN, problem.N, problem.grid.group_size or 0
+        )
+        return y_SN
+
+
+TABLE_TENSORS = ("codes", "scale", "table", "pick", "factor", "unit")
+"""What of a layout of tables the product reads, in the operator's order."""
+
+
 def linear(
     x_MK: Tensor,
     expert_S: Tensor,
@@ -56,6 +85,30 @@ def linear(
     group: int,
 ) -> Tensor:
     """`aerogel::grouped_native_linear`: y [S, N]. The weight's tensors are those of `aerogel.pack.native`, stacked."""
+
+    def structs(e: int, x: Tensor, y: Tensor, bias_N: Tensor | None) -> tuple[library.Weight, library.Call]:
+        zero_e = None if zero is None else zero[e]
+        return cpu.structs(x, codes[e], scale[e], zero_e, bias_N, y, N, group, library.NUMERICS["exact"])
+
+    return _by_expert(x_MK, expert_S, len(codes), N, bias_EN, structs)
+
+
+def tables(x_MK: Tensor, expert_S: Tensor, *rest: Any) -> Tensor:
+    """`aerogel::grouped_native_tables`: the same with the tensors of `aerogel.pack.native_tables`."""
+    held, (bias_EN, N, group) = dict(zip(TABLE_TENSORS, rest, strict=False)), rest[len(TABLE_TENSORS) :]
+
+    def structs(e: int, x: Tensor, y: Tensor, bias_N: Tensor | None) -> tuple[library.Weight, library.Call]:
+        layout = {name: tensor[e] for name, tensor in held.items() if tensor is not None}
+        return cpu_tables.structs(x, layout, bias_N, y, N, group)
+
+    return _by_expert(x_MK, expert_S, len(held["codes"]), N, bias_EN, structs)
+
+
+def _by_expert(
+    x_MK: Tensor, expert_S: Tensor, experts: int, N: int, bias_EN: Tensor | None, structs: Callable[..., Any]
+) -> Tensor:
+    """y [S, N] by one call of the library for each expert with pairs; `structs` makes its weight and call from the expert's
+    number, its rows of x and y, and its bias."""
     x_MK = x_MK.contiguous()
     pairs = expert_S.shape[0]
     y_SN = x_MK.new_zeros(pairs, N)
@@ -64,15 +117,13 @@ def linear(
     for s, e in enumerate(expert_S.tolist()):
         chosen.setdefault(e, []).append(s)
     for e, places in chosen.items():
-        if e >= codes.shape[0]:
+        if e >= experts:
             continue
         one = len(places) == 1
         rows = [s // each for s in places]
         x = x_MK[rows[0] : rows[0] + 1] if one else x_MK[rows]
         y = y_SN[places[0] : places[0] + 1] if one else y_SN.new_empty(len(places), N)
-        bias_N = None if bias_EN is None else bias_EN[e]
-        zero_e = None if zero is None else zero[e]
-        weight, call = cpu.structs(x, codes[e], scale[e], zero_e, bias_N, y, N, group, library.NUMERICS["exact"])
+        weight, call = structs(e, x, y, None if bias_EN is None else bias_EN[e])
         status = library.library().aerogel_native_gemm(ctypes.byref(weight), ctypes.byref(call))
         if status:
             library.check(status, f"expert {e}, a packed weight [{N}, {x_MK.shape[1]}]")
@@ -81,17 +132,8 @@ def linear(
     return y_SN
 
 
-def _fake(
-    x_MK: Tensor,
-    expert_S: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias_EN: Tensor | None,
-    N: int,
-    group: int,
-) -> Tensor:
-    return x_MK.new_empty(expert_S.shape[0], N)
+def _fake(x_MK: Tensor, expert_S: Tensor, *rest: Any) -> Tensor:
+    return x_MK.new_empty(expert_S.shape[0], rest[-2])
 
 
 _library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -99,5 +141,10 @@ _library.define(  # type: ignore[no-untyped-call]
     "grouped_native_linear(Tensor x, Tensor expert, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, SymInt N,"
     " int group) -> Tensor"
 )
-_library.impl("grouped_native_linear", linear, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("aerogel::grouped_native_linear", _fake, lib=_library)
+_library.define(  # type: ignore[no-untyped-call]
+    "grouped_native_tables(Tensor x, Tensor expert, Tensor codes, Tensor scale, Tensor table, Tensor? pick, Tensor factor,"
+    " Tensor unit, Tensor? bias, SymInt N, int group) -> Tensor"
+)
+for _name, _function in (("grouped_native_linear", linear), ("grouped_native_tables", tables)):
+    _library.impl(_name, _function, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"aerogel::{_name}", _fake, lib=_library)

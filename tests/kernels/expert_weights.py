@@ -9,6 +9,7 @@ import torch
 from aerogel.kernels.experts import ExpertLinear, stacked
 from aerogel.pack.config import choose_format
 from aerogel.pack.scheme import Scheme
+from aerogel.quantize.formats.mx import Mx
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid, quantized
 
 GRIDS: list[Any] = [
@@ -18,6 +19,7 @@ GRIDS: list[Any] = [
     IntGrid(bits=2, group_size=64, symmetric=False),
 ]
 FP8 = Fp8Grid(strategy="channel")
+FLOATS: list[Any] = [FP8, Fp8Grid(strategy="tensor"), Fp8Grid(strategy="block", scale_dtype=torch.bfloat16), Mx()]
 BOUND = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 
