@@ -82,7 +82,7 @@ class Operations:
         if issubclass(kernel, cpu_lookup.NativeLookup):
             return self._lookup(rows, layout, module.bias, y, group)
         if issubclass(kernel, cpu_own.NativeOwn):
-            own = cpu_own.struct_of(layout, problem.N, problem.K, group)
+            own = cpu_own.struct_of(layout, problem.N, problem.K, *cpu_own.tables_of(problem.grid, problem.K))
             library.check(library.library().aerogel_native_own_check(ctypes.byref(own)), "a weight of tables for each row")
             self.add("own", own, cpu_lookup.call_of(rows, module.bias, y, "exact"), layout, module.bias, rows, y)
             return True

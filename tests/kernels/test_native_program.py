@@ -8,13 +8,16 @@ from torch import fx, nn
 
 from aerogel.kernels.decode import ops
 from aerogel.kernels.decode.native_program import NativeProgram
+from aerogel.kernels.decode.operations import Operations
 from aerogel.kernels.decode.trace import CannotTrace, Seen
 from aerogel.kernels.gemm.cpu_lookup import NativeLookup
+from aerogel.kernels.gemm.cpu_tables import FLOAT32_PATHS
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Problem
 from aerogel.quantize.formats.nf4 import Nf4
 from aerogel.quantize.grids import IntGrid, quantized
+from aerogel.quantize.planes import PlaneGrid
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
@@ -80,6 +83,23 @@ def test_it_computes_what_the_function_computes(dtype: torch.dtype, tables: bool
         assert error < (1e-5 if dtype == torch.float32 else 2e-2)
         results.append(found)
     assert not torch.equal(results[0], results[1]), "results share memory"
+
+
+@pytest.mark.skipif(
+    library.missing() is not None or library.best("exact") not in FLOAT32_PATHS,
+    reason="no path of this machine multiplies bfloat16",
+)
+@pytest.mark.parametrize("group", [8, 32])
+def test_weights_with_tables_of_their_own_are_operations(group: int) -> None:
+    grid = PlaneGrid(bits=3, group_size=group, power_of_two=True, block_rows=16)
+    weight = torch.randn(96, 64)
+    layer = Linear.from_codes(quantized(grid, weight, grid.fit(weight)), dtype=torch.bfloat16)
+    assert layer.kernel_name == "cpu-own-tables"
+    x, y = torch.randn(2, 1, 64).bfloat16(), torch.empty(2, 1, 96, dtype=torch.bfloat16)
+    operations = Operations()
+    assert operations.linear(layer, x, y)
+    operations.run()
+    assert torch.equal(y, layer(x))
 
 
 def test_a_step_with_hardly_anything_native_is_refused() -> None:
