@@ -182,26 +182,36 @@ INLINE void decode_table(const u32* words, int s, u32 upper, u32 lower, u32* a) 
 
 // Tables of 16 as `tables.cuh` has them: one or two for all rows as pairs, one for each row half in registers and half as pairs.
 constexpr bool PAIRED = BITS == 4 && (TABLE == 1 || (TABLE == 3 && TABLES <= 2)), BY_ROWS = BITS == 4 && TABLE == 2;
-constexpr int ROW_TABLE_BYTES = EIGHT_BYTES + 8 * 32;  // of a row tile: pairs of rows 8..15, then bytes of the tables of rows 0..7
+// Of a row tile: pairs of rows 8..15, bytes of the tables of rows 0..7, and tables as they come from memory, 32 bytes a row.
+constexpr int AT_ROW_BYTES = EIGHT_BYTES, AT_ROWS = AT_ROW_BYTES + 8 * 32, ROW_TABLE_BYTES = AT_ROWS + 16 * 32;
 INLINE void decode_pairs(u32 word, u32 upper, u32 lower, u32* a) {
-  UNROLL for (int i = 0; i < 4; i++) a[i] = load_shared_u32((i & 1 ? lower : upper) + __byte_perm(word, 0, 0x4440 + i) * PAIR_STEP);
+  UNROLL for (int i = 0; i < 4; i++) a[i] = load_shared_u32(place_of_pair<PAIR_STEP>(word, i, i & 1 ? lower : upper));
 }
 INLINE void decode_by_rows(u32 word, const RowTable& upper, u32 lower, u32* a) {
-  UNROLL for (int i = 1; i < 4; i += 2) a[i] = load_shared_u32(lower + __byte_perm(word, 0, 0x4440 + i) * EIGHT_STEP);
-  look_up_row<0>(word, upper, a[0], a[2]);
+  UNROLL for (int i = 1; i < 4; i += 2) a[i] = load_shared_u32(place_of_pair<EIGHT_STEP>(word, i, lower));
+  look_up_row(word, upper, a[0], a[2]);
 }
 INLINE RowTable load_row_table(u32 room) {
   RowTable table;
   load_shared_u32x4(table.low, room), load_shared_u32x4(table.high, room + 16);
   return table;
 }
-// Of `tiles` row tiles from number `first` on; rows from `end` on have zeros.
-INLINE void fetch_row_tables(const u16* table, int first, int tiles, int end, u8* room, int thread, int threads) {
-  for (int i = thread; i < tiles * 128; i += threads) {
-    const int tile = i >> 7, entry = i & 127, row = (first + tile) * 16;
-    u8 *place = room + tile * ROW_TABLE_BYTES, *to = place + EIGHT_BYTES + (entry >> 4) * 32 + (entry & 15);
-    fetch_eight(table, row + 8, end, place, entry);
-    const u16 number = row + (entry >> 4) < end ? table[row * 16 + entry] : (u16)0;
+// Tables of `tiles` row tiles from number `first` on; rows from `end` on have zeros. First they come, when they do, then the same
+// threads lay them out.
+INLINE void ask_for_row_tables(const u16* table, int first, int tiles, int end, u32 room, int thread, int threads) {
+  for (int i = thread; i < tiles * 32; i += threads) {
+    const int row = first * 16 + i / 2;
+    const u16* from = table + (row < end ? (size_t)row * 16 + i % 2 * 8 : 0);
+    copy_async(room + i / 32 * ROW_TABLE_BYTES + AT_ROWS + i % 32 * 16, from, row < end ? 16 : 0);
+  }
+}
+INLINE void lay_out_row_tables(int tiles, u8* room, int thread, int threads) {
+  for (int i = thread; i < tiles * EIGHT_UNITS; i += threads) {
+    u8* place = room + i / 128 * ROW_TABLE_BYTES;
+    const u16* rows = (const u16*)(place + AT_ROWS);
+    lay_out_eight(rows + 8 * 16, place, i % 128);
+    const u16 number = rows[i % 128];
+    u8* to = place + AT_ROW_BYTES + i % 128 / 16 * 32 + i % 16;
     to[0] = (u8)number, to[16] = (u8)(number >> 8);
   }
 }

@@ -163,9 +163,18 @@ INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
 }
 
 // ---- Consuming -------------------------------------------------------------------------------------------------------
+// Tables of rows are asked for a row block ahead: while they came from memory nobody would multiply.
+INLINE void ask_for_tables(const Arguments& p, const Room& room, int first_tile) {
+  ask_for_row_tables(p.table, first_tile, BLOCK_TILES, p.tables, shared_address(room.tables), threadIdx.x, THREADS);
+}
 // The tables of a row block, when every warp is done with the last one's; the first were asked for at the start.
-INLINE void renew_tables(const Arguments& p, const Room& room, int block, int first_tile) {
-  if constexpr (TABLE) {
+INLINE void renew_tables(const Arguments& p, const Share& share, const Room& room, int block, int first_tile) {
+  if constexpr (BY_ROWS) {
+    lay_out_tables(room.tables);
+    barrier_of(1, THREADS);
+    if (block + 1 < share.row_blocks) ask_for_tables(p, room, first_tile + share.row_step * BLOCK_TILES);
+    if (!X_BY_WARPS) copies_commit();  // else with the tokens that are asked for next
+  } else if constexpr (TABLE) {
     if (block > 0 && TABLE != 2) return;
     if (block > 0) {
       barrier_of(1, THREADS);
@@ -193,7 +202,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
   for (int block = 0; block < share.row_blocks; block++) {
     float acc[ROW_TILES][TOKEN_TILES][4] = {};
     const int first_row_tile = (share.row_start + block * share.row_step) * BLOCK_TILES;
-    renew_tables(p, room, block, first_row_tile);
+    renew_tables(p, share, room, block, first_row_tile);
     for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {
       const int tile = share.first_tile + stage * K_WARPS + slice;
       const u8* place = room.ring + slot.index * STAGE_BYTES;
@@ -257,13 +266,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
 #endif
   allow_next_kernel();
   if (X_FOLLOWS && warp == WARPS && share.stages > 0) fetch_turn(p, share, room, 0, 0, 0);
-  if (warp < WARPS) fetch_tables_of_block(p.table, p.tables, room.tables, share.row_start * BLOCK_TILES);
+  if constexpr (BY_ROWS)
+    if (warp < WARPS) ask_for_tables(p, room, share.row_start * BLOCK_TILES), copies_commit();
   if constexpr (X_FOLLOWS) wait_for_previous_kernel();
 #if X_SHARE * CLUSTER > 1
   cluster_wait();
 #endif
   if constexpr (X_FOLLOWS) fetch_first_tokens(p, share, room);
   if (warp < WARPS) {
+    if constexpr (!BY_ROWS) fetch_tables_of_block(p.table, p.tables, room.tables, share.row_start * BLOCK_TILES);  // while x comes
     if constexpr (TRADE) registers_take<232>();
     consume(p, share, room);
   } else {

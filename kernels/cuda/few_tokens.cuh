@@ -35,17 +35,25 @@ constexpr bool CHOSEN = FOLDED && BITS == 1 && TOKEN_TILES == 1, FOLDS = FOLDED 
 INLINE int table_room(int tables) {
   return MADE ? WARPS * ROW_TILES * MADE_BYTES : PAIRED ? TABLES * PAIR_BYTES : BY_ROWS ? BLOCK_TILES * ROW_TABLE_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
 }
+// Tables of rows that were asked for, by all multiplying threads.
+INLINE void lay_out_tables(u8* room) {
+  copies_wait<0>();
+  barrier_of(1, THREADS);
+  lay_out_row_tables(BLOCK_TILES, room, threadIdx.x, THREADS);
+}
 INLINE void fetch_tables_of_block(const u16* table, int tables, u8* room, int first_tile) {
-  if constexpr (PAIRED)
+  if constexpr (PAIRED) {
     fetch_pairs(table, TABLES, room, threadIdx.x, THREADS);
-  else if constexpr (BY_ROWS)
-    fetch_row_tables(table, first_tile, BLOCK_TILES, tables, room, threadIdx.x, THREADS);
-  else
+  } else if constexpr (BY_ROWS) {
+    ask_for_row_tables(table, first_tile, BLOCK_TILES, tables, shared_address(room), threadIdx.x, THREADS);
+    copies_commit();
+    lay_out_tables(room);
+  } else
     fetch_tables<BLOCK_ROWS>(table, tables, (u16*)room, first_tile, threadIdx.x, THREADS);
 }
 // Where a lane finds the table of `row` in row tile `tile` of the block, or the first of those that groups pick from.
 INLINE u32 table_at(u32 room, int tile, int row) {
-  if constexpr (BY_ROWS) return room + tile * ROW_TABLE_BYTES + (row < 8 ? EIGHT_BYTES + row * 32 : (row - 8) * 4);
+  if constexpr (BY_ROWS) return room + tile * ROW_TABLE_BYTES + (row < 8 ? AT_ROW_BYTES + row * 32 : (row - 8) * 4);
   return PAIRED ? room + (threadIdx.x & 31) * 4 : table_of(room, tile, row);
 }
 

@@ -90,10 +90,10 @@ constexpr int SCALE_BYTES = 16 * SCALE_SIZE;  // the scales of 16 rows for one g
 // Beside them lie zero points, or the numbers of the tables.
 constexpr int ZERO_BYTES = TABLE == TABLE_PER_GROUP ? 16 : ZERO == SYMMETRIC ? 0 : ZERO == INTEGER ? 16 : PLANES ? 32 : SCALE_BYTES;
 constexpr int ENTRY_BYTES = 2;
-// Tables of 16 as `tables.cuh` has them: one or two for all rows as pairs in shared memory, one for each row in registers.
+// Tables of 16 as `tables.cuh` has them: one or two for all rows as pairs, one for each row half in registers and half as pairs.
 constexpr bool PAIRED = BITS == 4 && (TABLE == ONE_TABLE || (TABLE == TABLE_PER_GROUP && TABLES <= 2));
 constexpr bool BY_ROWS = BITS == 4 && TABLE == TABLE_PER_ROW;
-constexpr int TABLE_SIZE = PAIRED ? PAIR_BYTES : BY_ROWS ? 0 : ENTRY_BYTES << BITS;
+constexpr int TABLE_SIZE = PAIRED ? PAIR_BYTES : BY_ROWS ? EIGHT_BYTES / 16 : ENTRY_BYTES << BITS;
 
 // A float's register is the number times 2^-FLOAT_SHRINK; a scale of a byte takes that back but for 2^-SCALED_SHRINK, exactly.
 constexpr bool SCALED_FLOATS = FLOATS && (SCALE == E5M3 || (SCALE == E8M0 && ACTIVATION == BF16));
@@ -118,8 +118,8 @@ FN float stored_number(const u8* numbers, int index) {
 struct GroupOf2Rows {
     u32 scale[2], zero[2];
     float scale_f[2], offset_f[2];
-    u32 table[2];  // places in shared memory; the caller sets those that no group changes
-    RowTable own[2];
+    u32 table[2];  // places in shared memory, for pairs as addresses; the caller sets those that no group changes
+    RowTable own;  // of row g
     PlaneTable planes[2];
 };
 constexpr u32 CENTRE = 1u << (BITS - 1);
@@ -213,9 +213,14 @@ FN u32 float_of_codes(const Codes& codes, int s, int i) {
     return ACTIVATION == FP16 ? v + (v & FLOAT_MAGNITUDES) * 7 : v;  // three bits up
 }
 
+FN u32 load_pair(u32 place) {
+    u32 pair;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(place));
+    return pair;
+}
 // The two table entries of register i at step s.
 FN u32 looked_up(const Codes& codes, int s, int i, u32 table) {
-    if constexpr (PAIRED) return *(const u32*)(memory + table + __byte_perm(codes.four[0][s], 0, 0x4440 + i) * PAIR_STEP);
+    if constexpr (PAIRED) return load_pair(place_of_pair<PAIR_STEP>(codes.four[0][s], i, table));
     u32 entry[2];
 #pragma unroll
     for (int e = 0; e < 2; e++) {
@@ -229,8 +234,9 @@ FN u32 looked_up(const Codes& codes, int s, int i, u32 table) {
 }
 FN void look_up(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group) {
     if constexpr (BY_ROWS) {
-        look_up_row<0>(codes.four[0][s], group.own[0], a[0], a[2]);
-        look_up_row<1>(codes.four[0][s], group.own[1], a[1], a[3]);
+        look_up_row(codes.four[0][s], group.own, a[0], a[2]);
+#pragma unroll
+        for (int i = 1; i < 4; i += 2) a[i] = load_pair(place_of_pair<EIGHT_STEP>(codes.four[0][s], i, group.table[1]));
     } else {
 #pragma unroll
         for (int i = 0; i < 4; i++) a[i] = looked_up(codes, s, i, group.table[i % 2]);

@@ -57,7 +57,7 @@ struct Consumer {
     }
 
     // Where the lane's tables begin, or the first of those that groups pick from.
-    FN u32 tables() const { return AT_TABLES + (PAIRED ? 4 * lane : 0); }
+    FN u32 tables() const { return AT_TABLES + (PAIRED ? shared_address(memory) + 4 * lane : 0); }
 
     // What does not change along the columns: tables of rows; per channel, zero points too (the scale waits for the end).
     FN void read_rows(Group (&group)[BLOCKS]) const {
@@ -71,8 +71,10 @@ struct Consumer {
 #if !INT8
             if (TABLE == ONE_TABLE) group[b].table[0] = group[b].table[1] = tables();
             if constexpr (BY_ROWS) {
-                const u16* from = p.table + ((size_t)tile * 16 + row) * 16;
-                group[b].own[0] = row_table(from), group[b].own[1] = row_table(from + 8 * 16);
+                const u16* of_tile = p.table + (size_t)tile * 256;
+                u8* room = memory + AT_TABLES + row_tile(b) * EIGHT_BYTES;
+                group[b].own = row_table(of_tile + row * 16), group[b].table[1] = shared_address(room) + 4 * row;
+                for (int unit = lane; unit < EIGHT_UNITS; unit += 32) lay_out_eight(of_tile + 128, room, unit);
             } else if (TABLE == TABLE_PER_ROW) {
                 const int first = AT_TABLES + row_tile(b) * 16 * TABLE_SIZE;
                 const uint4* from = (const uint4*)(p.table + (size_t)tile * 16 * (TABLE_SIZE / 2));
@@ -365,6 +367,15 @@ FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, 
     }
 }
 
+// What all rows look up, by the consumers, while the producers already stream.
+FN void fetch_tables(const Arguments& p) {
+    if constexpr (TABLE == ONE_TABLE || TABLE == TABLE_PER_GROUP) {
+        if constexpr (PAIRED) fetch_pairs(p.table, TABLES, memory + AT_TABLES, threadIdx.x, CONSUMERS);
+        else for (int i = threadIdx.x; i < TABLES * TABLE_SIZE / 2; i += CONSUMERS) ((u16*)(memory + AT_TABLES))[i] = p.table[i];
+        meet_wait(WARPGROUPS, CONSUMERS);
+    }
+}
+
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CONSUMERS + 128, MIN_BLOCKS)
     packed_matmul(const __grid_constant__ Arguments p) {
     const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -372,9 +383,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
     const Work work(p);
     const Barriers barriers{shared_address(memory + AT_BARRIERS)};
     if (threadIdx.x == 0) barriers.init(work.split);
-    if constexpr (PAIRED) fetch_pairs(p.table, TABLES, memory + AT_TABLES, threadIdx.x, CONSUMERS + 128);
-    else if constexpr (TABLE == ONE_TABLE || TABLE == TABLE_PER_GROUP)
-        for (int i = threadIdx.x; i < TABLES * TABLE_SIZE / 2; i += CONSUMERS + 128) ((u16*)(memory + AT_TABLES))[i] = p.table[i];
     __syncthreads();
     if (CLUSTER > 1) cluster_meet();
     let_next_kernel_start();
@@ -385,6 +393,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
         __syncwarp();
     } else {
         if constexpr (PRODUCER_REGISTERS > 0) registers_take<CONSUMER_REGISTERS>();
+        fetch_tables(p);
         consume(p, barriers, work, warp, lane);
     }
     if (CLUSTER > 1) cluster_meet();  // a neighbour may still arrive at this block's barriers or read its shared memory

@@ -13,7 +13,7 @@ from aerogel.kernels.gemm.block_scales import E5M3, E8M0
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.plane_tables import OF_BLOCKS, OF_ROWS
 
-PAIR_BYTES, ROW_TABLE_BYTES = 32 << 10, (8 << 10) + 256
+PAIR_BYTES, EIGHT_BYTES, ROW_TABLE_BYTES = 32 << 10, 8 << 10, (8 << 10) + 24 * 32
 """Of a table's pairs of numbers; of the tables of a row tile's 16 rows. See tables.cuh and decode.cuh."""
 SCALE_NUMBER = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, E5M3: 3, E8M0: 4, OF_ROWS: 5, OF_BLOCKS: 6}
 

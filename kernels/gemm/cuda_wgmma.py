@@ -22,7 +22,15 @@ import torch
 from aerogel.errors import RunFailed
 from aerogel.kernels.cuda.tensor_map import LARGEST_BOX
 from aerogel.kernels.gemm.cuda import Runner
-from aerogel.kernels.gemm.cuda_decoder import PAIR_BYTES, SCALE_NUMBER, made_room, paired, table_bytes, table_kind
+from aerogel.kernels.gemm.cuda_decoder import (
+    EIGHT_BYTES,
+    PAIR_BYTES,
+    SCALE_NUMBER,
+    made_room,
+    paired,
+    table_bytes,
+    table_kind,
+)
 from aerogel.kernels.gemm.cuda_few import OUTLIER_TOKENS
 from aerogel.kernels.gemm.cuda_outliers import TILE_BYTES
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
@@ -139,10 +147,10 @@ class Space(NamedTuple):
 
 
 def table_room(weight: TileWeight, row_tiles: int) -> int:
-    """Bytes of tables in shared memory; those of 16 numbers for each row lie in registers, and those of bit planes where a
-    tile has one group."""
+    """Bytes of tables in shared memory: those of 16 numbers for each row for half of the rows, those of bit planes where a tile
+    has several groups."""
     if weight.bits == 4 and table_kind(weight) == 2:
-        return 0
+        return row_tiles * EIGHT_BYTES
     if weight.planes:
         return made_room(weight, row_tiles) if weight.group_size % 128 else 0
     return paired(weight) * PAIR_BYTES or table_bytes(weight, row_tiles)
@@ -216,12 +224,13 @@ def deepest(weight: TileWeight, config: Config) -> Config | None:
 def candidates(weight: TileWeight, M: int) -> tuple[Config, ...]:
     """Cuts worth a measurement or an estimate, each with the deepest rings that fit."""
     found: list[Config] = []
-    for tokens, warpgroups, blocks, resident in CUTS:
+    looked_up = weight.bits == 4 and weight.table is not None
+    for tokens, warpgroups, blocks, resident in (*CUTS, *(LOOK_UP_CUTS if looked_up else ())):
         if tokens >= 2 * M and tokens > 16:
             continue
-        for split in range(1, 9):
+        for split in range(1, 9 if warpgroups < 4 else 2):
             for w_tiles in (2, 1):
-                batch = 2 if blocks * resident > 2 or warpgroups > 2 else 4
+                batch = 2 if blocks * resident > 2 or warpgroups * tokens > 256 else 4
                 lead = 3 if tokens == LARGEST_BOX and split == 1 and weight.codes.shape[1] > 1 else 0  # two x stages a tile
                 plain = Config(tokens=tokens, warpgroups=warpgroups, blocks=blocks, split=split, w_tiles=w_tiles)
                 config = deepest(weight, replace(plain, batch=batch, lead=lead, resident=resident))
@@ -238,6 +247,8 @@ CUTS = (
     *((tokens, 2, 1, 2) for tokens in (16, 32, 48, 64)),
 )
 """(tokens, warpgroups, blocks, resident) that compile without spills."""
+LOOK_UP_CUTS = tuple((tokens, 4, 1, 1) for tokens in (32, 64))
+"""Likewise for tables of 16, whose pairs lie in shared memory: four warps of each scheduler wait for them in turn."""
 
 
 def microseconds(weight: TileWeight, config: Config, M: int, multiprocessors: int) -> float:
@@ -257,7 +268,7 @@ def microseconds_of_tiles(weight: TileWeight, config: Config, tiles: int, nbytes
     crowd = min(config.resident, ceil_divide(tiles, seats))
     rounds = ceil_divide(tiles, seats * config.resident)
     tensor = 1.08 * rows / 64 * config.tokens / 2
-    decode = 29 + rows / 128 * (42 + 24 * limbs(weight))
+    decode = 29 + rows / 128 * (42 + 24 * limbs(weight, config.warpgroups))
     loads = (config.tokens * 32 / config.share + rows * 2 * weight.bits) / 38
     step = crowd * max(math.cbrt(tensor**3 + decode**3), loads)
     edge = 2500 + rows * config.tokens / 16 + (2500 + rows * config.tokens / 8 if config.split > 1 else 0)
@@ -266,11 +277,13 @@ def microseconds_of_tiles(weight: TileWeight, config: Config, tiles: int, nbytes
     return 2.5 + max((rounds * (8 * ceil_divide(C, config.split) * step + edge)) / 1.7e3, memory + edge / 1.7e3)
 
 
-def limbs(weight: TileWeight) -> float:
-    """How much work a code is to decode, 1 for 4 bits: limbs, or a look-up in a table."""
+def limbs(weight: TileWeight, warpgroups: int) -> float:
+    """How much work a code is to decode, 1 for 4 bits: limbs, or a look-up in a table, whose delay more warps hide better."""
     if weight.planes:
         return 2.0
-    if weight.floats or weight.bits == 3 or paired(weight):
+    if paired(weight):
+        return 1.0 if warpgroups > 2 else 1.5
+    if weight.floats or weight.bits == 3:
         return 1.0
     return 2.0 if weight.table is not None else max(1, weight.bits.bit_count()) if weight.bits != 8 else 2.5
 

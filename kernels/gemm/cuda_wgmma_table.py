@@ -2,8 +2,9 @@
 
 `wgmma_NAME.json` beside this module holds what was measured on NAME: for each weight the fastest configuration at some
 numbers of tokens, with its time. Other numbers of tokens use the next larger one; tables those of other groups too, since what
-decoding takes decides there. A weight that no table knows, or a number of tokens beyond it, is served by the cost model of
-`cuda_wgmma`: the cut of other groups can be half as fast, where two blocks share a multiprocessor.
+decoding takes decides there, and what has no entries of its own but no table those of integers in as large groups. A weight
+that no entry suits, or a number of tokens beyond them, is served by the cost model of `cuda_wgmma`: the cut of other groups can
+be half as fast, where two blocks share a multiprocessor.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
     An entry with `rows` and `rest` serves that many rows with `config` and the others with `rest`.
     """
     tokens = next((size for size in TOKEN_CLASSES if size >= M), TOKEN_CLASSES[-1])
-    own = f"{weight.bits}/g{weight.group_size}/{weight.N}x{weight.K}"
-    like = places(weight)[:-1] if weight.table is not None or weight.planes else ()
-    known = [table(name).get(place, {}) for place in (*like, own)]
+    integers = f"{weight.bits}/g{weight.group_size}/{weight.N}x{weight.K}"
+    own = places(weight)[:-1] if weight.table is not None or weight.planes else places(weight)[:1]
+    known = [table(name).get(place, {}) for place in (*own, integers)]
     entry = next((entries[str(tokens)] for entries in known if str(tokens) in entries), None)
     if entry is None:
         return []

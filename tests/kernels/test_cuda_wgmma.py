@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,13 +67,13 @@ def test_chooses_a_cut_that_fits_for_any_weight(N: int, K: int, bits: int, group
 
 def test_every_measured_configuration_fits() -> None:
     entries = cuda_wgmma_table.table("NVIDIA H100 80GB HBM3")
-    assert len(entries) == 30
+    assert len(entries) == 48
     for key, by_tokens in entries.items():
         kind, group, shape = key.split("/")
         N, K = (int(size) for size in shape.split("x"))
-        tables = {"4": None, "4t": 1, "4r": N, "4p": 2}[kind]
-        pick = torch.uint8 if kind == "4p" else None
-        weight = meta_weight(N, K, 4, int(group[1:]), table=tables, pick=pick)
+        tables = {"4": None, "4t": 1, "4r": N, "4p": 2, "4f": None}[kind]
+        pick, scale = torch.uint8 if kind == "4p" else None, torch.uint8 if kind == "4f" else torch.bfloat16
+        weight = replace(meta_weight(N, K, 4, int(group[1:]), table=tables, pick=pick, scale=scale), floats=int(kind == "4f"))
         assert key == cuda_table.places(weight)[0]
         for tokens, entry in by_tokens.items():
             assert fits(weight, Config(**entry["config"])), (key, tokens)
@@ -214,5 +215,14 @@ def test_every_cut_compiles_without_spills() -> None:
     every = {(config.tokens, config.warpgroups, config.blocks, config.resident): config for config in found}
     assert {cut[1:] for cut in every} == {cut[1:] for cut in CUTS}
     for config in every.values():
+        log = ptxas_log(defines(weight, config, torch.bfloat16))
+        assert " 0 bytes spill stores" in log and "C75" not in log, (config, log)
+
+
+@pytest.mark.parametrize("tables", [1, 1024])
+def test_cuts_of_tables_compile_without_spills(tables: int) -> None:
+    needs_compiler()
+    weight = meta_weight(1024, 1024, table=tables)
+    for config in (config for M in (20, 60) for config in cuda_wgmma.candidates(weight, M) if config.warpgroups == 4):
         log = ptxas_log(defines(weight, config, torch.bfloat16))
         assert " 0 bytes spill stores" in log and "C75" not in log, (config, log)
