@@ -44,10 +44,11 @@ INLINE void fetch_words(const Rows& rows, int tile, u32 (*words)[WORDS]) {
 extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) few_registers(const __grid_constant__ Arguments p) {
   const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, first_tile = blockIdx.x * ROW_TILES;
   const OutlierRoom outlier_place = outlier_room(p, shared + table_room(p.tables));
-  const int table_bytes = table_room(p.tables) + outlier_bytes(p);  // and of outliers
+  const int table_bytes = table_room(p.tables) + outlier_bytes(p) + kept_bytes(p);  // and of what stands beside the codes
   const int slot_bytes = p.M * TOKEN_BYTES + ROW_TILES * Side<1>::bytes;
   const u32 slots = shared_address(shared) + table_bytes + warp * 2 * slot_bytes, sides = p.M * TOKEN_BYTES;
   const Rows rows = rows_of(p, first_tile);
+  KeptColumns kept(p, shared_address(shared) + table_room(p.tables) + outlier_bytes(p), 0, warp);
   const float factor = factor_of(p);
   allow_next_kernel();
   if (OUTLIERS && threadIdx.x >= THREADS) return sum_outliers(p, outlier_place, threadIdx.x - THREADS, first_tile * 16, 0, 1);
@@ -58,10 +59,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
     fetch_side(p, slots + sides, first_tile, tile);
     if (tile + WARPS < p.k_tiles) fetch_side(p, slots + slot_bytes + sides, first_tile, tile + WARPS);
   }
+  if constexpr (KEPT) kept.copy(first_tile);
   fetch_tables_of_block(p.table, p.tables, shared, first_tile);
   if constexpr (TABLE) barrier_of(1, THREADS);
   wait_for_previous_kernel();
   if (tile < p.k_tiles) fetch_tokens(p, slots, tile);
+  if constexpr (KEPT) kept.begin();
   copies_commit();
   if (tile + WARPS < p.k_tiles) fetch_tokens(p, slots + slot_bytes, tile + WARPS);
   copies_commit();
@@ -88,6 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
     copies_commit();
     UNROLL for (int r = 0; r < ROW_TILES; r++) UNROLL for (int w = 0; w < WORDS; w++) words[r][w] = next[r][w];
   }
+  if constexpr (KEPT) copies_wait<0>(), kept.add(first_tile, acc);
   barrier_of(OUTLIERS ? 2 : 1, THREADS + OUTLIER_THREADS);
   float* partials = (float*)(shared + table_bytes);
   store_partials(partials, p, 0, warp, acc);

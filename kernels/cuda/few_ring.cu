@@ -57,6 +57,7 @@ struct Room {
   u32 full, empty, bell;  // barriers: a stage is filled, a stage is read, all of a cluster's sums are here
   u8 *tables, *inbox, *ring;
   OutlierRoom outliers;
+  u32 kept;
   u32 x, x_stride;  // x_stride: bytes from token to token where x is resident
   float* partials;
 };
@@ -66,7 +67,8 @@ INLINE Room room_of(const Arguments& p, bool single) {
   r.tables = shared + 256;
   u8* beside = shared + 256 + ((table_room(p.tables) + 127) & ~127);
   r.outliers = outlier_room(p, beside);
-  r.inbox = beside + outlier_bytes(p);
+  r.kept = shared_address(beside) + outlier_bytes(p);
+  r.inbox = beside + ((outlier_bytes(p) + kept_bytes(p) + 127) & ~127);
 #if CLUSTER > 1
   r.ring = r.inbox + inbox_bytes(p);
 #else
@@ -197,17 +199,20 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
     if (next_tile - slice >= share.end_tile) next_tile = share.first_tile + slice;
   };
   if (X_BY_WARPS) wait_for_previous_kernel(), fetch_own(), fetch_own();
+  KeptColumns kept(p, room.kept, row_warp, share.first_tile ? p.kept_steps : slice);  // by a cluster's first block
   Slot slot;
   int turn = 0;
   for (int block = 0; block < share.row_blocks; block++) {
     float acc[ROW_TILES][TOKEN_TILES][4] = {};
     const int first_row_tile = (share.row_start + block * share.row_step) * BLOCK_TILES;
     renew_tables(p, share, room, block, first_row_tile);
+    if constexpr (KEPT) kept.copy(first_row_tile + row_warp * ROW_TILES), copies_commit();
     for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {
       const int tile = share.first_tile + stage * K_WARPS + slice;
       const u8* place = room.ring + slot.index * STAGE_BYTES;
       if (X_BY_WARPS) copies_wait<1>(), __syncwarp();
       mbarrier_wait(room.full + 8 * slot.index, slot.round);
+      if (KEPT && turn == 0) wait_for_previous_kernel(), kept.begin();
       if (tile < share.end_tile) {
         Tokens x;
         if constexpr (X_RESIDENT)
@@ -233,6 +238,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
       if (X_SHARE > 1 && share.readers > 1 && lane < X_SHARE) mbarrier_arrive_at(room.empty + 8 * slot.index, lane);
       if (X_BY_WARPS) fetch_own();
     }
+    if constexpr (KEPT) copies_wait<0>(), kept.add(first_row_tile + row_warp * ROW_TILES, acc);
     barrier_of(OUTLIERS ? 2 : 1, THREADS + OUTLIER_THREADS);  // all have read the ring, and used the last partial sums
     store_partials(room.partials, p, row_warp, slice, acc);
     barrier_of(1, THREADS);

@@ -22,6 +22,10 @@
 #include "decode.cuh"
 #include "outliers.cuh"
 
+#ifndef KEPT
+#define KEPT 0
+#endif
+
 constexpr int BLOCK_TILES = ROW_WARPS * ROW_TILES;
 constexpr int BLOCK_ROWS = BLOCK_TILES * 16;
 constexpr int WARPS = ROW_WARPS * K_WARPS;
@@ -69,7 +73,9 @@ struct Arguments {
   u16* y;            // [M][N]
   const int* outlier_start;  // [N + 1], and the outliers themselves: see outliers.cuh
   const u32* outlier;
-  int M, N, x_stride, x_columns, row_tiles, k_tiles, groups, tables, stages;
+  const uint4* kept;  // [row tiles][kept_steps][32 lanes], and the inputs of these columns, [M][16 * kept_steps]: see few_kept.cuh
+  const u16* chosen;
+  int M, N, x_stride, x_columns, row_tiles, k_tiles, groups, tables, stages, kept_steps;
 };
 
 // ---- What lies beside the codes --------------------------------------------------------------------------------------
@@ -286,6 +292,8 @@ INLINE void sum_outliers(const Arguments& p, const OutlierRoom& room, int thread
     barrier_of(2, THREADS + OUTLIER_THREADS);
   }
 }
+
+#include "few_kept.cuh"
 
 // ---- The end of a row block ------------------------------------------------------------------------------------------
 // Each warp's sums to shared memory as [slice][token][row]; then every output is added up over the slices, in order.

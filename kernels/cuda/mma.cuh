@@ -11,11 +11,7 @@
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
-#if INT8
-#define IN_REGISTER "+r"
-#else
-#define IN_REGISTER "+f"
-#endif
+// IN_REGISTER: how d is named to the instruction, "+r" for integers and "+f" for floats.
 #define ACC4(i) IN_REGISTER(d[i]), IN_REGISTER(d[i + 1]), IN_REGISTER(d[i + 2]), IN_REGISTER(d[i + 3])
 #define ACC8(i) ACC4(i), ACC4(i + 4)
 
@@ -62,8 +58,15 @@
 #define TEXT(number) TEXT_(number)
 
 // Asynchronous: a, b and d belong to the tensor cores until a wait says otherwise.
-FN void mma(Sum (&d)[ACCUMULATORS], u32 (&a)[4], u64 b, int add) {
-    if constexpr (INT8) MMA("k32.s32.s8.s8", "");
-    else if constexpr (ACTIVATION == BF16) MMA("k16.f32.bf16.bf16", ", 1, 1, 0");
+#if INT8
+#define IN_REGISTER "+r"
+FN void mma(int (&d)[ACCUMULATORS], u32 (&a)[4], u64 b, int add) { MMA("k32.s32.s8.s8", ""); }
+// Products of 16-bit numbers, added to floats in the registers of the integers that they were: a second array would not share them.
+FN void mma_floats(int (&d)[ACCUMULATORS], u32 (&a)[4], u64 b, int add) {
+#else
+#define IN_REGISTER "+f"
+FN void mma(float (&d)[ACCUMULATORS], u32 (&a)[4], u64 b, int add) {
+#endif
+    if constexpr (ACTIVATION == BF16) MMA("k16.f32.bf16.bf16", ", 1, 1, 0");
     else MMA("k16.f32.f16.f16", ", 1, 1, 0");
 }

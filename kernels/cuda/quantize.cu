@@ -44,11 +44,16 @@ UNROLL
     for (int i = 0; i < 8; i++) v.words[i] &= ~((mask >> 2 * i & 1) * 0xFFFFu | (mask >> (2 * i + 1) & 1) * 0xFFFF0000u);
     return v;
 }
+// A thread's first kept column, asked for with the others.
+struct Kept {
+    int index = 0;
+    u16 number = 0;
+};
 // What the kept columns are, where it is wanted; when the codes of the token are written.
-INLINE void write_kept(const Arguments& p, const u16* row) {
+INLINE void write_kept(const Arguments& p, const u16* row, const Kept& first) {
     if (OUTPUT == 2) __syncthreads();
     for (int c = threadIdx.x; c < p.kept_columns; c += THREADS) {
-        const u16 number = c < p.kept ? row[p.index[c]] : 0;
+        const u16 number = c == threadIdx.x ? first.number : c < p.kept ? row[p.index[c]] : 0;
         if (p.chosen) p.chosen[(size_t)blockIdx.x * p.kept_columns + c] = number;
         if (OUTPUT == 2 && c < p.kept) ((u16*)p.codes)[(size_t)blockIdx.x * p.columns + p.index[c]] = number;
     }
@@ -152,8 +157,12 @@ INLINE Sixteen made(const Arguments& p, int column, const Making& make, const Si
 
 extern "C" __global__ void __launch_bounds__(THREADS, SEATS < 16 ? SEATS : 16) quantize_tokens(const __grid_constant__ Arguments p) {
     allow_next_kernel();
+    Kept kept;
+    const bool keeps = KEPT && threadIdx.x < p.kept;
+    if (keeps) kept.index = p.index[threadIdx.x];
     wait_for_previous_kernel();
     const u16* row = p.x + (size_t)blockIdx.x * p.x_stride;
+    if (keeps) kept.number = row[kept.index];
     const int first = 16 * threadIdx.x;
     Sixteen held[CHUNKS];
 UNROLL
@@ -174,5 +183,5 @@ UNROLL
         if (first + c * STEP < p.columns) write16(p.codes, at + first + c * STEP, held[c], by);
     for REST(p.columns)
         write16(p.codes, at + column, made(p, column, make, read16(row, column, p.K)), by);
-    if constexpr (KEPT) write_kept(p, row);
+    if constexpr (KEPT) write_kept(p, row, kept);
 }

@@ -24,13 +24,13 @@
 
 #include "fragment.cuh"
 #include "wgmma_work.cuh"
-#include "kept_columns.cuh"
 #include "tile_outliers.cuh"
 #include "wgmma_streams.cuh"
 #if INT8
 #include "fragment8.cuh"
 #endif
 #include "mma.cuh"
+#include "kept_columns.cuh"
 
 // ---- consumers -----------------------------------------------------------------------------------------------------------
 
@@ -259,20 +259,45 @@ struct Consumer {
 
     // What a sum of the lane's row h and of token `t` comes to.
     FN float result(Sum sum, int t, float factor, float bias) const {
+        return KEPT ? __int_as_float((int)sum) : scaled(sum, t, factor, bias);
+    }
+    FN float scaled(Sum sum, int t, float factor, float bias) const {
         if (INT8) factor *= t < at.end ? p.token_scale[t] : 0.0f;
         return fmaf((float)sum, factor, bias);
     }
 
+#if KEPT
+    // The sums become floats in their places, bias and kept columns included.
+    FN void add_kept(Sum (&acc)[BLOCKS][TOKENS / 2]) {
+        int tile[BLOCKS];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) tile[b] = min(at.row_tile + row_tile(b), p.row_tiles - 1);
+        KeptColumns kept;
+        kept.fetch(p, tile, 0, lane);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            float factor[2], bias[2];
+            row_numbers(b, factor, bias);
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; i++)
+                acc[b][i] = __float_as_int(
+                    scaled(acc[b][i], at.token + i / 4 * 8 + 2 * (lane % 4) + i % 2, factor[i / 2 % 2], bias[i / 2 % 2]));
+        }
+        for (int step = 0; step < p.kept_steps; step += KeptColumns::STAGE, x.advance()) {
+            if (step > 0) kept.fetch(p, tile, step, lane);
+            kept.multiply(acc, wait_x());
+            release_x(x.slot);
+        }
+    }
+#endif
+
     // 16 tokens' sums (two fragments of 8 tokens), the first of token `first`, to place `slot` of the warp's staging area.
     FN void stage(const Sum* v, int block, int slot, int first, const float (&factor)[2], const float (&bias)[2]) const {
         u32 pairs[4];
-        float kept[8] = {};
-        if constexpr (KEPT) kept_product(kept, p, min(at.row_tile + row_tile(block), p.row_tiles - 1), first, at.end - 1, lane);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int t = first + 8 * (i / 2) + 2 * (lane % 4);
-            pairs[i] = pair_of(result(v[2 * i], t, factor[i % 2], bias[i % 2] + kept[2 * i]),
-                               result(v[2 * i + 1], t + 1, factor[i % 2], bias[i % 2] + kept[2 * i + 1]));
+            pairs[i] = pair_of(result(v[2 * i], t, factor[i % 2], bias[i % 2]), result(v[2 * i + 1], t + 1, factor[i % 2], bias[i % 2]));
         }
         const int t = 16 * slot + 8 * (lane / 16) + lane % 8, h = lane / 8 % 2;
         store_transposed(shared_address(memory + AT_OUT) + warp * OUT_WARP + t * 32 + 16 * (h ^ (t / 4 % 2)), pairs);
@@ -362,6 +387,9 @@ FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, 
         self.at = work.tile(index);
         if constexpr (INTERLEAVED || PARTS == 1) self.multiply_ahead(acc);
         else self.multiply(acc);
+#if KEPT
+        self.add_kept(acc);
+#endif
         if constexpr (SPLIT > 1) self.store_split(acc);
         else self.store(acc);
     }

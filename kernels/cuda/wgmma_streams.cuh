@@ -21,22 +21,34 @@ FN void stream_weights(const Arguments& p, const Barriers& barriers, const Work&
     }
 }
 
+// One box of `map` into an x stage, by all blocks that share it.
+FN void copy_tokens(const TensorMap* map, const Work& work, const Tile& tile, u32 stage, int column, u32 full) {
+    const u32 to = stage + work.share * (X_BOX / SHARE);
+    const int row = tile.token + work.share * (TOKENS / SHARE);
+    if constexpr (SHARE == 1) copy_box(to, map, column, row, full);
+    else copy_box_multicast(to, map, column, row, full, (u16)(((1 << SHARE) - 1) << (work.split * SHARE)));
+}
+
 FN void stream_activations(const Arguments& p, const Barriers& barriers, const Work& work) {
     if (!EXPERTS) wait_for_previous_kernel();
     Ring<X_STAGES> ring;
+    auto next_stage = [&](u32 bytes) {
+        barrier_wait(barriers.x_empty(ring.slot), ring.phase ^ 1);
+        barrier_expect(barriers.x_full(ring.slot), bytes);
+        return shared_address(memory) + ring.slot * X_STAGE;
+    };
     for (int index = work.cluster; index < work.count(); index += work.clusters) {
         const Tile tile = work.tile(index);
         for (int k = STEPS * work.k_first; k < STEPS * work.k_last; k += X_STEPS, ring.advance()) {
-            const u32 full = barriers.x_full(ring.slot), stage = shared_address(memory) + ring.slot * X_STAGE;
-            barrier_wait(barriers.x_empty(ring.slot), ring.phase ^ 1);
-            barrier_expect(full, X_STAGE);
+            const u32 stage = next_stage(X_STAGE);
 #pragma unroll
-            for (int box = 0; box < X_STEPS / 4; box++) {
-                const u32 to = stage + box * X_BOX + work.share * (X_BOX / SHARE);
-                const int column = STEP * (k + 4 * box), row = tile.token + work.share * (TOKENS / SHARE);
-                if constexpr (SHARE == 1) copy_box(to, &p.x, column, row, full);
-                else copy_box_multicast(to, &p.x, column, row, full, (u16)(((1 << SHARE) - 1) << (work.split * SHARE)));
-            }
+            for (int box = 0; box < X_STEPS / 4; box++)
+                copy_tokens(&p.x, work, tile, stage + box * X_BOX, STEP * (k + 4 * box), barriers.x_full(ring.slot));
         }
+        if constexpr (KEPT)
+            for (int step = 0; step < p.kept_steps; step += 4, ring.advance()) {
+                const u32 stage = next_stage(X_BOX);
+                copy_tokens(&p.chosen, work, tile, stage, 16 * step, barriers.x_full(ring.slot));
+            }
     }
 }

@@ -65,6 +65,7 @@ struct alignas(64) Arguments {
     TensorMap codes;   // [row tiles, k tiles * TILE_BYTES] in boxes of ROW_TILES x W_TILES * TILE_BYTES
     TensorMap scales;  // [row tiles, groups * 16] in boxes of ROW_TILES x WINDOW * 16
     TensorMap zeros;   // likewise; or the numbers of the groups' tables
+    TensorMap chosen;  // KEPT: the inputs of kept columns, exact, [M, 16 * kept_steps] in boxes of TOKENS / SHARE x 64, swizzled
     const u8 *scale, *zero;
     const u16* table;  // [TABLES, 2^BITS] in the activations' type; TABLES = rows, padded to tiles, where each has its own
     const float* factor;  // of all scales, or null; with EXPERTS one for each, as bias [experts][N]
@@ -74,8 +75,7 @@ struct alignas(64) Arguments {
     const int4* runs;  // EXPERTS: {count}, then for each run of tokens {expert, first, end, runs of this expert}
     const int* outlier_start;  // [row tiles * k tiles + 1], and the outliers themselves: see tile_outliers.cuh
     const u32* outlier;
-    const uint4* kept;  // KEPT: weights of kept columns as fragments, [row tiles][kept_steps][32 lanes], and their inputs, exact,
-    const u16* chosen;  // [M][16 * kept_steps]
+    const uint4* kept;  // KEPT: weights of kept columns as fragments, [row tiles][kept_steps][32 lanes]
     int M, N, y_stride, row_tiles, k_tiles, token_span, kept_steps;  // N: rows of this launch; row_tiles: of one expert
 };
 

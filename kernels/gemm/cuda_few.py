@@ -40,10 +40,10 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table", "pick", "factor", "x", "bias", "y")),
-        *((name, ctypes.c_void_p) for name in ("outlier_start", "outlier")),
+        *((name, ctypes.c_void_p) for name in ("outlier_start", "outlier", "kept", "chosen")),
         *(
             (name, ctypes.c_int)
-            for name in ("M", "N", "x_stride", "x_columns", "row_tiles", "k_tiles", "groups", "tables", "stages")
+            for name in ("M", "N", "x_stride", "x_columns", "row_tiles", "k_tiles", "groups", "tables", "stages", "kept_steps")
         ),
     ]
 
@@ -116,6 +116,7 @@ def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> d
         "TRADE": int(trades(config, M)),
         "WHOLE": int(weight.K % 128 == 0),
         "OUTLIERS": outlier_tokens(weight, M),
+        "KEPT": int(weight.kept is not None),
     }
 
 
@@ -124,10 +125,12 @@ def outlier_tokens(weight: TileWeight, M: int) -> int:
     return 0 if weight.outliers is None else next(most for most in (1, 2, OUTLIER_TOKENS) if most >= M)
 
 
-def outlier_bytes(weight: TileWeight, config: Config, M: int) -> int:
-    """Shared memory for outliers: all of x, and the sums of two row blocks."""
+def beside_bytes(weight: TileWeight, config: Config, M: int) -> int:
+    """Shared memory for outliers: all of x, and the sums of two row blocks; and for a step of kept columns for each warp."""
     tokens, columns = outlier_tokens(weight, M), weight.codes.shape[1] * 128
-    return ceil_divide(tokens * columns * 2, 128) * 128 + 2 * tokens * config.block_tiles * 16 * 4
+    outliers = ceil_divide(tokens * columns * 2, 128) * 128 + 2 * tokens * config.block_tiles * 16 * 4
+    steps = 0 if weight.kept is None else min(weight.kept.shape[1], config.k_warps)
+    return ceil_divide(outliers + config.block_tiles * steps * 512, 128) * 128
 
 
 def trades(config: Config, M: int) -> bool:
@@ -150,7 +153,7 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     tables = table_room(weight, config.block_tiles) + made_room(weight, config.block_tiles * config.k_warps)
     if not config.ring:
         slots = config.warps * 2 * (M * 272 + config.row_tiles * side_bytes(weight, 128))
-        return (tables + 15) // 16 * 16 + outlier_bytes(weight, config, M) + max(slots, partials)
+        return (tables + 15) // 16 * 16 + beside_bytes(weight, config, M) + max(slots, partials)
     tables = (tables + 127) // 128 * 128
     stage = config.block_tiles * (config.k_warps * 256 * weight.bits + side_bytes(weight, config.k_warps * 128))
     stage = (stage + 127) // 128 * 128
@@ -164,7 +167,7 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
         ring += config.warps * 2 * M * 272
     inbox = (M * rows * 4 + 127) // 128 * 128 if config.cluster > 1 else 0
     single = grid // config.cluster >= ceil_divide(weight.codes.shape[0], config.block_tiles)
-    return 256 + tables + outlier_bytes(weight, config, M) + inbox + (max(ring, partials) if single else ring + partials)
+    return 256 + tables + beside_bytes(weight, config, M) + inbox + (max(ring, partials) if single else ring + partials)
 
 
 def grid_of(weight: TileWeight, config: Config, multiprocessors: int) -> int:
@@ -287,6 +290,8 @@ class Plan:
             factor=None if weight.factor is None else weight.factor.data_ptr(),
             outlier_start=None if weight.outliers is None else weight.outliers.start_N1.data_ptr(),
             outlier=None if weight.outliers is None else weight.outliers.by_row_E.data_ptr(),
+            kept=None if weight.kept is None else weight.kept.data_ptr(),
+            kept_steps=0 if weight.kept is None else weight.kept.shape[1],
             M=M,
             N=weight.N,
             x_stride=self._columns,
@@ -306,8 +311,8 @@ class Plan:
         self._first: Launch | None = Launch(self.function, self._arguments, **options)
         self._launch = Launch(self.function, self._arguments, early=(facts.major, facts.minor) >= (9, 0), **options)
 
-    def __call__(self, x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
-        """Queues the kernel; `x_MK` is padded or copied where the loads need it."""
+    def __call__(self, x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor, chosen_MC: Tensor | None = None) -> None:
+        """Queues the kernel; `x_MK` is padded or copied where the loads need it. chosen_MC: inputs of kept columns."""
         if self._pad or x_MK.data_ptr() % 16 or not x_MK.is_contiguous():
             x_MK = torch.nn.functional.pad(x_MK, (0, self._pad)).contiguous()
             x_MK = x_MK.clone() if x_MK.data_ptr() % 16 else x_MK
@@ -319,6 +324,7 @@ class Plan:
             arguments.x = x_MK.data_ptr()
             arguments.bias = None if bias_N is None else bias_N.data_ptr()
             arguments.y = y_MN.data_ptr()
+            arguments.chosen = None if chosen_MC is None else chosen_MC.data_ptr()
             launch, self._first = self._first or self._launch, None
             launch(stream)
 

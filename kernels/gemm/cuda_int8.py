@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.beside.ref import Beside
-from aerogel.kernels.gemm import cuda, cuda_wgmma
+from aerogel.kernels.gemm import cuda, cuda_few, cuda_wgmma
 from aerogel.kernels.gemm.cuda_kept import KEPT, KeptOperand
 from aerogel.kernels.gemm.cuda_made import Made
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
+from aerogel.kernels.gemm.cuda_table import config_for
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, per_kind, tensors_of
 from aerogel.kernels.gemm.cuda_wgmma import Config, ceil_divide, deepest
 from aerogel.kernels.problem import Kernel, Layout, Problem
@@ -144,6 +145,7 @@ def many_tokens(
 
 
 _plans: dict[tuple[object, ...], Runner | None] = {}
+_few_plans: dict[tuple[object, ...], cuda_few.Plan] = {}
 
 
 def tiles_linear_int8(
@@ -185,9 +187,27 @@ def tiles_linear_int8(
         if operand is None:
             rounded = rounding(x, fixed)[0][:, :K].contiguous()
             return cuda.tiles_linear(rounded, codes, scale, zero, None, None, bias, group_size, N)
+        whole = group_size or tiles.COLUMNS * codes.shape[1]
+        if M <= cuda_few.TOKENS:
+            if key not in _few_plans:
+                held = TileWeight(
+                    codes=codes,
+                    scale=scale,
+                    zero=zero,
+                    table=None,
+                    pick=None,
+                    group_size=whole,
+                    N=N,
+                    K=K,
+                    kept=operand.fragments,
+                )
+                held.check()
+                _few_plans[key] = cuda_few.Plan(held, config_for(held, M), M, y.dtype)
+            chosen = y.new_empty(M, operand.columns.columns)
+            _few_plans[key](rounding(x, fixed, operand.columns, chosen)[0][:, :K].contiguous(), bias, y, chosen)
+            return y
         # The numbers of kept columns stay what they are, so their weights can be added as outliers are.
         rounded, outliers = rounding(x, fixed, operand.columns)[0][:, :K].contiguous(), operand.outliers.tensors()
-        whole = group_size or tiles.COLUMNS * codes.shape[1]
         return cuda.tiles_linear(rounded, codes, scale, zero, None, None, bias, whole, N, outliers=outliers)
 
 

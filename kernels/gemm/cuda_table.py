@@ -106,7 +106,9 @@ def as_roomy(weight: TileWeight, config: Config, measured: Config, M: int, multi
     A weight with more beside its codes may need a shallower ring for that, which costs less than the room."""
     R = weight.codes.shape[0]
     scale = torch.empty(R, ceil_divide(weight.K, 128), 16, dtype=torch.bfloat16, device="meta")
-    plain = replace(weight, scale=scale, zero=None, table=None, pick=None, factor=None, outliers=None, group_size=128)
+    plain = replace(
+        weight, scale=scale, zero=None, table=None, pick=None, factor=None, outliers=None, kept=None, group_size=128
+    )
 
     def room(held: TileWeight, cut: Config) -> int:
         return shared_bytes(held, cut, M, grid_of(held, cut, multiprocessors)) * cut.blocks

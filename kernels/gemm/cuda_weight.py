@@ -61,6 +61,7 @@ class TileWeight:
     floats: the codes are floats (`small_floats.KINDS`) with so many bits of mantissa; 0 where they are none.
     factor: fp32 scalar that multiplies every scale, for scales of bytes; None for 1.
     outliers: weights that are added to what the codes say; None for none.
+    kept: weights of columns beside the codes as fragments (`cuda_kept`), which have their own inputs; None for none.
     """
 
     codes: Tensor
@@ -74,6 +75,7 @@ class TileWeight:
     floats: int = 0
     factor: Tensor | None = None
     outliers: TileOutliers | None = None
+    kept: Tensor | None = None
 
     @property
     def bits(self) -> int:
@@ -107,7 +109,7 @@ class TileWeight:
         """All that a choice of kernels may depend on: shapes and types, not where the tensors lie."""
         held = (self.codes, self.scale, self.zero, self.table, self.pick)
         facts = (None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in held)
-        return (self.N, self.K, self.group_size, self.floats, self.outliers is not None, *facts)
+        return (self.N, self.K, self.group_size, self.floats, self.outliers is not None, self.kept is not None, *facts)
 
     def check(self) -> None:
         """Raises `BadInput` where shapes or dtypes contradict each other."""
@@ -126,6 +128,7 @@ class TileWeight:
             # Their sums are not scaled: scales stand in the loop, none at its end.
             "outliers": self.outliers is None
             or (self.group_size > 0 and self.scale.dtype not in BYTES and self.outliers.start_T1.numel() == R * C + 1),
+            "kept": self.kept is None or (self.group_size > 0 and self.scale.dtype not in BYTES and self.kept.shape[0] == R),
             "factor": self.factor is None or (self.factor.dtype == torch.float32 and self.factor.numel() == 1),
         }
         if self.planes:

@@ -33,11 +33,11 @@ class Arguments(ctypes.Structure):
     """`Arguments` of wgmma.cu, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_uint64 * 16) for name in ("x_map", "codes_map", "scales_map", "zeros_map")),
+        *((name, ctypes.c_uint64 * 16) for name in ("x_map", "codes_map", "scales_map", "zeros_map", "chosen_map")),
         *((name, ctypes.c_void_p) for name in ("scale", "zero", "table", "factor", "bias", "y", "row_scale", "token_scale")),
-        *((name, ctypes.c_void_p) for name in ("runs", "outlier_start", "outlier", "kept", "chosen")),
+        *((name, ctypes.c_void_p) for name in ("runs", "outlier_start", "outlier", "kept")),
         *((name, ctypes.c_int) for name in ("M", "N", "y_stride", "row_tiles", "k_tiles", "token_span", "kept_steps")),
-        ("padding", ctypes.c_uint64 * 7),  # the source's struct is aligned to 64 bytes
+        ("padding", ctypes.c_int),  # the source's struct is aligned to 64 bytes
     ]
 
 
@@ -106,10 +106,11 @@ class Plan:
         macros = defines(weight, config, dtype) | {"INT8": int(row_scale is not None), "EXPERTS": int(runs is not None)}
         macros["KEPT"] = int(kept is not None)
         self.function = function(SOURCE, KERNEL, macros, device)
-        self._element = str(dtype).removeprefix("torch.") if row_scale is None else "uint8"
+        self._sixteen = str(dtype).removeprefix("torch.")
+        self._element = self._sixteen if row_scale is None else "uint8"
         self._weight, self._dtype, self._device, self._lock = weight, dtype, device.index, threading.Lock()
         self._table = None if weight.table is None else weight.table.to(dtype).contiguous()  # kept alive with the plan
-        self._maps: dict[int, bytes] = {}
+        self._maps: dict[tuple[int, str], bytes] = {}
         R, C = ceil_divide(weight.N, 16), weight.codes.shape[1]
         beside = weight.zero if weight.zero is not None else weight.pick
         self._arguments: Any = Arguments(
@@ -161,25 +162,26 @@ class Plan:
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         with self._lock:
             arguments = self._arguments
-            self._place("x_map", self._map_of(x_MK))
+            self._place("x_map", self._map_of(x_MK, self._element))
+            if chosen is not None:
+                self._place("chosen_map", self._map_of(chosen, self._sixteen))
             arguments.bias = None if bias_N is None else bias_N.data_ptr()
             arguments.y = y_MN.data_ptr()
             arguments.token_scale = None if token_scale_M is None else token_scale_M.data_ptr()
-            arguments.chosen = None if chosen is None else chosen.data_ptr()
             arguments.runs = None if runs is None else runs.data_ptr()
             launch, self._first = self._first or self._launch, None
             launch(stream)
 
-    def _map_of(self, x_MK: Tensor) -> bytes:
+    def _map_of(self, x_MK: Tensor, element: str) -> bytes:
         address = x_MK.data_ptr()
-        found = self._maps.get(address)
+        found = self._maps.get((address, element))
         if found is None:
             if len(self._maps) >= MOST_MAPS:
                 self._maps.clear()
             M, columns = x_MK.shape
             found = Matrix(
                 address=address,
-                element=self._element,
+                element=element,
                 rows=M,
                 columns=columns,
                 row_bytes=x_MK.element_size() * columns,
@@ -187,7 +189,7 @@ class Plan:
                 box_columns=128 // x_MK.element_size(),
                 swizzle=128,
             ).encode()
-            self._maps[address] = found
+            self._maps[address, element] = found
         return found
 
     def _place(self, name: str, encoded: bytes) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.cuda import nvrtc, sources
+from aerogel.kernels.gemm.cuda_few import Config, Plan
 from aerogel.kernels.gemm.cuda_int8 import CUTS, cut
 from aerogel.kernels.gemm.cuda_kept import KEPT, KeptColumns, fragments_of
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
@@ -110,7 +111,7 @@ def test_a_layer_on_a_gpu(grid: IntGrid, dtype: torch.dtype) -> None:
         kept = torch.randperm(K, generator=torch.Generator().manual_seed(2))[:19].sort().values
         layer = layer_of(grid, N, K, dtype, kept, bias)
         assert layer.kernel_name == "cuda-int8" and layer._laid is not None and set(KEPT) <= set(layer._laid)
-        for M in (1, 3, 5, 40, 97, 300, 2048):
+        for M in (1, 3, 13, 16, 40, 97, 300, 2048):
             x_MK = torch.randn(M, K, generator=torch.Generator("cuda").manual_seed(M), device="cuda")
             x_MK[:, kept.cuda()] *= 50
             x_MK = x_MK.to(dtype)
@@ -120,6 +121,42 @@ def test_a_layer_on_a_gpu(grid: IntGrid, dtype: torch.dtype) -> None:
             error = float((found.double() - wanted).norm())
             assert error <= 4e-3 * float(wanted.norm()) + 1.2e-2 * float(quiet.norm()), (M, error)
             assert all(torch.equal(layer(x_MK), found) for _ in range(3)), M
+
+
+@pytest.mark.gpu
+def test_every_cut_for_few_tokens() -> None:
+    """Fewer and more warps along K than there are steps of kept columns, blocks that split K, blocks that share x."""
+    N, K, grid = 400, 1192, GRIDS[2]
+    codes = weight_of(grid, N, K)
+    layout = {name: tensor.cuda() for name, tensor in tensors_of(codes).items()}
+    kept_NC = torch.randn(N, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = TileWeight(
+        codes=layout["tile_codes"], scale=layout["tile_scale"], zero=None, table=None, pick=None, group_size=128, N=N, K=K,
+        kept=fragments_of(kept_NC).cuda(),
+    )  # fmt: skip
+    weight.check()
+    w_NK = codes.decode(torch.float64)
+    for M in (1, 8, 16):
+        random = torch.Generator().manual_seed(M)
+        x_MK, x_MC = (torch.randn(M, columns, generator=random).bfloat16() for columns in (K, 48))
+        wanted_MN = x_MK.double() @ w_NK.T + x_MC[:, :40].double() @ kept_NC.double().T
+        for ring, row_tiles, row_warps, k_warps, resident, cluster, share in (
+            (True, 1, 1, 2, True, 1, 1),
+            (True, 2, 2, 4, False, 1, 1),
+            (True, 1, 1, 4, True, 2, 1),
+            (True, 2, 1, 4, False, 1, 2),
+            (False, 1, 1, 1, False, 1, 1),
+            (False, 2, 1, 16, False, 1, 1),
+        ):
+            config = Config(
+                ring=ring, row_tiles=row_tiles, row_warps=row_warps, k_warps=k_warps, x_resident=resident, cluster=cluster,
+                share=share, stages=2,
+            )  # fmt: skip
+            y_MN = torch.full((M, N), float("nan"), device="cuda", dtype=torch.bfloat16)
+            plan = Plan(weight, config, M, torch.bfloat16)
+            plan(x_MK.cuda(), None, y_MN, x_MC.cuda())
+            error = float((y_MN.double().cpu() - wanted_MN).norm() / wanted_MN.norm())
+            assert error <= 3e-3, (M, config, error)
 
 
 @pytest.mark.gpu
