@@ -259,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
   const int warp = threadIdx.x >> 5;
   if ((threadIdx.x & 31) == 0) {
 #pragma unroll 1
-    for (int i = warp; i < p.stages; i += ALL_WARPS)
+    for (int i = warp; i < p.stages; i += ALL_WARPS + OUTLIER_WARPS)
       mbarrier_init(room.full + 8 * i, 1), mbarrier_init(room.empty + 8 * i, WARPS * share.readers);
 #if CLUSTER > 1
     if (warp == 0) mbarrier_init(room.bell, 1), mbarrier_expect(room.bell, p.M * BLOCK_ROWS * 4);

@@ -2,9 +2,9 @@
 
     y_MN = x8 @ w8.T * scales + x_MC @ kept_NC.T
 
-The kernel that rounds x leaves the kept columns out of a token's scale and gives them the code 0. For few tokens they stay as
-they are in the rounded x, and their weights are added as outliers are; for many it writes them side by side, and the integer
-matmul adds their product at its end, 16 columns a step.
+The kernel that rounds x leaves the kept columns out of a token's scale and gives them the code 0; their inputs it writes side by
+side. For up to 16 tokens and for many the matmul adds their product at its end, 16 columns a step (`few_kept.cuh`,
+`kept_columns.cuh`). Between, they also stay as they are in the rounded x, and their weights are added as outliers are.
 
 Shape legend: M tokens, N out features, K in features, C kept columns, R row tiles.
 """
@@ -51,8 +51,8 @@ class KeptColumns:
 class KeptOperand:
     """Columns kept beside the codes, whose codes are 0.
 
-    columns: which. fragments: their weights for many tokens, [R, steps of 16 columns, 32 lanes, 8] in the activations' type.
-    outliers: the same for few tokens.
+    columns: which. fragments: their weights, [R, steps of 16 columns, 32 lanes, 8] in the activations' type. outliers: the
+    same for numbers of tokens where they are added as such.
     """
 
     columns: KeptColumns
