@@ -40,4 +40,28 @@ struct KeptColumns {
         mma_wait<0>();
     }
 };
+
+// The sums become floats in their places, bias and kept columns included. `of`: the `Consumer` of wgmma.cu.
+template <typename Consumer> FN void add_kept(Consumer& of, int (&acc)[BLOCKS][TOKENS / 2]) {
+    int tile[BLOCKS];
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) tile[b] = min(of.at.row_tile + of.row_tile(b), of.p.row_tiles - 1);
+    KeptColumns kept;
+    kept.fetch(of.p, tile, 0, of.lane);
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+        float factor[2], bias[2];
+        of.row_numbers(b, factor, bias);
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; i++) {
+            const int t = of.at.token + i / 4 * 8 + 2 * (of.lane % 4) + i % 2;
+            acc[b][i] = __float_as_int(of.scaled(acc[b][i], t, factor[i / 2 % 2], bias[i / 2 % 2]));
+        }
+    }
+    for (int step = 0; step < of.p.kept_steps; step += KeptColumns::STAGE, of.x.advance()) {
+        if (step > 0) kept.fetch(of.p, tile, step, of.lane);
+        kept.multiply(acc, of.wait_x());
+        of.release_x(of.x.slot);
+    }
+}
 #endif

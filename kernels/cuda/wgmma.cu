@@ -266,31 +266,6 @@ struct Consumer {
         return fmaf((float)sum, factor, bias);
     }
 
-#if KEPT
-    // The sums become floats in their places, bias and kept columns included.
-    FN void add_kept(Sum (&acc)[BLOCKS][TOKENS / 2]) {
-        int tile[BLOCKS];
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) tile[b] = min(at.row_tile + row_tile(b), p.row_tiles - 1);
-        KeptColumns kept;
-        kept.fetch(p, tile, 0, lane);
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-            float factor[2], bias[2];
-            row_numbers(b, factor, bias);
-#pragma unroll
-            for (int i = 0; i < TOKENS / 2; i++)
-                acc[b][i] = __float_as_int(
-                    scaled(acc[b][i], at.token + i / 4 * 8 + 2 * (lane % 4) + i % 2, factor[i / 2 % 2], bias[i / 2 % 2]));
-        }
-        for (int step = 0; step < p.kept_steps; step += KeptColumns::STAGE, x.advance()) {
-            if (step > 0) kept.fetch(p, tile, step, lane);
-            kept.multiply(acc, wait_x());
-            release_x(x.slot);
-        }
-    }
-#endif
-
     // 16 tokens' sums (two fragments of 8 tokens), the first of token `first`, to place `slot` of the warp's staging area.
     FN void stage(const Sum* v, int block, int slot, int first, const float (&factor)[2], const float (&bias)[2]) const {
         u32 pairs[4];
@@ -388,7 +363,7 @@ FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, 
         if constexpr (INTERLEAVED || PARTS == 1) self.multiply_ahead(acc);
         else self.multiply(acc);
 #if KEPT
-        self.add_kept(acc);
+        add_kept(self, acc);
 #endif
         if constexpr (SPLIT > 1) self.store_split(acc);
         else self.store(acc);

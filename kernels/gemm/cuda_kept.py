@@ -2,7 +2,7 @@
 
     y_MN = x8 @ w8.T * scales + x_MC @ kept_NC.T
 
-The kernel that rounds x leaves the kept columns out of a token's scale and gives them the code 0; their inputs it writes side by
+The kernel that rounds x leaves the kept columns out of a token's scale, gives them the code 0 and writes their inputs side by
 side. For up to 16 tokens and for many the matmul adds their product at its end, 16 columns a step (`few_kept.cuh`,
 `kept_columns.cuh`). Between, they also stay as they are in the rounded x, and their weights are added as outliers are.
 
