@@ -64,4 +64,6 @@ template <typename Consumer> FN void add_kept(Consumer& of, int (&acc)[BLOCKS][T
         of.release_x(of.x.slot);
     }
 }
+#else
+template <typename Consumer> FN void add_kept(Consumer&, Sum (&)[BLOCKS][TOKENS / 2]) {}
 #endif

@@ -258,9 +258,7 @@ struct Consumer {
     }
 
     // What a sum of the lane's row h and of token `t` comes to.
-    FN float result(Sum sum, int t, float factor, float bias) const {
-        return KEPT ? __int_as_float((int)sum) : scaled(sum, t, factor, bias);
-    }
+    FN float result(Sum sum, int t, float factor, float bias) const { return KEPT ? __int_as_float((int)sum) : scaled(sum, t, factor, bias); }
     FN float scaled(Sum sum, int t, float factor, float bias) const {
         if (INT8) factor *= t < at.end ? p.token_scale[t] : 0.0f;
         return fmaf((float)sum, factor, bias);
@@ -362,9 +360,7 @@ FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, 
         self.at = work.tile(index);
         if constexpr (INTERLEAVED || PARTS == 1) self.multiply_ahead(acc);
         else self.multiply(acc);
-#if KEPT
-        add_kept(self, acc);
-#endif
+        if constexpr (KEPT) add_kept(self, acc);
         if constexpr (SPLIT > 1) self.store_split(acc);
         else self.store(acc);
     }
