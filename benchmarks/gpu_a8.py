@@ -17,7 +17,7 @@ and, as a model has it, with what makes x: the norm before attention or an MLP (
 
     made                 that kernel alone, 16 bits out
     dense_made           that kernel, then torch's matmul
-    w4a8_made, w8a8_made the same with the rounding inside, 8 bits out, then ours
+    w4a8_made, w8a8_made, fp8_made   the same with the rounding inside, 8 bits out, then the matmul
 
 `--sweep` times every cut of the integer matmul instead, its quantizer left out, beside the 16-bit one.
 """
@@ -92,11 +92,12 @@ def row(shape: str, M: int, held: dict[str, Any]) -> dict[str, Any]:
             lambda w=w, r=r: cuda_int8.tiles_linear_int8(made, w.codes, w.scale, None, r, None, w.group_size, N)
             for w, r in held[name]
         ]
+    calls["fp8_made"] = [lambda w=w: cuda_fp8.fp8_linear(made, w, scale, None) for w in held["e4m3"]]
     if M > 16:
         calls["int_mm"] = [lambda w=w: torch._int_mm(x8, w.T) for w in held["int8"]]
     found = medians(calls)
     over = {name: found["dense"] / found[name] for name in ("w4a8", "w8a8", "fp8")}
-    over |= {f"{name}_made": found["dense_made"] / found[f"{name}_made"] for name in ("w4a8", "w8a8")}
+    over |= {f"{name}_made": found["dense_made"] / found[f"{name}_made"] for name in ("w4a8", "w8a8", "fp8")}
     print(f"{shape} M={M:<5}" + " ".join(f"{name} {us:8.1f}" for name, us in found.items()) + "  dense over "
           + " ".join(f"{name} {ratio:.2f}" for name, ratio in over.items()), flush=True)  # fmt: skip
     best = {"best_over_dense": max(over[name] for name in ("w4a8", "w8a8", "fp8"))}

@@ -41,8 +41,9 @@ struct KeptColumns {
     }
 };
 
-// The sums become floats in their places, bias and kept columns included. `of`: the `Consumer` of wgmma.cu.
-template <typename Consumer> FN void add_kept(Consumer& of, int (&acc)[BLOCKS][TOKENS / 2]) {
+// The sums become floats in their places, bias and kept columns included. `of`: the `Consumer` of wgmma.cu, and its `Results`.
+template <typename Consumer, typename Results>
+FN void add_kept(Consumer& of, const Results& results, int (&acc)[BLOCKS][TOKENS / 2]) {
     int tile[BLOCKS];
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) tile[b] = min(of.at.row_tile + of.row_tile(b), of.p.row_tiles - 1);
@@ -50,12 +51,12 @@ template <typename Consumer> FN void add_kept(Consumer& of, int (&acc)[BLOCKS][T
     kept.fetch(of.p, tile, 0, of.lane);
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
-        float factor[2], bias[2];
-        of.row_numbers(b, factor, bias);
 #pragma unroll
-        for (int i = 0; i < TOKENS / 2; i++) {
-            const int t = of.at.token + i / 4 * 8 + 2 * (of.lane % 4) + i % 2;
-            acc[b][i] = __float_as_int(of.scaled(acc[b][i], t, factor[i / 2 % 2], bias[i / 2 % 2]));
+        for (int t = 0; t < TOKENS; t += 16) {
+            float finished[8];
+            results.finish(&acc[b][t / 2], t, results.early[b], finished);
+#pragma unroll
+            for (int i = 0; i < 8; i++) acc[b][t / 2 + i] = __float_as_int(finished[i]);
         }
     }
     for (int step = 0; step < of.p.kept_steps; step += KeptColumns::STAGE, of.x.advance()) {
@@ -64,6 +65,4 @@ template <typename Consumer> FN void add_kept(Consumer& of, int (&acc)[BLOCKS][T
         of.release_x(of.x.slot);
     }
 }
-#else
-template <typename Consumer> FN void add_kept(Consumer&, Sum (&)[BLOCKS][TOKENS / 2]) {}
 #endif

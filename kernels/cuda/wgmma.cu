@@ -30,7 +30,7 @@
 #include "fragment8.cuh"
 #endif
 #include "mma.cuh"
-#include "kept_columns.cuh"
+#include "wgmma_results.cuh"
 
 // ---- consumers -----------------------------------------------------------------------------------------------------------
 
@@ -47,8 +47,7 @@ struct Consumer {
     TileOutliers outliers[BLOCKS];
 #endif
 
-    // The warp's row tile in matrix block `block`, counted from the first of the block's.
-    FN int row_tile(int block) const { return (warp / 4 * BLOCKS + block) * 4 + warp % 4; }
+    FN int row_tile(int block) const { return row_tile_of(warp, block); }
 
     FN void release_x(u32 slot) const {
         if constexpr (SHARE == 1) {
@@ -244,107 +243,6 @@ struct Consumer {
         release_x(before);
         release_weights(), w.advance();
     }
-
-    // What multiplies the sums of the lane's two rows (a scale per channel, or what all scales of a byte lack), and their bias.
-    FN void row_numbers(int block, float (&factor)[2], float (&bias)[2]) const {
-        const float common = (SCALED_FLOATS ? 1 << SCALED_SHRINK : 1) * (SCALE >= E5M3 && p.factor ? p.factor[at.expert] : 1.0f);
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int row = (at.row_tile + row_tile(block)) * 16 + lane / 4 + 8 * h, stored = at.expert * p.row_tiles * 16 + row;
-            factor[h] = row >= p.N ? 1.0f : INT8 ? p.row_scale[stored] : GROUPED ? common : stored_number(p.scale, stored);
-            if (TABLE == TABLE_PER_GROUP && !GROUPED && row < p.N && p.zero[stored] & 0x80) factor[h] = -factor[h];
-            bias[h] = p.bias && row < p.N ? low_of(p.bias[at.expert * p.N + row]) : 0.0f;
-        }
-    }
-
-    // What a sum of the lane's row h and of token `t` comes to.
-    FN float result(Sum sum, int t, float factor, float bias) const { return KEPT ? __int_as_float((int)sum) : scaled(sum, t, factor, bias); }
-    FN float scaled(Sum sum, int t, float factor, float bias) const {
-        if (INT8) factor *= t < at.end ? p.token_scale[t] : 0.0f;
-        return fmaf((float)sum, factor, bias);
-    }
-
-    // 16 tokens' sums (two fragments of 8 tokens), the first of token `first`, to place `slot` of the warp's staging area.
-    FN void stage(const Sum* v, int block, int slot, int first, const float (&factor)[2], const float (&bias)[2]) const {
-        u32 pairs[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int t = first + 8 * (i / 2) + 2 * (lane % 4);
-            pairs[i] = pair_of(result(v[2 * i], t, factor[i % 2], bias[i % 2]), result(v[2 * i + 1], t + 1, factor[i % 2], bias[i % 2]));
-        }
-        const int t = 16 * slot + 8 * (lane / 16) + lane % 8, h = lane / 8 % 2;
-        store_transposed(shared_address(memory + AT_OUT) + warp * OUT_WARP + t * 32 + 16 * (h ^ (t / 4 % 2)), pairs);
-    }
-
-    // The first `tokens` tokens of the staging area to y, from token `first` on: 16 rows are 32 bytes of each.
-    FN void flush(int block, int first, int tokens) const {
-        const u8* staged = memory + AT_OUT + warp * OUT_WARP;
-        const int row = (at.row_tile + row_tile(block)) * 16 + 8 * (lane % 2);
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < OUT_TOKENS / 16; i++) {
-            const int t = i * 16 + lane / 2;
-            const uint4 v = *(const uint4*)(staged + t * 32 + 16 * ((lane % 2) ^ (t / 4 % 2)));
-            if (t >= tokens || first + t >= at.end) continue;
-            u16* to = p.y + (size_t)(first + t) * p.y_stride + row;
-            if (p.N % 8 == 0 && p.y_stride % 8 == 0) {
-                if (row < p.N) *(uint4*)to = v;
-            } else {
-                const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int e = 0; e < 8; e++)
-                    if (row + e < p.N) to[e] = (u16)(words[e / 2] >> (16 * (e % 2)));
-            }
-        }
-        __syncwarp();
-    }
-
-    FN void store(const Sum (&acc)[BLOCKS][TOKENS / 2]) const {
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-            float factor[2], bias[2];
-            row_numbers(b, factor, bias);
-#pragma unroll
-            for (int t = 0; t < TOKENS; t += 16) {
-                const int slot = t % OUT_TOKENS / 16;
-                stage(&acc[b][t / 2], b, slot, at.token + t, factor, bias);
-                if (slot == OUT_TOKENS / 16 - 1 || t + 16 == TOKENS) flush(b, at.token + t - 16 * slot, 16 * slot + 16);
-            }
-        }
-    }
-
-    // Piece i of the sums belongs to the block of rank i % SPLIT: send them all to their owners, add up one's own.
-    FN void store_split(const Sum (&acc)[BLOCKS][TOKENS / 2]) const {
-        const u32 mine = shared_address(memory) + (warp * 32 + lane) * 16;  // of a half piece: 16 bytes for each thread
-        __syncwarp();
-        if (lane < SPLIT) barrier_arrive_at(barriers.rings_idle(), lane * SHARE + work.share);
-        barrier_wait(barriers.rings_idle(), 0);
-#pragma unroll
-        for (int owner = 0; owner < SPLIT; owner++) {
-            const u32 rank = owner * SHARE + work.share, there = address_in(mine, rank), full = address_in(barriers.sums_full(), rank);
-#pragma unroll
-            for (int i = owner; i < PIECES; i += SPLIT) {
-                const u32 place = there + (i / SPLIT * SPLIT + work.split) * CONSUMERS * 32;
-                const float* sums = (const float*)&acc[0][0] + 8 * i;  // as bits, whatever they are
-                send(place, full, sums), send(place + CONSUMERS * 16, full, sums + 4);
-            }
-        }
-        barrier_wait(barriers.sums_full(), 0);
-        for (int i = work.split; i < PIECES; i += SPLIT) {
-            Sum sum[8] = {};
-#pragma unroll
-            for (int from = 0; from < 2 * SPLIT; from++) {
-                const u8* at = memory + (warp * 32 + lane) * 16 + (2 * (i / SPLIT * SPLIT) + from) * CONSUMERS * 16;
-#pragma unroll
-                for (int j = 0; j < 4; j++) sum[4 * (from % 2) + j] += ((const Sum*)at)[j];
-            }
-            const int block = i / (TOKENS / 16), t = i % (TOKENS / 16) * 16;
-            float factor[2], bias[2];
-            row_numbers(block, factor, bias);
-            stage(sum, block, 0, at.token + t, factor, bias);
-            flush(block, at.token + t, 16);
-        }
-    }
 };
 
 FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, int warp, int lane) {
@@ -358,11 +256,15 @@ FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, 
     for (int index = work.cluster; index < work.count(); index += work.clusters) {
         Sum acc[BLOCKS][TOKENS / 2];
         self.at = work.tile(index);
+        if (INT8) self.wait_x();  // behind which the scales of tokens are there too
+        const Results results(p, barriers, work, self.at, warp, lane);
         if constexpr (INTERLEAVED || PARTS == 1) self.multiply_ahead(acc);
         else self.multiply(acc);
-        if constexpr (KEPT) add_kept(self, acc);
-        if constexpr (SPLIT > 1) self.store_split(acc);
-        else self.store(acc);
+#if KEPT
+        add_kept(self, results, acc);
+#endif
+        if constexpr (SPLIT > 1) results.store_split(acc);
+        else results.store(acc);
     }
 }
 

@@ -48,16 +48,19 @@ constexpr int W_STAGE = AT_ZEROS + up_to(ZEROS_STAGE, 128);
 
 constexpr int PIECES = BLOCKS * TOKENS / 16;  // of a warp's sums: 16 rows x 16 tokens
 constexpr int SUMS = SPLIT > 1 ? up_to(PIECES, SPLIT) * CONSUMERS * 32 : 0;
-constexpr int OUT_TOKENS = TOKENS < 64 ? TOKENS : 64;  // staged at a time for the store
-constexpr int OUT_WARP = OUT_TOKENS * 32;
+constexpr int OUT_TOKENS = TOKENS > 32 && TOKENS % 32 == 0 ? 32 : 16;  // that a warpgroup gathers at a time for the store,
+constexpr int OUT_PART = OUT_TOKENS * 128;                             // 64 rows of each, in two places that take turns
 
 // Shared memory: the rings (x first: the swizzle counts from 1024-byte boundaries), whose place the sums take at the end.
 constexpr int AT_W = X_STAGES * X_STAGE;
 constexpr int AT_OUT = larger(AT_W + W_STAGES * W_STAGE, SUMS);
-constexpr int AT_TABLES = AT_OUT + WARPS * OUT_WARP;
+constexpr int AT_TABLES = AT_OUT + 2 * WARPGROUPS * OUT_PART;
 constexpr int AT_OUTLIERS = AT_TABLES + (MANY_MADE ? ROW_TILES * MADE_BYTES : 0) + (TABLE == UNIFORM ? 0 : TABLE == TABLE_PER_ROW ? ROW_TILES * 16 : TABLES) * TABLE_SIZE;
 constexpr int AT_BARRIERS = AT_OUTLIERS + (OUTLIERS ? ROW_TILES * 4096 : 0);
 
+// A warpgroup ahead holds stages that the others have not read. Those of bytes are twice as long and the rings half as deep: too
+// short at 3, and at 1 and 2 nothing was won.
+static_assert(!INT8 || LEAD == 0, "warpgroups that multiply bytes start together: LEAD must be 0");
 static_assert(SHARED_BYTES == AT_BARRIERS + 8 * (2 * X_STAGES + 2 * W_STAGES + 2), "the host counts shared memory otherwise");
 
 struct alignas(64) Arguments {
@@ -116,6 +119,9 @@ struct Tile {
     int expert;   // whose weights; row_tile counts inside them
     bool shared;  // other blocks want the same weights
 };
+
+// The row tile of a warp in its matrix block `block`, counted from the first of the block of threads.
+FN int row_tile_of(int warp, int block) { return (warp / 4 * BLOCKS + block) * 4 + warp % 4; }
 
 // Past the first-level cache, which may still hold the runs of an earlier launch.
 FN int4 read_run(const int4* run) {

@@ -1,7 +1,7 @@
-"""A norm or a gate that is not computed until somebody asks: an int8 matmul rounds it where it is made.
+"""A norm or a gate that is not computed until somebody asks: a matmul of 8-bit activations rounds it where it is made.
 
 `Later` stands for the tensor. Linears bring their input into rows and hand it to an operator: on that way it stays what it is,
-the operator for int8 activations takes `made` instead (`gemm/cuda_made.py`), and whatever else is asked of it, by anybody,
+an operator for 8-bit activations takes `made` instead (`gemm/cuda_made.py`), and whatever else is asked of it, by anybody,
 sees the computed tensor. What it is made from must not change before that: nobody may write into a norm's input while its
 output waits.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from aerogel.kernels.gemm import cuda_int8
+from aerogel.kernels.gemm import cuda_fp8, cuda_int8
 from aerogel.kernels.gemm.cuda_made import Made
 
 SHAPES = frozenset({Tensor.reshape, Tensor.view})
@@ -54,6 +54,8 @@ class Later(Tensor):
         if isinstance(first, cls) and not kwargs:
             if func is torch.ops.aerogel.tiles_linear_int8.default:
                 return cuda_int8.tiles_linear_int8(first.made, *args[1:])
+            if func is torch.ops.aerogel.fp8_linear.default:
+                return cuda_fp8.fp8_linear(first.made, *args[1:])
             same = first._as_rows(func, args[1:])
             if same is not None:
                 return same

@@ -43,8 +43,8 @@ EPSILONS = ("variance_epsilon", "eps")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
 PRODUCTS = frozenset({torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__})
-ROUNDING = "cuda-int8"
-"""The kernel of linears that round what they are given, and take it from where it is made."""
+ROUNDING = ("cuda-int8", "cuda-fp8")
+"""The kernels of linears that round what they are given, and take it from where it is made."""
 SAME = 1e-4
 """Relative distance up to which two answers are the same: a rounding at another place makes ten times as much in 16 bits."""
 
@@ -81,7 +81,7 @@ def parts_of(model: nn.Module) -> Parts:
     """Every part of the model that our operators compute as it does."""
     leaves = [module for module in model.modules() if not any(module.children()) and "forward" not in vars(module)]
     widths = frozenset(
-        module.in_features for module in model.modules() if isinstance(module, Linear) and module.kernel_name == ROUNDING
+        module.in_features for module in model.modules() if isinstance(module, Linear) and module.kernel_name in ROUNDING
     )
     found = ((module, _norm(module, widths) or _activation(module, widths)) for module in leaves)
     forwards = {module: forward for module, forward in found if forward is not None}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.gemm import cuda
+from aerogel.kernels.gemm.cuda_made import Made
 from aerogel.kernels.gemm.cuda_quantize import E4M3, Quantizer
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.quantize.grids import Codes, Fp8Grid
@@ -23,21 +24,22 @@ from aerogel.quantize.grids import Codes, Fp8Grid
 LEAST_CAPABILITY = (8, 9)
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale_N: Tensor, bias: Tensor | None, fixed: Tensor | None = None) -> Tensor:
-    """`aerogel::fp8_linear` on CUDA: x bf16 [M, K], weight e4m3 [N, K], its float32 scales [N] -> bf16 [M, N]. fixed: float32
-    [1], the scale of every token."""
-    M, K = x.shape
+def fp8_linear(x: Tensor | Made, weight: Tensor, scale_N: Tensor, bias: Tensor | None, fixed: Tensor | None = None) -> Tensor:
+    """`aerogel::fp8_linear` on CUDA: x bf16 [M, K], or the norm or gate that makes it and rounds it there, weight e4m3 [N, K],
+    its float32 scales [N] -> bf16 [M, N]. fixed: float32 [1], the scale of every token."""
+    like = x if isinstance(x, Tensor) else x.x
+    M, K = like.shape
     if M == 0 or K == 0:
-        return x.new_zeros(M, weight.shape[0]) if bias is None else bias.expand(M, -1).to(x.dtype).contiguous()
-    with torch.cuda.device(x.device):
-        codes, scale_M = Quantizer(dtype=x.dtype, device=x.device, output=E4M3, columns=K)(x, fixed)
+        return like.new_zeros(M, weight.shape[0]) if bias is None else bias.expand(M, -1).to(like.dtype).contiguous()
+    with torch.cuda.device(like.device):
+        codes, scale_M = Quantizer(dtype=like.dtype, device=like.device, output=E4M3, columns=K)(x, fixed)
     y: Tensor = torch._scaled_mm(
         codes,
         weight.T,
         scale_a=scale_M[:, None],
         scale_b=scale_N[None],
-        bias=None if bias is None else bias.to(x.dtype),
-        out_dtype=x.dtype,
+        bias=None if bias is None else bias.to(like.dtype),
+        out_dtype=like.dtype,
     )
     return y
 

@@ -43,8 +43,8 @@ FEW_TOKENS = 96
 LONGEST_K = (1 << 31) // (127 * 127)
 """More columns could carry a sum beyond int32."""
 SHARED_TOKENS = 2048
-"""From so many tokens on, with codes of 8 bits, of two cuts with the same estimate the one whose blocks share x is taken: on an
-H100 3 to 18 % less time where the device has pauses, between 2 % less and 4 % more where it is at its power limit."""
+"""From so many tokens on, of two cuts with the same estimate the one whose blocks share x is taken: on an H100 2 to 18 % less
+time where the device has pauses, between 2 % less and 4 % more where it is at its power limit."""
 TWO_STEP = 1.2e-2
 """Bound of the second rounding at 4 bits and fewer, relative Frobenius error of W, for groups whose scales differ tenfold."""
 CUTS = (
@@ -104,7 +104,7 @@ def choose_config(weight: TileWeight, M: int, multiprocessors: int) -> Config | 
     """The cut with the least estimated time; None when the weight has too much beside its codes for any, or when 16 bits are
     faster: the integer matmul does not split K, and few rows with few tokens leave multiprocessors idle."""
     found = [config for numbers in CUTS if (config := cut(weight, *numbers)) is not None]
-    alike = -1 if weight.bits == 8 and M >= SHARED_TOKENS else 1
+    alike = -1 if M >= SHARED_TOKENS else 1
     best = min(found, key=lambda config: (microseconds(weight, config, M, multiprocessors), alike * config.share), default=None)
     wide = cuda_wgmma.choose_config(weight, M, multiprocessors)
     if best is None or wide is None:

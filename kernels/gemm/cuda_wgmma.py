@@ -103,6 +103,8 @@ def side_bytes(weight: TileWeight) -> tuple[int, int]:
 def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str, int]:
     """The macros that specialise wgmma.cu."""
     producer, consumer = REGISTERS.get((config.warpgroups, config.resident), (0, 0))
+    if config.split > 1 and config.resident == 1:  # of whose blocks a producer has more to know
+        producer, consumer = producer + 8, consumer - 8
     zero = 0 if weight.zero is None else 1 if weight.zero.dtype == torch.uint8 else 2
     return {
         "BITS": weight.bits,
@@ -161,7 +163,7 @@ def space(weight: TileWeight, config: Config) -> Space:
     scale, zero = side_bytes(weight)
     touched = config.row_tiles * window(weight.group_size, config.w_tiles) if weight.group_size else 0
     threads, pieces = 128 * config.warpgroups, config.blocks * config.tokens // 16
-    out = 4 * config.warpgroups * min(config.tokens, 64) * 32
+    out = 2 * config.warpgroups * 128 * (32 if config.tokens > 32 and config.tokens % 32 == 0 else 16)
     outliers = 0 if weight.outliers is None else config.row_tiles * TILE_BYTES  # those of a row tile are put into one tile
     return Space(
         x_stage=config.tokens * (256 if config.batch == 8 else 128),

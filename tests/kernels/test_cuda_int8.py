@@ -11,6 +11,7 @@ import torch
 from tests.kernels.test_cuda_sources import needs_nvrtc
 from tests.kernels.tile_weights import dense64
 
+from aerogel.errors import RunFailed
 from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.dispatch import explain
 from aerogel.kernels.gemm import cuda_int8, cuda_quantize, cuda_wgmma_plan
@@ -198,6 +199,16 @@ def test_every_cut_compiles(bits: int, size: int, zero: bool) -> None:
         config = cuda_int8.cut(weight, *numbers)
         assert config is not None
         macros = defines(weight, config, torch.bfloat16) | {"INT8": 1}
+        nvrtc.compiler().compile("wgmma.cu", sources.sources_of("wgmma.cu"), macros, HOPPER)
+
+
+@needs_nvrtc
+def test_warpgroups_of_bytes_are_not_staggered() -> None:
+    weight = weight_of(4, 128, False)
+    config = cuda_int8.cut(weight, 256, 1, 1, 2)
+    assert config is not None
+    macros = defines(weight, replace(config, lead=3), torch.bfloat16) | {"INT8": 1}
+    with pytest.raises(RunFailed, match="LEAD must be 0"):
         nvrtc.compiler().compile("wgmma.cu", sources.sources_of("wgmma.cu"), macros, HOPPER)
 
 

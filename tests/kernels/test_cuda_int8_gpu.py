@@ -10,7 +10,7 @@ from tests.kernels.test_cuda_int8 import KINDS, weight_of
 from tests.kernels.tile_weights import dense64
 
 from aerogel.kernels.dispatch import choose
-from aerogel.kernels.gemm import cuda_int8
+from aerogel.kernels.gemm import cuda_fp8, cuda_int8
 from aerogel.kernels.gemm.cuda_made import ACTS, Gated, Made, Normed
 from aerogel.kernels.gemm.cuda_quantize import E4M3, INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_weight import TileWeight
@@ -102,6 +102,9 @@ def test_a_matmul_of_what_is_made(kind: str) -> None:
         y = cuda_int8.tiles_linear_int8(made, *given)
         wanted = cuda_int8.tiles_linear_int8(made.settled(), *given)
         assert ((y.float() - wanted.float()).norm() / wanted.float().norm()).item() <= 5e-3, M
+        fp8 = (torch.randn(320, 1024, device="cuda").to(torch.float8_e4m3fn), torch.rand(320, device="cuda"), None)
+        y, wanted = cuda_fp8.fp8_linear(made, *fp8), cuda_fp8.fp8_linear(made.settled(), *fp8)
+        assert ((y.float() - wanted.float()).norm() / wanted.float().norm()).item() <= 1e-2, M
 
 
 def check(weight: TileWeight, M: int, dtype: torch.dtype, config: Config | None = None, bias: bool = False) -> None:

@@ -15,6 +15,7 @@ from aerogel.kernels.gemm.cuda import tile_weight
 from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
 from aerogel.kernels.gemm.cuda_few import Config, Few, Plan, defines, fits, grid_of, shared_bytes
 from aerogel.kernels.gemm.cuda_outliers import NAMES, TileOutliers
+from aerogel.kernels.gemm.cuda_tune import SPILLED_BYTES
 from aerogel.kernels.gemm.cuda_wgmma import candidates
 from aerogel.kernels.gemm.cuda_wgmma import defines as many_defines
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan as ManyPlan
@@ -214,7 +215,7 @@ def test_every_cut_of_the_kernels() -> None:
     wanted = wanted_of(layer, x_MK, "oc")
     for many in candidates(weight, 100)[::5]:
         plan = ManyPlan(weight, many, 100, torch.bfloat16)
-        assert plan.function.attribute("local_bytes") == 0, many
+        assert plan.function.attribute("local_bytes") <= SPILLED_BYTES, many
         y_MN = torch.full((100, N), float("nan"), device="cuda", dtype=torch.bfloat16)
         plan(x_MK, None, y_MN)
         close(y_MN, wanted)

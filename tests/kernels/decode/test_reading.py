@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aerogel.kernels.decode import ops, reading
 from aerogel.kernels.decode.later import Later
 from aerogel.kernels.decode.reading import Awaiting, Parts, parts_of
-from aerogel.kernels.gemm import cuda_int8
+from aerogel.kernels.gemm import cuda_fp8, cuda_int8
 from aerogel.kernels.gemm.cuda_made import Normed
 
 REPLACED = {
@@ -60,7 +60,7 @@ def test_logits_are_the_models_own(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
 def test_what_waits_for_a_linear_is_computed_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every linear rounded its input; these take the computed one."""
-    monkeypatch.setattr(nn.Linear, "kernel_name", reading.ROUNDING, raising=False)
+    monkeypatch.setattr(nn.Linear, "kernel_name", reading.ROUNDING[0], raising=False)
     monkeypatch.setattr(reading, "Linear", nn.Linear)
     monkeypatch.setattr(reading, "FEW_TOKENS", 9)
     model = build(name)
@@ -70,9 +70,10 @@ def test_what_waits_for_a_linear_is_computed_once(name: str, monkeypatch: pytest
         assert distance(found, expected) < 1e-5 and seen == REPLACED[name]
 
 
-def test_an_int8_matmul_takes_what_is_not_computed_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_matmul_of_8_bits_takes_what_is_not_computed_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(cuda_int8, "tiles_linear_int8", lambda *given: taken.append(given) or torch.zeros(6, 5))
+    for module, name in ((cuda_int8, "tiles_linear_int8"), (cuda_fp8, "fp8_linear")):
+        monkeypatch.setattr(module, name, lambda *given: taken.append(given) or torch.zeros(6, 5))
     x, weight = torch.randn(2, 3, 8), torch.randn(8)
     made = Normed(x.reshape(-1, 8), weight, 1e-5, True)
     later = Later.of(made, x.shape)
@@ -82,6 +83,8 @@ def test_an_int8_matmul_takes_what_is_not_computed_yet(monkeypatch: pytest.Monke
     assert isinstance(rows, Later) and rows.shape == (6, 8)
     assert torch.ops.aerogel.tiles_linear_int8.default(rows, *rest).shape == (6, 5)
     assert taken[0][0] is made and len(taken[0]) == 9
+    assert torch.ops.aerogel.fp8_linear.default(rows, torch.zeros(1), torch.zeros(1), None).shape == (6, 5)
+    assert taken[1][0] is made and len(taken[1]) == 4
     wanted = ops.rms_norm(x, weight, 1e-5, True)
     with Counting() as counting:
         assert torch.equal(later + 0, wanted) and torch.equal(torch.cat([rows, rows]), wanted.reshape(-1, 8).repeat(2, 1))

@@ -1,0 +1,154 @@
+// From a tile's sums to y: scales and bias, then through shared memory, where rows become runs of columns. With SPLIT blocks of a
+// cluster first send each other what is theirs.
+//
+// While results are made nothing multiplies, so every wait counts. The scales of integer sums are fetched before the products
+// begin, a token's by one lane and handed round by shuffles. And what is written are whole lines of the cache: a warp has 16 rows,
+// 32 bytes of a token, so its warpgroup gathers 64 rows first; of two places one is filled while the other is emptied.
+
+#pragma once
+#include "kept_columns.cuh"
+#include "wgmma_work.cuh"
+
+// Of the lane's two rows: what multiplies their sums (a scale per channel, or what all scales of a byte lack), and their bias.
+struct Rows {
+    float factor[2], bias[2];
+};
+
+static_assert(!INT8 || SPLIT == 1, "sums of several blocks have no scales of tokens at hand");
+
+struct Results {
+    const Arguments& p;
+    const Barriers& barriers;
+    const Work& work;
+    const Tile& at;
+    int warp, lane;
+    float scales[INT8 ? (TOKENS + 31) / 32 : 1];  // of tokens lane, lane + 32, ...
+    Rows early[BLOCKS];
+
+    FN Results(const Arguments& p, const Barriers& barriers, const Work& work, const Tile& at, int warp, int lane)
+        : p(p), barriers(barriers), work(work), at(at), warp(warp), lane(lane) {
+#pragma unroll
+        for (int i = 0; INT8 && i < (TOKENS + 31) / 32; i++) {
+            const int t = at.token + 32 * i + lane;
+            scales[i] = t < at.end ? __ldcg(p.token_scale + t) : 0.0f;
+        }
+#pragma unroll
+        for (int b = 0; INT8 && b < BLOCKS; b++) early[b] = read_rows(b);
+    }
+
+    FN int row_tile(int block) const { return at.row_tile + row_tile_of(warp, block); }
+
+    FN Rows read_rows(int block) const {
+        const float common = (SCALED_FLOATS ? 1 << SCALED_SHRINK : 1) * (SCALE >= E5M3 && p.factor ? p.factor[at.expert] : 1.0f);
+        Rows rows;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int row = row_tile(block) * 16 + lane / 4 + 8 * h, stored = at.expert * p.row_tiles * 16 + row;
+            float& factor = rows.factor[h];
+            factor = row >= p.N ? 1.0f : INT8 ? p.row_scale[stored] : GROUPED ? common : stored_number(p.scale, stored);
+            if (TABLE == TABLE_PER_GROUP && !GROUPED && row < p.N && p.zero[stored] & 0x80) factor = -factor;
+            rows.bias[h] = p.bias && row < p.N ? low_of(p.bias[at.expert * p.N + row]) : 0.0f;
+        }
+        return rows;
+    }
+
+    // What the sums of 16 tokens (two fragments of 8), the first the tile's token `first`, come to: scaled, with the bias.
+    FN void finish(const Sum* v, int first, const Rows& rows, float (&to)[8]) const {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float scale[2] = {1.0f, 1.0f};
+#pragma unroll
+            for (int i = 0; INT8 && i < 2; i++)
+                scale[i] = __shfl_sync(0xFFFFFFFFu, scales[first / 32], first % 32 + 8 * j + 2 * (lane % 4) + i);
+#pragma unroll
+            for (int i = 4 * j; i < 4 * j + 4; i++)
+                to[i] = fmaf((float)v[i], rows.factor[i / 2 % 2] * scale[i % 2], rows.bias[i / 2 % 2]);
+        }
+    }
+
+    // They are put in the warpgroup's place at `to`, as its tokens `slot` .. `slot` + 15; with KEPT they are finished already. Of a
+    // token's 128 bytes piece i lies at i ^ token, so that no bank is asked twice.
+    FN void stage(const Sum* v, u8* to, int slot, int first, const Rows& rows) const {
+        float finished[8];
+        if constexpr (!KEPT) finish(v, first, rows, finished);
+        u32 pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            pairs[i] = KEPT ? pair_of(__int_as_float((int)v[2 * i]), __int_as_float((int)v[2 * i + 1]))
+                            : pair_of(finished[2 * i], finished[2 * i + 1]);
+        const int t = slot + 8 * (lane / 16) + lane % 8, piece = 2 * (warp % 4) + lane / 8 % 2;
+        store_transposed(shared_address(to) + t * 128 + 16 * (piece ^ t % 8), pairs);
+    }
+
+    // The place at `from` to y, `tokens` tokens of 64 rows, the first the tile's token `first`; when all four warps are there.
+    FN void flush(const u8* from, int block, int first, int tokens) const {
+        meet_wait(4 + warp / 4, 128);
+        const int row = (at.row_tile + row_tile_of(warp / 4 * 4, block)) * 16 + 8 * (lane % 8);
+#pragma unroll
+        for (int i = 0; i < OUT_TOKENS; i += 16) {
+            const int t = i + 4 * (warp % 4) + lane / 8;
+            if (t >= tokens || at.token + first + t >= at.end) continue;
+            const uint4 v = *(const uint4*)(from + t * 128 + 16 * (lane % 8 ^ t % 8));
+            u16* to = p.y + (size_t)(at.token + first + t) * p.y_stride + row;
+            if (p.N % 8 == 0 && p.y_stride % 8 == 0) {
+                if (row < p.N) *(uint4*)to = v;
+            } else {
+                const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    if (row + e < p.N) to[e] = (u16)(words[e / 2] >> (16 * (e % 2)));
+            }
+        }
+    }
+
+    // The place in shared memory whose turn it is.
+    FN u8* place(int turn) const { return memory + AT_OUT + (warp / 4 * 2 + turn % 2) * OUT_PART; }
+
+    FN void store(const Sum (&acc)[BLOCKS][TOKENS / 2]) const {
+        constexpr int PLACES = (TOKENS + OUT_TOKENS - 1) / OUT_TOKENS;
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            const Rows rows = INT8 ? early[b] : read_rows(b);
+#pragma unroll
+            for (int t = 0; t < TOKENS; t += OUT_TOKENS) {
+                u8* to = place(b * PLACES + t / OUT_TOKENS);
+#pragma unroll
+                for (int slot = 0; slot < OUT_TOKENS; slot += 16) stage(&acc[b][(t + slot) / 2], to, slot, t + slot, rows);
+                flush(to, b, t, OUT_TOKENS);
+            }
+        }
+        if (BLOCKS * PLACES % 2) meet_wait(4 + warp / 4, 128);  // the next tile begins in the place that was just emptied
+    }
+
+    // Piece i of the sums belongs to the block of rank i % SPLIT: send them all to their owners, add up one's own.
+    FN void store_split(const Sum (&acc)[BLOCKS][TOKENS / 2]) const {
+        const u32 mine = shared_address(memory) + (warp * 32 + lane) * 16;  // of a half piece: 16 bytes for each thread
+        __syncwarp();
+        if (lane < SPLIT) barrier_arrive_at(barriers.rings_idle(), lane * SHARE + work.share);
+        barrier_wait(barriers.rings_idle(), 0);
+#pragma unroll
+        for (int owner = 0; owner < SPLIT; owner++) {
+            const u32 rank = owner * SHARE + work.share, there = address_in(mine, rank), full = address_in(barriers.sums_full(), rank);
+#pragma unroll
+            for (int i = owner; i < PIECES; i += SPLIT) {
+                const u32 place = there + (i / SPLIT * SPLIT + work.split) * CONSUMERS * 32;
+                const float* sums = (const float*)&acc[0][0] + 8 * i;  // as bits, whatever they are
+                send(place, full, sums), send(place + CONSUMERS * 16, full, sums + 4);
+            }
+        }
+        barrier_wait(barriers.sums_full(), 0);
+        for (int i = work.split; i < PIECES; i += SPLIT) {
+            Sum sum[8] = {};
+#pragma unroll
+            for (int from = 0; from < 2 * SPLIT; from++) {
+                const u8* at = memory + (warp * 32 + lane) * 16 + (2 * (i / SPLIT * SPLIT) + from) * CONSUMERS * 16;
+#pragma unroll
+                for (int j = 0; j < 4; j++) sum[4 * (from % 2) + j] += ((const Sum*)at)[j];
+            }
+            const int block = i / (TOKENS / 16), t = i % (TOKENS / 16) * 16;
+            u8* to = place(i / SPLIT);
+            stage(sum, to, 0, t, read_rows(block));
+            flush(to, block, t, 16);
+        }
+    }
+};
