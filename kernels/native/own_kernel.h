@@ -4,6 +4,8 @@
 // table. Interleaved, the low and high bytes are sixteen numbers of each row in two registers; each meets eight activations,
 // repeated in every run. The four lanes of a run are parts of one row's sum and are added at its end.
 //
+// Up to four tokens are multiplied where codes are decoded; for more, the numbers of some strips are kept in the second-level cache.
+//
 // Instructions for 128 weights and M tokens: 10 for the codes, 4 M products. Sums are float32 over all columns.
 #pragma once
 #include "bytes.h"
@@ -16,9 +18,11 @@
 namespace aerogel {
 namespace UNIT {
 
-constexpr int kOwnRows = 12;               // tokens of a block where there are many; two strips share their activations
-constexpr int kOwnFewer = 8;               // up to two such blocks; loads of activations would hold up one strip with sixteen
-constexpr int64_t kOwnPiece = 256 * 1024;  // bytes of codes that stay in the second-level cache while blocks of tokens pass
+constexpr int kOwnRows = 12;               // tokens of a block where there are many
+constexpr int kOwnFewer = 8;               // up to two such blocks
+constexpr int kOwnStrips = 2;              // that share a block's activations once they are decoded
+constexpr int64_t kOwnPanel = 256 * 1024;  // bytes of decoded strips that stay in the second-level cache while blocks pass
+constexpr int64_t kOwnSmall = 48 * 1024;   // bytes of codes below which waking a second thread costs more than it saves
 
 struct OwnPlan {
     const OwnTables* weight;
@@ -56,106 +60,171 @@ INLINE void shared_bytes(const NativeU& code, const uint8_t* table, NativeU& low
     }
 }
 
-// Sums [strip][token][16] of strips first .. first + R - 1 and M tokens, a row in each run. Tables hold for F steps; 0: for one, and
-// rows share them. Strips beyond the last repeat it.
-template <int BITS, int F, int R, int M>
-void own_strips(const OwnPlan& plan, int64_t first, int64_t block, float* to) {
-    constexpr int kChains = R * M == 1 ? 4 : R * M <= 4 ? 2 : 1;  // sums that take turns, to hide the latency of the product
-    constexpr bool kShared = F == 0;
-    constexpr int64_t kBytes = kShared ? shared_table_bytes(BITS) : own_table_bytes(BITS);
-    const uint8_t *codes[R], *tables[R], *x = plan.x + block * plan.tiles * 8 * M * 32;
-    for (int r = 0; r < R; ++r) {
-        const int64_t strip = first + r < plan.strips ? first + r : plan.strips - 1;
-        codes[r] = static_cast<const uint8_t*>(plan.weight->codes) + strip * plan.tiles * tile_bytes<BITS>();
-        const int64_t run = kShared ? strip * kLookupStrip / plan.weight->shared : strip;
-        tables[r] = static_cast<const uint8_t*>(plan.weight->table) + run * plan.groups * kBytes;
+// What a strip keeps at hand while its steps are decoded one after the other. Tables hold for F steps; 0: for one, and rows share them.
+template <int BITS, int F>
+struct OwnStrip {
+    static constexpr bool kShared = F == 0;
+    static constexpr int64_t kBytes = kShared ? shared_table_bytes(BITS) : own_table_bytes(BITS);
+    const OwnPlan& plan;
+    const uint8_t *codes, *tables;
+    NativeU table[2] = {};
+
+    INLINE OwnStrip(const OwnPlan& of, int64_t strip) : plan(of) {
+        const int64_t run = kShared ? strip * kLookupStrip / of.weight->shared : strip;
+        codes = static_cast<const uint8_t*>(of.weight->codes) + strip * of.tiles * tile_bytes<BITS>();
+        tables = static_cast<const uint8_t*>(of.weight->table) + run * of.groups * kBytes;
     }
-    NativeF sum[R][M][kChains] = {};
-    NativeU table[R][2] = {};
+
+    // The numbers of a step: the first and the last eight columns of the four rows.
+    template <int STEP>
+    INLINE void decode(int64_t tile, NativeU (&w)[2]) {
+        const NativeU code = quad<BITS, STEP>(codes + tile * tile_bytes<BITS>()).part[0];
+        NativeU low, high;
+        if constexpr (kShared) {
+            shared_bytes<BITS>(code, tables + plan.group_at[tile * 8 + STEP] * kBytes, low, high);
+        } else {
+            if constexpr (STEP % F == 0) {
+                const uint8_t* from = tables + plan.group_at[tile * 8 + STEP] * kBytes;
+                table[0] = load<U16>(from).part[0];
+                if constexpr (BITS == 4) table[1] = load<U16>(from + 64).part[0];
+            }
+            own_bytes<BITS>(code, table, low, high);
+        }
+        w[0] = in_turn<1, 0>(low, high), w[1] = in_turn<1, 1>(low, high);
+    }
+};
+
+// Sums of a strip and M tokens, a row in each run.
+template <int BITS, int F, int M>
+INLINE void own_strip(const OwnPlan& plan, int64_t strip, NativeF (&total)[M]) {
+    constexpr int kChains = M == 1 ? 4 : 2;  // sums that take turns, to hide the latency of the product
+    OwnStrip<BITS, F> from(plan, strip);
+    const uint8_t* x = plan.x;
+    NativeF sum[M][kChains] = {};
     for (int64_t tile = 0; tile < plan.tiles; ++tile, x += 8 * M * 32) {
-        const int64_t at = tile * tile_bytes<BITS>();
-        if constexpr (M <= 4) repeat<BITS>([&](int line) ALWAYS { __builtin_prefetch(codes[0] + at + line * kVector + 1536); });
+        const uint8_t* ahead = from.codes + tile * tile_bytes<BITS>() + 1536;
+        repeat<BITS>([&](int line) ALWAYS { __builtin_prefetch(ahead + line * kVector); });
         unroll<8>([&](auto step) ALWAYS {
-            NativeU low[R], high[R];
-            repeat<R>([&](int r) ALWAYS {
-                const NativeU code = quad<BITS, step>(codes[r] + at).part[0];
-                if constexpr (kShared) {
-                    shared_bytes<BITS>(code, tables[r] + plan.group_at[tile * 8 + step] * kBytes, low[r], high[r]);
-                } else {
-                    if constexpr (step % F == 0) {
-                        const uint8_t* from = tables[r] + plan.group_at[tile * 8 + step] * kBytes;
-                        table[r][0] = load<U16>(from).part[0];
-                        if constexpr (BITS == 4) table[r][1] = load<U16>(from + 64).part[0];
-                    }
-                    own_bytes<BITS>(code, table[r], low[r], high[r]);
-                }
-            });
+            NativeU w[2];
+            from.template decode<step>(tile, w);
             unroll<2>([&](auto half) ALWAYS {
                 constexpr int kChain = (2 * step + half) % kChains;
-                NativeU w[R];
-                repeat<R>([&](int r) ALWAYS { w[r] = in_turn<1, half>(low[r], high[r]); });
                 repeat<M>([&](int m) ALWAYS {
-                    const NativeU eight = every_run(x + (step * M + m) * 32 + half * 16);
-                    repeat<R>([&](int r) ALWAYS { sum[r][m][kChain] = own_dot(sum[r][m][kChain], w[r], eight); });
+                    sum[m][kChain] = own_dot(sum[m][kChain], w[half], every_run(x + (step * M + m) * 32 + half * 16));
                 });
             });
         });
     }
-    repeat<R>([&](int r) ALWAYS {
-        repeat<M>([&](int m) ALWAYS {
-            F16 total;
-            total.part[0] = sum[r][m][0];
-            repeat<kChains - 1>([&](int c) ALWAYS { total.part[0] += sum[r][m][c + 1]; });
-            store(to + (r * M + m) * 16, total);
-        });
+    repeat<M>([&](int m) ALWAYS {
+        total[m] = sum[m][0];
+        repeat<kChains - 1>([&](int c) ALWAYS { total[m] += sum[m][c + 1]; });
     });
 }
 
-// Adds the lanes of each run of a strip's sums [token][16], rounds and stores.
-inline void own_finish(const OwnPlan& plan, int64_t strip, int64_t block, const float* total) {
+// The numbers of a strip as they are multiplied, [step][half], a vector every `apart` bytes from `to` on.
+template <int BITS, int F>
+void own_decode(const OwnPlan& plan, int64_t strip, int64_t apart, uint8_t* to) {
+    OwnStrip<BITS, F> from(plan, strip);
+    for (int64_t tile = 0; tile < plan.tiles; ++tile) {
+        unroll<8>([&](auto step) ALWAYS {
+            NativeU w[2];
+            from.template decode<step>(tile, w);
+            memcpy(to, &w[0], kVector), memcpy(to + apart, &w[1], kVector);
+            to += 2 * apart;
+        });
+    }
+}
+
+// Sums of R decoded strips and a block of M tokens.
+template <int R, int M>
+INLINE void own_block(const OwnPlan& plan, const uint8_t* numbers, int64_t block, NativeF (&sum)[R][M]) {
+    const uint8_t* x = plan.x + block * plan.tiles * 8 * M * 32;
+    for (int64_t step = 0; step < plan.tiles * 8; ++step, x += M * 32, numbers += 2 * R * kVector) {
+        unroll<2>([&](auto half) ALWAYS {
+            NativeU w[R];
+            repeat<R>([&](int r) ALWAYS { w[r] = load<U16>(numbers + (half * R + r) * kVector).part[0]; });
+            repeat<M>([&](int m) ALWAYS {
+                const NativeU eight = every_run(x + m * 32 + half * 16);
+                repeat<R>([&](int r) ALWAYS { sum[r][m] = own_dot(sum[r][m], w[r], eight); });
+            });
+        });
+    }
+}
+
+// Adds the lanes of each run, four tokens together, rounds and stores.
+template <int M>
+inline void own_finish(const OwnPlan& plan, int64_t strip, int64_t block, const NativeF (&total)[M]) {
     const Call& call = *plan.call;
     const int64_t row0 = strip * kLookupStrip, left = plan.weight->rows - row0;
-    const int count = static_cast<int>(left < kLookupStrip ? left : kLookupStrip);
+    const size_t bytes = 2 * static_cast<size_t>(left < kLookupStrip ? left : kLookupStrip);
     float bias[kLookupStrip] = {};
-    for (int row = 0; call.bias && row < count; ++row) bias[row] = read_float(call.bias, row0 + row, call.bias_type);
-    const __m512i ends = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
-    const int64_t first = block * plan.block_rows, end = first + plan.block_rows, stop = end < call.tokens ? end : call.tokens;
-    uint16_t* to = static_cast<uint16_t*>(call.y) + first * plan.weight->rows + row0;
-    for (int64_t token = first; token < stop; ++token, to += plan.weight->rows, total += 16) {
-        __m512 v = _mm512_loadu_ps(total);
-        v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
-        v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
-        const __m128 sums = _mm_add_ps(_mm512_castps512_ps128(_mm512_permutexvar_ps(ends, v)), _mm_loadu_ps(bias));
-        uint16_t out[8];
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), reinterpret_cast<__m128i>(_mm_cvtneps_pbh(sums)));
-        if (count == kLookupStrip) {
-            memcpy(to, out, 8);  // of a size known here: no call
-        } else {
-            memcpy(to, out, 2 * static_cast<size_t>(count));
+    for (int row = 0; call.bias && row < kLookupStrip && row < left; ++row) bias[row] = read_float(call.bias, row0 + row, call.bias_type);
+    // From [row][token] to [token][row].
+    const __m512i turned = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    for (int m = 0; m < M && block * M + m < call.tokens; m += 4) {
+        const auto of = [&](int i) ALWAYS { return m + i < M ? reinterpret_cast<__m512>(total[m + i]) : _mm512_setzero_ps(); };
+        const __m512 a = of(0), b = of(1), c = of(2), d = of(3);
+        const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+        const __m512 sums = _mm512_add_ps(_mm512_permutexvar_ps(turned, all), _mm512_broadcast_f32x4(_mm_loadu_ps(bias)));
+        uint64_t out[4];
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sums)));
+        for (int i = 0; i < 4 && m + i < M && block * M + m + i < call.tokens; ++i) {
+            uint16_t* to = static_cast<uint16_t*>(call.y) + (block * M + m + i) * plan.weight->rows + row0;
+            if (bytes == 8) {
+                memcpy(to, &out[i], 8);  // of a size known here: no call
+            } else {
+                memcpy(to, &out[i], bytes);
+            }
         }
     }
 }
 
-// What is compiled for every width, period of tables and size of block; all that lies around it is compiled once.
-using OwnLoop = void (*)(const OwnPlan&, int64_t first, int64_t block, float* totals);
-
-// All strips and blocks by a loop that takes R strips at a time.
-inline void own_all(const OwnPlan& plan, int64_t R, OwnLoop loop) {
-    const int64_t strip_bytes = plan.tiles * kVector * plan.weight->bits, bytes = plan.strips * strip_bytes;
-    const int threads = bytes < 48 * 1024 ? 1 : plan.call->threads;
-    const int64_t even = plan.strips / (threads * 6), most = kOwnPiece / strip_bytes;
-    const int64_t grain = threads == 1 && plan.blocks == 1 ? plan.strips : even < most || plan.blocks == 1 ? even : most;
-    const int64_t size = grain > R ? grain / R * R : R;
+// Up to four tokens: codes are decoded where they are multiplied.
+template <int BITS, int F, int M>
+void own_few(const OwnPlan& plan) {
+    const int threads = plan.strips * plan.tiles * tile_bytes<BITS>() < kOwnSmall ? 1 : plan.call->threads;
+    const int64_t even = plan.strips / (threads * 6), size = threads == 1 ? plan.strips : even > 1 ? even : 1;
     parallel(ceil_div(plan.strips, size), threads, [&](int64_t piece, int) {
         const int64_t stop = (piece + 1) * size < plan.strips ? (piece + 1) * size : plan.strips;
-        alignas(64) float total[2 * kOwnRows * 16];
+        for (int64_t strip = piece * size; strip < stop; ++strip) {
+            NativeF total[M];
+            own_strip<BITS, F, M>(plan, strip, total);
+            own_finish<M>(plan, strip, 0, total);
+        }
+    });
+}
+
+using OwnDecode = void (*)(const OwnPlan&, int64_t strip, int64_t apart, uint8_t* to);
+
+// More tokens: some strips are decoded into the second-level cache, where all blocks of tokens meet them.
+template <int M>
+Status own_many(const OwnPlan& plan, OwnDecode decode) {
+    constexpr int R = kOwnStrips;
+    const int64_t strip_bytes = plan.tiles * 16 * kVector;
+    const int threads = plan.strips * strip_bytes < 4 * kOwnSmall ? 1 : plan.call->threads;
+    const int64_t even = plan.strips / (threads * 6), most = kOwnPanel / strip_bytes, wanted = even < most ? even : most;
+    const int64_t size = wanted > R ? wanted / R * R : R;
+    const size_t bytes = static_cast<size_t>(size * strip_bytes);
+    uint8_t* memory = static_cast<uint8_t*>(scratch(kWorkerScratch, bytes * static_cast<size_t>(threads)));
+    if (!memory) return kOutOfMemory;
+    parallel(ceil_div(plan.strips, size), threads, [&](int64_t piece, int worker) {
+        uint8_t* numbers = memory + bytes * static_cast<size_t>(worker);
+        const int64_t first = piece * size, stop = first + size < plan.strips ? first + size : plan.strips;
+        for (int64_t i = 0; i < ceil_div(stop - first, R) * R; ++i) {
+            const int64_t strip = first + i < stop ? first + i : stop - 1;
+            decode(plan, strip, R * kVector, numbers + i / R * R * strip_bytes + i % R * kVector);
+        }
         for (int64_t block = 0; block < plan.blocks; ++block) {
-            for (int64_t strip = piece * size; strip < stop; strip += R) {
-                loop(plan, strip, block, total);
-                for (int64_t r = 0; r < R && strip + r < stop; ++r) own_finish(plan, strip + r, block, total + r * plan.block_rows * 16);
+            for (int64_t strip = first; strip < stop; strip += R) {
+                NativeF total[R][M] = {};
+                own_block<R, M>(plan, numbers + (strip - first) * strip_bytes, block, total);
+                for (int r = 0; r < R && strip + r < stop; ++r) own_finish<M>(plan, strip + r, block, total[r]);
             }
         }
     });
+    return kDone;
 }
 
 // One token among those of its block, zeros beyond the last column.
@@ -175,18 +244,17 @@ inline void own_place(const OwnPlan& plan, int64_t token) {
 }
 
 template <int BITS, int F>
-void own_tokens(const OwnPlan& plan) {
-    if (plan.block_rows == 1) return own_all(plan, 1, own_strips<BITS, F, 1, 1>);
-    if (plan.block_rows == 4) return own_all(plan, 1, own_strips<BITS, F, 1, 4>);
-    if (plan.block_rows == kOwnFewer) return own_all(plan, 2, own_strips<BITS, F, 2, kOwnFewer>);
-    own_all(plan, 2, own_strips<BITS, F, 2, kOwnRows>);
+Status own_tokens(const OwnPlan& plan) {
+    if (plan.block_rows == 1) return own_few<BITS, F, 1>(plan), kDone;
+    if (plan.block_rows == 4) return own_few<BITS, F, 4>(plan), kDone;
+    return plan.block_rows == kOwnFewer ? own_many<kOwnFewer>(plan, own_decode<BITS, F>) : own_many<kOwnRows>(plan, own_decode<BITS, F>);
 }
 template <int BITS>
-void own_groups(const OwnPlan& plan) {
+Status own_groups(const OwnPlan& plan) {
     if (plan.weight->shared) return own_tokens<BITS, 0>(plan);
     if (plan.groups == 1 || plan.weight->group % 128 == 0) return own_tokens<BITS, 8>(plan);
     if (plan.weight->group % 32 == 0) return own_tokens<BITS, 2>(plan);
-    own_tokens<BITS, 1>(plan);
+    return own_tokens<BITS, 1>(plan);
 }
 
 inline Status own_tables(const OwnTables& weight, const Call& call) {
@@ -207,10 +275,10 @@ inline Status own_tables(const OwnTables& weight, const Call& call) {
     if (call.tokens % plan.block_rows) memset(memory, 0, x_bytes);
     for (int64_t token = 0; token < call.tokens; ++token) own_place(plan, token);
     switch (weight.bits) {
-        case 1: own_groups<1>(plan); return kDone;
-        case 2: own_groups<2>(plan); return kDone;
-        case 3: own_groups<3>(plan); return kDone;
-        case 4: own_groups<4>(plan); return kDone;
+        case 1: return own_groups<1>(plan);
+        case 2: return own_groups<2>(plan);
+        case 3: return own_groups<3>(plan);
+        case 4: return own_groups<4>(plan);
         default: return kBadWidth;
     }
 }
