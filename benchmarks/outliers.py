@@ -48,9 +48,8 @@ def pair(N: int, K: int, share: float, seed: int, device: str = "cpu") -> tuple[
     random = torch.Generator(device).manual_seed(seed)
     values = torch.randint(-8, 8, (N, K), dtype=torch.int8, generator=random, device=device)
     codes = Codes(values_NK=values, scale_NG=torch.rand(N, K // 128, generator=random, device=device).bfloat16(), grid=GRID)
-    outliers = Outliers.of(
-        torch.randn(N, K, generator=random, device=device), torch.rand(N, K, generator=random, device=device) < share
-    )
+    weight_NK = torch.randn(N, K, generator=random, device=device).bfloat16()  # as checkpoints have them
+    outliers = Outliers.of(weight_NK, torch.rand(N, K, generator=random, device=device) < share)
     kept = SidecarLinear.from_codes(codes, dtype=torch.bfloat16)
     kept.keep(outliers.tensors())
     return Linear.from_codes(codes, dtype=torch.bfloat16), kept

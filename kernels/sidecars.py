@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.kernels.beside import choose as beside_ops
-from aerogel.kernels.beside.cpu import fits
+from aerogel.kernels.beside.cpu import fits, tiles_of
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.linear import Linear
 from aerogel.pack.format import Activations
@@ -71,7 +71,11 @@ class OutlierProduct(Product):
     @property
     def beside(self) -> Beside:
         """What is added."""
-        return Beside(self.start_N1, self.column_E, self.value_E)
+        return Beside(self.start_N1, self.column_E, self.value_E, tiles=self._ready)
+
+    def ready(self, tiles: Tensor | None) -> None:
+        """Takes what was made of the stored tensors, until they change."""
+        self._ready = tiles
 
     def forward(self, y_MN: Tensor, x_MK: Tensor) -> Tensor:
         """y + x S^T."""
@@ -124,9 +128,15 @@ class RowProduct(Product):
         self._ready = linear, self.sidecar.index_R.long()  # type: ignore[union-attr]
         return self
 
+    @property
+    def added(self) -> tuple[Linear, Tensor]:
+        """The linear, and the outputs that its outputs join, int64 [R]."""
+        found: tuple[Linear, Tensor] = self._ready
+        return found
+
     def forward(self, y_MN: Tensor, x_MK: Tensor) -> Tensor:
         """y with the rows' part added."""
-        linear, index_R = self._ready
+        linear, index_R = self.added
         return y_MN.index_add(1, index_R, linear(x_MK))
 
 
@@ -156,6 +166,7 @@ class SidecarLinear(Linear):
         super().__init__(*args, **kwargs)
         self._adds: bool | None = None
         self._laid: dict[str, Tensor] | None = None
+        self._added: dict[str, Tensor] | None = None
         self.keep(beside or {})
 
     def keep(self, beside: Mapping[str, Tensor]) -> Self:
@@ -187,7 +198,16 @@ class SidecarLinear(Linear):
         for product in self._products():
             if isinstance(product, RowProduct):
                 product.ready(self)
+            if isinstance(product, OutlierProduct):
+                product.ready(tiles_of(stored, problem.N, problem.K, problem.dtype) if self._adds else None)
+        # Gathered once: a call has as many microseconds as a small weight.
+        self._added = self._stored().operands() if self._adds and not self._looks() else None
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As `Linear` does it; what was gathered is gathered again when the kernel is chosen."""
+        self._added = None
+        return super()._apply(fn, recurse)
 
     def allow_fast_activations(self, allowed: bool = True) -> Self:
         """As `Linear` does it; another kernel may have to add what stands beside the weight."""
@@ -200,10 +220,11 @@ class SidecarLinear(Linear):
             self.prepare(x.dtype)
         problem = self._problem or self.problem()
         x_MK = x.reshape(-1, self.in_features).contiguous()
-        beside = Beside() if self._laid is not None else self._wanted(x_MK)
         if self._adds and x.dtype is problem.dtype and not torch.compiler.is_compiling():
-            y_MN = self._kernel.run(x_MK, self.operands() | beside.operands(), problem, self.bias)
+            added = self._wanted(x_MK).operands() if self._added is None else self._added
+            y_MN = self._kernel.run(x_MK, self.operands() | added, problem, self.bias)
         else:
+            beside = Beside() if self._laid is not None else self._wanted(x_MK)
             hides = beside.index_C is not None and self.hides_columns
             seen_MK = x_MK.index_fill(1, beside.index_C.long(), 0) if hides else x_MK  # type: ignore[union-attr]
             y_MN = self.product(seen_MK, self.bias)
@@ -218,9 +239,16 @@ class SidecarLinear(Linear):
         return self.scheme.activations != "none" or self.rounds_activations
 
     def added_by_kernel(self) -> Beside | None:
-        """What the kernel adds itself at every call, for callers that record calls; None where more than the kernel runs."""
-        others = {"weight_rows", "input_scale"} & set(self._modules)
-        return None if self._looks() or others or not self._adds else self._stored()
+        """What the kernel adds itself at every call, perhaps nothing, for callers that record calls; None where more runs than
+        the kernel and `rows_added`."""
+        stored = self._stored()
+        by_kernel = self._adds or not stored.operands()
+        return stored if by_kernel and not self._looks() and "input_scale" not in self._modules else None
+
+    def rows_added(self) -> tuple[Linear, Tensor] | None:
+        """The linear whose outputs join some of this one's, and which, int64 [R]; None where there is none."""
+        rows = self._modules.get("weight_rows")
+        return rows.added if isinstance(rows, RowProduct) else None
 
     def _looks(self) -> bool:
         """Whether what is added depends on the inputs."""
@@ -252,7 +280,11 @@ class SidecarLinear(Linear):
     def packed_bytes(self) -> int:
         """Bytes of codes and of what is stored beside them, as it was stored and as the kernel takes it."""
         held = [tensor for product in self._products() for tensor in product.sidecar.tensors().values()]
-        return super().packed_bytes + sum(tensor.nbytes for tensor in (*held, *(self._laid or {}).values()))
+        return super().packed_bytes + sum(tensor.nbytes for tensor in (*held, *(self._laid or {}).values(), *self._tiles()))
+
+    def _tiles(self) -> list[Tensor]:
+        tiles = self._stored().tiles
+        return [] if tiles is None else [tiles]
 
     def _products(self) -> list[Product]:
         return [product for product in self.children() if isinstance(product, Product)]

@@ -24,6 +24,8 @@ with warnings.catch_warnings():
 
 NAMES = ("beside_start", "beside_column", "beside_value", "beside_index", "beside_kept")
 """Under which these tensors go to a kernel that adds them itself, in the order of the fields."""
+TILES = "beside_tiles"
+"""The same for what was made of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,9 @@ class Beside:
 
     start_N1 int32 [N + 1], column_E int16 or int32 [E], value_E [E] of 16 bits; index_C int32 [C], kept_NC [N, C] of 16 bits or
     of x's type. Columns and indices lie below K: nothing checks them again.
+
+    tiles: uint8, the outliers once more as the CPU's kernels take few tokens to them (`beside.cpu.tiles_of`); None is
+    always right.
     """
 
     start_N1: Tensor | None = None
@@ -39,9 +44,10 @@ class Beside:
     value_E: Tensor | None = None
     index_C: Tensor | None = None
     kept_NC: Tensor | None = None
+    tiles: Tensor | None = None
 
     def all(self) -> tuple[Tensor | None, ...]:
-        """Every field in order."""
+        """What is stored, in order."""
         return self.start_N1, self.column_E, self.value_E, self.index_C, self.kept_NC
 
     @property
@@ -50,13 +56,14 @@ class Beside:
         return next(tensor.device for tensor in self.all() if tensor is not None)
 
     def operands(self) -> dict[str, Tensor]:
-        """What is there, by the names of `NAMES`."""
-        return {name: tensor for name, tensor in zip(NAMES, self.all(), strict=True) if tensor is not None}
+        """What is there, by the names of `NAMES` and `TILES`."""
+        named = zip((*NAMES, TILES), (*self.all(), self.tiles), strict=True)
+        return {name: tensor for name, tensor in named if tensor is not None}
 
     @staticmethod
     def among(tensors: Mapping[str, Tensor]) -> Beside | None:
         """The inverse of `operands`, among other tensors; None where there is nothing."""
-        found = [tensors.get(name) for name in NAMES]
+        found = [tensors.get(name) for name in (*NAMES, TILES)]
         return None if found[0] is None and found[3] is None else Beside(*found)
 
 

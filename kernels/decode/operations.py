@@ -23,7 +23,7 @@ from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 from aerogel.kernels.sidecars import SidecarLinear
 
-KINDS = {"gemm": 0, "attend": 1, "norm": 2, "gate": 3, "lookup": 4, "rows": 5, "prompt": 6, "own": 7}
+KINDS = {"gemm": 0, "attend": 1, "norm": 2, "gate": 3, "lookup": 4, "rows": 5, "prompt": 6, "own": 7, "row_sums": 8}
 
 
 class _Operation(ctypes.Structure):
@@ -71,41 +71,47 @@ class Operations:
 
     def linear(self, module: Linear, x: Tensor, y: Tensor) -> bool:
         """y [..., N] = module(x [..., K]). False, and nothing added, where no compiled operation does it."""
-        problem, kernel = module._problem, module._kernel
-        beside = module.added_by_kernel() if isinstance(module, SidecarLinear) else None
-        if problem is None or not (module.kernel_is_all or beside) or module.column_order is not None:
+        more = module.rows_added() if isinstance(module, SidecarLinear) else None
+        if not _compiled(module, x) or (more is not None and not _compiled(more[0], x)):
             return False
-        known = issubclass(kernel, (Native, cpu_lookup.NativeLookup, cpu_own.NativeOwn, cpu_tables.NativeTables))
-        if not known or x.dtype is not problem.dtype or not x.is_contiguous():
-            return False
+        self._product(module, x, y)
+        if more is not None:
+            linear, index_R = more
+            part = torch.empty(*x.shape[:-1], linear.out_features, dtype=x.dtype)
+            self._product(linear, x, part)
+            where = part.data_ptr(), index_R.data_ptr(), y.data_ptr()
+            sizes = y.numel() // y.shape[-1], y.shape[-1], linear.out_features
+            self.add("row_sums", library.RowSums(*where, *sizes, library.TYPES[y.dtype]), None, part, index_R, y)
+        return True
+
+    def _product(self, module: Linear, x: Tensor, y: Tensor) -> None:
+        """The operation of one weight, with what its kernel adds itself."""
+        problem, kernel = module._problem or module.problem(), module._kernel
+        found = module.added_by_kernel() if isinstance(module, SidecarLinear) else None
+        beside = found if found is not None and found.operands() else None
         layout, rows, group = module.held(), x.view(-1, problem.K), problem.grid.group_size or 0
         if issubclass(kernel, cpu_lookup.NativeLookup):
-            return self._lookup(rows, layout, module.bias, y, group)
+            self._lookup(rows, layout, module.bias, y, group)
+            return
         if issubclass(kernel, cpu_own.NativeOwn):
             own = cpu_own.struct_of(layout, problem.N, problem.K, *cpu_own.tables_of(problem.grid, problem.K))
             library.check(library.library().aerogel_native_own_check(ctypes.byref(own)), "a weight of tables for each row")
             self.add("own", own, cpu_lookup.call_of(rows, module.bias, y, "exact"), layout, module.bias, rows, y)
-            return True
+            return
         if issubclass(kernel, Native):
             tensors = layout["codes"], layout["scale"], layout.get("zero"), module.bias
             numerics = library.NUMERICS[kernel.numerics]
             weight, call = structs(rows, *tensors, y.view(-1, problem.N), problem.N, group, numerics, beside=beside)
         else:
-            if problem.activations != "none":  # which are rounded before
-                return False
             weight, call = cpu_tables.structs(rows, layout, module.bias, y.view(-1, problem.N), problem.N, group)
         library.check(library.library().aerogel_native_check(ctypes.byref(weight)), "a packed weight")
         self.add("gemm", weight, call, layout, module.bias, rows, y, beside)
-        return True
 
-    def _lookup(self, rows: Tensor, layout: dict[str, Tensor], bias: Tensor | None, y: Tensor, group: int) -> bool:
-        if len(rows) > cpu_lookup.MOST_TOKENS:
-            return False
+    def _lookup(self, rows: Tensor, layout: dict[str, Tensor], bias: Tensor | None, y: Tensor, group: int) -> None:
         weight = cpu_lookup.struct_of(layout, y.shape[-1], rows.shape[1], group)
         call = cpu_lookup.call_of(rows, bias, y, cpu_lookup.numerics_of(rows.dtype))
         library.check(library.library().aerogel_native_lookup_check(ctypes.byref(weight)), "a weight of tables")
         self.add("lookup", weight, call, layout, bias, rows, y)
-        return True
 
     def rows(self, module: PackedEmbedding, ids: Tensor, y: Tensor) -> bool:
         """y [..., K] = module(ids). False, and nothing added, where no compiled operation does it."""
@@ -131,3 +137,16 @@ class Operations:
                 library.check(status, f"operation {done.value} of {count}")
 
         self._steps.append(step)
+
+
+def _compiled(module: Linear, x: Tensor) -> bool:
+    """Whether compiled operations do all of module(x)."""
+    problem, kernel = module._problem, module._kernel
+    whole = module.kernel_is_all or (isinstance(module, SidecarLinear) and module.added_by_kernel() is not None)
+    if problem is None or not whole or module.column_order is not None or x.dtype is not problem.dtype or not x.is_contiguous():
+        return False
+    if issubclass(kernel, cpu_lookup.NativeLookup):
+        return x.numel() // problem.K <= cpu_lookup.MOST_TOKENS
+    if issubclass(kernel, cpu_tables.NativeTables):
+        return problem.activations == "none"  # others are rounded before
+    return issubclass(kernel, (Native, cpu_own.NativeOwn))

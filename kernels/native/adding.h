@@ -2,6 +2,7 @@
 // rows that it made, and does not see the inputs of kept columns where activations are rounded.
 #pragma once
 #include "numbers.h"
+#include "outlier_tiles.h"
 #include "scratch.h"
 #include "step_structs.h"
 
@@ -20,8 +21,13 @@ inline void ask_for(const Adding& adding, int64_t first, int64_t stop) {
     const auto lines = [](const void* from, int64_t begin, int64_t end) {
         for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
     };
-    if (b.start) {
-        const int64_t begin = b.start[first], end = b.start[last];
+    const int64_t begin = b.start ? b.start[first] : 0, end = b.start ? b.start[last] : 0;
+    if (adding.tiled) {
+        const OutlierTiles t = outlier_tiles_of(b);
+        const int64_t step = t.first[first / kStrip], stop_step = t.first[ceil_div(last, kStrip)];
+        lines(t.mask, 4 * step, 4 * stop_step), lines(t.block, 2 * step, 2 * stop_step);
+        lines(t.value, 2 * begin, 2 * end), lines(t.column, 2 * begin, 2 * end);
+    } else if (b.start) {
         lines(b.column, begin * b.column_bytes, end * b.column_bytes);
         lines(b.value, begin * size_of(b.value_type), end * size_of(b.value_type));
     }

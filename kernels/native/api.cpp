@@ -3,6 +3,7 @@
 
 #include <chrono>
 
+#include "outlier_tiles.h"
 #include "paths.h"
 #include "pool.h"
 #include "rows.h"
@@ -66,6 +67,10 @@ Status check_beside(const Beside& b) {
     if (b.rows < 1 || b.columns < 1 || b.rows > kMost || b.columns > kMost) return kBadShape;
     if (b.outliers < 0 || b.kept < 0 || b.kept > b.columns || (b.kept && !b.index)) return kBadShape;
     if (b.start && (b.start[0] != 0 || b.start[b.rows] != b.outliers)) return kBadShape;
+    if (b.tiles) {
+        const int64_t least = outlier_tiles_at(b.tiles, b.rows, b.outliers, 0).bytes;
+        if (!b.start || misaligned(b.tiles, 64) || b.tiles_bytes < least || outlier_tiles_of(b).bytes != b.tiles_bytes) return kBadShape;
+    }
     const bool columns = b.column_bytes == 2 || b.column_bytes == 4;
     return columns && known_type(b.type) && known_type(b.value_type) && known_type(b.kept_type) ? kDone : kBadType;
 }
@@ -143,6 +148,17 @@ int32_t aerogel_native_rows(const Weight* weight, const Rows* wanted) {
     return decode_rows(*weight, *wanted);
 }
 
+int32_t aerogel_native_row_sums(const RowSums* sums) {
+    constexpr int64_t kMost = int64_t{1} << 28;
+    if (sums->tokens < 0 || sums->tokens > kMost || sums->rows < 1 || sums->rows > kMost || sums->count < 0) return kBadShape;
+    if (!known_type(sums->type)) return kBadType;
+    for (int64_t i = 0; i < sums->count; ++i) {
+        if (sums->index[i] < 0 || sums->index[i] >= sums->rows) return kNoSuchRow;
+    }
+    add_row_sums(*sums);
+    return kDone;
+}
+
 int32_t aerogel_native_attend(const Attend* a) {
     const bool sizes = a->key_size > 0 && a->key_size <= kMostHead && a->value_size > 0 && a->value_size <= kMostHead;
     const bool heads = a->heads > 0 && a->queries % a->heads == 0 && a->queries / a->heads <= kMostShare;
@@ -214,6 +230,7 @@ int32_t aerogel_native_program(const Operation* operations, int64_t count, int64
             case kNorm: status = aerogel_native_norm(static_cast<const Norm*>(each.arguments)); break;
             case kPrompt: status = aerogel_native_prompt(static_cast<const Prompt*>(each.arguments)); break;
             case kGate: status = aerogel_native_gate(static_cast<const Gate*>(each.arguments)); break;
+            case kRowSums: status = aerogel_native_row_sums(static_cast<const RowSums*>(each.arguments)); break;
             default: break;
         }
         if (status != kDone) return status;

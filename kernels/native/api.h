@@ -42,6 +42,9 @@ PUBLIC int32_t aerogel_native_own_check(const aerogel::OwnTables* weight);
 // Rows of a weight, decoded: an embedding. Returns a Status, kNoSuchRow for an id that is no row.
 PUBLIC int32_t aerogel_native_rows(const aerogel::Weight* weight, const aerogel::Rows* wanted);
 
+// y[:, index] += part: what rows of more bits add to a product. Returns a Status, kNoSuchRow for an index that is no row.
+PUBLIC int32_t aerogel_native_row_sums(const aerogel::RowSums* arguments);
+
 // Small operations of a decode step on the best path of this machine; arguments: step_structs.h. Return a Status.
 PUBLIC int32_t aerogel_native_attend(const aerogel::Attend* arguments);
 PUBLIC int32_t aerogel_native_prompt(const aerogel::Prompt* arguments);
@@ -50,6 +53,10 @@ PUBLIC int32_t aerogel_native_gate(const aerogel::Gate* arguments);
 
 // Adds what stands beside a weight (beside.h) to any product; columns are within bounds by the caller's word. Returns a Status.
 PUBLIC int32_t aerogel_native_beside(const aerogel::Beside* arguments);
+
+// The outliers of a weight (start, column, value, outliers, rows, columns) in tiles, written to `to` where `bytes` are enough. How many
+// that takes; where `bytes` do not hold the first part, a number that does, so a caller asks until it has enough. Below 0: -Status.
+PUBLIC int64_t aerogel_native_outlier_tiles(const aerogel::Beside* beside, void* to, int64_t bytes);
 
 // Runs operations one after the other: a whole decode step without returning to Python. Returns the first Status that is
 // not 0, and the number of operations done in `done`.

@@ -328,7 +328,7 @@ inline Status prepare_in_blocks(const Beside& b, int threads, Adding& to) {
     memset(memory + all_bytes, 0, kept_bytes);
     float* kept = reinterpret_cast<float*>(memory + all_bytes);
     place_inputs<W>(b, threads, memory, kept);
-    to = {b, {memory, kept}, b.column_bytes == 2 ? add_rows<W, TYPE, int16_t> : add_rows<W, TYPE, int32_t>};
+    to = {b, {memory, kept}, b.column_bytes == 2 ? add_rows<W, TYPE, int16_t> : add_rows<W, TYPE, int32_t>, false};
     return kDone;
 }
 

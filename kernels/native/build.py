@@ -29,7 +29,17 @@ COMMON = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra
 SANITIZERS = {"--sanitize": "address,undefined", "--sanitize-threads": "thread"}
 SANITIZE = ("-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O0", "-DAEROGEL_SANITIZE")
 """Without optimisation, nothing inlined by force and fewer sizes of loops: a minute or two instead of half an hour."""
-SHARED_SOURCES = ("api.cpp", "entropy.cpp", "lookup.cpp", "own.cpp", "paths.cpp", "pool.cpp", "rows.cpp", "scratch.cpp")
+SHARED_SOURCES = (
+    "api.cpp",
+    "entropy.cpp",
+    "lookup.cpp",
+    "outlier_tiles.cpp",
+    "own.cpp",
+    "paths.cpp",
+    "pool.cpp",
+    "rows.cpp",
+    "scratch.cpp",
+)
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
@@ -38,7 +48,7 @@ UNITS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx2": _AVX2,
         "avxvnni": (*_AVX2, "-mavxvnni"),
         "avx512": _AVX512,
-        "avx512bf16": (*_AVX512, "-mavx512bf16", "-mavx512vbmi"),
+        "avx512bf16": (*_AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2"),
         "amx": (*_AVX512, "-mamx-tile", "-mamx-int8"),
     },
     "aarch64": {"neon": ("-march=armv8.2-a+dotprod+fp16",)},

@@ -56,6 +56,7 @@ enum Status : int32_t {
     kOutOfMemory = 11,
     kBadTable = 12,
     kNoSuchRow = 13,
+    kBadOrder = 14,
 };
 
 struct Weight {
@@ -79,7 +80,8 @@ struct Beside {
     const void *column, *value;  // [outliers]: int16 or int32, and floats
     const int32_t* index;        // [kept]: inputs whose columns are kept; null where none are
     const void* kept_value;      // [rows, kept]
-    int64_t tokens, rows, columns, outliers, kept;
+    const void* tiles;           // the outliers once more, for few tokens (outlier_tiles.h), or null
+    int64_t tokens, rows, columns, outliers, kept, tiles_bytes;
     int32_t type, column_bytes, value_type, kept_type, threads;
 };
 

@@ -28,6 +28,8 @@ SCALES = {**TYPES, torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4}
 NUMERICS = {"exact": 0, "int8": 1, "int8-token": 2}
 PATHS = ("portable", "avx2", "avxvnni", "avx512", "avx512bf16", "amx", "neon")
 """Instruction-set paths by their number."""
+BFLOAT16_PATHS = ("avx512bf16", "amx")
+"""Those that multiply bfloat16."""
 
 STATUS = {
     1: "bits must lie between 1 and 8",
@@ -42,6 +44,7 @@ STATUS = {
     10: "activations, result or bias have another size than the shapes imply",
     12: "the tables have another size than their number implies, or a group picks one that is not there",
     13: "a row is asked for that is not there",
+    14: "the columns of outliers must ascend within their row and lie inside the weight",
 }
 OUT_OF_MEMORY = 11
 
@@ -86,8 +89,8 @@ class Beside(ctypes.Structure):
     """What is added to a product; kernels/native/layout.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "y", "out", "start", "column", "value", "index", "kept_value")),
-        *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "outliers", "kept")),
+        *((name, ctypes.c_void_p) for name in ("x", "y", "out", "start", "column", "value", "index", "kept_value", "tiles")),
+        *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "outliers", "kept", "tiles_bytes")),
         *((name, ctypes.c_int32) for name in ("type", "column_bytes", "value_type", "kept_type", "threads")),
     ]
 
@@ -109,6 +112,16 @@ class Rows(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("ids", "to")),
         *((name, ctypes.c_int64) for name in ("count", "to_bytes")),
+        ("type", ctypes.c_int32),
+    ]
+
+
+class RowSums(ctypes.Structure):
+    """Sums of some rows that join a product; kernels/native/step_structs.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("part", "index", "y")),
+        *((name, ctypes.c_int64) for name in ("tokens", "rows", "count")),
         ("type", ctypes.c_int32),
     ]
 
@@ -139,6 +152,8 @@ def _load() -> ctypes.CDLL | str:
         *(ctypes.POINTER(Lookup), ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64),
     ]
     library.aerogel_native_beside.argtypes = [ctypes.POINTER(Beside)]
+    library.aerogel_native_outlier_tiles.argtypes = [ctypes.POINTER(Beside), ctypes.c_void_p, ctypes.c_int64]
+    library.aerogel_native_outlier_tiles.restype = ctypes.c_int64
     library.aerogel_native_check.argtypes = library.aerogel_native_check_picks.argtypes = [ctypes.POINTER(Weight)]
     library.aerogel_native_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     library.aerogel_native_read.restype = ctypes.c_double

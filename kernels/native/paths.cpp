@@ -26,6 +26,7 @@ DECLARE(amx)
 DECLARE(neon)
 #undef DECLARE
 Status own_avx512bf16(const OwnTables&, const Call&);
+Status prepare_avx512bf16(const Beside&, int threads, Adding& to);
 
 namespace {
 
@@ -57,7 +58,7 @@ bool fill() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512vnni");
-    const bool bfloat = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    const bool bfloat = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
     (void)avx512, (void)bfloat;
 #if defined(HAVE_AVX2)
     table[kAvx2] = {exact_avx2, int8_avx2, avx2, step_avx2, nullptr};
@@ -68,9 +69,11 @@ bool fill() {
 #if defined(HAVE_AVX512)
     table[kAvx512] = {exact_avx512, int8_avx512, avx512, step_avx512, nullptr};
 #if defined(HAVE_AVX512BF16)
-    table[kAvx512Bf16] = {exact_avx512bf16, int8_avx512, bfloat, step_avx512, own_avx512bf16};
+    Step step = step_avx512;
+    step.prepare = prepare_avx512bf16;
+    table[kAvx512Bf16] = {exact_avx512bf16, int8_avx512, bfloat, step, own_avx512bf16};
 #if defined(HAVE_AMX)
-    table[kAmx] = {exact_avx512bf16, int8_amx, table[kAvx512Bf16].able && may_use_tiles(), step_avx512, own_avx512bf16};
+    table[kAmx] = {exact_avx512bf16, int8_amx, table[kAvx512Bf16].able && may_use_tiles(), step, own_avx512bf16};
 #endif
 #endif
 #endif

@@ -1,4 +1,4 @@
-// Rows of a packed weight as numbers, (u - 2^(bits-1) - zero) * scale: what an embedding looks up.
+// Rows of a packed weight as numbers, (u - 2^(bits-1) - zero) * scale: what an embedding looks up; and what rows of more bits add.
 //
 // A token needs one row of many, a few hundred codes, so they are taken one by one and without special instructions.
 #define UNIT rows
@@ -52,6 +52,16 @@ void decode_row(const Weight& weight, int64_t row, void* to, int64_t at, int32_t
 }
 
 }  // namespace
+
+void add_row_sums(const RowSums& sums) {
+    for (int64_t token = 0; token < sums.tokens; ++token) {
+        for (int64_t i = 0; i < sums.count; ++i) {
+            const int64_t to = token * sums.rows + sums.index[i];
+            const float sum = read_float(sums.y, to, sums.type) + read_float(sums.part, token * sums.count + i, sums.type);
+            store_floats(sums.y, to, sums.type, &sum, 1);
+        }
+    }
+}
 
 Status decode_rows(const Weight& weight, const Rows& wanted) {
     for (int64_t i = 0; i < wanted.count; ++i) {

@@ -55,8 +55,16 @@ struct Rows {
     int32_t type;
 };
 
+struct RowSums {
+    const void* part;      // [tokens, count]
+    const int64_t* index;  // [count]: which of the rows they join; each at most once
+    void* y;               // [tokens, rows]
+    int64_t tokens, rows, count;
+    int32_t type;
+};
+
 // One operation of a program: a matmul (Weight, Lookup or OwnTables, and Call), rows of a weight (Weight and Rows) or one of the above.
-enum Kind : int32_t { kGemm = 0, kAttend = 1, kNorm = 2, kGate = 3, kLookup = 4, kRows = 5, kPrompt = 6, kOwn = 7 };
+enum Kind : int32_t { kGemm = 0, kAttend = 1, kNorm = 2, kGate = 3, kLookup = 4, kRows = 5, kPrompt = 6, kOwn = 7, kRowSums = 8 };
 
 struct Operation {
     int32_t kind, reserved;
@@ -76,6 +84,7 @@ struct Adding {
     Beside beside;
     Inputs inputs;
     void (*rows)(const Beside&, const Inputs&, int64_t first, int64_t stop);
+    bool tiled;  // it reads outliers in tiles
 };
 
 }  // namespace aerogel

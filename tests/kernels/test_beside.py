@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from aerogel.errors import BadInput
 from aerogel.kernels.beside import choose, cpu, ref
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.cpu import Native, linear
@@ -80,6 +82,55 @@ def test_inside_a_matmul_on_every_path(dtype: torch.dtype, numerics: str, bits: 
         found = [linear(x_MK, *rest, threads=threads, beside=beside) for threads in (1, 2, 5)]
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]), path
         close(found[0], ref.add(linear(quiet_MK, *rest).float(), x_MK.float(), beside))
+
+
+@needs_library
+@pytest.mark.skipif(
+    library.missing() is not None or library.best("exact") not in library.BFLOAT16_PATHS,
+    reason="no path of this machine multiplies bfloat16",
+)
+@pytest.mark.parametrize("share", [0.003, 0.01, 0.1, 0.7])
+@pytest.mark.parametrize(("N", "K"), [(72, 160), (1, 64), (40, 65), (129, 1000), (16, 40000)])
+def test_tiles_add_what_rows_add(share: float, N: int, K: int) -> None:
+    """To one more rounding, on every path and with any number of threads; a path that cannot read tiles reads rows."""
+    beside = beside_of(N, K, "o", torch.bfloat16, share)
+    values = torch.zeros(N, K, dtype=torch.int8)
+    codes = Codes(values_NK=values, scale_NG=torch.ones(N, 1), grid=IntGrid(bits=4))
+    layout = Native.pack(codes, Problem(format="pack-quantized", grid=codes.grid, N=N, K=K))
+    tiled = replace(beside, tiles=cpu.tiles_of(beside, N, K, torch.bfloat16))
+    assert tiled.tiles is not None and set(tiled.operands()) == set(beside.operands()) | {"beside_tiles"}
+    for M in (1, 2, 3, 4, 5):
+        x_MK = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16()
+        wanted = ref.add(torch.zeros(M, N), x_MK.float(), beside)
+        for path in library.paths():
+            rest: Any = layout["codes"], layout["scale"], None, None, N, 0, 0, library.PATHS.index(path)
+            found = [linear(x_MK, *rest, threads=threads, beside=tiled) for threads in (1, 3)]
+            assert torch.equal(found[0], found[1]), path
+            close(found[0], wanted)
+            if path not in library.BFLOAT16_PATHS or M > 4:
+                assert torch.equal(found[0], linear(x_MK, *rest, beside=beside))
+
+
+@needs_library
+@pytest.mark.skipif(
+    library.missing() is not None or library.best("exact") not in library.BFLOAT16_PATHS,
+    reason="no path of this machine multiplies bfloat16",
+)
+def test_tiles_are_made_of_what_can_be_sorted_and_read() -> None:
+    beside = beside_of(48, 640, "o", torch.bfloat16, 0.01)
+    assert beside.column_E is not None
+    assert cpu.tiles_of(beside, 48, 640, torch.float32) is None
+    assert cpu.tiles_of(beside_of(48, 640, "o", torch.float16), 48, 640, torch.bfloat16) is None
+    assert cpu.tiles_of(beside_of(48, 640, "oc", torch.bfloat16), 48, 640, torch.bfloat16) is None
+    with pytest.raises(BadInput, match="ascend"):
+        cpu.tiles_of(replace(beside, column_E=beside.column_E.flip(0)), 48, 640, torch.bfloat16)
+    with pytest.raises(BadInput, match="inside the weight"):
+        cpu.tiles_of(beside, 48, 639, torch.bfloat16)
+    tiles = cpu.tiles_of(beside, 48, 640, torch.bfloat16)
+    assert tiles is not None
+    made = cpu.struct_of(torch.zeros(2, 48), torch.zeros(2, 640), torch.zeros(2, 48), replace(beside, tiles=tiles[:-64]))
+    with pytest.raises(BadInput, match="shape"):
+        library.check(library.library().aerogel_native_beside(made), "outliers")
 
 
 @needs_library

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from torch import fx, nn
 
+from aerogel.errors import BadInput
 from aerogel.kernels.decode import ops
 from aerogel.kernels.decode.native_program import NativeProgram
 from aerogel.kernels.decode.operations import Operations
 from aerogel.kernels.decode.trace import CannotTrace, Seen
 from aerogel.kernels.gemm.cpu_lookup import NativeLookup
-from aerogel.kernels.gemm.cpu_tables import FLOAT32_PATHS
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Problem
+from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.quantize.formats.nf4 import Nf4
 from aerogel.quantize.grids import IntGrid, quantized
+from aerogel.quantize.outliers import Outliers
 from aerogel.quantize.planes import PlaneGrid
+from aerogel.quantize.rows import Rows
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
@@ -86,7 +91,7 @@ def test_it_computes_what_the_function_computes(dtype: torch.dtype, tables: bool
 
 
 @pytest.mark.skipif(
-    library.missing() is not None or library.best("exact") not in FLOAT32_PATHS,
+    library.missing() is not None or library.best("exact") not in library.BFLOAT16_PATHS,
     reason="no path of this machine multiplies bfloat16",
 )
 @pytest.mark.parametrize("group", [8, 32])
@@ -100,6 +105,33 @@ def test_weights_with_tables_of_their_own_are_operations(group: int) -> None:
     assert operations.linear(layer, x, y)
     operations.run()
     assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("outliers", [False, True])
+def test_rows_of_more_bits_are_operations(dtype: torch.dtype, outliers: bool) -> None:
+    grid = IntGrid(bits=4, group_size=32)
+    weight_NK, index_R = torch.randn(80, 64), torch.tensor([3, 17, 79])
+    codes = quantized(grid, weight_NK, grid.fit(weight_NK))
+    layer = SidecarLinear.from_codes(codes, dtype=dtype)
+    layer.keep(Rows.of(index_R, quantized(grid, weight_NK[index_R] / 9, grid.fit(weight_NK[index_R] / 9))).tensors())
+    if outliers:
+        layer.keep(Outliers.of(weight_NK, torch.rand(80, 64) < 0.02).tensors())
+    x, y = torch.randn(2, 1, 64).to(dtype), torch.empty(2, 1, 80, dtype=dtype)
+    operations = Operations()
+    assert operations.linear(layer, x, y)
+    operations.run()
+    assert (operations.count, operations.calls) == (3, 1)
+    assert torch.equal(y, layer(x))
+    assert not torch.equal(y[..., index_R], Linear.from_codes(codes, dtype=dtype)(x)[..., index_R])
+
+
+def test_sums_for_rows_that_are_not_there_are_refused() -> None:
+    part, index, y = torch.ones(1, 1), torch.tensor([4]), torch.zeros(1, 4)
+    sums = library.RowSums(part.data_ptr(), index.data_ptr(), y.data_ptr(), 1, 4, 1, library.TYPES[y.dtype])
+    with pytest.raises(BadInput, match="row"):
+        library.check(library.library().aerogel_native_row_sums(ctypes.byref(sums)), "sums")
+    assert not y.any()
 
 
 def test_a_step_with_hardly_anything_native_is_refused() -> None:
