@@ -94,7 +94,7 @@ thread_local volatile uint64_t kept_sum;  // what a reader found: without a use 
 
 }  // namespace
 
-int32_t aerogel_native_version() { return 12; }
+int32_t aerogel_native_version() { return 13; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });
