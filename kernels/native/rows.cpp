@@ -57,8 +57,8 @@ void add_row_sums(const RowSums& sums) {
     for (int64_t token = 0; token < sums.tokens; ++token) {
         for (int64_t i = 0; i < sums.count; ++i) {
             const int64_t to = token * sums.rows + sums.index[i];
-            const float sum = read_float(sums.y, to, sums.type) + read_float(sums.part, token * sums.count + i, sums.type);
-            store_floats(sums.y, to, sums.type, &sum, 1);
+            float sum[16] = {read_float(sums.y, to, sums.type) + read_float(sums.part, token * sums.count + i, sums.type)};
+            store_floats(sums.y, to, sums.type, sum, 1);
         }
     }
 }
