@@ -21,6 +21,7 @@ namespace UNIT {
 constexpr int kOwnRows = 12;               // tokens of a block where there are many
 constexpr int kOwnFewer = 8;               // up to two such blocks
 constexpr int kOwnStrips = 2;              // that share a block's activations once they are decoded
+constexpr int64_t kOwnTiles = 8;           // decoded at a time for two blocks: 16 KB of two strips
 constexpr int64_t kOwnPanel = 256 * 1024;  // bytes of decoded strips that stay in the second-level cache while blocks pass
 constexpr int64_t kOwnSmall = 48 * 1024;   // bytes of codes below which waking a second thread costs more than it saves
 
@@ -121,11 +122,11 @@ INLINE void own_strip(const OwnPlan& plan, int64_t strip, NativeF (&total)[M]) {
     });
 }
 
-// The numbers of a strip as they are multiplied, [step][half], a vector every `apart` bytes from `to` on.
+// The numbers of a strip as they are multiplied, [step][half], a vector every `apart` bytes from `to` on; of some tiles.
 template <int BITS, int F>
-void own_decode(const OwnPlan& plan, int64_t strip, int64_t apart, uint8_t* to) {
+void own_decode(const OwnPlan& plan, int64_t strip, int64_t tile, int64_t stop, int64_t apart, uint8_t* to) {
     OwnStrip<BITS, F> from(plan, strip);
-    for (int64_t tile = 0; tile < plan.tiles; ++tile) {
+    for (; tile < stop; ++tile) {
         unroll<8>([&](auto step) ALWAYS {
             NativeU w[2];
             from.template decode<step>(tile, w);
@@ -135,11 +136,11 @@ void own_decode(const OwnPlan& plan, int64_t strip, int64_t apart, uint8_t* to) 
     }
 }
 
-// Sums of R decoded strips and a block of M tokens.
+// Adds the products of R decoded strips and a block of M tokens, of tiles `tile` .. `stop`, at whose numbers `numbers` begin.
 template <int R, int M>
-INLINE void own_block(const OwnPlan& plan, const uint8_t* numbers, int64_t block, NativeF (&sum)[R][M]) {
-    const uint8_t* x = plan.x + block * plan.tiles * 8 * M * 32;
-    for (int64_t step = 0; step < plan.tiles * 8; ++step, x += M * 32, numbers += 2 * R * kVector) {
+INLINE void own_block(const OwnPlan& plan, const uint8_t* numbers, int64_t block, int64_t tile, int64_t stop, NativeF (&sum)[R][M]) {
+    const uint8_t* x = plan.x + (block * plan.tiles + tile) * 8 * M * 32;
+    for (int64_t step = 8 * tile; step < 8 * stop; ++step, x += M * 32, numbers += 2 * R * kVector) {
         unroll<2>([&](auto half) ALWAYS {
             NativeU w[R];
             repeat<R>([&](int r) ALWAYS { w[r] = load<U16>(numbers + (half * R + r) * kVector).part[0]; });
@@ -196,7 +197,30 @@ void own_few(const OwnPlan& plan) {
     });
 }
 
-using OwnDecode = void (*)(const OwnPlan&, int64_t strip, int64_t apart, uint8_t* to);
+using OwnDecode = void (*)(const OwnPlan&, int64_t strip, int64_t tile, int64_t stop, int64_t apart, uint8_t* to);
+
+// Two blocks of tokens: a few tiles at a time are decoded into the first-level cache, where both blocks meet them.
+template <int M>
+void own_two(const OwnPlan& plan, OwnDecode decode) {
+    constexpr int R = kOwnStrips;
+    const int threads = plan.strips * plan.tiles * 16 * kVector < 4 * kOwnSmall ? 1 : plan.call->threads;
+    const int64_t even = plan.strips / (threads * 6), size = even > R ? even / R * R : R;
+    parallel(ceil_div(plan.strips, size), threads, [&](int64_t piece, int) {
+        alignas(kVector) uint8_t numbers[kOwnTiles * 16 * R * kVector];
+        const int64_t stop = (piece + 1) * size < plan.strips ? (piece + 1) * size : plan.strips;
+        for (int64_t strip = piece * size; strip < stop; strip += R) {
+            NativeF total[2][R][M] = {};
+            for (int64_t tile = 0; tile < plan.tiles; tile += kOwnTiles) {
+                const int64_t end = tile + kOwnTiles < plan.tiles ? tile + kOwnTiles : plan.tiles;
+                for (int r = 0; r < R; ++r) decode(plan, strip + r < stop ? strip + r : stop - 1, tile, end, R * kVector, numbers + r * kVector);
+                for (int64_t block = 0; block < plan.blocks; ++block) own_block<R, M>(plan, numbers, block, tile, end, total[block]);
+            }
+            for (int64_t block = 0; block < plan.blocks; ++block) {
+                for (int r = 0; r < R && strip + r < stop; ++r) own_finish<M>(plan, strip + r, block, total[block][r]);
+            }
+        }
+    });
+}
 
 // More tokens: some strips are decoded into the second-level cache, where all blocks of tokens meet them.
 template <int M>
@@ -214,12 +238,12 @@ Status own_many(const OwnPlan& plan, OwnDecode decode) {
         const int64_t first = piece * size, stop = first + size < plan.strips ? first + size : plan.strips;
         for (int64_t i = 0; i < ceil_div(stop - first, R) * R; ++i) {
             const int64_t strip = first + i < stop ? first + i : stop - 1;
-            decode(plan, strip, R * kVector, numbers + i / R * R * strip_bytes + i % R * kVector);
+            decode(plan, strip, 0, plan.tiles, R * kVector, numbers + i / R * R * strip_bytes + i % R * kVector);
         }
         for (int64_t block = 0; block < plan.blocks; ++block) {
             for (int64_t strip = first; strip < stop; strip += R) {
                 NativeF total[R][M] = {};
-                own_block<R, M>(plan, numbers + (strip - first) * strip_bytes, block, total);
+                own_block<R, M>(plan, numbers + (strip - first) * strip_bytes, block, 0, plan.tiles, total);
                 for (int r = 0; r < R && strip + r < stop; ++r) own_finish<M>(plan, strip + r, block, total[r]);
             }
         }
@@ -247,7 +271,8 @@ template <int BITS, int F>
 Status own_tokens(const OwnPlan& plan) {
     if (plan.block_rows == 1) return own_few<BITS, F, 1>(plan), kDone;
     if (plan.block_rows == 4) return own_few<BITS, F, 4>(plan), kDone;
-    return plan.block_rows == kOwnFewer ? own_many<kOwnFewer>(plan, own_decode<BITS, F>) : own_many<kOwnRows>(plan, own_decode<BITS, F>);
+    if (plan.block_rows == kOwnFewer) return own_two<kOwnFewer>(plan, own_decode<BITS, F>), kDone;
+    return own_many<kOwnRows>(plan, own_decode<BITS, F>);
 }
 template <int BITS>
 Status own_groups(const OwnPlan& plan) {
