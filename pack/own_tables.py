@@ -104,7 +104,8 @@ def _bytes(numbers_NGE: Tensor, bits: int) -> Tensor:
 def _shared_bytes(codes: Codes) -> Tensor:
     """The same where runs of rows share their numbers, uint8 [runs, ceil(K / 16), 32 or 64]."""
     grid, K = codes.grid, codes.values_NK.shape[1]
-    assert isinstance(grid, PlaneGrid) and grid.group_size is not None
+    if not isinstance(grid, PlaneGrid) or grid.group_size is None:
+        raise TypeError(f"shared tables are made of bit planes in groups, not of {grid}")
     numbers_RGE = sums_of(*grid.numbers(codes)).bfloat16()
     half, size = STEP // 2, 8 if grid.bits <= 3 else 16
     steps = -(-K // STEP)
