@@ -20,7 +20,7 @@ from torch import Tensor
 from aerogel.errors import BadInput
 from aerogel.pack import bits
 from aerogel.pack.format import MATMUL_TOLERANCE, Activations, Format, Grid, Shapes, Tolerance, take, with_bias
-from aerogel.pack.scheme import config_group, weight_only
+from aerogel.pack.scheme import weight_only
 from aerogel.quantize.codes import Codes
 from aerogel.quantize.formats.complex import Complex, codes_of, signs_of
 
@@ -81,13 +81,10 @@ class ComplexPacked(Format):
         shape = torch.tensor([2 * len(packed), int(tensors["weight_shape"][1])])
         return {"weight_packed": packed, "weight_scale": tensors["weight_scale"], "weight_shape": shape}
 
-    @staticmethod
-    def config(grid: Grid, activations: Activations = "none") -> dict[str, Any]:
-        """A group in the shape of compressed-tensors'."""
-        reason = ComplexPacked.refuses(grid, activations)
-        if reason:
-            raise BadInput(reason)
-        return config_group("complex-packed", {"num_bits": 2, "type": "complex"}, None)
+    @classmethod
+    def describe(cls, grid: Grid) -> dict[str, Any]:
+        """In the shape of compressed-tensors'."""
+        return {"num_bits": 2, "type": "complex"}
 
     @staticmethod
     def parse(weights: Mapping[str, Any]) -> Grid:

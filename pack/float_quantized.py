@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
+from aerogel.pack.arguments import fp8_arguments
 from aerogel.pack.format import (
     MATMUL_TOLERANCE,
     SCALE_DTYPES,
@@ -31,7 +32,7 @@ from aerogel.pack.format import (
     take,
     with_bias,
 )
-from aerogel.pack.scheme import activation_arguments, config_group, parse_fp8, weight_arguments
+from aerogel.pack.scheme import parse_fp8
 from aerogel.quantize.grids import BLOCK, Codes, Fp8Grid
 
 
@@ -94,13 +95,10 @@ class FloatQuantized(Format):
             "weight_scale": scale if strategy == "tensor" else scale[first:last],
         }
 
-    @staticmethod
-    def config(grid: Grid, activations: Activations = "none") -> dict[str, Any]:
-        """The compressed-tensors group: FP8_DYNAMIC (channel), FP8_BLOCK (block) or weight-only."""
-        reason = FloatQuantized.refuses(grid, activations)
-        if reason:
-            raise BadInput(reason)
-        return config_group("float-quantized", weight_arguments(grid), activation_arguments(grid, activations))
+    @classmethod
+    def describe(cls, grid: Grid) -> dict[str, Any]:
+        """e4m3, strategy channel, block or tensor."""
+        return fp8_arguments(_float(grid))
 
     @staticmethod
     def parse(weights: Mapping[str, Any]) -> Grid:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
+from aerogel.pack.arguments import activation_arguments
 from aerogel.quantize.grids import Codes, Grid
 
 __all__ = [
@@ -75,21 +76,35 @@ class Format(ABC):
     def shapes(N: int, K: int, grid: Grid, has_bias: bool = False, dtype: torch.dtype | None = None) -> Shapes:
         """What `encode` would give for an [N, K] weight, as shapes and dtypes; `bias` too, in `dtype`, with `has_bias`."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def config(grid: Grid, activations: Activations = "none") -> dict[str, Any]:
-        """The compressed-tensors config group of this format, without its targets. Raises `BadInput` as `refuses` says."""
+    def describe(cls, grid: Grid) -> dict[str, Any]:
+        """What `weights` of a config group says of a grid that the format stores."""
 
     @staticmethod
     @abstractmethod
     def parse(weights: Mapping[str, Any]) -> Grid:
-        """The grid that `weights` of a config group describes, the inverse of `config`; its `scale_dtype` is a guess where
+        """The grid that `weights` of a config group describes, the inverse of `describe`; its `scale_dtype` is a guess where
         the config does not say it. Raises `NotServed` for numbers that the format does not hold."""
 
     @staticmethod
     @abstractmethod
     def rows(tensors: Mapping[str, Tensor], grid: Grid, start: int, stop: int) -> dict[str, Tensor]:
         """The tensors of output rows start..stop alone, as views where possible. `start` is a multiple of ROW_STEP."""
+
+    @classmethod
+    def config(cls, grid: Grid, activations: Activations = "none") -> dict[str, Any]:
+        """The compressed-tensors config group, without its targets. Raises `BadInput` as `refuses` says."""
+        reason = cls.refuses(grid, activations)
+        if reason:
+            raise BadInput(reason)
+        return {
+            "format": cls.name,
+            "input_activations": activation_arguments(grid, activations),
+            "output_activations": None,
+            "targets": [],
+            "weights": cls.describe(grid),
+        }
 
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:

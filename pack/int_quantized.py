@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
+from aerogel.pack.arguments import integer_arguments
 from aerogel.pack.format import (
     MATMUL_TOLERANCE,
     SCALE_DTYPES,
@@ -32,7 +33,7 @@ from aerogel.pack.format import (
     take,
     with_bias,
 )
-from aerogel.pack.scheme import activation_arguments, config_group, parse_integers, weight_arguments
+from aerogel.pack.scheme import parse_integers
 from aerogel.quantize.grids import Codes, IntGrid
 
 
@@ -90,13 +91,10 @@ class IntQuantized(Format):
         """The tensors of output rows start..stop, as views."""
         return {name: tensor[start:stop] for name, tensor in tensors.items()}
 
-    @staticmethod
-    def config(grid: Grid, activations: Activations = "none") -> dict[str, Any]:
-        """The compressed-tensors group: int8 channel weights, activations null or int8 per token, dynamic."""
-        reason = IntQuantized.refuses(grid, activations)
-        if reason:
-            raise BadInput(reason)
-        return config_group("int-quantized", weight_arguments(grid), activation_arguments(grid, activations))
+    @classmethod
+    def describe(cls, grid: Grid) -> dict[str, Any]:
+        """int8, strategy channel."""
+        return integer_arguments(_integer(grid))
 
     @staticmethod
     def parse(weights: Mapping[str, Any]) -> Grid:

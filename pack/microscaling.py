@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
+from aerogel.pack.arguments import arguments
 from aerogel.pack.format import MATMUL_TOLERANCE, Activations, Format, Grid, Shapes, Tolerance, take, with_bias
-from aerogel.pack.scheme import NOT_SERVED, NotServed, arguments, config_group, weight_only
+from aerogel.pack.scheme import NOT_SERVED, NotServed, weight_only
 from aerogel.quantize.codes import Codes
 from aerogel.quantize.formats.mx import Mx
 from aerogel.quantize.formats.nvfp4 import Nvfp4
@@ -103,12 +104,9 @@ class _Microscaling(Format):
         return {name: tensor if name == "weight_global_scale" else tensor[start:stop] for name, tensor in tensors.items()}
 
     @classmethod
-    def config(cls, grid: Grid, activations: Activations = "none") -> dict[str, Any]:
-        """The compressed-tensors group, weight-only."""
-        reason = cls.refuses(grid, activations)
-        if reason:
-            raise BadInput(reason)
-        weights = arguments(
+    def describe(cls, grid: Grid) -> dict[str, Any]:
+        """Floats of so many bits with a scale of a byte for each group."""
+        return arguments(
             num_bits=cls.grid.bits,
             type="float",
             strategy="tensor_group" if cls.grid.two_level else "group",
@@ -116,7 +114,6 @@ class _Microscaling(Format):
             scale_dtype=str(cls.stored_scale),
             observer="memoryless_minmax",
         )
-        return config_group(cls.name, weights, None)
 
     @classmethod
     def parse(cls, weights: Mapping[str, Any]) -> Grid:

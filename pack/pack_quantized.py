@@ -24,6 +24,7 @@ from torch import Tensor
 
 from aerogel.errors import BadInput
 from aerogel.pack import bits
+from aerogel.pack.arguments import integer_arguments
 from aerogel.pack.format import (
     MATMUL_TOLERANCE,
     SCALE_DTYPES,
@@ -35,7 +36,7 @@ from aerogel.pack.format import (
     take,
     with_bias,
 )
-from aerogel.pack.scheme import activation_arguments, config_group, parse_integers, weight_arguments
+from aerogel.pack.scheme import parse_integers
 from aerogel.quantize.grids import Codes, IntGrid
 
 
@@ -131,13 +132,10 @@ class PackQuantized(Format):
             part["weight_zero_point"] = tensors["weight_zero_point"][bits.words(start, width) : bits.words(stop, width)]
         return part
 
-    @staticmethod
-    def config(grid: Grid, activations: Activations = "none") -> dict[str, Any]:
-        """The compressed-tensors group: integer weights, strategy group or channel; inputs untouched, or int8 per token."""
-        reason = PackQuantized.refuses(grid, activations)
-        if reason:
-            raise BadInput(reason)
-        return config_group("pack-quantized", weight_arguments(grid), activation_arguments(grid, activations))
+    @classmethod
+    def describe(cls, grid: Grid) -> dict[str, Any]:
+        """Integers, strategy group or channel."""
+        return integer_arguments(_integer(grid))
 
     @staticmethod
     def parse(weights: Mapping[str, Any]) -> Grid:

@@ -27,7 +27,7 @@ from torch import Tensor
 from aerogel.errors import BadInput
 from aerogel.pack import bits
 from aerogel.pack.format import MATMUL_TOLERANCE, Activations, Format, Grid, Shapes, Tolerance, take, with_bias
-from aerogel.pack.scheme import config_group, weight_only
+from aerogel.pack.scheme import weight_only
 from aerogel.quantize.codes import Codes
 from aerogel.quantize.planes import PlaneGrid
 from aerogel.quantize.scales import TYPES, name_of
@@ -115,15 +115,12 @@ class Planes(Format):
         }
         return {**part, "weight_shape": torch.tensor([stop - start, K])}
 
-    @staticmethod
-    def config(grid: Grid, activations: Activations = "none") -> dict[str, Any]:
-        """A group in the shape of compressed-tensors' with the options of the grid."""
-        reason = Planes.refuses(grid, activations)
-        if reason:
-            raise BadInput(reason)
+    @classmethod
+    def describe(cls, grid: Grid) -> dict[str, Any]:
+        """In the shape of compressed-tensors', with the options of the grid."""
         options = {f.name: getattr(grid, f.name) for f in fields(_planes(grid))}
         options["scale_dtype"] = name_of(grid.scale_dtype)
-        return config_group("planes", {"num_bits": grid.bits, "type": "planes", "options": options}, None)
+        return {"num_bits": grid.bits, "type": "planes", "options": options}
 
     @staticmethod
     def parse(weights: Mapping[str, Any]) -> Grid:

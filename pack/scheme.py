@@ -1,7 +1,7 @@
 """How one linear is quantized, and the words in which compressed-tensors says so.
 
 A `Scheme` is what a config.json tells about one weight: the stored format, the grid, and what happens to activations.
-`weight_arguments` and `activation_arguments` write that as compressed-tensors' QuantizationArgs; `parse_group` reads it.
+`parse_group` reads it; `arguments.py` has the words that are written.
 """
 
 from __future__ import annotations
@@ -51,74 +51,9 @@ class Scheme:
         return replace(self, grid=replace(self.grid, scale_dtype=dtype))
 
 
-def weight_arguments(grid: Grid) -> dict[str, Any]:
-    """compressed-tensors QuantizationArgs of a weight on `grid`."""
-    if isinstance(grid, Fp8Grid):
-        return arguments(
-            num_bits=8,
-            type="float",
-            strategy=grid.strategy,
-            block_structure=[BLOCK, BLOCK] if grid.strategy == "block" else None,
-            observer="memoryless_minmax",
-        )
-    if not isinstance(grid, IntGrid):
-        raise BadInput(f"compressed-tensors has no words for a {type(grid).__name__}")
-    return arguments(
-        num_bits=grid.bits,
-        type="int",
-        strategy="channel" if grid.group_size is None else "group",
-        symmetric=grid.symmetric,
-        group_size=grid.group_size,
-        observer="memoryless_minmax",
-        zp_dtype=None if grid.symmetric else "torch.int8",
-    )
-
-
-def activation_arguments(grid: Grid, activations: Activations) -> dict[str, Any] | None:
-    """compressed-tensors QuantizationArgs of input activations, None when they stay as they are."""
-    if activations == "none":
-        return None
-    kind = "int" if activations.startswith("int8") else "float"
-    if activations.endswith("-static"):
-        return arguments(num_bits=8, type=kind, strategy="tensor", symmetric=True, observer="minmax")
-    blocks = isinstance(grid, Fp8Grid) and grid.strategy == "block"
-    return arguments(
-        num_bits=8,
-        type=kind,
-        strategy="group" if blocks else "token",
-        symmetric=True,
-        group_size=BLOCK if blocks else None,
-        dynamic=True,
-    )
-
-
-def arguments(**given: Any) -> dict[str, Any]:
-    """All keys that compressed-tensors writes, in its order, with its defaults."""
-    defaults: dict[str, Any] = {
-        "actorder": None,
-        "block_structure": None,
-        "dynamic": False,
-        "group_size": None,
-        "num_bits": 8,
-        "observer": None,
-        "observer_kwargs": {},
-        "scale_dtype": None,
-        "strategy": None,
-        "symmetric": True,
-        "type": "int",
-        "zp_dtype": None,
-    }
-    return {**defaults, **given}
-
-
 def weight_only(name: str, activations: Activations) -> str | None:
     """The refusal of a format that leaves activations as they are."""
     return None if activations == "none" else f"{name} is weight-only, activations are {activations}; use int-quantized"
-
-
-def config_group(name: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
-    """One entry of `config_groups`, still without `targets`."""
-    return {"format": name, "input_activations": inputs, "output_activations": None, "targets": [], "weights": weights}
 
 
 def parse_group(group: Mapping[str, Any], default_format: str | None) -> Scheme:

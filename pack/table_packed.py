@@ -29,7 +29,7 @@ from aerogel.errors import BadInput
 from aerogel.lazy import load
 from aerogel.pack import bits
 from aerogel.pack.format import MATMUL_TOLERANCE, Activations, Format, Grid, Shapes, Tolerance, take, with_bias
-from aerogel.pack.scheme import NOT_SERVED, NotServed, config_group, weight_only
+from aerogel.pack.scheme import NOT_SERVED, NotServed, weight_only
 from aerogel.quantize import GRIDS
 from aerogel.quantize.codes import Codes
 from aerogel.quantize.scales import TYPES, WIDE, name_of
@@ -124,16 +124,12 @@ class TablePacked(Format):
         part["weight_shape"] = torch.tensor([part["weight_packed"].shape[0], K], dtype=torch.int64)
         return part
 
-    @staticmethod
-    def config(grid: Grid, activations: Activations = "none") -> dict[str, Any]:
-        """A group in the shape of compressed-tensors' that names the grid and its options."""
-        reason = TablePacked.refuses(grid, activations)
-        if reason:
-            raise BadInput(reason)
+    @classmethod
+    def describe(cls, grid: Grid) -> dict[str, Any]:
+        """In the shape of compressed-tensors', with the grid's name and its options."""
         options = {f.name: getattr(grid, f.name) for f in fields(_table(grid)) if f.init}
         options["scale_dtype"] = name_of(grid.scale_dtype)
-        weights = {"num_bits": grid.bits, "type": "table", "grid": _grid_name(grid), "options": options}
-        return config_group("table-packed", weights, None)
+        return {"num_bits": grid.bits, "type": "table", "grid": _grid_name(grid), "options": options}
 
     @staticmethod
     def parse(weights: Mapping[str, Any]) -> Grid:
