@@ -88,10 +88,10 @@ class Kernel(ABC):
     def refuses(problem: Problem) -> str | None:
         """Why this kernel cannot run the problem, or None. Never raises; may look at the machine."""
 
-    @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """True when the layout is the format's stored tensors, so that loading costs no work. The default."""
-        return True
+    @classmethod
+    def runs_stored(cls, problem: Problem) -> bool:
+        """True when the layout is what the format stores, so that loading costs no work: where `pack` is the default."""
+        return cls.pack is Kernel.pack
 
     @classmethod
     def refuses_layout(cls, problem: Problem) -> str | None:

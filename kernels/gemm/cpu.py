@@ -70,11 +70,6 @@ class Native(Kernel):
         """Anything but integer weights on a CPU; everything where the library was not compiled."""
         return refusal(problem)
 
-    @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """Its own layout."""
-        return False
-
     @classmethod
     def refuses_layout(cls, problem: Problem) -> str | None:
         """Anything but integer weights with activations that stay floats."""

@@ -61,11 +61,6 @@ class NativeLookup(Kernel):
         return groups_refused(problem) or library.missing()
 
     @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """Its own layout."""
-        return False
-
-    @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """See `aerogel.pack.lookup`; the picks are checked here, and never again."""
         layout = lookup.tensors_of(codes)

@@ -57,11 +57,6 @@ class NativeOwn(Kernel):
         return None if library.best("exact") in FLOAT32_PATHS else "needs a processor that multiplies bfloat16"
 
     @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """Its own layout."""
-        return False
-
-    @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """See `aerogel.pack.own_tables`."""
         return own_tables.tensors_of(codes)

@@ -51,11 +51,6 @@ class NativeTables(Kernel):
         return refused(problem) or _better_looked_up(problem)
 
     @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """Its own layout."""
-        return False
-
-    @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """See `aerogel.pack.native_tables`; the picks are checked here, and never again."""
         layout = native_tables.tensors_of(codes)

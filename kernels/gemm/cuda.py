@@ -209,11 +209,6 @@ class Cuda(Kernel):
         return found
 
     @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """Its own layout: `pack/tiles.py`."""
-        return False
-
-    @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """tile_codes uint8 [R, C, 256 * bits], tile_scale [R, G, 16], and tile_zero or tile_table where there are any."""
         return tensors_of(codes)

@@ -78,11 +78,6 @@ class CudaFp8(Kernel):
         return cuda._refuses_machine(LEAST_CAPABILITY)
 
     @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """Its scales are float32 and one per output."""
-        return False
-
-    @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """weight e4m3 [N, K], weight_scale as stored, scale_N float32 [N]."""
         scale = codes.scale_NG.contiguous()

@@ -47,11 +47,6 @@ class CudaGroups(Kernel):
         return Cuda.refuses(_inner(problem))
 
     @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """Its own layout."""
-        return False
-
-    @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """The tensors of the laid out weight [N, L], see `Cuda.pack`."""
         inner, spread = _inner(problem), _spread(problem)

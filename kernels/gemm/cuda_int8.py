@@ -261,11 +261,6 @@ class CudaInt8(Kernel):
         return None
 
     @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """The tile layout: `pack/tiles.py`."""
-        return False
-
-    @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """The tile layout's tensors, and tile_row_scale float32 [16 R]."""
         layout = tensors_of(codes)

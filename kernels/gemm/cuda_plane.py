@@ -40,11 +40,6 @@ class CudaPlane(Kernel):
         return Cuda.refuses(_inner(problem))
 
     @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """Its own layout."""
-        return False
-
-    @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """tile_codes, tile_scale and tile_zero of the one-bit weight."""
         grid, N = planes_of(problem), codes.values_NK.shape[0]

@@ -59,11 +59,6 @@ class CudaPlanes(Kernel):
         return Cuda.refuses(_inner(problem))
 
     @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """Its own layout."""
-        return False
-
-    @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """tile_codes, tile_scale and tile_zero of the laid out weight; and what is stored, where they are no exact copy."""
         grid, N, blocks = planes_of(problem), codes.values_NK.shape[0], _in_blocks(planes_of(problem))

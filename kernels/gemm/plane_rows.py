@@ -50,11 +50,6 @@ class PlaneRows(Kernel):
         return Native.refuses(_inner(problem))
 
     @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """Its own layout."""
-        return False
-
-    @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """The integer kernel's tensors of [q N, K], with the stored scales, offsets and what the rows of one leave to add."""
         inner, grid = _inner(problem), planes_of(problem)

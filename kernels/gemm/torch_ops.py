@@ -79,11 +79,6 @@ class Int4Cpu(Kernel):
         return None
 
     @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """Its own layout: nibbles in the order of the CPU's vector registers."""
-        return False
-
-    @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """int4 uint8 [N, K/2]; scale_and_offset [G, N, 2] in the activations' dtype, offset = -z * s.
 
@@ -126,13 +121,23 @@ class Int4Cpu(Kernel):
         return y_MN if bias_N is None else y_MN.add_(bias_N)
 
 
-def _as_int8(codes: Codes) -> dict[str, Tensor]:
-    """The layout of both int8 kernels: what int-quantized stores, whatever format the codes came in."""
-    return {"weight": codes.values_NK.contiguous(), "weight_scale": codes.scale_NG.contiguous()}
+class _Int8(Kernel):
+    """Weights of plain int8, as int-quantized stores them, whatever format the codes came in."""
 
+    @classmethod
+    def runs_stored(cls, problem: Problem) -> bool:
+        """Where they came in that format."""
+        return problem.format == "int-quantized"
 
-def _from_int8(layout: Layout, problem: Problem) -> Codes:
-    return Codes(values_NK=layout["weight"], scale_NG=layout["weight_scale"], zero_NG=None, grid=problem.grid)
+    @staticmethod
+    def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
+        """weight int8 [N, K], weight_scale [N, 1]."""
+        return {"weight": codes.values_NK.contiguous(), "weight_scale": codes.scale_NG.contiguous()}
+
+    @staticmethod
+    def unpack(layout: Layout, problem: Problem) -> Codes:
+        """The same tensors as codes."""
+        return Codes(values_NK=layout["weight"], scale_NG=layout["weight_scale"], zero_NG=None, grid=problem.grid)
 
 
 def _refuses_grid(problem: Problem) -> str | None:
@@ -142,7 +147,7 @@ def _refuses_grid(problem: Problem) -> str | None:
     return None
 
 
-class Int8Cpu(Kernel):
+class Int8Cpu(_Int8):
     """`torch._weight_int8pack_mm`: int8 weights, 16-bit activations."""
 
     about: ClassVar[str] = "torch's CPU kernel for int8 per channel with bfloat16 or float16 activations"
@@ -162,21 +167,6 @@ class Int8Cpu(Kernel):
         return _refuses_grid(problem)
 
     @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """Plain int8 is how int-quantized stores it."""
-        return problem.format == "int-quantized"
-
-    @staticmethod
-    def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
-        """weight int8 [N, K], weight_scale [N, 1]."""
-        return _as_int8(codes)
-
-    @staticmethod
-    def unpack(layout: Layout, problem: Problem) -> Codes:
-        """The same tensors as codes."""
-        return _from_int8(layout, problem)
-
-    @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """Integers times activations first, scales after: a scale of another type is then rounded only once, with y."""
         if x_MK.shape[0] == 0:
@@ -190,7 +180,7 @@ class Int8Cpu(Kernel):
         return y_MN if bias_N is None else y_MN.add_(bias_N)
 
 
-class Int8Dynamic(Kernel):
+class Int8Dynamic(_Int8):
     """`torch._int_mm`: both factors int8, exact sums."""
 
     about: ClassVar[str] = "int8 x int8 matmul with exact sums, for activations: int8"
@@ -205,21 +195,6 @@ class Int8Dynamic(Kernel):
         if problem.device == "cuda" and (problem.N % 8 or problem.K % 8):
             return f"on CUDA N and K must be multiples of 8, found {problem.N} and {problem.K}"
         return _refuses_grid(problem)
-
-    @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """Plain int8 is how int-quantized stores it."""
-        return problem.format == "int-quantized"
-
-    @staticmethod
-    def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
-        """weight int8 [N, K], weight_scale [N, 1]."""
-        return _as_int8(codes)
-
-    @staticmethod
-    def unpack(layout: Layout, problem: Problem) -> Codes:
-        """The same tensors as codes."""
-        return _from_int8(layout, problem)
 
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:

@@ -52,11 +52,6 @@ class Triton(Kernel):
         return _refuses_grid(problem.grid) or triton_here.missing() or _refuses_machine(problem.device)
 
     @staticmethod
-    def runs_stored(problem: Problem) -> bool:
-        """Its own layout: `pack/words.py`."""
-        return False
-
-    @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """tile_codes uint8 [R, C, 256 * bits], tile_scale [R, G, 16], and tile_zero or tile_table where there are any."""
         return tensors_of(codes, pack_words)
