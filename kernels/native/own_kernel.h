@@ -1,12 +1,13 @@
 // y = x W^T for weights whose rows have tables of their own: bytes are looked up, interleaved to bfloat16 and multiplied.
 //
 // A register holds the codes of four rows and sixteen columns, a row in each run of 128 bits, which is where a lookup finds its
-// table. Interleaved, the low and high bytes are sixteen numbers of each row in two registers; each meets eight activations,
-// repeated in every run. The four lanes of a run are parts of one row's sum and are added at its end.
+// table. Interleaved, the low and high bytes are sixteen numbers of each row in two registers. Up to four tokens meet them there:
+// eight activations, repeated in every run, whose four parts of a row's sum are added at its end. More tokens meet the registers of
+// four strips turned such that a lane is a row: then an activation is the same in all lanes, which a product reads without an
+// instruction of its own. Repeating sixteen bytes takes one on some machines, in the unit that also looks up and interleaves.
 //
-// Up to four tokens are multiplied where codes are decoded; for more, the numbers of some strips are kept in the second-level cache.
-//
-// Instructions for 128 weights and M tokens: 10 for the codes, 4 M products. Sums are float32 over all columns.
+// Instructions for 128 weights and M tokens: 10 for the codes, 4 M products, 2 M repetitions of activations where four strips share
+// them; 18 and 4 M where numbers are turned. Sums are float32 over all columns.
 #pragma once
 #include "bytes.h"
 #include "codes.h"
@@ -18,28 +19,28 @@
 namespace aerogel {
 namespace UNIT {
 
-constexpr int kOwnStrips = 4;              // that are multiplied together: sixteen rows
-constexpr int kOwnRegisters = 8;           // of the numbers of a step of them
-constexpr int64_t kOwnStep = kOwnRegisters * kVector;
-constexpr int kOwnFew = 16;                // tokens whose sums stay in registers beside the decoding
-constexpr int kOwnRows = 12;               // of a block where there are more
-constexpr int kOwnUnits = 2;               // four strips each, that share a block's activations once they are decoded
-constexpr int64_t kOwnPanel = 256 * 1024;  // bytes of decoded strips that stay in the second-level cache while blocks pass
+constexpr int kOwnStrips = 4;              // that are multiplied together: sixteen rows, a unit
+constexpr int kOwnTokens = 16;             // of a block: their sums stay in registers beside the decoding
+constexpr int64_t kOwnPiece = 256 * 1024;  // bytes of codes that stay in the second-level cache while blocks of tokens pass
 constexpr int64_t kOwnSmall = 48 * 1024;   // bytes of codes below which waking a second thread costs more than it saves
 
 struct OwnPlan {
     const OwnTables* weight;
     const Call* call;
-    int64_t units, strips, tiles, groups, blocks;  // units: of four strips; groups: of columns that have tables of their own
-    int block_rows;
-    uint8_t* x;         // [block][step][row][16] bfloat16
-    int64_t* table_at;  // [step]: bytes from the first table of a strip
+    int64_t strips, tiles, groups;  // groups: of columns that have tables of their own
+    uint8_t* x;                     // [block][step][row][16] bfloat16
+    int32_t* group_at;              // [step]
+
+    const uint8_t* x_of(int64_t token) const { return x + token * tiles * kLookupTile * 2; }
 };
 
-INLINE NativeF own_dot(const NativeF& sum, const NativeU& w, const uint8_t* x) {
-    const __m512i pair = _mm512_set1_epi32(static_cast<int>(word_of(x)));
+INLINE NativeF own_dot(const NativeF& sum, const NativeU& w, const NativeU& x) {
     return reinterpret_cast<NativeF>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(w),
-                                                      reinterpret_cast<__m512bh>(pair)));
+                                                      reinterpret_cast<__m512bh>(raw(x))));
+}
+// The same with two numbers for all lanes. In one instruction, which the compiler does not make of a product and a broadcast.
+INLINE void own_add(NativeF& sum, const NativeU& w, const uint8_t* x) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const uint8_t(*)[4]>(x)));
 }
 
 // The low and high bytes of the numbers that a register of codes stands for, in tables of the four rows.
@@ -50,22 +51,21 @@ INLINE void own_bytes(const NativeU& code, const uint8_t* table, NativeU& low, N
     high = BITS == 4 ? look_up(load<U16>(table + 64).part[0], code) : look_up(first, code | (NativeU{} + 0x08080808u));
 }
 
-// The same in tables that all rows share, one for the first eight of the sixteen columns and one for the last. Of up to 3 bits
-// both have sixteen low bytes, of 4 bits both have all bytes in half a register.
+// The same in tables that all rows share, one for the first eight of the sixteen columns and one for the last. All their bytes are in
+// one register, or in half of it up to 3 bits.
 template <int BITS>
 INLINE void shared_bytes(const NativeU& code, const uint8_t* table, NativeU& low, NativeU& high) {
     constexpr uint32_t kLast = (BITS == 4 ? 16u : 8u) * 0x01010101u;
     const NativeU at = code | NativeU{0, 0, kLast, kLast, 0, 0, kLast, kLast, 0, 0, kLast, kLast, 0, 0, kLast, kLast};
-    if constexpr (BITS == 4) {
-        const __m512i all = raw(load<U16>(table).part[0]);
-        low = words(_mm512_permutexvar_epi8(raw(at), all));
-        high = words(_mm512_permutexvar_epi8(raw(at | (NativeU{} + 0x20202020u)), all));
-    } else {
-        low = look_up(every_run(table), at), high = look_up(every_run(table + 16), at);
-    }
+    __m512i all;
+    if constexpr (BITS == 4) all = raw(load<U16>(table).part[0]);
+    if constexpr (BITS <= 3) all = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
+    low = words(_mm512_permutexvar_epi8(raw(at), all));
+    high = words(_mm512_permutexvar_epi8(raw(at | (NativeU{} + 2 * kLast)), all));
 }
 
-// Four registers whose runs are rows of four pairs of columns, turned into four whose lanes are the rows of one pair.
+// Four registers whose runs are rows of four pairs of columns, turned into four whose lanes are the rows of one pair: lane
+// 4 * i + r is row i of register r.
 INLINE void own_turn(const NativeU (&row)[4], NativeU* pair) {
     const __m512i ab = _mm512_unpacklo_epi32(raw(row[0]), raw(row[1])), cd = _mm512_unpacklo_epi32(raw(row[2]), raw(row[3]));
     const __m512i AB = _mm512_unpackhi_epi32(raw(row[0]), raw(row[1])), CD = _mm512_unpackhi_epi32(raw(row[2]), raw(row[3]));
@@ -73,173 +73,150 @@ INLINE void own_turn(const NativeU (&row)[4], NativeU* pair) {
     pair[2] = words(_mm512_unpacklo_epi64(AB, CD)), pair[3] = words(_mm512_unpackhi_epi64(AB, CD));
 }
 
-// Four strips whose steps are decoded together; those beyond the last repeat it.
-template <int BITS, bool SHARED>
-struct OwnUnit {
+// Strips whose steps are decoded together; those beyond the last repeat it.
+template <int BITS, bool SHARED, int R>
+struct OwnStrips {
+    static constexpr int64_t kTableBytes = SHARED ? shared_table_bytes(BITS) : own_table_bytes(BITS);
     const OwnPlan& plan;
-    const uint8_t *codes[kOwnStrips], *tables[kOwnStrips];
+    const uint8_t *codes[R], *tables[R];
 
-    INLINE OwnUnit(const OwnPlan& of, int64_t unit) : plan(of) {
-        for (int r = 0; r < kOwnStrips; ++r) {
-            const int64_t wanted = unit * kOwnStrips + r, strip = wanted < of.strips ? wanted : of.strips - 1;
+    INLINE OwnStrips(const OwnPlan& of, int64_t first) : plan(of) {
+        for (int r = 0; r < R; ++r) {
+            const int64_t strip = first + r < of.strips ? first + r : of.strips - 1;
             const int64_t run = SHARED ? strip * kLookupStrip / of.weight->shared : strip;
             codes[r] = static_cast<const uint8_t*>(of.weight->codes) + strip * of.tiles * tile_bytes<BITS>();
-            tables[r] = static_cast<const uint8_t*>(of.weight->table) + run * of.groups * (SHARED ? shared_table_bytes(BITS) : own_table_bytes(BITS));
+            tables[r] = static_cast<const uint8_t*>(of.weight->table) + run * of.groups * kTableBytes;
         }
     }
 
-    // The numbers of a step, a pair of columns in each register: lane 4 * i + r is row i of strip r.
+    // The numbers of a step of each strip: the first and the last eight columns, a row in each run.
     template <int STEP>
-    INLINE void decode(int64_t tile, NativeU (&pair)[kOwnRegisters]) const {
-        const int64_t at = plan.table_at[tile * 8 + STEP];
-        NativeU first[kOwnStrips], last[kOwnStrips];
-        repeat<kOwnStrips>([&](int r) ALWAYS {
+    INLINE void decode(int64_t tile, NativeU (&w)[2][R]) const {
+        const int64_t at = plan.group_at[tile * 8 + STEP] * kTableBytes;
+        repeat<R>([&](int r) ALWAYS {
             const NativeU code = quad<BITS, STEP>(codes[r] + tile * tile_bytes<BITS>()).part[0];
             NativeU low, high;
             if constexpr (SHARED) shared_bytes<BITS>(code, tables[r] + at, low, high);
             if constexpr (!SHARED) own_bytes<BITS>(code, tables[r] + at, low, high);
-            first[r] = in_turn<1, 0>(low, high), last[r] = in_turn<1, 1>(low, high);
+            w[0][r] = in_turn<1, 0>(low, high), w[1][r] = in_turn<1, 1>(low, high);
         });
-        own_turn(first, pair), own_turn(last, pair + 4);
     }
 };
 
 // How far ahead of use codes are asked for, where their bytes and not the arithmetic are the bound.
 constexpr int64_t kOwnAhead = 1536;
 
-// Sums of four strips and up to 16 tokens: codes are decoded where they are multiplied.
-template <int BITS, bool SHARED, int M>
-INLINE void own_unit(const OwnPlan& plan, int64_t unit, NativeF (&total)[M]) {
-    constexpr int kChains = M <= 8 ? 8 / M : 1;  // sums that take turns, to hide the latency of the product
-    const OwnUnit<BITS, SHARED> from(plan, unit);
+// Sums of R strips and M tokens, for so few that turning numbers would cost more than their products: rows stay in their runs.
+template <int BITS, bool SHARED, int R, int M>
+INLINE void own_runs(const OwnPlan& plan, int64_t first, const uint8_t* x, NativeF (&total)[M][R]) {
+    constexpr int kChains = R * M < 8 ? 4 : 1;  // sums that take turns, to hide the latency of the product
+    const OwnStrips<BITS, SHARED, R> from(plan, first);
     const int64_t strip_bytes = plan.tiles * tile_bytes<BITS>();
-    const uint8_t* x = plan.x;
-    NativeF sum[M][kChains] = {};
+    NativeF sum[M][R][kChains] = {};
     for (int64_t tile = 0; tile < plan.tiles; ++tile) {
-        if constexpr (M <= 4) {
-            // Behind the end of a strip lies one of these; what is read next lies behind the last of them.
-            const int64_t ahead = tile * tile_bytes<BITS>() + kOwnAhead;
-            const int64_t next = ahead < strip_bytes ? ahead : ahead + (kOwnStrips - 1) * strip_bytes;
-            repeat<kOwnStrips>([&](int r) ALWAYS {
-                repeat<BITS>([&](int line) ALWAYS { __builtin_prefetch(from.codes[r] + next + line * kVector); });
-            });
-        }
+        // Behind the end of a strip lies one of these; what is read next lies behind the last of them.
+        const int64_t ahead = tile * tile_bytes<BITS>() + kOwnAhead, next = ahead < strip_bytes ? ahead : ahead + (R - 1) * strip_bytes;
+        repeat<R>([&](int r) ALWAYS { repeat<BITS>([&](int line) ALWAYS { __builtin_prefetch(from.codes[r] + next + line * kVector); }); });
         unroll<8>([&](auto step) ALWAYS {
-            NativeU pair[kOwnRegisters];
-            from.template decode<step>(tile, pair);
-            const auto multiply = [&](int p) ALWAYS {
-                repeat<M>([&](int m) ALWAYS { sum[m][p % kChains] = own_dot(sum[m][p % kChains], pair[p], x + m * 32 + p * 4); });
-            };
-            if constexpr (M <= 4) {
-                repeat<kOwnRegisters>(multiply);
-            } else {
-#pragma GCC unroll 1  // through memory: that costs nothing beside so many products, and is a fraction of the code
-                for (int p = 0; p < kOwnRegisters; ++p) multiply(p);
-            }
+            NativeU w[2][R];
+            from.template decode<step>(tile, w);
+            unroll<2>([&](auto half) ALWAYS {
+                repeat<M>([&](int m) ALWAYS {
+                    const NativeU eight = every_run(x + m * 32 + half * 16);
+                    repeat<R>([&](int r) ALWAYS {
+                        NativeF& into = sum[m][r][(2 * step + half) % kChains];
+                        into = own_dot(into, w[half][r], eight);
+                    });
+                });
+            });
             x += M * 32;
         });
     }
     repeat<M>([&](int m) ALWAYS {
-        total[m] = sum[m][0];
-        repeat<kChains - 1>([&](int c) ALWAYS { total[m] += sum[m][c + 1]; });
+        repeat<R>([&](int r) ALWAYS {
+            total[m][r] = sum[m][r][0];
+            repeat<kChains - 1>([&](int c) ALWAYS { total[m][r] += sum[m][r][c + 1]; });
+        });
     });
 }
 
-// The numbers of four strips as they are multiplied, [step][pair], a vector every `apart` bytes from `to` on.
-template <int BITS, bool SHARED>
-void own_decode(const OwnPlan& plan, int64_t unit, int64_t apart, uint8_t* to) {
-    const OwnUnit<BITS, SHARED> from(plan, unit);
+// Sums of four strips and M tokens, a row in each lane.
+template <int BITS, bool SHARED, int M>
+INLINE void own_lanes(const OwnPlan& plan, int64_t first, const uint8_t* x, NativeF (&total)[M]) {
+    const OwnStrips<BITS, SHARED, kOwnStrips> from(plan, first);
+    repeat<M>([&](int m) ALWAYS { total[m] = NativeF{}; });
     for (int64_t tile = 0; tile < plan.tiles; ++tile) {
         unroll<8>([&](auto step) ALWAYS {
-            NativeU pair[kOwnRegisters];
-            from.template decode<step>(tile, pair);
-            repeat<kOwnRegisters>([&](int p) ALWAYS { memcpy(to + p * apart, &pair[p], kVector); });
-            to += kOwnRegisters * apart;
+            NativeU w[2][kOwnStrips];
+            from.template decode<step>(tile, w);
+            unroll<2>([&](auto half) ALWAYS {
+                NativeU pair[4];
+                own_turn(w[half], pair);
+                repeat<4>([&](int p) ALWAYS {
+                    repeat<M>([&](int m) ALWAYS { own_add(total[m], pair[p], x + m * 32 + half * 16 + p * 4); });
+                });
+            });
+            x += M * 32;
         });
     }
 }
 
-// The products of R decoded units and a block of M tokens.
-template <int R, int M>
-INLINE void own_block(const OwnPlan& plan, const uint8_t* numbers, int64_t block, NativeF (&sum)[R][M]) {
-    const uint8_t* x = plan.x + block * plan.tiles * 8 * M * 32;
-    for (int64_t step = 0; step < 8 * plan.tiles; ++step, x += M * 32) {
-        repeat<kOwnRegisters>([&](int p) ALWAYS {
-            NativeU w[R];
-            repeat<R>([&](int r) ALWAYS { w[r] = load<U16>(numbers + r * kVector).part[0]; });
-            repeat<M>([&](int m) ALWAYS { repeat<R>([&](int r) ALWAYS { sum[r][m] = own_dot(sum[r][m], w[r], x + m * 32 + p * 4); }); });
-            numbers += R * kVector;
-        });
-    }
+// The same from sums of runs.
+INLINE NativeF own_turned(const NativeF (&run)[kOwnStrips]) {
+    NativeU row[kOwnStrips], part[4];
+    repeat<kOwnStrips>([&](int r) ALWAYS { row[r] = reinterpret_cast<NativeU>(run[r]); });
+    own_turn(row, part);
+    const auto of = [&](int i) ALWAYS { return reinterpret_cast<NativeF>(part[i]); };
+    return (of(0) + of(1)) + (of(2) + of(3));
 }
 
 // Brings the rows of a unit's sums into their order, adds the bias, rounds and stores.
 template <int M>
-inline void own_finish(const OwnPlan& plan, int64_t unit, int64_t block, const NativeF (&total)[M]) {
+inline void own_finish(const OwnPlan& plan, int64_t first, int64_t token, const NativeF (&total)[M]) {
     const Call& call = *plan.call;
-    const int64_t rows = plan.weight->rows, row0 = unit * kOwnStrips * kLookupStrip, left = rows - row0;
+    const int64_t rows = plan.weight->rows, row0 = first * kLookupStrip, left = rows - row0;
     const int count = static_cast<int>(left < 16 ? left : 16);
     float bias[16] = {};
     for (int row = 0; call.bias && row < count; ++row) bias[row] = read_float(call.bias, row0 + row, call.bias_type);
     const __m512i places = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
-    uint16_t* to = static_cast<uint16_t*>(call.y) + block * M * rows + row0;
-    for (int m = 0; m < M && block * M + m < call.tokens; ++m, to += rows) {
+    uint16_t* to = static_cast<uint16_t*>(call.y) + token * rows + row0;
+    for (int m = 0; m < M && token + m < call.tokens; ++m, to += rows) {
         const __m512 sums = _mm512_add_ps(_mm512_permutexvar_ps(places, reinterpret_cast<__m512>(total[m])), _mm512_loadu_ps(bias));
         _mm256_mask_storeu_epi16(to, there, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sums)));
     }
 }
 
-// Up to 16 tokens.
+// The results of M tokens from `token` on in the rows of strips first .. stop - 1.
 template <int BITS, bool SHARED, int M>
-void own_few(const OwnPlan& plan) {
-    const int threads = plan.strips * plan.tiles * tile_bytes<BITS>() < kOwnSmall ? 1 : plan.call->threads;
-    const int64_t even = plan.units / (threads * 6), size = threads == 1 ? plan.units : even > 1 ? even : 1;
-    parallel(ceil_div(plan.units, size), threads, [&](int64_t piece, int) {
-        const int64_t stop = (piece + 1) * size < plan.units ? (piece + 1) * size : plan.units;
-        for (int64_t unit = piece * size; unit < stop; ++unit) {
-            NativeF total[M];
-            own_unit<BITS, SHARED, M>(plan, unit, total);
-            own_finish<M>(plan, unit, 0, total);
-        }
-    });
-}
-
-using OwnDecode = void (*)(const OwnPlan&, int64_t unit, int64_t apart, uint8_t* to);
-
-// More tokens: some units are decoded into the second-level cache, where all blocks of tokens meet them.
-template <int M>
-Status own_many(const OwnPlan& plan, OwnDecode decode) {
-    constexpr int R = kOwnUnits;
-    const int64_t unit_bytes = plan.tiles * 8 * kOwnStep;
-    const int threads = plan.units * unit_bytes < 4 * kOwnSmall ? 1 : plan.call->threads;
-    const int64_t even = plan.units / (threads * 6), most = kOwnPanel / unit_bytes, wanted = even < most ? even : most;
-    const int64_t size = wanted > R ? wanted / R * R : R;
-    const size_t bytes = static_cast<size_t>(size * unit_bytes);
-    uint8_t* memory = static_cast<uint8_t*>(scratch(kWorkerScratch, bytes * static_cast<size_t>(threads)));
-    if (!memory) return kOutOfMemory;
-    parallel(ceil_div(plan.units, size), threads, [&](int64_t piece, int worker) {
-        uint8_t* numbers = memory + bytes * static_cast<size_t>(worker);
-        const int64_t first = piece * size, stop = first + size < plan.units ? first + size : plan.units;
-        for (int64_t i = 0; i < ceil_div(stop - first, R) * R; ++i) {
-            const int64_t unit = first + i < stop ? first + i : stop - 1;
-            decode(plan, unit, R * kVector, numbers + i / R * R * unit_bytes + i % R * kVector);
-        }
-        for (int64_t block = 0; block < plan.blocks; ++block) {
-            for (int64_t unit = first; unit < stop; unit += R) {
-                NativeF total[R][M] = {};
-                own_block<R, M>(plan, numbers + (unit - first) * unit_bytes, block, total);
-                for (int r = 0; r < R && unit + r < stop; ++r) own_finish<M>(plan, unit + r, block, total[r]);
+void own_rows(const OwnPlan& plan, int64_t first, int64_t stop, int64_t token) {
+    const uint8_t* x = plan.x_of(token);
+    for (; first < stop; first += kOwnStrips) {
+        NativeF total[M];
+        if constexpr (M <= 4) {
+            constexpr int R = M == 1 ? 1 : kOwnStrips;  // one token waits for memory, which likes one stream better than four
+            NativeF run[M][kOwnStrips];
+            for (int r = 0; r < kOwnStrips; r += R) {
+                NativeF some[M][R];
+                own_runs<BITS, SHARED, R, M>(plan, first + r, x, some);
+                repeat<M>([&](int m) ALWAYS { repeat<R>([&](int i) ALWAYS { run[m][r + i] = some[m][i]; }); });
             }
+            repeat<M>([&](int m) ALWAYS { total[m] = own_turned(run[m]); });
+        } else {
+            own_lanes<BITS, SHARED, M>(plan, first, x, total);
         }
-    });
-    return kDone;
+        own_finish<M>(plan, first, token, total);
+    }
 }
+
+// Rows of the block that begins with a token: the smallest size that holds all tokens left.
+inline int own_block_rows(int64_t left) { return left == 1 ? 1 : left <= 4 ? 4 : left <= 8 ? 8 : kOwnTokens; }
 
 // One token among those of its block, zeros beyond the last column.
 inline void own_place(const OwnPlan& plan, int64_t token) {
-    const int64_t K = plan.weight->columns, rows = plan.block_rows, steps = plan.tiles * 8;
-    uint8_t* to = plan.x + (token / rows * steps * rows + token % rows) * 32;
+    const int64_t K = plan.weight->columns, steps = plan.tiles * 8, first = token / kOwnTokens * kOwnTokens;
+    const int64_t rows = own_block_rows(plan.call->tokens - first);
+    uint8_t* to = plan.x + (first * steps + token - first) * 32;
     const uint8_t* from = static_cast<const uint8_t*>(plan.call->x) + token * K * 2;
     for (int64_t step = 0; step < steps; ++step, to += rows * 32) {
         const int64_t left = K - step * kLookupStep;
@@ -252,36 +229,50 @@ inline void own_place(const OwnPlan& plan, int64_t token) {
     }
 }
 
+using OwnRows = void (*)(const OwnPlan&, int64_t first, int64_t stop, int64_t token);
+
+// All rows and tokens. Codes are decoded anew for each block of tokens: the products leave time for it.
+inline void own_all(const OwnPlan& plan, OwnRows (*rows_for)(int)) {
+    const int64_t tokens = plan.call->tokens, blocks = ceil_div(tokens, kOwnTokens);
+    const int64_t units = ceil_div(plan.strips, kOwnStrips), unit_bytes = kOwnStrips * plan.tiles * kVector * plan.weight->bits;
+    const int threads = units * unit_bytes * blocks < kOwnSmall ? 1 : plan.call->threads;
+    const int64_t even = threads == 1 ? units : units / (threads * 6), most = blocks == 1 ? even : kOwnPiece / unit_bytes;
+    const int64_t wanted = even < most ? even : most, size = (wanted > 1 ? wanted : 1) * kOwnStrips;
+    parallel(ceil_div(plan.strips, size), threads, [&](int64_t piece, int) {
+        const int64_t first = piece * size, stop = first + size < plan.strips ? first + size : plan.strips;
+        for (int64_t token = 0; token < tokens; token += kOwnTokens) rows_for(own_block_rows(tokens - token))(plan, first, stop, token);
+    });
+}
+
 template <int BITS, bool SHARED>
-Status own_tokens(const OwnPlan& plan) {
-    if (plan.block_rows == 1) return own_few<BITS, SHARED, 1>(plan), kDone;
-    if (plan.block_rows == 4) return own_few<BITS, SHARED, 4>(plan), kDone;
-    if (plan.block_rows == 8) return own_few<BITS, SHARED, 8>(plan), kDone;
-    if (plan.block_rows == kOwnFew) return own_few<BITS, SHARED, kOwnFew>(plan), kDone;
-    return own_many<kOwnRows>(plan, own_decode<BITS, SHARED>);
+OwnRows own_rows_for(int block_rows) {
+    switch (block_rows) {
+        case 1: return own_rows<BITS, SHARED, 1>;
+        case 4: return own_rows<BITS, SHARED, 4>;
+        case 8: return own_rows<BITS, SHARED, 8>;
+        default: return own_rows<BITS, SHARED, kOwnTokens>;
+    }
 }
 template <int BITS>
 Status own_width(const OwnPlan& plan) {
-    return plan.weight->shared ? own_tokens<BITS, true>(plan) : own_tokens<BITS, false>(plan);
+    return own_all(plan, plan.weight->shared ? own_rows_for<BITS, true> : own_rows_for<BITS, false>), kDone;
 }
 
 inline Status own_tables(const OwnTables& weight, const Call& call) {
     OwnPlan plan{};
     plan.weight = &weight, plan.call = &call;
     plan.strips = ceil_div(weight.rows, kLookupStrip), plan.tiles = ceil_div(weight.columns, kLookupTile);
-    plan.units = ceil_div(plan.strips, kOwnStrips), plan.groups = own_table_groups(weight);
-    const int64_t tokens = call.tokens, table_bytes = weight.shared ? shared_table_bytes(weight.bits) : own_table_bytes(weight.bits);
-    plan.block_rows = tokens == 1 ? 1 : tokens <= 4 ? 4 : tokens <= 8 ? 8 : tokens <= kOwnFew ? kOwnFew : kOwnRows;
-    plan.blocks = ceil_div(call.tokens, plan.block_rows);
-    const size_t x_bytes = static_cast<size_t>(plan.blocks * plan.block_rows * plan.tiles * kLookupTile) * 2;
-    uint8_t* memory = static_cast<uint8_t*>(scratch(kCallScratch, x_bytes + static_cast<size_t>(plan.tiles * 8) * sizeof(int64_t)));
+    plan.groups = own_table_groups(weight);
+    const int64_t last = (call.tokens - 1) / kOwnTokens * kOwnTokens, rows = last + own_block_rows(call.tokens - last);
+    const size_t x_bytes = static_cast<size_t>(rows * plan.tiles * kLookupTile) * 2;
+    uint8_t* memory = static_cast<uint8_t*>(scratch(kCallScratch, x_bytes + static_cast<size_t>(plan.tiles * 8) * 4));
     if (!memory) return kOutOfMemory;
-    plan.x = memory, plan.table_at = reinterpret_cast<int64_t*>(memory + x_bytes);
+    plan.x = memory, plan.group_at = reinterpret_cast<int32_t*>(memory + x_bytes);
     for (int64_t step = 0; step < plan.tiles * 8; ++step) {
         const int64_t found = step * kLookupStep / own_table_columns(weight);
-        plan.table_at[step] = (found < plan.groups ? found : plan.groups - 1) * table_bytes;
+        plan.group_at[step] = static_cast<int32_t>(found < plan.groups ? found : plan.groups - 1);
     }
-    if (call.tokens % plan.block_rows) memset(memory, 0, x_bytes);
+    if (rows > call.tokens) memset(memory, 0, x_bytes);
     for (int64_t token = 0; token < call.tokens; ++token) own_place(plan, token);
     switch (weight.bits) {
         case 1: return own_width<1>(plan);

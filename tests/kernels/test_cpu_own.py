@@ -47,7 +47,7 @@ def test_against_float64(grid: Grid) -> None:
         columns = torch.arange(K) // group
         rounded_NK = dense[torch.arange(N)[:, None], columns, codes.values_NK.long()]
         assert (rounded_NK - codes.decode().double()).norm() <= ROUNDED * codes.decode().double().norm()
-        for M in (1, 2, 4, 5, 16, 17, 40):
+        for M in (1, 2, 4, 5, 9, 16, 17, 36, 40):
             x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16()
             bias = torch.randn(N, generator=torch.Generator().manual_seed(N))
             product = x.double() @ rounded_NK.T
