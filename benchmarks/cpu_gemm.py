@@ -8,8 +8,12 @@ rounds' ratios. A turn is two calls, of which the second is timed: the first wak
 their turns, and in a model they do not. Each contender rotates over copies of its weight that together exceed the last-level
 cache, so no call finds its weight there. The dense baselines are bfloat16, which is what a checkpoint stores, and float32,
 faster where the processor has no bfloat16 products; `over_fastest_dense` compares with whichever of the two had the smaller
-median. `share_of_bandwidth` is the weight's bytes over the time, divided by the read bandwidth that the same threads had over
-512 MiB, the median of READS before each shape.
+median.
+
+For one token, a product is held against reading alone, in rounds of their own that hold nothing else: as many bytes as the weight
+has, read by the same threads from copies as cold as the weight's; the product; and LONG_BYTES in one go, which pays for no start
+and no end. `share_of_read` and `share_of_bandwidth` are medians of the rounds' ratios to the first and to the last, with their
+quartiles: the bandwidth of a machine that others use as well moves by half within minutes, and both sides of a ratio must see it.
 
 # make bench: --seconds 1 --shapes 4096x4096
 """
@@ -37,8 +41,8 @@ from aerogel.quantize.grids import Codes, IntGrid
 RESULTS = Path(__file__).parent / "results"
 COPY_BYTES = 96 << 20
 """Three times the last-level cache of the machine this was written on."""
+LONG_BYTES = 128 << 20
 DENSE = ("dense-bf16", "dense-fp32")
-READS = 5
 
 
 def codes_of(N: int, K: int, bits: int, group: int) -> Codes:
@@ -110,12 +114,44 @@ def measure(N: int, K: int, M: int, bits: int, group: int, seconds: float) -> di
             if number >= 0:
                 times[name].append(time.perf_counter() - start)
     row: dict[str, Any] = {"N": N, "K": K, "M": M, "bits": bits, "group": group, "rounds": len(times["cpu"])}
+    if M == 1:
+        row["reading"] = {
+            name: shares(*running[name], torch.get_num_threads(), seconds) for name in ("cpu", "cpu-int8") if name in running
+        }
     fastest = min(DENSE, key=lambda name: statistics.median(times[name]))
     for name, taken in times.items():
         over, over_fastest = (ratio(times[dense], taken) for dense in ("dense-bf16", fastest))
         middle = statistics.median(taken)
         rate = running[name][1] / middle / 1e9
         row[name] = {"us": middle * 1e6, "over_dense": over, "over_fastest_dense": over_fastest, "GB_per_s": rate}
+    return row
+
+
+def shares(run: Callable[[int], Any], size: int, threads: int, seconds: float) -> dict[str, Any]:
+    """Of a product `run(number)` of one token with a weight of `size` bytes: see the module's text."""
+    same = [torch.ones(size, dtype=torch.uint8) for _ in range(min(16, -(-COPY_BYTES // size)))]
+    whole = torch.ones(LONG_BYTES, dtype=torch.uint8)
+    rates: dict[str, list[float]] = {"read": [], "product": [], "long_read": []}
+    end = time.perf_counter() + seconds
+    for number in range(-1, 100000):
+        if number >= 20 and time.perf_counter() > end:
+            break
+        library.read_bandwidth(same[2 * number % len(same)], threads)  # the first of two wakes the threads
+        read = library.read_bandwidth(same[(2 * number + 1) % len(same)], threads)
+        run(2 * number + 2)
+        start = time.perf_counter()
+        run(2 * number + 3)
+        taken = time.perf_counter() - start
+        found = {"read": read, "product": size / taken, "long_read": library.read_bandwidth(whole, threads)}
+        for name, rate in found.items() if number >= 0 else ():
+            rates[name].append(rate / 1e9)
+    row: dict[str, Any] = {"rounds": len(rates["read"])} | {
+        f"{name}_GB_per_s": statistics.median(seen) for name, seen in rates.items()
+    }
+    for name, other in (("share_of_read", "read"), ("share_of_bandwidth", "long_read")):
+        ratios = [ours / theirs for ours, theirs in zip(rates["product"], rates[other], strict=True)]
+        low, row[name], high = statistics.quantiles(ratios, n=4)
+        row[f"{name}_quartiles"] = [low, high]
     return row
 
 
@@ -133,28 +169,20 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu_gemm.json")
     given = parser.parse_args()
-    threads = torch.get_num_threads()
-    memory = torch.ones(512 << 20, dtype=torch.uint8)
-    bandwidth: dict[str, list[float]] = {str(count): [] for count in sorted({1, threads})}
     rows = []
     for shape in given.shapes:
         N, K = map(int, shape.split("x"))
-        for count, seen in bandwidth.items():
-            seen.append(statistics.median(library.read_bandwidth(memory, int(count)) / 1e9 for _ in range(READS)))
         for bits in given.bits:
             for M in given.tokens:
                 row = measure(N, K, M, bits, given.group, given.seconds)
-                if M == 1:
-                    row["share_of_bandwidth"] = row["cpu"]["GB_per_s"] / bandwidth[str(threads)][-1]
                 rows.append(row)
                 sys.stdout.write(json.dumps(row) + "\n")
     report = {
         "command": " ".join(["benchmarks/cpu_gemm.py", *sys.argv[1:]]),
         "machine": machine(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "path": {numerics: library.best(numerics) for numerics in library.NUMERICS},
-        "read_bandwidth_GB_per_s": bandwidth,
         "rows": rows,
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -63,13 +63,18 @@ def kept(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 def likeliest(logits_BV: Tensor) -> Tensor:
     """argmax over the vocabulary, int64 [B, 1].
 
-    On CUDA torch reduces a row with one block: 36 microseconds for 128256 logits. In two stages, over runs of 128 and then
-    over the runs, it takes a quarter of that.
+    Torch reduces a row with one block on CUDA, 36 microseconds for 128256 logits, and number by number on a CPU, 180 for 49152
+    in bfloat16. In two stages, over runs of 128 and then over the runs, it takes a quarter of that. On a CPU vectors find the
+    largest number of a run but not its place, which is looked for in one run alone.
     """
     B, V = logits_BV.shape
-    if logits_BV.device.type != "cuda" or V % RUN or V < 64 * RUN:
+    if V % RUN or V < 64 * RUN:
         return logits_BV.argmax(-1, keepdim=True)
-    best, place = logits_BV.view(B, V // RUN, RUN).max(-1)
+    runs = logits_BV.view(B, V // RUN, RUN)
+    if logits_BV.device.type != "cuda":
+        run_B1 = runs.amax(-1).argmax(-1, keepdim=True)
+        return run_B1 * RUN + runs.take_along_dim(run_B1[..., None], 1)[:, 0].argmax(-1, keepdim=True)
+    best, place = runs.max(-1)
     run_B1 = best.argmax(-1, keepdim=True)
     return run_B1 * RUN + place.gather(1, run_B1)
 

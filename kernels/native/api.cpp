@@ -243,18 +243,13 @@ void aerogel_native_own_pool(int32_t own) { use_own_pool(own != 0); }
 void aerogel_native_use_team(void* team) { use_team(reinterpret_cast<Team>(team)); }
 
 double aerogel_native_read(const void* memory, int64_t bytes, int32_t threads) {
-    constexpr int64_t kPiece = int64_t{1} << 20;
+    constexpr int64_t kPiece = int64_t{128} << 10;
     const int64_t pieces = bytes / kPiece;
     const Step& step = path_entry(default_path(kExact)).step;
-    double best = 0.0;
-    for (int pass = 0; pass < 3; ++pass) {
-        const auto start = std::chrono::steady_clock::now();
-        parallel(pieces, threads, [&](int64_t piece, int) {
-            kept_sum = step.read(static_cast<const char*>(memory) + piece * kPiece, kPiece);
-        });
-        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-        const double rate = static_cast<double>(pieces * kPiece) / seconds.count();
-        best = rate > best ? rate : best;
-    }
-    return best;
+    const auto start = std::chrono::steady_clock::now();
+    parallel(pieces, bounded_threads(threads), [&](int64_t piece, int) {
+        kept_sum = step.read(static_cast<const char*>(memory) + piece * kPiece, kPiece);
+    });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    return static_cast<double>(pieces * kPiece) / seconds.count();
 }

@@ -68,7 +68,7 @@ PUBLIC void aerogel_native_own_pool(int32_t own);
 // See pool.h: `team` is the address of GOMP_parallel, or null.
 PUBLIC void aerogel_native_use_team(void* team);
 
-// Bytes per second of plain reading with so many threads: the best of three passes over whole MiB of `bytes` bytes at
-// `memory`, with the widest loads of this machine's best path.
+// Bytes per second of plain reading with so many threads, handed out as a matmul's rows are: one pass over what `bytes` bytes at
+// `memory` have of whole 128 KiB, with the widest loads of this machine's best path.
 PUBLIC double aerogel_native_read(const void* memory, int64_t bytes, int32_t threads);
 }

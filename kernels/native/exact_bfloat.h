@@ -33,8 +33,7 @@ inline void read_scales(const Weight& weight, int digits, Extent& to) {
     }
 }
 
-struct Exact {
-    using Accumulator = F16;
+struct Exact : FloatSums {
     using Operand = U16;
     static constexpr int kOperands = 2, kWordBytes = 4, kLongestSegment = 256;
     static constexpr bool kTerms = true, kOnlyOneRow = false, kTiles = false, kFolds = true;
@@ -159,20 +158,6 @@ struct Exact {
                                                                reinterpret_cast<__m512bh>(pair)));
         return v;
     }
-    template <int BITS>
-    static constexpr Range range() {
-        return kBytes;
-    }
-    template <int BITS>
-    static constexpr bool moves() {
-        return false;
-    }
-    template <int BITS>
-    static constexpr bool signed_codes() {
-        return false;
-    }
-    static INLINE Accumulator none() { return zero_f(); }
-    static INLINE F16 value(const Accumulator& sum) { return sum; }
 };
 
 }  // namespace UNIT

@@ -5,8 +5,7 @@
 namespace aerogel {
 namespace UNIT {
 
-struct Exact : NothingFolded {
-    using Accumulator = F16;
+struct Exact : NothingFolded, FloatSums {
     using Operand = F16;
     static constexpr int kOperands = 4, kWordBytes = 4, kLongestSegment = 256;
     static constexpr bool kTerms = false, kOnlyOneRow = false, kTiles = false;
@@ -55,20 +54,6 @@ struct Exact : NothingFolded {
     static INLINE Accumulator dot(const Accumulator& sum, const Operand& w, const uint8_t* x) {
         return multiply_add(w, spread<F16>(bits_to_float(word_of(x))), sum);
     }
-    template <int BITS>
-    static constexpr Range range() {
-        return kBytes;
-    }
-    template <int BITS>
-    static constexpr bool moves() {
-        return false;
-    }
-    template <int BITS>
-    static constexpr bool signed_codes() {
-        return false;
-    }
-    static INLINE Accumulator none() { return zero_f(); }
-    static INLINE F16 value(const Accumulator& sum) { return sum; }
 };
 
 }  // namespace UNIT

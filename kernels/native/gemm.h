@@ -84,23 +84,41 @@ inline void finish(const Plan& plan, int64_t strip, int64_t block, const float* 
 using Strips = void (*)(const Plan&, int64_t first, int64_t block, float* totals);
 using Decode = void (*)(const Plan&, int64_t first_strip, int64_t first, int64_t count, uint8_t* operands, I16* begin);
 
+// What threads take of `all`: pieces of `size`, and what would be the last one of each thread in pieces of `part`, so that all end
+// together.
+struct Pieces {
+    int64_t all, size, whole, part, count;
+
+    Pieces(int64_t of, int64_t size_of_piece, int threads, int64_t part_at_end) : all(of), size(size_of_piece), part(part_at_end) {
+        if (threads == 1) part = size;
+        whole = threads == 1 || all / size < threads ? all / size : all / size - threads;
+        count = whole + ceil_div(all - whole * size, part);
+    }
+    int64_t start(int64_t piece) const {
+        const int64_t at = piece < whole ? piece * size : whole * size + (piece - whole) * part;
+        return at < all ? at : all;
+    }
+};
+
 // All strips by a loop that takes R of them at a time.
 inline void few(const Plan& plan, int64_t R, Strips loop) {
-    const int64_t units = ceil_div(plan.strips, R), size = plan.block_rows * kStrip;
+    const int64_t units = ceil_div(plan.strips, R), sums = plan.block_rows * kStrip;
     const int threads = plan.strips * plan.strip_bytes < kSmall ? 1 : plan.call->threads;
-    // A few pieces for each thread even out what else the machine does.
-    const int64_t grain = threads == 1 ? units : units / (threads * 6) > 1 ? units / (threads * 6) : 1;
-    parallel(ceil_div(units, grain), threads, [&](int64_t piece, int) {
-        const int64_t stop = (piece + 1) * grain < units ? (piece + 1) * grain : units;
-        for (int64_t unit = piece * grain; unit < stop; ++unit) {
+    // Some pieces for each thread even out what else the machine does. What a loop asks for ahead lies in the next unit, so a piece
+    // is as many as there may be.
+    const int64_t size = threads == 1 ? units : units / (threads * 6) > 1 ? units / (threads * 6) : 1;
+    const Pieces pieces(units, size, threads, size > 4 ? size / 4 : 1);
+    parallel(pieces.count, threads, [&](int64_t piece, int) {
+        const int64_t start = pieces.start(piece), stop = pieces.start(piece + 1);
+        for (int64_t unit = start; unit < stop; ++unit) {
             alignas(64) float totals[kMostSums * kStrip];
             if (plan.adding) ask_for(*plan.adding, unit * R * kStrip, (unit + 1) * R * kStrip);
             for (int64_t block = 0; block < plan.blocks; ++block) {
                 loop(plan, unit * R, block, totals);
-                for (int64_t r = 0; r < R && unit * R + r < plan.strips; ++r) finish(plan, unit * R + r, block, totals + r * size, kStrip);
+                for (int64_t r = 0; r < R && unit * R + r < plan.strips; ++r) finish(plan, unit * R + r, block, totals + r * sums, kStrip);
             }
         }
-        if (plan.adding) add(*plan.adding, piece * grain * R * kStrip, stop * R * kStrip);
+        if (plan.adding) add(*plan.adding, start * R * kStrip, stop * R * kStrip);
     });
 }
 
@@ -149,8 +167,8 @@ void panels(const Plan& plan, Decode decode, int64_t start, int64_t stop, int64_
     }
 }
 
-// Strips of a piece: few pieces, because each reads all activations, but such that the thread with the most has little more
-// than the others. Less than a sixteenth is not worth another piece.
+// Strips of a piece of a loop for many rows: few pieces, because each reads all activations, but such that the thread with the most
+// has little more than the others. Less than a sixteenth is not worth another piece.
 inline int64_t strips_of_piece(int64_t strips, int threads, int64_t step) {
     int64_t best = step, least = strips * kMostThreads;
     for (int64_t size = ceil_div(kMostStrips, step) * step; size > 0; size -= step) {
@@ -160,26 +178,12 @@ inline int64_t strips_of_piece(int64_t strips, int threads, int64_t step) {
     return best;
 }
 
-// Strips as threads take them: whole pieces, and what would be the last one of each thread in quarters, so that all end together.
-struct Pieces {
-    int64_t strips, size, whole, part, count;
-
-    Pieces(int64_t all, int threads, int64_t step) : strips(all), size(strips_of_piece(all, threads, step)) {
-        whole = threads == 1 || all / size < threads ? all / size : all / size - threads;
-        part = threads == 1 ? size : ceil_div(size, 4 * step) * step;
-        count = whole + ceil_div(all - whole * size, part);
-    }
-    int64_t start(int64_t piece) const {
-        const int64_t at = piece < whole ? piece * size : whole * size + (piece - whole) * part;
-        return at < strips ? at : strips;
-    }
-};
-
 template <class P, Range RANGE, int R, int M>
 Status many(const Plan& plan, Decode decode) {
     constexpr int64_t kPanelBytes = kBlockTiles * 8 * P::kOperands * R * kVector;
     const int threads = plan.call->threads;
-    const Pieces pieces(plan.strips, threads, R);
+    const int64_t size = strips_of_piece(plan.strips, threads, R);
+    const Pieces pieces(plan.strips, size, threads, ceil_div(size, 4 * R) * R);
     const int64_t most = kPassRows / M, passes = ceil_div(plan.blocks, most), per_pass = ceil_div(plan.blocks, passes);
     const size_t total_bytes = static_cast<size_t>(pieces.size * per_pass * M * kStrip) * sizeof(float);
     const size_t worker_bytes = (kPanelBytes + total_bytes + 4095) / 4096 * 4096;

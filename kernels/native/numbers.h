@@ -41,7 +41,7 @@ INLINE uint16_t float_to_bfloat(float value) {
     return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-INLINE int64_t size_of(int32_t type) { return type == kFloat32 ? 4 : 2; }
+INLINE constexpr int64_t size_of(int32_t type) { return type == kFloat32 ? 4 : 2; }
 
 INLINE float read_float(const void* from, int64_t index, int32_t type) {
     if (type == kFloat32) {

@@ -37,6 +37,25 @@ struct NothingFolded {
     static bool folds(const Weight&, int64_t) { return false; }
 };
 
+// What an arithmetic has whose sums are floats: they hold codes of any range, as these are.
+struct FloatSums {
+    using Accumulator = F16;
+    template <int BITS>
+    static constexpr Range range() {
+        return kBytes;
+    }
+    template <int BITS>
+    static constexpr bool moves() {
+        return false;
+    }
+    template <int BITS>
+    static constexpr bool signed_codes() {
+        return false;
+    }
+    static INLINE F16 none() { return zero_f(); }
+    static INLINE F16 value(const F16& sum) { return sum; }
+};
+
 // What an arithmetic on integers alone has in the place of tables.
 struct IntegersOnly : NothingFolded {
     static constexpr Form form(Form given) { return given; }

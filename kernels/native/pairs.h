@@ -15,7 +15,7 @@
 namespace aerogel {
 namespace UNIT {
 
-struct Pairs : IntegersOnly {
+struct Pairs : IntegersOnly, FloatSums {
     struct Accumulator {
         NativeF part[4];  // rows 0 1 4 5, rows 2 3 6 7, and the same of the second eight
     };
@@ -25,14 +25,6 @@ struct Pairs : IntegersOnly {
     template <int BITS, Form FORM>
     static constexpr int bias() {
         return 0;
-    }
-    template <int BITS>
-    static constexpr Range range() {
-        return kBytes;
-    }
-    template <int BITS>
-    static constexpr bool moves() {
-        return false;
     }
 
     // Byte BYTE of q as bfloat16 for the codes 0 .. 2^BITS - 1, repeated to 16.

@@ -231,7 +231,7 @@ struct Rounding {
 };
 
 inline Rounding rounding_of(const Plan& plan, int64_t token, int64_t first, int64_t count) {
-    float values[kTile], peaks[16];
+    float values[kTile];
     F16 largest = zero_f(), poison = zero_f();
     for (int64_t i = 0; i < count; ++i) {
         read_tile(plan, token, (first + i) * kTile, values);
@@ -241,45 +241,40 @@ inline Rounding rounding_of(const Plan& plan, int64_t token, int64_t first, int6
             poison = multiply_add(part, zero_f(), poison);  // stays 0, unless something is infinite or not a number
         }
     }
-    store(peaks, largest);
-    float peak = 0.0f;
-    for (float each : peaks) peak = each > peak ? each : peak;
+    const float peak = largest_of(largest);
     // Anything smaller would make the inverse overflow; it rounds to 0 with scale 1.
     const float unit = peak > 1e-30f ? peak / 127.0f : 1.0f;
-    return {1.0f / unit, unit + lane_sum(poison)};
+    return {1.0f / unit, unit + total_of(poison)};
 }
 
 // The same, rounded to s * [-127, 127] with s = max|x| / 127 over the run, or over the token.
 inline void place_int8(const Plan& plan, int64_t token, int64_t first, int64_t count, const Rounding& rounding) {
     const int64_t block = token / plan.tokens_per_block, row = token % plan.tokens_per_block;
-    const float inverse = rounding.inverse, scale = rounding.scale;
-    const int32_t moved = plan.moved ? 0x80 : 0;
+    const float scale = rounding.scale;
+    // Adding 1.5 * 2^23 leaves the rounded integer in the low bits, ties to even.
+    const F16 inverse = spread<F16>(rounding.inverse), magic = spread<F16>(12582912.0f);
+    const I16 moved = spread<I16>(plan.moved ? 0x80 : 0), base = spread<I16>(0x4b400000);
     float values[kTile];
-    int32_t sums[2] = {0, 0};
+    I16 sums[2] = {zero_i(), zero_i()};
     for (int64_t i = 0; i < count; ++i) {
         read_tile(plan, token, (first + i) * kTile, values);
-        int8_t* to = reinterpret_cast<int8_t*>(const_cast<uint8_t*>(plan.x_at(block, first + i))) + row * plan.row_bytes;
+        uint8_t* to = const_cast<uint8_t*>(plan.x_at(block, first + i)) + row * plan.row_bytes;
         for (int half = 0; half < 2; ++half) {
-            int32_t sum = 0;
-            for (int k = 16 * half; k < 16 * half + 16; ++k) {
-                // Adding 1.5 * 2^23 leaves the rounded integer in the low bits, ties to even.
-                const float scaled = values[k] * inverse + 12582912.0f;
-                const int32_t rounded = static_cast<int32_t>(float_to_bits(scaled)) - 0x4b400000;
-                to[k] = static_cast<int8_t>(rounded ^ moved);
-                sum += static_cast<int8_t>(rounded);
-            }
-            sums[half] += sum;
+            const I16 rounded = bits_of(multiply_add(load<F16>(values + 16 * half), inverse, magic)) - base;
+            store_bytes(to + 16 * half, rounded ^ moved);
+            sums[half] = sums[half] + rounded;
         }
     }
+    const float low = total_of(to_float(sums[0])), high = total_of(to_float(sums[1]));  // exact: integers below 2^24
     const int64_t segment = plan.segment_tiles ? first / plan.segment_tiles : 2 * first;
     float* sum_to = plan.x_sum + plan.factor(block, segment) + row;
     float* scale_to = plan.x_scale + plan.factor(block, segment) + row;
     scale_to[0] = scale;
     if (plan.segment_tiles) {
-        sum_to[0] = static_cast<float>(sums[0] + sums[1]);
+        sum_to[0] = low + high;
     } else {
-        sum_to[0] = static_cast<float>(sums[0]);
-        sum_to[plan.block_rows] = static_cast<float>(sums[1]);
+        sum_to[0] = low;
+        sum_to[plan.block_rows] = high;
         scale_to[plan.block_rows] = scale;
     }
 }

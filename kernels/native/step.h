@@ -1,8 +1,7 @@
-// The small operations between the matmuls of a decode step: attention of one token, norm, gate.
+// The small operations between the matmuls of a decode step, norm and gate, and what attention is made of (attend.h, prompt.h).
 //
 // They round where the plain definitions round (aerogel/kernels/decode/ops.py): every product of a rotation, the sum of a
-// residual, an activation before its product. Sums are in float32. Attention keeps the scores of one key/value head's
-// queries in a row, subtracts their maximum, and adds up p * value; heads and sequences are independent and shared out.
+// residual, an activation before its product. Sums are in float32.
 #pragma once
 #include "numbers.h"
 #include "pool.h"
@@ -121,68 +120,6 @@ inline void rotate(float* x, const float* cosine, const float* sine, int64_t siz
         x[i] = rounded(rounded(low * cosine[i], type) - rounded(high * sine[i], type), type);
         x[half + i] = rounded(rounded(high * cosine[half + i], type) + rounded(low * sine[half + i], type), type);
     }
-}
-
-// All queries of one key/value head of one sequence.
-inline void attend_head(const Attend& a, int64_t sequence, int64_t head, float* scores) {
-    const int64_t D = a.key_size, E = a.value_size, G = a.queries / a.heads, slot = *a.slot_at, end = slot + 1;
-    const int64_t begin = a.window && end - a.window > a.start[sequence] ? end - a.window : a.start[sequence];
-    const int64_t cache = (sequence * a.heads + head) * a.slots, length = end - begin;
-    float cosine[kMostHead], sine[kMostHead], row[kMostHead], query[kMostShare][kMostHead];
-    const int64_t angle = a.angles_per_sequence ? sequence * D : 0;
-    to_floats(a.k, sequence * a.k_step + head * D, a.type, row, D);
-    for (int64_t g = 0; g < G; ++g) to_floats(a.q, sequence * a.q_step + (head * G + g) * D, a.type, query[g], D);
-    if (a.cosine) {
-        to_floats(a.cosine, angle, a.type, cosine, D);
-        to_floats(a.sine, angle, a.type, sine, D);
-        rotate(row, cosine, sine, D, a.type);
-        for (int64_t g = 0; g < G; ++g) rotate(query[g], cosine, sine, D, a.type);
-    }
-    from_floats(a.keys, (cache + slot) * D, a.type, row, D);
-    to_floats(a.v, sequence * a.v_step + head * E, a.type, row, E);
-    from_floats(a.values, (cache + slot) * E, a.type, row, E);
-    for (int64_t s = 0; s < length; ++s) {
-        to_floats(a.keys, (cache + begin + s) * D, a.type, row, D);
-        for (int64_t g = 0; g < G; ++g) scores[g * length + s] = inner(query[g], row, D) * a.scale;
-    }
-    float total[kMostShare], out[kMostShare][kMostHead];
-    for (int64_t g = 0; g < G; ++g) {
-        float* score = scores + g * length;
-        float peaks[16], sums[16] = {};
-        for (float& peak : peaks) peak = -3.4e38f;
-        for (int64_t s = 0; s < length; ++s) peaks[s % 16] = score[s] > peaks[s % 16] ? score[s] : peaks[s % 16];
-        for (int lane = 1; lane < 16; ++lane) peaks[0] = peaks[lane] > peaks[0] ? peaks[lane] : peaks[0];
-        for (int64_t s = 0; s < length; ++s) score[s] = exponential(score[s] - peaks[0]);
-        for (int64_t s = 0; s < length; ++s) sums[s % 16] += score[s];
-        total[g] = 0.0f;
-        for (float sum : sums) total[g] += sum;
-        memset(out[g], 0, sizeof(float) * static_cast<size_t>(E));
-    }
-    for (int64_t s = 0; s < length; ++s) {
-        to_floats(a.values, (cache + begin + s) * E, a.type, row, E);
-        for (int64_t g = 0; g < G; ++g) {
-            const F16 weight = spread<F16>(scores[g * length + s]);
-            int64_t e = 0;
-            for (; e + 16 <= E; e += 16) store(out[g] + e, multiply_add(weight, load<F16>(row + e), load<F16>(out[g] + e)));
-            for (; e < E; ++e) out[g][e] += scores[g * length + s] * row[e];
-        }
-    }
-    for (int64_t g = 0; g < G; ++g) {
-        for (int64_t e = 0; e < E; ++e) out[g][e] /= total[g];
-        from_floats(a.out, (sequence * a.queries + head * G + g) * E, a.type, out[g], E);
-    }
-}
-
-inline Status attend(const Attend& a) {
-    const int64_t G = a.queries / a.heads, length = *a.slot_at + 1, pieces = a.batch * a.heads;
-    const int threads = length * a.key_size * a.heads * a.batch < (1 << 15) ? 1 : a.threads;
-    const size_t each = (static_cast<size_t>(G * length) * sizeof(float) + 63) / 64 * 64;
-    uint8_t* memory = static_cast<uint8_t*>(scratch(kStepScratch, each * static_cast<size_t>(threads)));
-    if (!memory) return kOutOfMemory;
-    parallel(pieces, threads, [&](int64_t piece, int worker) {
-        attend_head(a, piece / a.heads, piece % a.heads, reinterpret_cast<float*>(memory + each * static_cast<size_t>(worker)));
-    });
-    return kDone;
 }
 
 // Rows that are worth a second thread, and how many of them a thread takes at a time.

@@ -1,5 +1,6 @@
 // x86-64 with AVX2, FMA and F16C: Haswell, Zen 1 and later.
 #define UNIT avx2
+#include "attend.h"
 #include "beside.h"
 #include "gemm.h"
 #include "lookup_kernel.h"

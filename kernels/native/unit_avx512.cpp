@@ -1,5 +1,6 @@
 // AVX-512 with the int8 dot product: Cascade Lake, Zen 4 and later.
 #define UNIT avx512
+#include "attend.h"
 #include "beside.h"
 #include "gemm.h"
 #include "lookup_kernel.h"

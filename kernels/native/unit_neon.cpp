@@ -1,5 +1,6 @@
 // AArch64 with the int8 dot product: Armv8.2 and later.
 #define UNIT neon
+#include "attend.h"
 #include "beside.h"
 #include "gemm.h"
 #include "lookup_kernel.h"

@@ -1,5 +1,6 @@
 // Portable C++: what every machine runs. The compiler vectorises four lanes at a time where it can.
 #define UNIT portable
+#include "attend.h"
 #include "beside.h"
 #include "gemm.h"
 #include "lookup_kernel.h"

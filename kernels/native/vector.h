@@ -105,6 +105,8 @@ LANEWISE(F16, operator+, +)
 LANEWISE(F16, operator-, -)
 LANEWISE(F16, operator*, *)
 LANEWISE(I16, operator+, +)
+LANEWISE(I16, operator-, -)
+LANEWISE(I16, operator^, ^)
 LANEWISE(U16, operator|, |)
 #undef LANEWISE
 
@@ -162,6 +164,37 @@ INLINE NativeF gather(const float* table, const NativeU& index) {
 #endif
 }
 
+INLINE I16 bits_of(const F16& a) {
+    I16 v;
+    unroll<kParts>([&](auto p) ALWAYS { v.part[p] = reinterpret_cast<NativeI>(a.part[p]); });
+    return v;
+}
+
+// The low byte of each lane.
+INLINE void store_bytes(void* to, const I16& v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v.part[0])));
+#else
+    int32_t lanes[16];
+    uint8_t bytes[16];
+    store(lanes, v);
+    for (int lane = 0; lane < 16; ++lane) bytes[lane] = static_cast<uint8_t>(lanes[lane]);
+    memcpy(to, bytes, sizeof bytes);
+#endif
+}
+
+// The largest of sixteen lanes; which of them where one is not a number is left open.
+INLINE float largest_of(const F16& v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v.part[0]));
+#else
+    float lanes[16];
+    store(lanes, v);
+    for (float lane : lanes) lanes[0] = lane > lanes[0] ? lane : lanes[0];
+    return lanes[0];
+#endif
+}
+
 // Sum of sixteen lanes, halves first.
 INLINE float total_of(const F16& v) {
 #if defined(__AVX512F__)
@@ -174,6 +207,31 @@ INLINE float total_of(const F16& v) {
     }
     return lanes[0];
 #endif
+}
+
+// The sums of N vectors' lanes; sixteen together take three instructions each where a register holds sixteen.
+template <int N>
+INLINE void totals_of(const F16 (&v)[N], float (&to)[N]) {
+#if defined(__AVX512F__)
+    if constexpr (N == 16) {
+        const auto in = [&](int i) ALWAYS { return reinterpret_cast<__m512>(v[i].part[0]); };
+        __m512 pairs[8], fours[4];
+        // Quarters of vectors i and i + 4; then [i, i + 4, i + 8, i + 12]; then four lanes of each to one.
+        unroll<8>([&](auto i) ALWAYS {
+            const __m512 a = in(i % 4 + i / 4 * 8), b = in(i % 4 + i / 4 * 8 + 4);
+            pairs[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+        });
+        unroll<4>([&](auto i) ALWAYS {
+            const __m512 a = pairs[i], b = pairs[i + 4];
+            fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+        });
+        const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(fours[0], fours[1]), _mm512_unpackhi_ps(fours[0], fours[1]));
+        const __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(fours[2], fours[3]), _mm512_unpackhi_ps(fours[2], fours[3]));
+        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xee)));
+        return;
+    }
+#endif
+    for (int i = 0; i < N; ++i) to[i] = total_of(v[i]);
 }
 
 // Reads a multiple of 256 bytes as fast as memory gives them; what comes back depends on every byte.

@@ -309,7 +309,7 @@ def test_the_reader_reads_at_a_speed_that_memory_can_have() -> None:
     memory = torch.ones(64 << 20, dtype=torch.uint8)
     for threads in (1, 2):
         assert 1e8 < library.read_bandwidth(memory, threads) < 1e12
-    assert library.read_bandwidth(memory[: 1 << 10], 1) == 0.0, "less than a MiB is not measured"
+    assert library.read_bandwidth(memory[: 1 << 10], 1) == 0.0, "less than a piece is not measured"
 
 
 def test_every_source_is_compiled() -> None:

@@ -25,7 +25,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize(("H", "J", "D", "E"), [(1, 1, 2, 2), (9, 3, 64, 64), (4, 4, 40, 24), (8, 2, 128, 128)])
 def test_attention_of_one_token(dtype: torch.dtype, H: int, J: int, D: int, E: int) -> None:
     random = torch.Generator().manual_seed(H * D)
-    for batch, slots, slot, window in ((1, 8, 0, 0), (1, 300, 257, 0), (2, 64, 40, 16), (3, 64, 63, 0)):
+    for batch, slots, slot, window in ((1, 8, 0, 0), (1, 300, 257, 0), (2, 64, 40, 16), (3, 64, 63, 0), (2, 900, 899, 330)):
         make = lambda *shape: torch.randn(*shape, generator=random).to(dtype)  # noqa: E731
         q, k, v = make(batch, H, 1, D), make(batch, J, 1, D), make(batch, J, 1, E)
         angles = torch.rand(batch, 1, D, generator=random) * 6
@@ -43,6 +43,32 @@ def test_attention_of_one_token(dtype: torch.dtype, H: int, J: int, D: int, E: i
             # Nothing but the new slot was written.
             assert torch.equal(held[0][0][:, :, :slot], keys[:, :, :slot])
             assert torch.equal(held[0][0][:, :, slot + 1 :], keys[:, :, slot + 1 :])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_attention_of_one_token_is_the_same_with_any_number_of_threads(dtype: torch.dtype) -> None:
+    B, H, J, D, slots = 2, 9, 3, 64, 1200
+    q, k, v = (torch.randn(B, heads, 1, D).to(dtype) for heads in (H, J, J))
+    keys, values = (torch.randn(B, J, slots, D).to(dtype) for _ in range(2))
+    rest = (torch.tensor([slots - 1]), torch.tensor([0, 1000]), 0.125, 0, 0.0, None)
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(native_ops.attend(q, k, v, None, None, keys, values, *rest))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_attention_of_one_token_hides_no_number_that_is_none(bad: float) -> None:
+    q = torch.ones(1, 2, 1, 16)
+    for key, value in ((bad, 1.0), (1.0, bad)):
+        keys, values = torch.ones(1, 2, 200, 16), torch.ones(1, 2, 200, 16)
+        keys[0, 0, 130] *= key
+        values[0, 0, 130] *= value
+        rest = (torch.tensor([199]), torch.tensor([0]), 1.0, 0, 0.0, None)
+        found = native_ops.attend(q, q, q, None, None, keys, values, *rest)
+        assert not torch.isfinite(found[0, 0, 0]).any() and torch.isfinite(found[0, 0, 1]).all()
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -105,3 +105,7 @@ def test_draws_follow_the_distribution() -> None:
 def test_the_likeliest_is_the_argmax() -> None:
     logits = torch.randn(3, 64 * 128)
     assert torch.equal(likeliest(logits), logits.argmax(-1, keepdim=True))
+    several = torch.zeros(2, 64 * 128, dtype=torch.bfloat16)
+    several[0, [700, 701, 5000]] = 3.0  # the first of equals
+    several[1, 4000] = float("nan")
+    assert likeliest(several).tolist() == [[700], [4000]]
