@@ -243,5 +243,5 @@ def check(status: int, what: str) -> None:
 
 
 def read_bandwidth(memory: torch.Tensor, threads: int) -> float:
-    """Bytes per second at which `threads` threads read `memory` (uint8, contiguous) once, in pieces of 128 KiB; a rest is left."""
+    """Bytes per second at which `threads` threads read `memory` (uint8, contiguous) once, in whole pieces of 128 KiB."""
     return float(library().aerogel_native_read(memory.data_ptr(), memory.nbytes, threads))
