@@ -36,6 +36,8 @@ TOLERANCE = 1e-2
 """Relative Frobenius error against the product in float32; the outputs' own rounding to 16 bits is up to 2e-3."""
 SPILLED_BYTES = 64
 """A few registers spilled outside the loop cost nothing that can be measured; more are a sign of a cut that is too large."""
+FLOATS_OF_8 = {"e4m3": 3, "block": 3, "mxfp8": 3, "e5m2": 2}
+"""Bits of mantissa."""
 _WARPS = ((1, 4), (1, 5), (1, 6), (1, 7), (1, 8), (1, 12), (1, 15), (1, 16), (2, 4), (2, 7), (2, 8))
 """Multiplying warps along rows and along K of a ring's block."""
 _CLUSTERS = ((1, 1), (2, 1), (4, 1), (1, 2))
@@ -62,16 +64,22 @@ def random_weight(
 
 
 def random_numbers(N: int, K: int, name: str, group_size: int, device: torch.device | str, *, seed: int = 0) -> TileWeight:
-    """A weight of random codes of four bits that are no integers. name: `nvfp4` (e2m1, e4m3 scales and a factor), `mxfp4`
+    """A weight of random codes that are no integers. name, of four bits: `nvfp4` (e2m1, e4m3 scales and a factor), `mxfp4`
     (e2m1, e8m0 scales), or with bfloat16 scales any 16 numbers: `table` (one for all), `rows` (one table for each row) or
-    `groups` (each group of a row picks one of two tables and a sign, as those of BitMoD do)."""
-    plain = random_weight(N, K, 4, group_size, device, seed=seed)
+    `groups` (each group of a row picks one of two tables and a sign, as those of BitMoD do). Of eight bits: `e4m3`, `block`
+    (the same), `e5m2`, `mxfp8` (e4m3, e8m0 scales), `rf8` (any 256 numbers). Of one bit: `plane`."""
+    bits = 1 if name == "plane" else 8 if name in FLOATS_OF_8 or name == "rf8" else 4
+    plain = random_weight(N, K, bits, group_size, device, seed=seed)
     generator = torch.Generator(device).manual_seed(seed + 1)
-    bytes_of = {"nvfp4": (E5M3, 8, 152), "mxfp4": (E8M0, 112, 124)}
+    bytes_of = {"nvfp4": (E5M3, 8, 152), "mxfp4": (E8M0, 112, 124), "mxfp8": (E8M0, 112, 124)}
+    if name == "plane":
+        return replace(plain, zero=torch.full_like(plain.scale, 0.5))
+    if name in FLOATS_OF_8 and name not in bytes_of:
+        return replace(plain, floats=FLOATS_OF_8[name])
     R, G = plain.scale.shape[:2]
-    tables = {"table": 1, "rows": R * 16, "groups": 2}
+    tables = {"table": 1, "rows": R * 16, "groups": 2, "rf8": 1}
     if name in tables:
-        table, pick = torch.randn(tables[name], 16, device=device, generator=generator), None
+        table, pick = torch.randn(tables[name], 1 << bits, device=device, generator=generator), None
         if name == "groups":
             pick = torch.randint(0, 4, (R, G, 16), device=device, generator=generator, dtype=torch.uint8)
             pick = pick & 1 | (pick & 2) * (SIGN // 2)
@@ -79,7 +87,7 @@ def random_numbers(N: int, K: int, name: str, group_size: int, device: torch.dev
     dtype, least, beyond = bytes_of[name]
     scale = torch.randint(least, beyond, plain.scale.shape, device=device, generator=generator, dtype=torch.uint8).view(dtype)
     factor = torch.full((), 2.0**-10, device=device) if name == "nvfp4" else None
-    return replace(plain, scale=scale, floats=1, factor=factor)
+    return replace(plain, scale=scale, floats=FLOATS_OF_8.get(name, 1), factor=factor)
 
 
 def random_planes(
