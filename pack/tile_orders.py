@@ -29,6 +29,8 @@ register i of step s is number c = 4 (s % 2) + i there, and c to the left brings
 
 PAIRS, any 16 numbers: byte i holds both codes of register i, the lower half's in its low nibble: a byte looks up a pair.
 
+BYTES, any 256 numbers: codes are whole bytes, half e of register i is byte 2 (i % 2) + e of word i / 2.
+
 Cost: a mask and a rotation for each line of an order, at packing.
 
 Shape legend: N out features, K in features, R row tiles, C k tiles.
@@ -81,6 +83,13 @@ E4M3: Order = tuple(
 PAIRS: Order = (
     *(Move(0xF << 4 * i, 4 * i) for i in range(4)),
     *(Move(0xF0000 << 4 * i, (4 * i - 12) % 32) for i in range(4)),
+)
+# Of register i its halves' nibbles lie at bits 4 i and 4 i + 16, the lower four bits in one word and the upper four in another.
+BYTES: Order = tuple(
+    Move(0xF << 4 * i + 16 * e, (16 * (i % 2) + 8 * e + 4 * limb - 4 * i - 16 * e) % 32, limb, i // 2)
+    for i in range(4)
+    for e in range(2)
+    for limb in range(2)
 )
 
 

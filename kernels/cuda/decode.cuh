@@ -29,6 +29,7 @@
 #include "machine.cuh"
 #include "floats.cuh"
 #include "tables.cuh"
+#include "entries.cuh"
 
 INLINE u32 pair_of(float low, float high) { return to_pair(low, high); }
 #include "planes.cuh"
@@ -39,7 +40,8 @@ constexpr int EXPONENT_BIAS = FP16 ? 15 : 127;
 constexpr int MOST_EXPONENT = FP16 ? 15 : 127;
 constexpr int WORDS = 2 * BITS;  // 32-bit words of one tile in a lane
 constexpr int TILE_BYTES = 256 * BITS;
-constexpr int CENTRE = TABLE || FLOATS ? 0 : 1 << (BITS - 1);
+constexpr bool SIGNS = BITS == 1 && FLOATS;  // the bit u is 2 u - 1
+constexpr int CENTRE = SIGNS ? 1 : TABLE || FLOATS ? 0 : 1 << (BITS - 1);
 
 constexpr u32 both(u32 half) { return half * 0x00010001u; }
 constexpr u32 power_of_two(int e) { return (u32)(e + EXPONENT_BIAS) << MANTISSA; }
@@ -58,7 +60,7 @@ constexpr int limb_count() { return BITS == 8 || BITS == 5 || BITS == 6 ? 2 : BI
 constexpr int limb_width(int l) {
   return l == 0 ? (BITS >= 4 ? 4 : BITS) : l == 1 ? (BITS == 8 ? 4 : BITS >= 6 ? 2 : 1) : 1;
 }
-constexpr int limb_weight(int l) { return l == 0 ? 0 : limb_weight(l - 1) + limb_width(l - 1); }
+constexpr int limb_weight(int l) { return l == 0 ? SIGNS : limb_weight(l - 1) + limb_width(l - 1); }
 constexpr int limb_word(int l) { return l == 0 ? 0 : limb_word(l - 1) + 2 * limb_width(l - 1); }
 
 constexpr int RUN = GROUP == 0 ? 128 : GROUP % 128 == 0 ? 128 : GROUP % 64 == 0 ? 64 : GROUP % 32 == 0 ? 32 : 16;
@@ -68,9 +70,9 @@ constexpr bool SCALED = FLOATS && (SCALE == 3 || (SCALE == 4 && !FP16));
 
 // ---- Where a field lies ----------------------------------------------------------------------------------------------
 // Fields of one limb follow each other in a half word. `least` keeps a heavy limb's power inside float16's range, and powers
-// that stay in the factor no larger than bfloat16's.
+// that stay in the factor no larger than bfloat16's. Signs count as two, and their powers are no larger for it.
 template <int WIDTH, int WEIGHT> struct Field {
-  static constexpr int least = FOLDED ? MANTISSA - 7 : MANTISSA + WEIGHT > MOST_EXPONENT ? MANTISSA + WEIGHT - MOST_EXPONENT : 0;
+  static constexpr int least = (FOLDED ? MANTISSA - 7 : MANTISSA + WEIGHT > MOST_EXPONENT ? MANTISSA + WEIGHT - MOST_EXPONENT : 0) + SIGNS;
   static constexpr int reach = (MANTISSA - WIDTH - least) / WIDTH + 1;  // fields that one shift serves
   static constexpr int bit(int j) { return least + j % reach * WIDTH; }
   static constexpr int shift(int j) { return j / reach * reach * WIDTH - least; }
@@ -162,26 +164,28 @@ INLINE void decode_floats(const u32* words, int s, u32 upper, u32 lower, u32* a)
 }
 
 // The A fragment of step s through a table of 16-bit numbers in shared memory: `upper` for row g, `lower` for row g + 8.
-// Codes of four bits lie in pairs: byte i of a word is register i.
-INLINE void decode_table(const u32* words, int s, u32 upper, u32 lower, u32* a) {
+// Codes of four bits lie in pairs: byte i of a word is register i. Codes of eight are bytes, their entries STEP bytes apart.
+template <int STEP = 2> INLINE void decode_table(const u32* words, int s, u32 upper, u32 lower, u32* a) {
   UNROLL for (int i = 0; i < 4; i++) {
     u32 pair[2];
     UNROLL for (int e = 0; e < 2; e++) {
-      const int bit = BITS == 8 ? 4 * i + 16 * e : 8 * i + 4 * e;  // of the low nibble; an entry is two bytes
-      const u32 table = i & 1 ? lower : upper, low = bit ? words[s] >> (bit - 1) : words[s] << 1;
+      const u32 table = i & 1 ? lower : upper;
       if constexpr (BITS == 4) {
+        const int bit = 8 * i + 4 * e;
+        const u32 low = bit ? words[s] >> (bit - 1) : words[s] << 1;
         pair[e] = load_shared_u16(and_or(low, 0x1E, table));  // tables of 32 bytes begin at multiples of that
       } else {
-        const u32 high = bit > 4 ? words[8 + s] >> (bit - 5) : words[8 + s] << (5 - bit);
-        pair[e] = load_shared_u16(table + (low & 0x1E | high & 0x1E0));
+        pair[e] = load_shared_u16(place_of_entry<STEP>(words[s], words[8 + s], i, e, table));
       }
     }
-    a[i] = pair[0] | pair[1] << 16;
+    a[i] = __byte_perm(pair[0], pair[1], 0x5410);
   }
 }
 
 // Tables of 16 as `tables.cuh` has them: one or two for all rows as pairs, one for each row half in registers and half as pairs.
+// Of 256 numbers one for all rows has a copy for every lane (entries.cuh).
 constexpr bool PAIRED = BITS == 4 && (TABLE == 1 || (TABLE == 3 && TABLES <= 2)), BY_ROWS = BITS == 4 && TABLE == 2;
+constexpr bool COPIED = BITS == 8 && TABLE == 1;
 // Of a row tile: pairs of rows 8..15, bytes of the tables of rows 0..7, and tables as they come from memory, 32 bytes a row.
 constexpr int AT_ROW_BYTES = EIGHT_BYTES, AT_ROWS = AT_ROW_BYTES + 8 * 32, ROW_TABLE_BYTES = AT_ROWS + 16 * 32;
 INLINE void decode_pairs(u32 word, u32 upper, u32 lower, u32* a) {

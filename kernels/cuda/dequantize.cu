@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize(const __grid
         decode_planes(words, s, planes, a);
       else if constexpr (TABLE)
         decode_table(words, s, upper, lower, a);
-      else if constexpr (FLOATS)
+      else if constexpr (FLOATS && !SIGNS)
         decode_floats(words, s, both(power_of_two(FLOAT_SHRINK)), both(power_of_two(FLOAT_SHRINK)), a);
       else
         decode_integers(words, s, a);

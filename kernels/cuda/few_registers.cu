@@ -59,6 +59,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
     fetch_side(p, slots + sides, first_tile, tile);
     if (tile + WARPS < p.k_tiles) fetch_side(p, slots + slot_bytes + sides, first_tile, tile + WARPS);
   }
+  prefetch_row_scales(p, first_tile, threadIdx.x);
   if constexpr (KEPT) kept.copy(first_tile);
   fetch_tables_of_block(p.table, p.tables, shared, first_tile);
   if constexpr (TABLE) barrier_of(1, THREADS);

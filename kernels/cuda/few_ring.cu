@@ -205,6 +205,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
   for (int block = 0; block < share.row_blocks; block++) {
     float acc[ROW_TILES][TOKEN_TILES][4] = {};
     const int first_row_tile = (share.row_start + block * share.row_step) * BLOCK_TILES;
+    prefetch_row_scales(p, first_row_tile, threadIdx.x);
     renew_tables(p, share, room, block, first_row_tile);
     if constexpr (KEPT) kept.copy(first_row_tile + row_warp * ROW_TILES), copies_commit();
     for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {

@@ -37,7 +37,7 @@ constexpr int PARTIAL_STRIDE = BLOCK_ROWS + 4;  // of one token: four tokens of 
 constexpr bool CHOSEN = FOLDED && BITS == 1 && TOKEN_TILES == 1, FOLDS = FOLDED && !CHOSEN;
 
 INLINE int table_room(int tables) {
-  return MADE ? WARPS * ROW_TILES * MADE_BYTES : PAIRED ? TABLES * PAIR_BYTES : BY_ROWS ? BLOCK_TILES * ROW_TABLE_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
+  return MADE ? WARPS * ROW_TILES * MADE_BYTES : PAIRED ? TABLES * PAIR_BYTES : COPIED ? ENTRIES_BYTES : BY_ROWS ? BLOCK_TILES * ROW_TABLE_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
 }
 // Tables of rows that were asked for, by all multiplying threads.
 INLINE void lay_out_tables(u8* room) {
@@ -48,6 +48,8 @@ INLINE void lay_out_tables(u8* room) {
 INLINE void fetch_tables_of_block(const u16* table, int tables, u8* room, int first_tile) {
   if constexpr (PAIRED) {
     fetch_pairs(table, TABLES, room, threadIdx.x, THREADS);
+  } else if constexpr (COPIED) {
+    fetch_entries(table, room, threadIdx.x, THREADS);
   } else if constexpr (BY_ROWS) {
     ask_for_row_tables(table, first_tile, BLOCK_TILES, tables, shared_address(room), threadIdx.x, THREADS);
     copies_commit();
@@ -58,7 +60,7 @@ INLINE void fetch_tables_of_block(const u16* table, int tables, u8* room, int fi
 // Where a lane finds the table of `row` in row tile `tile` of the block, or the first of those that groups pick from.
 INLINE u32 table_at(u32 room, int tile, int row) {
   if constexpr (BY_ROWS) return room + tile * ROW_TABLE_BYTES + (row < 8 ? AT_ROW_BYTES + row * 32 : (row - 8) * 4);
-  return PAIRED ? room + (threadIdx.x & 31) * 4 : table_of(room, tile, row);
+  return PAIRED || COPIED ? room + (threadIdx.x & 31) * 4 : table_of(room, tile, row);
 }
 
 struct Arguments {
@@ -140,7 +142,8 @@ INLINE void load_tokens(u32 address, int stride, int M, Tokens& x) {
 
 // ---- Single bits -----------------------------------------------------------------------------------------------------
 // part += (bit - 1) x for one word of a tile, 16 rows x 64 columns, and no number is decoded: to the instruction for sparse A
-// every column of x looks like two, itself and 0 x, and the bit is the place of the one number, -1, that A has there.
+// every column of x looks like two, itself and 0 x, and the bit is the place of the one number, -1, that A has there. For signs,
+// part += (2 bit - 1) x, the second is -x.
 // A lane's word has bit 16 e + 2 n + i0 for row g + 8 i0 and column 8 n + 2 t + e; so a product takes the columns of one e and of
 // two lanes, and the 16 bytes of x from column 8 (t + 4 q) on are what lane t needs of B. (0 x, not 0: not finite stays so.)
 INLINE void multiply_chosen(u32 word, int w, const Tokens& x, float (*part)[4]) {
@@ -153,7 +156,7 @@ INLINE void multiply_chosen(u32 word, int w, const Tokens& x, float (*part)[4]) 
       u32 b[2][4];
       UNROLL for (int h = 0; h < 2; h++) UNROLL for (int r = 0; r < 4; r++) {
         const u32 columns = x.fragments[n][8 * w + 4 * (r & 1) + 2 * h + (r >> 1)];
-        b[h][r] = __byte_perm(columns, multiply_pairs(columns, 0), e ? 0x7632 : 0x5410);
+        b[h][r] = __byte_perm(columns, SIGNS ? columns ^ 0x80008000u : multiply_pairs(columns, 0), e ? 0x7632 : 0x5410);
       }
       matrix_multiply_chosen<0>(part[n], a, b[0], places, part[n]);
       matrix_multiply_chosen<1>(part[n], a, b[1], places, part[n]);
@@ -176,14 +179,14 @@ struct Decoding {
 };
 INLINE void decode(const u32* words, int s, const Decoding& by, u32* a) {
   if constexpr (PLANES)
-    decode_planes(words, s, by.planes, a);
+    decode_planes<false>(words, s, by.planes, a);
   else if constexpr (PAIRED)
     decode_pairs(words[s], by.table[0], by.table[1], a);
   else if constexpr (BY_ROWS)
     decode_by_rows(words[s], by.own, by.table[1], a);
   else if constexpr (TABLE)
-    decode_table(words, s, by.table[0], by.table[1], a);
-  else if constexpr (FLOATS)
+    decode_table<COPIED ? ENTRY_STEP : 2>(words, s, by.table[0], by.table[1], a);
+  else if constexpr (FLOATS && !SIGNS)
     decode_floats(words, s, by.unit[0], by.unit[1], a);
   else if constexpr (FOLDS)
     decode_folded(words, s, a);
@@ -237,11 +240,15 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
     }
     if constexpr (PLANES) {
       const int group = group_of(tile, 0) - first + at / 16;
-      read_planes<MADE>(by.planes, MADE ? made + run * 256 : side + group * 16 * SCALE_BYTES,
-                        side + Side<TILES>::zeros + group * 16 * ZERO_BYTES, (threadIdx.x & 31) >> 2);
+      read_planes<MADE>(by.planes, MADE ? made + run * 256 : side + group * 16 * SCALE_BYTES, nullptr, (threadIdx.x & 31) >> 2);
     }
     if constexpr (SCALED || PLANES) {
       multiply_run(words, run, by, x, acc);
+      if constexpr (PLANES && ZERO)  // offsets of four planes, through the sums of x as zero points
+        UNROLL for (int j = 0; j < 4; j++) {
+          const float offset = from_half(((const u16*)zeros)[at + 8 * (j >> 1)]);
+          UNROLL for (int n = 0; n < TOKEN_TILES; n++) acc[n][j] += offset * x.sums[n][run][j & 1];
+        }
       continue;
     }
     float part[TOKEN_TILES][4] = {}, zero[2] = {0, 0}, scale[2] = {1, 1};
@@ -330,6 +337,15 @@ INLINE void store_outputs(const Arguments& p, int first_tile, int row, int token
 // What every output is multiplied by where scales are bytes: asked for at a kernel's start, since its end waits for it.
 INLINE float factor_of(const Arguments& p) {
   return SCALE >= 3 ? (p.factor ? *p.factor : 1.0f) * (SCALED ? 1 << SCALED_SHRINK : 1) : 1.0f;
+}
+
+// Scales of rows as well: they are asked for at the start of a row block, into the second-level cache.
+INLINE void prefetch_row_scales(const Arguments& p, int first_tile, int thread) {
+  if constexpr (GROUP == 0) {
+    const int at = first_tile * 16 * SCALE_BYTES + thread * 128;
+    if (thread * 128 < BLOCK_ROWS * SCALE_BYTES && at < p.row_tiles * 16 * SCALE_BYTES)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(p.scale + at));
+  }
 }
 
 // Outputs are finished two rows at a time, `pair` after `pair` along the rows and then the tokens.

@@ -2,12 +2,13 @@
 // the code's is the number times a power of two, subnormals included. The layouts (pack/tile_orders.py) put a word's bits so that
 // few shifts and masks bring both halves of a register there.
 //
-// Defines used: BITS (4, 5, 6 or 8) and FLOATS, how many of them are mantissa; one is the sign. `and_or` comes from whoever includes this.
+// Defines used: BITS (4, 5, 6 or 8; 1 where the sign is all, which is decoded elsewhere) and FLOATS, how many of them are mantissa; one is
+// the sign. `and_or` comes from whoever includes this.
 
 #pragma once
 
 constexpr int FLOAT_LOW = 7 - FLOATS, FLOAT_TOP = FLOAT_LOW + 4;  // where the mantissa begins, and the fifth bit of a magnitude lies
-constexpr int FLOAT_BIAS = FLOATS ? (1 << (BITS - 2 - FLOATS)) - 1 : 0;
+constexpr int FLOAT_BIAS = FLOATS && BITS > 1 ? (1 << (BITS - 2 - FLOATS)) - 1 : 0;
 constexpr u32 FLOAT_SIGNS = 0x80008000u, FLOAT_MAGNITUDES = (((1u << (BITS - 1)) - 1) << FLOAT_LOW) * 0x00010001u;
 
 // Register i of step s, as bfloat16 times 2^(FLOAT_BIAS - 127). `word` holds its four lowest bits, or of eight bits all of them; `rest` the

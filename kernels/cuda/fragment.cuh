@@ -16,6 +16,7 @@
 #pragma once
 #include "hopper.cuh"
 #include "tables.cuh"
+#include "entries.cuh"
 
 #ifndef INT8
 #define INT8 0
@@ -41,6 +42,11 @@ constexpr u32 both(u32 half) { return half * 0x10001u; }
 FN u32 and_or(u32 v, u32 mask, u32 bits) {
     u32 d;
     asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(v), "r"(mask), "r"(bits));
+    return d;
+}
+FN u32 and_xor(u32 v, u32 mask, u32 bits) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(d) : "r"(v), "r"(mask), "r"(bits));
     return d;
 }
 FN u32 pair_sub(u32 a, u32 b) {
@@ -93,7 +99,11 @@ constexpr int ENTRY_BYTES = 2;
 // Tables of 16 as `tables.cuh` has them: one or two for all rows as pairs, one for each row half in registers and half as pairs.
 constexpr bool PAIRED = BITS == 4 && (TABLE == ONE_TABLE || (TABLE == TABLE_PER_GROUP && TABLES <= 2));
 constexpr bool BY_ROWS = BITS == 4 && TABLE == TABLE_PER_ROW;
-constexpr int TABLE_SIZE = PAIRED ? PAIR_BYTES : BY_ROWS ? EIGHT_BYTES / 16 : ENTRY_BYTES << BITS;
+// One of 256 has a copy for every lane (entries.cuh).
+constexpr bool COPIED = BITS == 8 && TABLE == ONE_TABLE;
+constexpr int TABLE_SIZE = PAIRED ? PAIR_BYTES : COPIED ? ENTRIES_BYTES : BY_ROWS ? EIGHT_BYTES / 16 : ENTRY_BYTES << BITS;
+// Codes of one bit that are signs: 2 u - 1.
+constexpr bool SIGNS = BITS == 1 && FLOATS;
 
 // A float's register is the number times 2^-FLOAT_SHRINK; a scale of a byte takes that back but for 2^-SCALED_SHRINK, exactly.
 constexpr bool SCALED_FLOATS = FLOATS && (SCALE == E5M3 || (SCALE == E8M0 && ACTIVATION == BF16));
@@ -218,19 +228,28 @@ FN u32 load_pair(u32 place) {
     asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(place));
     return pair;
 }
+FN u32 load_entry(u32 place) {
+    u16 number;
+    asm("ld.shared.u16 %0, [%1];" : "=h"(number) : "r"(place));
+    return number;
+}
 // The two table entries of register i at step s.
 FN u32 looked_up(const Codes& codes, int s, int i, u32 table) {
     if constexpr (PAIRED) return load_pair(place_of_pair<PAIR_STEP>(codes.four[0][s], i, table));
     u32 entry[2];
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-        const int bit = BITS == 4 ? 8 * i + 4 * e : 4 * i + 16 * e;  // four bits lie in pairs: pack/tile_orders.py
         const u32 low = codes.four[0][s], high = codes.four[FOURS ? FOURS - 1 : 0][s];
-        u32 offset = (bit ? low >> (bit - 1) : low << 1) & 0x1E;
-        if (FOURS == 2) offset |= (bit > 4 ? high >> (bit - 5) : high << (5 - bit)) & 0x1E0;
-        entry[e] = *(const u16*)(memory + table + offset);
+        if constexpr (COPIED) {
+            entry[e] = load_entry(place_of_entry<ENTRY_STEP>(low, high, i, e, table));
+        } else if constexpr (BITS == 8) {
+            entry[e] = *(const u16*)(memory + place_of_entry<ENTRY_BYTES>(low, high, i, e, table));
+        } else {
+            const int bit = 8 * i + 4 * e;  // four bits lie in pairs: pack/tile_orders.py
+            entry[e] = *(const u16*)(memory + table + ((bit ? low >> (bit - 1) : low << 1) & 0x1E));
+        }
     }
-    return entry[0] | entry[1] << 16;
+    return __byte_perm(entry[0], entry[1], 0x5410);
 }
 FN void look_up(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group) {
     if constexpr (BY_ROWS) {
@@ -257,6 +276,11 @@ FN void decode(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         if constexpr (PLANES) {
+            if (OUTLIERS) a[i] = add_pairs(a[i], beside[i]);
+        } else if constexpr (SIGNS) {
+            const int bit = 4 * s + i;
+            const u32 minus = (scaled ? group.scale[i % 2] : both(EXPONENT_BIAS << MANTISSA)) ^ 0x80008000u;
+            a[i] = and_xor(codes.one << (15 - bit), 0x80008000u, minus);
             if (OUTLIERS) a[i] = add_pairs(a[i], beside[i]);
         } else if constexpr (FLOATS) {
             const u32 placed = float_of_codes(codes, s, i);

@@ -16,7 +16,8 @@
 // nibbles, which pack/nibbles.py fills with the codes of other steps.
 //
 // Tables are summed in float32 in the order of the definition and rounded once to the activations' type: the weights are those of a
-// dense matrix. Only an offset of four planes is added to the rounded sum, and rounds again.
+// dense matrix. Only an offset of four planes is not in the table: it is added to the rounded sum, and rounds again, or where a kernel
+// has the sums of x over a group, multiplied by them as zero points are.
 //
 // Defines used: BITS (1 to 4), SCALE, ZERO. `and_or`, `low_of`, `high_of`, `pair_of` and `add_pairs` come from whoever includes this.
 
@@ -77,7 +78,7 @@ static __device__ __forceinline__ void make_plane_table(u8* room, int place, uin
 }
 
 // What a lane needs for one group: the tables of rows g and g + 8, or of columns 0..7 and 8..15. `scales` and `zeros` begin with
-// the group's 16 rows; READY: in the place of scales are tables that have been made.
+// the group's 16 rows; READY: in the place of scales are tables that have been made. No `zeros`: offsets are added elsewhere.
 template <bool READY = false>
 static __device__ __forceinline__ void read_planes(PlaneTable (&tables)[2], const u8* scales, const u8* zeros, int g) {
 #pragma unroll
@@ -88,7 +89,7 @@ static __device__ __forceinline__ void read_planes(PlaneTable (&tables)[2], cons
     } else {
       tables[h] = plane_table(((const uint2*)scales)[g + 8 * h]);
     }
-    if constexpr (SCALE == PLANES_OF_ROWS && ZERO != 0) tables[h].offset = ((const u16*)zeros)[g + 8 * h] * 0x10001u;
+    if (SCALE == PLANES_OF_ROWS && ZERO != 0 && zeros) tables[h].offset = ((const u16*)zeros)[g + 8 * h] * 0x10001u;
   }
 }
 
@@ -102,22 +103,24 @@ static __device__ __forceinline__ u32 plane_codes(const u32* words, int s) {
   return and_or(three[0] >> 3, 0x11111111u, and_or(three[1] >> 2, 0x22222222u, three[2] >> 1 & 0x44444444u));
 }
 
-// Four weights of one table; `codes` in the lower half.
+// Four weights of one table; `codes` in the lower half. OFFSET: with the offset of four planes.
+template <bool OFFSET>
 static __device__ __forceinline__ void look_up_planes(const PlaneTable& table, u32 codes, u32 signs, u32& first, u32& second) {
   const u32 low = permute_bytes(table.low[0], table.low[1], codes);
   u32 high = permute_bytes(table.high[0], table.high[1], codes);
   if constexpr (BITS == 4) high ^= signs & 0x80808080u;
   first = permute_bytes(low, high, 0x5140), second = permute_bytes(low, high, 0x7362);
-  if constexpr (BITS == 4 && ZERO != 0) first = add_pairs(first, table.offset), second = add_pairs(second, table.offset);
+  if constexpr (OFFSET && BITS == 4 && ZERO != 0) first = add_pairs(first, table.offset), second = add_pairs(second, table.offset);
 }
 
 // The A fragment of step s.
+template <bool OFFSET = true>
 static __device__ __forceinline__ void decode_planes(const u32* words, int s, const PlaneTable (&tables)[2], u32* a) {
   const u32 word = plane_codes(words, s), codes = BITS == 4 ? word & 0x77777777u : word;
   u32 signs[2] = {};
   if constexpr (BITS == 4)  // of the nibbles, each as a byte: 0 or 255
     signs[0] = permute_bytes(word << 4, word, 0xD9C8), signs[1] = permute_bytes(word << 4, word, 0xFBEA);
   constexpr int STRIDE = SCALE == PLANES_OF_BLOCKS ? 1 : 2;
-  look_up_planes(tables[0], codes, signs[0], a[0], a[STRIDE]);
-  look_up_planes(tables[1], codes >> 16, signs[1], a[3 - STRIDE], a[3]);
+  look_up_planes<OFFSET>(tables[0], codes, signs[0], a[0], a[STRIDE]);
+  look_up_planes<OFFSET>(tables[1], codes >> 16, signs[1], a[3 - STRIDE], a[3]);
 }

@@ -56,7 +56,7 @@ struct Consumer {
     }
 
     // Where the lane's tables begin, or the first of those that groups pick from.
-    FN u32 tables() const { return AT_TABLES + (PAIRED ? shared_address(memory) + 4 * lane : 0); }
+    FN u32 tables() const { return AT_TABLES + (PAIRED || COPIED ? shared_address(memory) + 4 * lane : 0); }
 
     // What does not change along the columns: tables of rows; per channel, zero points too (the scale waits for the end).
     FN void read_rows(Group (&group)[BLOCKS]) const {
@@ -272,6 +272,7 @@ FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, 
 FN void fetch_tables(const Arguments& p) {
     if constexpr (TABLE == ONE_TABLE || TABLE == TABLE_PER_GROUP) {
         if constexpr (PAIRED) fetch_pairs(p.table, TABLES, memory + AT_TABLES, threadIdx.x, CONSUMERS);
+        else if constexpr (COPIED) fetch_entries(p.table, memory + AT_TABLES, threadIdx.x, CONSUMERS);
         else for (int i = threadIdx.x; i < TABLES * TABLE_SIZE / 2; i += CONSUMERS) ((u16*)(memory + AT_TABLES))[i] = p.table[i];
         meet_wait(WARPGROUPS, CONSUMERS);
     }

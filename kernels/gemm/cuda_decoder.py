@@ -14,7 +14,7 @@ from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.plane_tables import OF_BLOCKS, OF_ROWS
 
 PAIR_BYTES, EIGHT_BYTES, ROW_TABLE_BYTES = 32 << 10, 8 << 10, (8 << 10) + 24 * 32
-"""Of a table's pairs of numbers; of the tables of a row tile's 16 rows. See tables.cuh and decode.cuh."""
+"""Of a table's pairs of numbers, or of a table of 256; of the tables of a row tile's 16 rows. See tables.cuh, entries.cuh, decode.cuh."""
 SCALE_NUMBER = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, E5M3: 3, E8M0: 4, OF_ROWS: 5, OF_BLOCKS: 6}
 
 
@@ -49,9 +49,12 @@ def table_bytes(weight: TileWeight, row_tiles: int) -> int:
 
 
 def paired(weight: TileWeight) -> int:
-    """Tables of which the kernels hold all pairs of numbers: see tables.cuh. 0 where there are none, or too many."""
-    fits = weight.table is not None and weight.bits == 4 and table_kind(weight) != 2 and weight.table.shape[0] <= 2
-    return len(weight.table) if fits and weight.table is not None else 0
+    """Tables of which the kernels have a copy for every lane: up to two of 16 numbers, as all their pairs (tables.cuh), or one of
+    256 (entries.cuh). 0 where there are none, or too many."""
+    if weight.table is None or table_kind(weight) == 2:
+        return 0
+    most = 2 if weight.bits == 4 else 1 if weight.pick is None else 0
+    return len(weight.table) if len(weight.table) <= most else 0
 
 
 def table_room(weight: TileWeight, row_tiles: int) -> int:

@@ -67,13 +67,13 @@ def random_numbers(N: int, K: int, name: str, group_size: int, device: torch.dev
     """A weight of random codes that are no integers. name, of four bits: `nvfp4` (e2m1, e4m3 scales and a factor), `mxfp4`
     (e2m1, e8m0 scales), or with bfloat16 scales any 16 numbers: `table` (one for all), `rows` (one table for each row) or
     `groups` (each group of a row picks one of two tables and a sign, as those of BitMoD do). Of eight bits: `e4m3`, `block`
-    (the same), `e5m2`, `mxfp8` (e4m3, e8m0 scales), `rf8` (any 256 numbers). Of one bit: `plane`."""
+    (the same), `e5m2`, `mxfp8` (e4m3, e8m0 scales), `rf8` (any 256 numbers). Of one bit: `plane` (signs)."""
     bits = 1 if name == "plane" else 8 if name in FLOATS_OF_8 or name == "rf8" else 4
     plain = random_weight(N, K, bits, group_size, device, seed=seed)
     generator = torch.Generator(device).manual_seed(seed + 1)
     bytes_of = {"nvfp4": (E5M3, 8, 152), "mxfp4": (E8M0, 112, 124), "mxfp8": (E8M0, 112, 124)}
     if name == "plane":
-        return replace(plain, zero=torch.full_like(plain.scale, 0.5))
+        return replace(plain, floats=1)
     if name in FLOATS_OF_8 and name not in bytes_of:
         return replace(plain, floats=FLOATS_OF_8[name])
     R, G = plain.scale.shape[:2]

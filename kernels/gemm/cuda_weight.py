@@ -3,11 +3,12 @@
     W[n, k] = (u[n, k] - z) * s            integers; z = 2^(b-1) where there is no zero point
     W[n, k] = table[u[n, k]] * s           any 16 or 256 numbers; one table, one per row, or one of several per group
     W[n, k] = float(u[n, k]) * s           small floats, which need no table: their bits are those of a wider one
+    W[n, k] = (2 u[n, k] - 1) * s          signs, floats of one bit
     W[n, k] = sum of planes[u[n, k]]       bit planes: what lies in the place of scales makes the table of a group
 
 with s, z and the table's number those of row n and of k's group; s may be a byte (`block_scales`), and is then multiplied by
 the weight's factor where there is one. `pack/tiles.py` says where each bit of u lies, `pack/tile_orders.py` for floats
-and for tables of 16, `pack/nibbles.py` for planes.
+and for tables, `pack/nibbles.py` for planes.
 
 Shape legend: N out features, K in features, R = ceil(N / 16) row tiles, C = ceil(K / 128) k tiles, G groups along K,
 T tables, E = 16 or 256 entries.
@@ -34,6 +35,7 @@ from aerogel.kernels.gemm.plane_tables import MOST_PLANES, OF_BLOCKS, OF_ROWS
 from aerogel.kernels.gemm.small_floats import ORDERS, mantissa_bits, names, own_names, pack_floats
 from aerogel.pack import bits as stream
 from aerogel.pack import tiles
+from aerogel.pack.tile_orders import BYTES as WHOLE_BYTES
 from aerogel.pack.tile_orders import PAIRS, Order, pack_in_order, unpack_in_order
 from aerogel.quantize.grids import Codes, Fp8Grid, Grid, IntGrid
 from aerogel.quantize.tables import TableGrid
@@ -58,7 +60,8 @@ class TileWeight:
         with the other sign; None otherwise.
     group_size: a multiple of 16, or 0 for one scale per row (G = 1).
     N, K: the weight's own shape.
-    floats: the codes are floats (`small_floats.KINDS`) with so many bits of mantissa; 0 where they are none.
+    floats: the codes are floats (`small_floats.KINDS`) with so many bits of mantissa; 0 where they are none. 1 with codes of one
+        bit: signs.
     factor: fp32 scalar that multiplies every scale, for scales of bytes; None for 1.
     outliers: weights that are added to what the codes say; None for none.
     kept: weights of columns beside the codes as fragments (`cuda_kept`), which have their own inputs; None for none.
@@ -124,7 +127,7 @@ class TileWeight:
             "zero": self.zero is None or (self.zero.dtype in zeros and tuple(self.zero.shape) == per_group),
             "table": self.table is None or self._table_fits(R),
             "pick": self.pick is None or (self.pick.dtype == torch.uint8 and tuple(self.pick.shape) == per_group),
-            "floats": not self.floats or (self.bits in (4, 5, 6, 8) and self.zero is None and self.table is None),
+            "floats": not self.floats or (self.bits in (1, 4, 5, 6, 8) and self.zero is None and self.table is None),
             # Their sums are not scaled: scales stand in the loop, none at its end.
             "outliers": self.outliers is None
             or (self.group_size > 0 and self.scale.dtype not in BYTES and self.outliers.start_T1.numel() == R * C + 1),
@@ -182,7 +185,7 @@ def order_of(bits: int, floats: int, table: bool) -> Order | None:
     """The order of a word's bits for a kind of codes; None for that of `pack/tiles.py`."""
     if floats:
         return ORDERS.get((bits, floats))
-    return PAIRS if table and bits == 4 else None
+    return {4: PAIRS, 8: WHOLE_BYTES}[bits] if table else None
 
 
 def tensors_of(codes: Codes, pack: Callable[[Tensor, int], Tensor] = tiles.pack_tiles) -> dict[str, Tensor]:
@@ -230,7 +233,8 @@ def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[
         values, pick_NG = to_kept(codes.grid, values, pick_NG, codes.grid.group_size or values.shape[1])
         table_TE = table_TE[mirrored(codes.grid).kept]
     layout["tile_table"] = torch.nn.functional.pad(table_TE, (0, (1 << bits) - table_TE.shape[1], 0, rows))
-    layout["tile_codes"] = pack_in_order(values, 4, PAIRS) if ours and bits == 4 else pack(values, bits)
+    order = order_of(bits, 0, True) if ours else None
+    layout["tile_codes"] = pack(values, bits) if order is None else pack_in_order(values, bits, order)
     if pick_NG is not None:
         layout["tile_pick"] = tiles.pack_rows_of_tiles(pick_NG)
     return layout

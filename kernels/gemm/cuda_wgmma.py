@@ -226,7 +226,7 @@ def deepest(weight: TileWeight, config: Config) -> Config | None:
 def candidates(weight: TileWeight, M: int) -> tuple[Config, ...]:
     """Cuts worth a measurement or an estimate, each with the deepest rings that fit."""
     found: list[Config] = []
-    looked_up = weight.bits == 4 and weight.table is not None
+    looked_up = weight.table is not None and (weight.bits == 4 or paired(weight) > 0)
     for tokens, warpgroups, blocks, resident in (*CUTS, *(LOOK_UP_CUTS if looked_up else ())):
         if tokens >= 2 * M and tokens > 16:
             continue
@@ -250,7 +250,7 @@ CUTS = (
 )
 """(tokens, warpgroups, blocks, resident) that compile without spills."""
 LOOK_UP_CUTS = tuple((tokens, 4, 1, 1) for tokens in (32, 64))
-"""Likewise for tables of 16, whose pairs lie in shared memory: four warps of each scheduler wait for them in turn."""
+"""Likewise for tables that lie in shared memory: four warps of each scheduler wait for them in turn."""
 
 
 def microseconds(weight: TileWeight, config: Config, M: int, multiprocessors: int) -> float:

@@ -20,6 +20,7 @@ from aerogel.pack.tile_orders import pack_in_order as in_order
 from aerogel.pack.tiles import pack_tiles
 from aerogel.quantize.formats.floats import Kind, float_numbers
 from aerogel.quantize.grids import Fp8Grid, Grid
+from aerogel.quantize.planes import PlaneGrid
 from aerogel.quantize.tables import TableGrid
 
 KINDS: tuple[Kind, ...] = ("e2m1", "e2m2", "e3m1", "e2m3", "e3m2", "e4m3", "e5m2")
@@ -44,7 +45,10 @@ def _kind(grid: TableGrid) -> Kind | None:
 
 
 def mantissa_bits(grid: Grid) -> int:
-    """Bits of mantissa of the float that holds the codes of this grid; 0 where numbers are looked up."""
+    """Bits of mantissa of the float that holds the codes of this grid; 0 where numbers are looked up. 1 for a single plane: its
+    codes of one bit are signs."""
+    if isinstance(grid, PlaneGrid):
+        return int(grid.bits == 1 and grid.offset == "none")
     kind = float_kind(grid)
     return 0 if kind is None else int(kind[3])
 

@@ -9,7 +9,7 @@ from aerogel.errors import BadInput
 from aerogel.kernels.gemm.block_scales import E5M3, E8M0, MOST_E8M0, UE5M3, stored_bytes, tile_bytes, tile_numbers
 from aerogel.kernels.gemm.cuda_weight import codes_of, order_of, tensors_of
 from aerogel.kernels.gemm.small_floats import INSIDE, KINDS, float_kind, mantissa_bits, names, pack_floats
-from aerogel.pack.tile_orders import E2M1, PAIRS, pack_in_order, unpack_in_order
+from aerogel.pack.tile_orders import BYTES, E2M1, PAIRS, pack_in_order, unpack_in_order
 from aerogel.pack.tiles import unpack_tiles
 from aerogel.quantize.codes import Codes, quantized
 from aerogel.quantize.formats.bitmod import Bitmod
@@ -145,6 +145,17 @@ def test_a_byte_holds_a_pair() -> None:
     s, g, t, i = torch.meshgrid(torch.arange(8), torch.arange(8), torch.arange(4), torch.arange(4), indexing="ij")
     row, column = g + 8 * (i % 2), 16 * s + 8 * (i // 2) + 2 * t
     assert torch.equal(pairs[s // 4, g, t, s % 4, i], codes[row, column] | codes[row, column + 1] << 4)
+
+
+def test_a_byte_is_a_code() -> None:
+    codes = torch.randint(0, 256, (16, 128), dtype=torch.uint8)
+    packed = pack_in_order(codes, 8, BYTES)
+    assert torch.equal(unpack_in_order(packed, 8, BYTES, 16, 128), codes)
+    held = packed.reshape(2, 2, 8, 4, 4, 4)  # word of a step, piece, g, t, step % 4, byte
+    axes = [torch.arange(size) for size in (8, 8, 4, 4, 2)]
+    s, g, t, i, e = torch.meshgrid(*axes, indexing="ij")
+    row, column = g + 8 * (i % 2), 16 * s + 8 * (i // 2) + 2 * t + e
+    assert torch.equal(held[i // 2, s // 4, g, t, s % 4, i % 2 * 2 + e], codes[row, column])
 
 
 @pytest.mark.parametrize("grid", [Nvfp4(), Nvfp4(scale_dtype=UE5M3), Mx()], ids=str)

@@ -47,6 +47,11 @@ GRIDS = [
     PlaneGrid(bits=3),
     PlaneGrid(bits=1),
 ]
+SIGNS = [
+    PlaneGrid(bits=1, group_size=16, scale_dtype=torch.float16),
+    PlaneGrid(bits=1, group_size=128, scale_dtype=torch.bfloat16),
+    PlaneGrid(bits=1, group_size=32, power_of_two=True, block_rows=8),
+]
 
 
 def weight_of(grid: PlaneGrid, N: int, K: int, device: str = "cpu") -> Codes:
@@ -99,17 +104,19 @@ def test_nothing_lies_beside_numbers_that_are_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    "grid", [GRIDS[0], GRIDS[-1], PlaneGrid(bits=1, group_size=32, power_of_two=True, block_rows=8)], ids=str
+    "grid", [GRIDS[0], GRIDS[-1], *SIGNS], ids=str
 )
-def test_one_plane_is_one_bit_integers(grid: PlaneGrid) -> None:
+def test_one_plane_is_signs(grid: PlaneGrid) -> None:
     codes, problem = weight_of(grid, 70, 200), problem_of(grid, 70, 200, torch.bfloat16)
     layout = CudaPlane.pack(codes, problem)
-    tile_weight(layout, one_bit(problem)).check()
+    weight = tile_weight(layout, problem)
+    weight.check()
+    assert weight.floats == 1 and weight.zero is None and cuda_table.kind_of(weight) == "1f"
     back = CudaPlane.unpack(layout, problem)
     assert torch.equal(back.values_NK, codes.values_NK) and torch.equal(back.scale_NG, codes.scale_NG)
     g = torch.arange(200) // (grid.group_size or 200)
-    scale, zero = (tiles.unpack_rows_of_tiles(layout[name], 70).float()[:, g] for name in ("tile_scale", "tile_zero"))
-    assert torch.equal((tiles.unpack_tiles(layout["tile_codes"], 1, 70, 200) - zero) * scale, codes.decode())
+    scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], 70).float()[:, g]
+    assert torch.equal((2.0 * tiles.unpack_tiles(layout["tile_codes"], 1, 70, 200) - 1) * scale, codes.decode())
     assert "single" in str(CudaPlane.refuses(problem_of(GRIDS[1], 70, 200, torch.bfloat16)))
 
 
@@ -220,10 +227,12 @@ def test_tuning_keeps_what_planes_look_for(grid: PlaneGrid, key: str, tmp_path: 
 
 @needs_nvrtc
 def test_the_sources_compile() -> None:
-    for grid, dtype in itertools.product((GRIDS[0], GRIDS[3], GRIDS[5], GRIDS[8]), (torch.bfloat16, torch.float16)):
+    grids = (GRIDS[0], GRIDS[3], GRIDS[5], GRIDS[8], SIGNS[0])
+    for grid, dtype in itertools.product(grids, (torch.bfloat16, torch.float16)):
         problem = problem_of(grid, 64, 512, dtype)
-        layout = CudaPlanes.pack(weight_of(grid, 64, 512), problem)
-        weight = tile_weight(layout, _inner(problem))
+        signs = grid in SIGNS
+        layout = (CudaPlane if signs else CudaPlanes).pack(weight_of(grid, 64, 512), problem)
+        weight = tile_weight(layout, problem if signs else _inner(problem))
         few = cuda_few.Config(ring=True, row_tiles=2, k_warps=4)
         many = cuda_wgmma.choose_config(weight, 64, 132)
         assert many is not None
@@ -238,7 +247,7 @@ def test_the_sources_compile() -> None:
 
 # ---- products --------------------------------------------------------------------------------------------------------
 @pytest.mark.gpu
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS + SIGNS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_products_on_a_gpu(grid: PlaneGrid, dtype: torch.dtype) -> None:
     """Against float64, at every number of tokens that another kernel serves; and the decoded weight itself."""
@@ -257,7 +266,7 @@ def test_products_on_a_gpu(grid: PlaneGrid, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid.bits <= 4], ids=str)
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid.bits <= 4] + SIGNS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_decoded_weight_on_a_gpu(grid: PlaneGrid, dtype: torch.dtype) -> None:
     """What the dense path multiplies with is the definition, rounded once where the type holds all numbers."""
@@ -272,6 +281,8 @@ def test_the_decoded_weight_on_a_gpu(grid: PlaneGrid, dtype: torch.dtype) -> Non
     if kinds == {dtype} and "tile_zero" not in layout:
         assert torch.equal(found, wanted.to(dtype))
     assert float((found - wanted).norm() / wanted.norm()) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
+    if grid.bits == 1 and grid.offset == "none":  # as signs
+        assert torch.equal(dequantize(tile_weight(CudaPlane.pack(codes, problem), problem), dtype), wanted.to(dtype))
     x_ML, y_MN = torch.randn(9, weight.K, device="cuda").to(dtype), torch.empty(9, N, device="cuda", dtype=dtype)
     Dense.plan(weight, 9, dtype)(x_ML, None, y_MN)
     whole = dequantize(weight, dtype).double()

@@ -101,6 +101,20 @@ def test_decoding_is_exact_for_every_code_and_place(bits: int, dtype: torch.dtyp
             assert torch.equal(total, (codes - centre).double())
 
 
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize(("dtype", "mantissa"), [(torch.bfloat16, 7), (torch.float16, 10)], ids=str)
+def test_signs_are_exact_in_every_place(dtype: torch.dtype, mantissa: int, folded: bool) -> None:
+    """A bit that counts as two over the power of its place, less the power and one; decode.cuh's `Field` of SIGNS."""
+    least = (mantissa - 7 if folded else 0) + 1
+    for number in range(16):
+        bit = least + number % (mantissa - least)
+        power = 1 << (mantissa - bit + 1)
+        assert bit < mantissa and (not folded or power <= 128)
+        for u in range(2):
+            raised, offset = torch.tensor([power + 2.0 * u, -power - 1.0]).to(dtype).double()
+            assert raised == power + 2 * u and offset == -power - 1 and raised + offset == 2 * u - 1
+
+
 @pytest.mark.parametrize(("dtype", "mantissa"), [(torch.bfloat16, 7), (torch.float16, 10)], ids=str)
 def test_three_bits_are_raised_whole(dtype: torch.dtype, mantissa: int) -> None:
     """`Threes` of decode.cuh on real words: exactly a power of two and the code, and for the last the code less 3.5."""
