@@ -29,6 +29,7 @@ many times their bytes it reads. With `--compile` nothing is timed: kernels are 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -92,8 +93,10 @@ def compile_all(sizes: dict[str, int], asked: argparse.Namespace) -> None:
     """Every kernel into the cache on disk."""
     for shape in asked.shapes:
         held = [weight_of(name, size, *map(int, shape.split("x"))) for name, size in sizes.items()]
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda job: chosen(*job), [(weight, M) for weight in held for M in asked.tokens]))
+        with ThreadPoolExecutor(16, initializer=torch.cuda.set_device, initargs=(0,)) as pool:
+            list(pool.map(chosen, *zip(*itertools.product(held, asked.tokens), strict=True)))
+            if shape == asked.shapes[0]:
+                list(pool.map(dequantize, held, itertools.repeat(torch.bfloat16)))
 
 
 def microseconds(weight: TileWeight, tokens: tuple[int, ...]) -> dict[int, dict[str, Any]]:
