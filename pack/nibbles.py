@@ -8,7 +8,8 @@ of row g + 8, by columns those of columns 0..7 and 8..15 of the step:
 
 Codes of fewer bits leave room in their nibbles for those of other steps, so that b bits take 2 b words:
 
-    4 bits   word s                  a nibble is a code
+    4 bits   word s                  a nibble is a code's lower three bits; the fourth ones, which are signs, lie for the lower half
+                                     word's code c at bit 8 c + 7, for the upper one's at 8 c + 3
     3 bits   word 3 (s / 4) + s % 4  for s % 4 < 3; bit j of the fourth step's codes is bit 3 of the nibbles of word j
     2 bits   word s / 2              steps s and s + 1 in the lower and upper two bits
     1 bit    word s / 4              step s in bit s % 4
@@ -42,12 +43,18 @@ def unpack_nibbles(packed: Tensor, bits: int, N: int, K: int, *, by_columns: boo
     return unpack_fields(packed, bits, N, K, (bits,), partial(_split, by_columns=by_columns), _rows)
 
 
+def _sign(place: int) -> int:
+    """Where the fourth bit of the code of nibble `place` lies."""
+    return 8 * (place % 4) + (7 if place < 4 else 3)
+
+
 def _join(codes: Tensor, bits: int, *, by_columns: bool) -> Tensor:
     """[r, c, s, g, t, e, i1, i0] -> bytes [r, c, 256 * bits]."""
     ordered = codes.permute(0, 1, 2, 3, 4, *((6, 7, 5) if by_columns else (7, 6, 5))).flatten(-3).int()
     nibbles = torch.zeros_like(ordered[..., 0])
     for place in range(8):
-        nibbles |= ordered[..., place] << 4 * place
+        nibbles |= (ordered[..., place] & 7) << 4 * place
+        nibbles |= (ordered[..., place] >> 3) << _sign(place)
     step = nibbles.unbind(2)
     if bits == 4:
         words = list(step)
@@ -78,6 +85,8 @@ def _split(packed: Tensor, bits: int, *, by_columns: bool) -> Tensor:
             step.append((three[0] >> 3 & EACH) | (three[1] >> 3 & EACH) << 1 | (three[2] >> 3 & EACH) << 2)
     else:
         step = [word[s * bits // 4] >> s % (4 // bits) * bits & ((1 << bits) - 1) * EACH for s in range(8)]
-    codes = torch.stack([torch.stack(step, 2) >> 4 * place & 15 for place in range(8)], -1).to(torch.uint8)
+    nibbles = torch.stack(step, 2)
+    signs = [(nibbles >> _sign(place) & 1) << 3 if bits == 4 else 0 for place in range(8)]
+    codes = torch.stack([nibbles >> 4 * place & 7 | signs[place] for place in range(8)], -1).to(torch.uint8)
     axes = codes.reshape(*lead, 8, 8, 4, 2, 2, 2)  # i0, i1, e, or i1, i0, e
     return axes.permute(0, 1, 2, 3, 4, *((7, 5, 6) if by_columns else (7, 6, 5)))

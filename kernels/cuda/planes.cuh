@@ -5,7 +5,8 @@
 // A byte permutation looks up four codes among eight bytes: of eight numbers the low bytes are one such table and the high bytes
 // another, so four weights take two permutations, and two more put the bytes together. Eight numbers are three planes. The sums of
 // four are eight numbers and the same with the other sign: code u < 8 is the number u, u >= 8 minus the number u - 8
-// (plane_tables.py renames them), and the sign is put in with two instructions; an offset comes on top in an addition.
+// (plane_tables.py renames them). A word's signs lie where the high bytes of its lower four numbers want them, those of the upper
+// four 4 bits below, so one instruction puts in four; an offset comes on top in an addition.
 //
 // A permutation wants its codes in nibbles, of which it reads four: PLANES says which four are looked up together.
 //   ROWS     each row has numbers of its own, a_0 .. a_(q-1) and of up to three planes the offset as the fourth, 16 bits each:
@@ -103,7 +104,7 @@ static __device__ __forceinline__ u32 plane_codes(const u32* words, int s) {
   return and_or(three[0] >> 3, 0x11111111u, and_or(three[1] >> 2, 0x22222222u, three[2] >> 1 & 0x44444444u));
 }
 
-// Four weights of one table; `codes` in the lower half. OFFSET: with the offset of four planes.
+// Four weights of one table; `codes` in the lower half, `signs` at the top of each byte. OFFSET: with the offset of four planes.
 template <bool OFFSET>
 static __device__ __forceinline__ void look_up_planes(const PlaneTable& table, u32 codes, u32 signs, u32& first, u32& second) {
   const u32 low = permute_bytes(table.low[0], table.low[1], codes);
@@ -117,10 +118,7 @@ static __device__ __forceinline__ void look_up_planes(const PlaneTable& table, u
 template <bool OFFSET = true>
 static __device__ __forceinline__ void decode_planes(const u32* words, int s, const PlaneTable (&tables)[2], u32* a) {
   const u32 word = plane_codes(words, s), codes = BITS == 4 ? word & 0x77777777u : word;
-  u32 signs[2] = {};
-  if constexpr (BITS == 4)  // of the nibbles, each as a byte: 0 or 255
-    signs[0] = permute_bytes(word << 4, word, 0xD9C8), signs[1] = permute_bytes(word << 4, word, 0xFBEA);
   constexpr int STRIDE = SCALE == PLANES_OF_BLOCKS ? 1 : 2;
-  look_up_planes<OFFSET>(tables[0], codes, signs[0], a[0], a[STRIDE]);
-  look_up_planes<OFFSET>(tables[1], codes >> 16, signs[1], a[3 - STRIDE], a[3]);
+  look_up_planes<OFFSET>(tables[0], codes, word, a[0], a[STRIDE]);
+  look_up_planes<OFFSET>(tables[1], codes >> 16, word << 4, a[3 - STRIDE], a[3]);
 }

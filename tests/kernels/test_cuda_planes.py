@@ -158,7 +158,7 @@ def decoded(layout: dict[str, Tensor], bits: int, size: int, N: int, K: int, dty
             selector = (word & 0x77777777) >> 16 * h
             lows, highs = permuted(low, high, selector), permuted(upper_low, upper_high, selector)
             if bits == 4:
-                highs ^= permuted(word << 4 & 0xFFFFFFFF, word, (0xD9C8, 0xFBEA)[h]) & 0x80808080
+                highs ^= (word << 4 * h) & 0x80808080
             for i, place in enumerate((0x5140, 0x7362)):
                 pair = permuted(lows, highs, place)
                 for e in range(2):
