@@ -77,7 +77,7 @@ def weights(asked: list[str]) -> Iterator[tuple[str, TileWeight, bool]]:
 
 def numbers() -> Iterator[tuple[str, TileWeight, bool]]:
     """Tables and floats."""
-    for name, group in (("nvfp4", 16), ("mxfp4", 32), ("table", 64), ("rows", 0), ("groups", 32)):
+    for name, group in (("nvfp4", 16), ("mxfp4", 32), ("table", 64), ("rows", 0), ("groups", 32), ("rf8", 0)):
         yield name, random_numbers(N, K, name, group, "cuda"), True
     for bits, mantissa in ((5, 2), (6, 2), (6, 3), (8, 2), (8, 3)):  # any bits are numbers to the kernels
         plain = random_weight(N, K, bits, 32, "cuda")
@@ -85,9 +85,11 @@ def numbers() -> Iterator[tuple[str, TileWeight, bool]]:
 
 
 def planes() -> Iterator[tuple[str, TileWeight, bool]]:
-    """Bit planes, of rows and of blocks."""
+    """Bit planes, of rows and of blocks, and one plane as signs."""
     for bits, group in ((1, 64), (2, 16), (3, 128), (4, 64), (4, 48)):
         yield f"{bits} planes, groups of {group}", random_planes(N, K, bits, group, "cuda", offset=True), bits > 2
+    for group in (16, 64):
+        yield f"signs, groups of {group}", random_numbers(N, K, "plane", group, "cuda"), False
     yield "3 planes in blocks", random_planes(N, K, 3, 16, "cuda", blocks=True), True
 
 
