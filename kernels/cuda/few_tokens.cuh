@@ -36,6 +36,10 @@ constexpr int PARTIAL_STRIDE = BLOCK_ROWS + 4;  // of one token: four tokens of 
 // With more tokens the sparse instruction, which takes two thirds longer, costs more than the decoding that it saves.
 constexpr bool CHOSEN = FOLDED && BITS == 1 && TOKEN_TILES == 1, FOLDS = FOLDED && !CHOSEN;
 
+// Offsets of four planes go through the sums of x, as zero points do, where several row tiles share these; one alone would pay more for
+// them than four additions a step, and in registers.
+constexpr bool OFFSETS_OF_SUMS = PLANES && ZERO && ROW_TILES > 1;
+
 INLINE int table_room(int tables) {
   return MADE ? WARPS * ROW_TILES * MADE_BYTES : PAIRED ? TABLES * PAIR_BYTES : COPIED ? ENTRIES_BYTES : BY_ROWS ? BLOCK_TILES * ROW_TABLE_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
 }
@@ -128,7 +132,7 @@ INLINE void load_tokens(u32 address, int stride, int M, Tokens& x) {
     float sum[4] = {}, folded[4] = {};
     UNROLL for (int s = run * (RUN / 16); s < (run + 1) * (RUN / 16); s++) {
       const u32 b0 = x.fragments[n][2 * s], b1 = x.fragments[n][2 * s + 1], ones[4] = {ONES, ONES, ONES, ONES};
-      if constexpr (ZERO) matrix_multiply(sum, ones, b0, b1, sum);
+      if constexpr (ZERO && (!PLANES || OFFSETS_OF_SUMS)) matrix_multiply(sum, ones, b0, b1, sum);
       if constexpr (FOLDS) {
         u32 offsets[4];
         folded_offsets(s, offsets);
@@ -179,7 +183,7 @@ struct Decoding {
 };
 INLINE void decode(const u32* words, int s, const Decoding& by, u32* a) {
   if constexpr (PLANES)
-    decode_planes<false>(words, s, by.planes, a);
+    decode_planes<!OFFSETS_OF_SUMS>(words, s, by.planes, a);
   else if constexpr (PAIRED)
     decode_pairs(words[s], by.table[0], by.table[1], a);
   else if constexpr (BY_ROWS)
@@ -240,11 +244,12 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
     }
     if constexpr (PLANES) {
       const int group = group_of(tile, 0) - first + at / 16;
-      read_planes<MADE>(by.planes, MADE ? made + run * 256 : side + group * 16 * SCALE_BYTES, nullptr, (threadIdx.x & 31) >> 2);
+      read_planes<MADE>(by.planes, MADE ? made + run * 256 : side + group * 16 * SCALE_BYTES,
+                        OFFSETS_OF_SUMS ? nullptr : side + Side<TILES>::zeros + group * 16 * ZERO_BYTES, (threadIdx.x & 31) >> 2);
     }
     if constexpr (SCALED || PLANES) {
       multiply_run(words, run, by, x, acc);
-      if constexpr (PLANES && ZERO)  // offsets of four planes, through the sums of x as zero points
+      if constexpr (OFFSETS_OF_SUMS)
         UNROLL for (int j = 0; j < 4; j++) {
           const float offset = from_half(((const u16*)zeros)[at + 8 * (j >> 1)]);
           UNROLL for (int n = 0; n < TOKEN_TILES; n++) acc[n][j] += offset * x.sums[n][run][j & 1];
