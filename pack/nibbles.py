@@ -8,8 +8,8 @@ of row g + 8, by columns those of columns 0..7 and 8..15 of the step:
 
 Codes of fewer bits leave room in their nibbles for those of other steps, so that b bits take 2 b words:
 
-    4 bits   word s                  a nibble is a code's lower three bits; the fourth ones, which are signs, lie for the lower half
-                                     word's code c at bit 8 c + 7, for the upper one's at 8 c + 3
+    4 bits   word s                  a nibble is a code's lower three bits; the fourth, which is a sign, lies at bit 8 c + 7 for
+                                     code c of the lower half word, at bit 8 c + 3 for code c of the upper one
     3 bits   word 3 (s / 4) + s % 4  for s % 4 < 3; bit j of the fourth step's codes is bit 3 of the nibbles of word j
     2 bits   word s / 2              steps s and s + 1 in the lower and upper two bits
     1 bit    word s / 4              step s in bit s % 4

@@ -14,7 +14,8 @@ from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.plane_tables import OF_BLOCKS, OF_ROWS
 
 PAIR_BYTES, EIGHT_BYTES, ROW_TABLE_BYTES = 32 << 10, 8 << 10, (8 << 10) + 24 * 32
-"""Of a table's pairs of numbers, or of a table of 256; of the tables of a row tile's 16 rows. See tables.cuh, entries.cuh, decode.cuh."""
+"""Of a table's pairs of numbers, or of a table of 256; of the tables of a row tile's 16 rows. See tables.cuh, entries.cuh and
+decode.cuh."""
 SCALE_NUMBER = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, E5M3: 3, E8M0: 4, OF_ROWS: 5, OF_BLOCKS: 6}
 
 
@@ -49,8 +50,8 @@ def table_bytes(weight: TileWeight, row_tiles: int) -> int:
 
 
 def paired(weight: TileWeight) -> int:
-    """Tables of which the kernels have a copy for every lane: up to two of 16 numbers, as all their pairs (tables.cuh), or one of
-    256 (entries.cuh). 0 where there are none, or too many."""
+    """Tables of which the kernels have a copy for every lane: up to two of 16 numbers, as all their pairs (tables.cuh), or one
+    of 256 (entries.cuh). 0 where there are none, or too many."""
     if weight.table is None or table_kind(weight) == 2:
         return 0
     most = 2 if weight.bits == 4 else 1 if weight.pick is None else 0

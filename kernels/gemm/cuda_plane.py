@@ -3,8 +3,8 @@
     W[n, k] = a[n, g] (2 u[n, k] - 1),    u in {0, 1}
 
 The kernels of `cuda` multiply up to 8 tokens by such bits as places of a sparse factor (kernels/cuda/few_tokens.cuh), a fifth
-faster than looking them up as `cuda_planes` does; else a sign is put into the scale or into one. To them a sign is a float of one
-bit (`small_floats.mantissa_bits`): they read a bit for each weight and a scale for each group, and have no zero points.
+faster than looking them up as `cuda_planes` does; else a sign is put into the scale or into one. To them a sign is a float of
+one bit (`small_floats.mantissa_bits`): they read a bit for each weight and a scale for each group, and have no zero points.
 
 Shape legend: M tokens, N out features, K in features, G groups.
 """
@@ -74,8 +74,8 @@ class CudaPlane(Kernel):
 
 
 def _inner(problem: Problem) -> Problem:
-    """The matmul with one-bit integers in such groups, which is refused where this one is. bfloat16 has all powers of two that a
-    byte has."""
+    """The matmul with one-bit integers in such groups, which is refused where this one is. bfloat16 has all powers of two that
+    a byte has."""
     grid = planes_of(problem)
     kind = torch.bfloat16 if grid.power_of_two else grid.scale_dtype
     return replace(problem, grid=BitGrid(group_size=grid.group_size, scale_dtype=kind))

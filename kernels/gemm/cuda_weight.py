@@ -60,8 +60,8 @@ class TileWeight:
         with the other sign; None otherwise.
     group_size: a multiple of 16, or 0 for one scale per row (G = 1).
     N, K: the weight's own shape.
-    floats: the codes are floats (`small_floats.KINDS`) with so many bits of mantissa; 0 where they are none. 1 with codes of one
-        bit: signs.
+    floats: the codes are floats (`small_floats.KINDS`) with so many bits of mantissa; 0 where they are none. 1 with codes of
+        one bit: signs.
     factor: fp32 scalar that multiplies every scale, for scales of bytes; None for 1.
     outliers: weights that are added to what the codes say; None for none.
     kept: weights of columns beside the codes as fragments (`cuda_kept`), which have their own inputs; None for none.

@@ -17,7 +17,6 @@ from aerogel.kernels.gemm import cuda_few, cuda_table, cuda_tune, cuda_wgmma
 from aerogel.kernels.gemm.cuda import tile_weight
 from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
 from aerogel.kernels.gemm.cuda_plane import CudaPlane
-from aerogel.kernels.gemm.cuda_plane import _inner as one_bit
 from aerogel.kernels.gemm.cuda_planes import CudaPlanes, _inner, _spread
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.plane_tables import OF_BLOCKS
@@ -103,9 +102,7 @@ def test_nothing_lies_beside_numbers_that_are_exact() -> None:
         assert held == 128 * 256 * grid.bits // 8 + 128 * codes.scale_NG.shape[1] * 2 * numbers
 
 
-@pytest.mark.parametrize(
-    "grid", [GRIDS[0], GRIDS[-1], *SIGNS], ids=str
-)
+@pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[-1], *SIGNS], ids=str)
 def test_one_plane_is_signs(grid: PlaneGrid) -> None:
     codes, problem = weight_of(grid, 70, 200), problem_of(grid, 70, 200, torch.bfloat16)
     layout = CudaPlane.pack(codes, problem)
