@@ -23,6 +23,7 @@ from aerogel.kernels.gemm import cuda_table, cuda_wgmma, cuda_wgmma_table
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import CUTS, SOURCE, Config, ManyTokens, choose_config, deepest, defines, fits
 from aerogel.kernels.gemm.cuda_wgmma_plan import Parts, Plan
+from aerogel.kernels.gemm.plane_tables import OF_ROWS
 from aerogel.pack import tiles
 
 HOPPER = (9, 0)
@@ -67,13 +68,16 @@ def test_chooses_a_cut_that_fits_for_any_weight(N: int, K: int, bits: int, group
 
 def test_every_measured_configuration_fits() -> None:
     entries = cuda_wgmma_table.table("NVIDIA H100 80GB HBM3")
-    assert len(entries) == 48
+    assert len(entries) == 60
     for key, by_tokens in entries.items():
         kind, group, shape = key.split("/")
         N, K = (int(size) for size in shape.split("x"))
-        tables = {"4": None, "4t": 1, "4r": N, "4p": 2, "4f": None}[kind]
-        pick, scale = torch.uint8 if kind == "4p" else None, torch.uint8 if kind == "4f" else torch.bfloat16
-        weight = replace(meta_weight(N, K, 4, int(group[1:]), table=tables, pick=pick, scale=scale), floats=int(kind == "4f"))
+        bits, held = (
+            int(kind[0]),
+            {"t": {"table": 1}, "r": {"table": N}, "p": {"table": 2, "pick": torch.uint8}}.get(kind[1:], {}),
+        )
+        held |= {"f": {"scale": torch.uint8}, "b": {"scale": OF_ROWS, "zero": torch.bfloat16}}.get(kind[1:], {})
+        weight = replace(meta_weight(N, K, bits, int(group[1:]), **held), floats=int(kind == "4f"))
         assert key == cuda_table.places(weight)[0]
         for tokens, entry in by_tokens.items():
             assert fits(weight, Config(**entry["config"])), (key, tokens)

@@ -27,6 +27,8 @@ def dense64(weight: TileWeight) -> torch.Tensor:
     scale = spread(tile_numbers(weight.scale)).double()
     if weight.scale.dtype in BYTES and weight.factor is not None:
         scale = scale * weight.factor.double()
+    if weight.floats and weight.bits == 1:
+        return (2 * codes.double() - 1) * scale
     if weight.floats:
         numbers = torch.tensor(float_numbers(kind_of(weight.bits, weight.floats)), dtype=torch.float64, device=codes.device)
         return numbers[codes.long()] * scale
