@@ -151,11 +151,8 @@ struct Exact : FloatSums {
 
     template <Range>
     static INLINE Accumulator dot(const Accumulator& sum, const Operand& w, const uint8_t* x) {
-        const __m512i pair = _mm512_set1_epi32(static_cast<int>(word_of(x)));
-        Accumulator v;
-        v.part[0] = reinterpret_cast<NativeF>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum.part[0]),
-                                                               reinterpret_cast<__m512bh>(w.part[0]),
-                                                               reinterpret_cast<__m512bh>(pair)));
+        Accumulator v = sum;
+        asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(v.part[0]) : "v"(w.part[0]), "m"(*reinterpret_cast<const uint8_t(*)[4]>(x)));
         return v;
     }
 };

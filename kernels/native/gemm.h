@@ -37,7 +37,7 @@ constexpr bool tuned(int bits) { return kMostRows > 0 && bits == 3; }  // one wi
 #else
 constexpr bool tuned(int bits) { return kMostRows > 0 && (bits == 2 || bits == 3 || bits == 4 || bits == 8); }
 #endif
-// Which sizes of the loop for few rows are compiled for a form of codes: all, some, or none. Arithmetic that is not made for
+// Which sizes of the loop for few rows are compiled for a form of codes: all, all but two rows, or none. Arithmetic that is not made for
 // tables has it for those of bytes alone; two bits are never picked among tables. Where arithmetic is, floats of 5 and 6 bits
 // and widths that have groups of half tiles (16, 48, 72) get some.
 enum Sizes { kNoSizes, kSomeSizes, kAllSizes };
@@ -51,7 +51,8 @@ constexpr Sizes sizes_for(int bits, Form form, bool halves) {
     return tuned(bits) ? kAllSizes : kNoSizes;
 }
 constexpr bool paired(int bits) { return tuned(bits) && bits <= 4; }
-constexpr int strips_for(int rows) {
+constexpr int strips_for(int rows, bool halves) {
+    if (halves && rows >= 8) return 1;  // `halves`
     return kNative == 16 ? (rows <= 2 ? 4 : rows <= 8 ? 2 : 1) : kNative == 8 && rows == 1 ? 2 : 1;
 }
 constexpr int kMostSums = 16;           // rows times strips of a loop for few rows
@@ -204,21 +205,20 @@ template <class P, int BITS, Form FORM, bool HALF>
 Strips loop_for(int rows) {
     constexpr Sizes kSizes = sizes_for<P>(BITS, FORM, HALF);
     if constexpr (kSizes != kNoSizes) {
-        if (rows == 1) return strips<P, BITS, FORM, strips_for(1), 1, HALF>;
-        if (rows == 4) return strips<P, BITS, FORM, strips_for(4), 4, HALF>;
+        if (rows == 1) return strips<P, BITS, FORM, strips_for(1, HALF), 1, HALF>;
+        if (rows == 4) return strips<P, BITS, FORM, strips_for(4, HALF), 4, HALF>;
         if constexpr (most_rows<P>() == 16) {
             if constexpr (HALF) {
+                if (rows == 8) return halves<P, BITS, FORM, 8>;
                 if (rows == 16) return halves<P, BITS, FORM, 16>;
             } else {
-                if (rows == 16) return strips<P, BITS, FORM, strips_for(16), 16, HALF>;
+                if (rows == 8) return strips<P, BITS, FORM, strips_for(8, HALF), 8, HALF>;
+                if (rows == 16) return strips<P, BITS, FORM, strips_for(16, HALF), 16, HALF>;
             }
         }
     }
     if constexpr (kSizes == kAllSizes) {
-        if (rows == 2) return strips<P, BITS, FORM, strips_for(2), 2, HALF>;
-        if constexpr (most_rows<P>() == 16) {
-            if (rows == 8) return strips<P, BITS, FORM, strips_for(8), 8, HALF>;
-        }
+        if (rows == 2) return strips<P, BITS, FORM, strips_for(2, HALF), 2, HALF>;
     }
     return nullptr;
 }
@@ -233,7 +233,7 @@ Status multiply_form(Plan& plan) {
     } else if constexpr (P::kOnlyOneRow) {
         if constexpr (paired(BITS)) few(plan, 1, strips<P, BITS, FORM, 1, 1, false>);
     } else if (plan.few) {
-        few(plan, strips_for(plan.block_rows), plan.segment_tiles ? loop_for<P, BITS, FORM, false>(plan.block_rows)
+        few(plan, strips_for(plan.block_rows, plan.segment_tiles == 0), plan.segment_tiles ? loop_for<P, BITS, FORM, false>(plan.block_rows)
                                                                   : loop_for<P, BITS, FORM, true>(plan.block_rows));
     } else if (plan.block_rows == 1) {
         return many<P, kRange, kThinStrips, 1>(plan, decode<P, BITS, FORM, kThinStrips>);
@@ -267,7 +267,8 @@ void choose_blocks(Plan& plan) {
     plan.few = !P::kTiles && rows <= most_rows<P>() && sizes != kNoSizes;
     plan.block_rows = P::kTiles ? kTileRows : rows == 1 ? 1 : kPanelRows;
     if (plan.few) {
-        for (plan.block_rows = 1; plan.block_rows < rows;) plan.block_rows *= sizes == kSomeSizes ? 4 : 2;
+        const bool no_pairs = sizes == kSomeSizes;
+        for (plan.block_rows = 1; plan.block_rows < rows || (no_pairs && plan.block_rows == 2);) plan.block_rows *= 2;
     }
     plan.moved = !plan.few && kMoves[plan.weight->bits == 8];
     // A block holds whole tokens.

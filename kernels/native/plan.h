@@ -107,28 +107,38 @@ INLINE float lane_sum(const F16& v) {
     return lanes[0];
 }
 
-// The same 16 columns at a time where groups are filled up, with zeros for what fills them.
-inline void read_filled(const Plan& plan, int64_t token, int64_t begin, float* to) {
+// Where 16 columns of a plan lie among those of the weight, and how many of them there are; fewer where a group is filled up.
+struct Sixteen {
+    int64_t first, count;
+};
+inline Sixteen sixteen_at(const Plan& plan, int64_t begin) {
     const int64_t columns = plan.weight->columns, group = plan.weight->group;
-    for (int64_t half = 0; half < kTile; half += 16) {
-        const int64_t number = (begin + half) / plan.columns.group, offset = (begin + half) % plan.columns.group;
-        const int64_t first = number * group + offset, stop = (number + 1) * group < columns ? (number + 1) * group : columns;
-        for (int64_t k = 0; k < 16; ++k) {
-            to[half + k] = first + k < stop ? read_float(plan.call->x, token * columns + first + k, plan.call->x_type) : 0.0f;
-        }
+    int64_t first = begin, stop = columns;
+    if (plan.columns.group != group) {
+        const int64_t number = begin / plan.columns.group;
+        first = number * group + begin % plan.columns.group;
+        if ((number + 1) * group < columns) stop = (number + 1) * group;
     }
+    const int64_t left = stop - first;
+    return {first, left < 0 ? 0 : left < 16 ? left : 16};
 }
 
 // 32 columns of a token from column `begin` on as floats, zeros after the last.
 INLINE void read_tile(const Plan& plan, int64_t token, int64_t begin, float* to) {
-    const int64_t columns = plan.weight->columns, left = columns - begin, at = token * columns + begin;
-    if (plan.columns.group != plan.weight->group) return read_filled(plan, token, begin, to);
-    if (left >= kTile) {
-        store(to, load_floats(plan.call->x, at, plan.call->x_type));
-        store(to + 16, load_floats(plan.call->x, at + 16, plan.call->x_type));
+    const int64_t row = token * plan.weight->columns;
+    if (plan.columns.group == plan.weight->group && begin + kTile <= plan.weight->columns) {
+        store(to, load_floats(plan.call->x, row + begin, plan.call->x_type));
+        store(to + 16, load_floats(plan.call->x, row + begin + 16, plan.call->x_type));
         return;
     }
-    for (int64_t k = 0; k < kTile; ++k) to[k] = k < left ? read_float(plan.call->x, at + k, plan.call->x_type) : 0.0f;
+    for (int64_t half = 0; half < kTile; half += 16) {
+        const Sixteen at = sixteen_at(plan, begin + half);
+        if (at.count == 16) {
+            store(to + half, load_floats(plan.call->x, row + at.first, plan.call->x_type));
+            continue;
+        }
+        for (int64_t k = 0; k < 16; ++k) to[half + k] = k < at.count ? read_float(plan.call->x, row + at.first + k, plan.call->x_type) : 0.0f;
+    }
 }
 
 #if defined(__AVX512BF16__)
@@ -154,18 +164,31 @@ INLINE void split_term(float* values, uint8_t* to, bool last) {
 #endif
 
 #if defined(__AVX512BF16__)
-// `place_exact` of a token that is bfloat16 already: its numbers only change their order, and are summed in pairs.
+// 32 columns of a token that is bfloat16 already, zeros after the last; and the same where groups are filled up.
+INLINE __m512i bfloats_at(const uint16_t* from, int64_t begin, int64_t columns) {
+    const int64_t left = columns - begin;
+    return _mm512_maskz_loadu_epi16(left >= kTile ? 0xffffffffu : left > 0 ? (1u << left) - 1u : 0u, from + begin);
+}
+inline __m512i bfloats_of_halves(const Plan& plan, const uint16_t* from, int64_t begin) {
+    __m256i half[2];
+    for (int i = 0; i < 2; ++i) {
+        const Sixteen at = sixteen_at(plan, begin + 16 * i);
+        half[i] = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << at.count) - 1u), from + at.first);
+    }
+    return _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
+}
+
+// `place_exact` of such a token: its numbers only change their order, and are summed in pairs.
 inline void place_bfloats(const Plan& plan, int64_t token, int64_t first, int64_t count) {
     alignas(64) static const uint16_t order[32] = {0,  2,  1,  3,  4,  6,  5,  7,  8,  10, 9,  11, 12, 14, 13, 15,
                                                    16, 18, 17, 19, 20, 22, 21, 23, 24, 26, 25, 27, 28, 30, 29, 31};
     const int64_t block = token / plan.tokens_per_block, row = token % plan.tokens_per_block, columns = plan.weight->columns;
     const uint16_t* from = static_cast<const uint16_t*>(plan.call->x) + token * columns;
     const __m512i places = _mm512_load_si512(order), ones = _mm512_set1_epi16(0x3f80);
+    const bool filled = plan.columns.group != plan.weight->group;
     __m512 sum = _mm512_setzero_ps();
     for (int64_t tile = first; tile < first + count; ++tile) {
-        const int64_t left = columns - tile * kTile;
-        const __mmask32 there = left >= kTile ? 0xffffffffu : left > 0 ? (1u << left) - 1u : 0u;
-        const __m512i values = _mm512_maskz_loadu_epi16(there, from + tile * kTile);
+        const __m512i values = filled ? bfloats_of_halves(plan, from, tile * kTile) : bfloats_at(from, tile * kTile, columns);
         uint8_t* to = const_cast<uint8_t*>(plan.x_at(block, tile)) + row * plan.row_bytes;
         _mm512_storeu_si512(to, _mm512_permutexvar_epi16(places, values));
         sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(values), reinterpret_cast<__m512bh>(ones));
@@ -290,7 +313,7 @@ inline void place_token(const Plan& plan, int64_t token) {
             place_int8(plan, token, first, count, whole ? of_token : rounding_of(plan, token, first, count));
         } else {
 #if defined(__AVX512BF16__)
-            if (plan.call->x_type == kBfloat16 && plan.columns.group == plan.weight->group) {
+            if (plan.call->x_type == kBfloat16) {
                 place_bfloats(plan, token, first, count);
                 continue;
             }
