@@ -152,6 +152,7 @@ struct Exact : FloatSums {
     template <Range>
     static INLINE Accumulator dot(const Accumulator& sum, const Operand& w, const uint8_t* x) {
         Accumulator v = sum;
+        // One instruction, which the compiler does not make of a product and a broadcast: more of them are under way at once.
         asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(v.part[0]) : "v"(w.part[0]), "m"(*reinterpret_cast<const uint8_t(*)[4]>(x)));
         return v;
     }

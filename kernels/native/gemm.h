@@ -1,7 +1,7 @@
 // One call from activations to results: lay the activations out, choose the loop by the number of rows, hand out strips.
 //
 // Every output is summed by one thread in an order that depends on nothing but shapes, so the number of threads changes no
-// bit. Rows of a block: the smallest compiled size that holds them all, else panels (see panel.h).
+// bit. Rows of a block: the smallest compiled size that holds them all; else blocks of the largest, or panels (see panel.h).
 #pragma once
 #include "panel.h"
 #include "paths.h"
@@ -57,6 +57,7 @@ constexpr int strips_for(int rows, bool halves) {
 }
 constexpr int kMostSums = 16;           // rows times strips of a loop for few rows
 constexpr int kTileRows = 16;           // of a block on tiles (amx.h)
+constexpr int64_t kPieceCodes = 256 * 1024;  // bytes of codes that stay in the second-level cache while blocks of rows pass
 constexpr int64_t kMostStrips = 8;      // of a piece of a thread
 constexpr int64_t kPassRows = 528;      // whose totals stay in the second-level cache
 constexpr int64_t kSmall = 48 * 1024;   // bytes of codes below which waking a second thread costs more than it saves
@@ -101,20 +102,22 @@ struct Pieces {
     }
 };
 
-// All strips by a loop that takes R of them at a time.
+// All strips by a loop that takes R of them at a time. Where there are several blocks, a piece's codes stay in the second-level cache
+// and are decoded anew for each.
 inline void few(const Plan& plan, int64_t R, Strips loop) {
     const int64_t units = ceil_div(plan.strips, R), sums = plan.block_rows * kStrip;
-    const int threads = plan.strips * plan.strip_bytes < kSmall ? 1 : plan.call->threads;
+    const int threads = plan.strips * plan.strip_bytes * plan.blocks < kSmall ? 1 : plan.call->threads;
     // Some pieces for each thread even out what else the machine does. What a loop asks for ahead lies in the next unit, so a piece
     // is as many as there may be.
-    const int64_t size = threads == 1 ? units : units / (threads * 6) > 1 ? units / (threads * 6) : 1;
+    const int64_t even = threads == 1 ? units : units / (threads * 6), most = plan.blocks == 1 ? units : kPieceCodes / (R * plan.strip_bytes);
+    const int64_t wanted = even < most ? even : most, size = wanted > 1 ? wanted : 1;
     const Pieces pieces(units, size, threads, size > 4 ? size / 4 : 1);
     parallel(pieces.count, threads, [&](int64_t piece, int) {
         const int64_t start = pieces.start(piece), stop = pieces.start(piece + 1);
-        for (int64_t unit = start; unit < stop; ++unit) {
-            alignas(64) float totals[kMostSums * kStrip];
-            if (plan.adding) ask_for(*plan.adding, unit * R * kStrip, (unit + 1) * R * kStrip);
-            for (int64_t block = 0; block < plan.blocks; ++block) {
+        for (int64_t block = 0; block < plan.blocks; ++block) {
+            for (int64_t unit = start; unit < stop; ++unit) {
+                alignas(64) float totals[kMostSums * kStrip];
+                if (plan.adding) ask_for(*plan.adding, unit * R * kStrip, (unit + 1) * R * kStrip);
                 loop(plan, unit * R, block, totals);
                 for (int64_t r = 0; r < R && unit * R + r < plan.strips; ++r) finish(plan, unit * R + r, block, totals + r * sums, kStrip);
             }
@@ -257,6 +260,15 @@ Status multiply(Plan& plan) {
     return kBadTable;
 }
 
+// Whether many rows are multiplied where codes are decoded, block by block: bfloat16 products leave time for it, but not for as much as
+// eight bits take. A panel takes an eighth more for a row, but its blocks are smaller.
+template <class P>
+bool decodes_anew(const Plan& plan) {
+    if (P::kOperands != 2 || plan.folded || (plan.weight->bits > 6 && plan.call->tokens > 128)) return false;
+    const int64_t whole = ceil_div(plan.call->tokens, most_rows<P>() / plan.terms) * most_rows<P>();
+    return 8 * whole <= 9 * kPanelRows * ceil_div(plan.call->tokens, kPanelRows / plan.terms);
+}
+
 // Rows of a block, and how many blocks, for all tokens of the call.
 template <class P>
 void choose_blocks(Plan& plan) {
@@ -264,11 +276,12 @@ void choose_blocks(Plan& plan) {
     const int64_t rows = plan.call->tokens * plan.terms;
     plan.form = P::form(!plan.weight->table ? kIntegers : plan.weight->pick ? kTables : kOneTable);
     const Sizes sizes = sizes_for<P>(plan.weight->bits, plan.form, plan.segment_tiles == 0);
-    plan.few = !P::kTiles && rows <= most_rows<P>() && sizes != kNoSizes;
+    plan.few = !P::kTiles && sizes != kNoSizes && (rows <= most_rows<P>() || decodes_anew<P>(plan));
     plan.block_rows = P::kTiles ? kTileRows : rows == 1 ? 1 : kPanelRows;
     if (plan.few) {
-        const bool no_pairs = sizes == kSomeSizes;
-        for (plan.block_rows = 1; plan.block_rows < rows || (no_pairs && plan.block_rows == 2);) plan.block_rows *= 2;
+        const int64_t wanted = rows < most_rows<P>() ? rows : most_rows<P>();
+        for (plan.block_rows = 1; plan.block_rows < wanted;) plan.block_rows *= 2;
+        if (plan.block_rows == 2 && sizes == kSomeSizes) plan.block_rows = 4;
     }
     plan.moved = !plan.few && kMoves[plan.weight->bits == 8];
     // A block holds whole tokens.
@@ -312,7 +325,7 @@ Status run_product(const Weight& weight, const Call& call, bool& added) {
         for (int64_t token = piece * grain; token < stop; ++token) place_token<P>(plan, token);
     });
     Adding adding;
-    added = call.beside && plan.few;
+    added = call.beside && plan.few && plan.blocks == 1;
     if (added) {
         const Status status = path_entry(call.path).step.prepare(*call.beside, threads, adding);
         if (status != kDone) return status;

@@ -137,7 +137,9 @@ INLINE void read_tile(const Plan& plan, int64_t token, int64_t begin, float* to)
             store(to + half, load_floats(plan.call->x, row + at.first, plan.call->x_type));
             continue;
         }
-        for (int64_t k = 0; k < 16; ++k) to[half + k] = k < at.count ? read_float(plan.call->x, row + at.first + k, plan.call->x_type) : 0.0f;
+        for (int64_t k = 0; k < 16; ++k) {
+            to[half + k] = k < at.count ? read_float(plan.call->x, row + at.first + k, plan.call->x_type) : 0.0f;
+        }
     }
 }
 
