@@ -59,6 +59,7 @@ constexpr int kMostSums = 16;           // rows times strips of a loop for few r
 constexpr int kTileRows = 16;           // of a block on tiles (amx.h)
 constexpr int64_t kPieceCodes = 256 * 1024;  // bytes of codes that stay in the second-level cache while blocks of rows pass
 constexpr int64_t kMostStrips = 8;      // of a piece of a thread
+constexpr int64_t kFewTokens = 128;     // beyond which panels are better in any case
 constexpr int64_t kPassRows = 528;      // whose totals stay in the second-level cache
 constexpr int64_t kSmall = 48 * 1024;   // bytes of codes below which waking a second thread costs more than it saves
 
@@ -109,8 +110,9 @@ inline void few(const Plan& plan, int64_t R, Strips loop) {
     const int threads = plan.strips * plan.strip_bytes * plan.blocks < kSmall ? 1 : plan.call->threads;
     // Some pieces for each thread even out what else the machine does. What a loop asks for ahead lies in the next unit, so a piece
     // is as many as there may be.
-    const int64_t even = threads == 1 ? units : units / (threads * 6), most = plan.blocks == 1 ? units : kPieceCodes / (R * plan.strip_bytes);
-    const int64_t wanted = even < most ? even : most, size = wanted > 1 ? wanted : 1;
+    const int64_t most = plan.blocks == 1 ? units : kPieceCodes / (R * plan.strip_bytes);
+    const int64_t even = threads == 1 ? units : units / (threads * 6), wanted = even < most ? even : most;
+    const int64_t size = wanted > 1 ? wanted : 1;
     const Pieces pieces(units, size, threads, size > 4 ? size / 4 : 1);
     parallel(pieces.count, threads, [&](int64_t piece, int) {
         const int64_t start = pieces.start(piece), stop = pieces.start(piece + 1);
@@ -260,11 +262,11 @@ Status multiply(Plan& plan) {
     return kBadTable;
 }
 
-// Whether many rows are multiplied where codes are decoded, block by block: bfloat16 products leave time for it, but not for as much as
-// eight bits take. A panel takes an eighth more for a row, but its blocks are smaller.
+// Whether many rows are multiplied where codes are decoded, block by block: bfloat16 products leave time for it. A panel takes an eighth
+// more for a row, but its blocks are smaller, and of many long rows it finds more in the second-level cache.
 template <class P>
 bool decodes_anew(const Plan& plan) {
-    if (P::kOperands != 2 || plan.folded || (plan.weight->bits > 6 && plan.call->tokens > 128)) return false;
+    if (P::kOperands != 2 || plan.folded || plan.call->tokens > kFewTokens) return false;
     const int64_t whole = ceil_div(plan.call->tokens, most_rows<P>() / plan.terms) * most_rows<P>();
     return 8 * whole <= 9 * kPanelRows * ceil_div(plan.call->tokens, kPanelRows / plan.terms);
 }
