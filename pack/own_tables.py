@@ -11,12 +11,17 @@ row is such a table; the planes of a group add up to 2^planes numbers, which are
 about 1e-3 of the result's norm. Cost beside the codes: 16 bytes for each row and group, 32 with 4 bits; twice that for each 16
 columns of a run of rows.
 
+Of five to eight planes a table would be too long to be looked up in. They are laid out in two halves as a weight of twice the
+columns (`halved`), which meets its inputs twice: W x = [first planes, last planes] [x, x].
+
 Shape legend: N out features, K in features, G groups along K, E = 2^bits numbers of a table.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,11 +29,13 @@ from torch import Tensor
 from aerogel.errors import BadInput
 from aerogel.pack import native
 from aerogel.pack.lookup import STRIP
-from aerogel.quantize.codes import Codes, Grid
+from aerogel.quantize.codes import Codes, Grid, Params
 from aerogel.quantize.planes import PlaneGrid, sums_of
 
 STEP = 16
 """Columns of a step of the kernel, and of the tables that rows share; half of them have one."""
+MOST_BITS = 4
+"""Of codes whose numbers are looked up at once."""
 
 
 def shared_rows(grid: Grid, K: int) -> int:
@@ -46,34 +53,76 @@ def shared_rows(grid: Grid, K: int) -> int:
 
 def refused(grid: Grid, K: int) -> str | None:
     """Why the groups have no place in this layout, or None where they have."""
+    grid, K = laid(grid, K)
     size = grid.group_size
     if size is None or size % STEP == 0 or size >= K or shared_rows(grid, K):
         return None
     return f"group_size must be a multiple of {STEP}, of {STEP // 2} where {STRIP} outputs share scales, or null, found {size}"
 
 
+def laid(grid: Grid, K: int) -> tuple[Grid, int]:
+    """The grid and the columns of the weight that is laid out: those given, or of more than four planes their halves side by
+    side, each filled up to whole groups and steps."""
+    if grid.bits <= MOST_BITS or not isinstance(grid, PlaneGrid):
+        return grid, K
+    group = -(-K // STEP) * STEP if grid.group_size is None or grid.group_size >= K else grid.group_size
+    step = math.lcm(group, STEP)
+    return replace(grid, bits=-(-grid.bits // 2), group_size=group), 2 * -(-K // step) * step
+
+
+def halved(codes: Codes) -> Codes:
+    """Codes of five to eight planes as codes of half as many and twice the columns; one that fills up has scales 0."""
+    K = codes.values_NK.shape[1]
+    grid, columns = laid(codes.grid, K)
+    if not isinstance(grid, PlaneGrid) or grid is codes.grid:
+        raise TypeError(f"only more than {MOST_BITS} bit planes have halves, these are codes on {codes.grid}")
+    first, last = grid.bits, codes.grid.bits - grid.bits
+    halves = codes.values_NK >> last, (codes.values_NK & ((1 << last) - 1)) << (first - last)
+    filled = [torch.nn.functional.pad(half, (0, columns // 2 - K)) for half in halves]
+    groups = columns // 2 // (grid.group_size or columns)
+    scale = torch.nn.functional.pad(codes.scale_NG, (0, 0, 0, groups - codes.scale_NG.shape[1]))
+    low = torch.nn.functional.pad(scale[..., first:], (0, first - last))
+    params = Params(scale_NG=torch.cat([scale[..., :first], low], 1))
+    if codes.zero_NG is not None:
+        offset = torch.nn.functional.pad(codes.zero_NG, (0, groups - codes.zero_NG.shape[1]))
+        params = replace(params, zero_NG=torch.cat([offset, torch.zeros_like(offset)], 1))
+    return Codes.of(torch.cat(filled, 1), params, grid)
+
+
+def twice(x_MK: Tensor, columns: int) -> Tensor:
+    """[x, x] as halves meet it, each filled up with zeros to half of the columns."""
+    x_M2h = x_MK.new_zeros(len(x_MK), 2, columns // 2)
+    x_M2h[..., : x_MK.shape[1]] = x_MK[:, None]
+    return x_M2h.flatten(1)
+
+
 def tensors_of(codes: Codes) -> dict[str, Tensor]:
-    """Codes [N, K] of 1 to 4 bits as the layout's tensors. Raises `BadInput` for codes without tables of their own."""
+    """Codes [N, K] as the layout's tensors. Raises `BadInput` for codes without tables of their own."""
+    stored = {"stored_scale": codes.scale_NG}
+    if codes.table_TE is not None:
+        stored["stored_number"] = codes.table_TE
+    if codes.zero_NG is not None:
+        stored["stored_offset"] = codes.zero_NG
+    if laid(codes.grid, codes.values_NK.shape[1])[0] is not codes.grid:
+        codes = halved(codes)
     bits = codes.grid.bits
     signed_NK = (codes.values_NK.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
     shared = shared_rows(codes.grid, codes.values_NK.shape[1])
-    layout = {
-        "codes": native.pack_codes(signed_NK, bits, STRIP),
-        "table": _shared_bytes(codes) if shared else _bytes(numbers_of(codes), bits),
-        "stored_scale": codes.scale_NG,
-    }
-    if codes.table_TE is not None:
-        layout["stored_number"] = codes.table_TE
-    if codes.zero_NG is not None:
-        layout["stored_offset"] = codes.zero_NG
-    return layout
+    table = _shared_bytes(codes) if shared else _bytes(numbers_of(codes), bits)
+    return {"codes": native.pack_codes(signed_NK, bits, STRIP), "table": table, **stored}
 
 
 def codes_of(layout: Mapping[str, Tensor], grid: Grid, N: int, K: int) -> Codes:
     """The inverse of `tensors_of`."""
-    signed_NK = native.unpack_codes(layout["codes"], grid.bits, N, K, STRIP)
+    held, columns = laid(grid, K)
+    signed_NK = native.unpack_codes(layout["codes"], held.bits, N, columns, STRIP)
+    values_NK = (signed_NK.to(torch.int16) + (1 << (held.bits - 1))).to(torch.uint8)
+    if held is not grid:
+        last = grid.bits - held.bits
+        first_NK, last_NK = values_NK[:, :K], values_NK[:, columns // 2 :][:, :K]
+        values_NK = first_NK << last | last_NK >> (held.bits - last)
     return Codes(
-        values_NK=(signed_NK.to(torch.int16) + (1 << (grid.bits - 1))).to(torch.uint8),
+        values_NK=values_NK,
         scale_NG=layout["stored_scale"],
         zero_NG=layout.get("stored_offset"),
         table_TE=layout.get("stored_number"),

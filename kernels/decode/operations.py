@@ -22,6 +22,7 @@ from aerogel.kernels.gemm.cpu import Native, structs
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 from aerogel.kernels.sidecars import SidecarLinear
+from aerogel.pack import own_tables
 
 KINDS = {"gemm": 0, "attend": 1, "norm": 2, "gate": 3, "lookup": 4, "rows": 5, "prompt": 6, "own": 7, "row_sums": 8}
 
@@ -149,4 +150,6 @@ def _compiled(module: Linear, x: Tensor) -> bool:
         return x.numel() // problem.K <= cpu_lookup.MOST_TOKENS
     if issubclass(kernel, cpu_tables.NativeTables):
         return problem.activations == "none"  # others are rounded before
-    return issubclass(kernel, (Native, cpu_own.NativeOwn))
+    if issubclass(kernel, cpu_own.NativeOwn):
+        return own_tables.laid(problem.grid, problem.K)[1] == problem.K  # others want their inputs twice
+    return issubclass(kernel, Native)

@@ -1,12 +1,12 @@
 """The matmul with a weight whose rows have tables of their own, on a CPU that multiplies bfloat16: codebooks and bit planes.
 
-    y_MN = x_MK @ W_NK.T,    W[n, k] = table[n, group of k][code[n, k]]        1 to 4 bits, activations in bfloat16
+    y_MN = x_MK @ W_NK.T,    W[n, k] = table[n, group of k][code[n, k]]        activations in bfloat16
 
 Bytes of four rows are looked up at once, each row in its own table, and interleaved to bfloat16 (kernels/native/own_kernel.h);
 sixteen tokens share one decoding. Codebooks (SqueezeLLM) have one table a row; q planes of a group are 2^q numbers, whatever
 their scales and offsets are, and where runs of outputs share scales they share tables, for as few as eight inputs. Numbers are
-rounded to bfloat16 once; other types of activations, where that would be seen, and more planes run on `cpu_lookup` and
-`plane_rows`.
+rounded to bfloat16 once; other types of activations, where that would be seen, run on `cpu_lookup` and `plane_rows`. Codes have
+1 to 4 bits; more planes are two halves side by side, whose inputs are handed over twice.
 
 Layout: `aerogel.pack.own_tables`. Shape legend: M tokens, N out features, K in features, G groups along K.
 """
@@ -29,13 +29,11 @@ from aerogel.quantize.codes import Codes, Grid
 from aerogel.quantize.planes import PlaneGrid
 from aerogel.quantize.tables import TableGrid
 
-MOST_BITS = 4
-
 
 class NativeOwn(Kernel):
-    """Compiled CPU kernel for codes of up to 4 bits into tables of each row and group."""
+    """Compiled CPU kernel for codes into tables of each row and group."""
 
-    about: ClassVar[str] = "compiled for the CPU's bfloat16 products: codebooks of each row, and up to 4 bit planes"
+    about: ClassVar[str] = "compiled for the CPU's bfloat16 products: codebooks of each row, and bit planes"
 
     @staticmethod
     def refuses(problem: Problem) -> str | None:
@@ -45,8 +43,8 @@ class NativeOwn(Kernel):
             return f"runs on the CPU only, not on {problem.device}"
         if not isinstance(grid, PlaneGrid) and not (isinstance(grid, TableGrid) and grid.learned):
             return "runs codebooks of each output and bit planes"
-        if grid.bits > MOST_BITS:
-            return f"runs codes of at most {MOST_BITS} bits"
+        if grid.bits > own_tables.MOST_BITS and not isinstance(grid, PlaneGrid):
+            return f"runs codebooks of at most {own_tables.MOST_BITS} bits"
         if problem.activations != "none":
             return f"is weight-only, activations are {problem.activations}"
         if problem.dtype != torch.bfloat16:
@@ -69,7 +67,9 @@ class NativeOwn(Kernel):
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """One call of the library."""
-        return linear(x_MK, layout, bias_N, problem.N, *tables_of(problem.grid, problem.K))
+        grid, columns = own_tables.laid(problem.grid, problem.K)
+        x = x_MK if columns == problem.K else own_tables.twice(x_MK, columns)
+        return linear(x, layout, bias_N, problem.N, *tables_of(grid, columns))
 
 
 def tables_of(grid: Grid, K: int) -> tuple[int, int]:
@@ -91,7 +91,7 @@ def linear(
     """x @ W.T (+ bias), bfloat16 [M, N], through the compiled kernel.
 
     Args:
-        x_MK: bfloat16 [M, K], contiguous.
+        x_MK: bfloat16 [M, K], contiguous; K the columns that are laid out.
         layout: the tensors of `aerogel.pack.own_tables`.
         bias_N: [N] of any of the three types, or None.
         N, group: out features; columns that share a table, 0 for all.

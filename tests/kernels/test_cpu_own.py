@@ -26,6 +26,9 @@ SUMS += [PlaneGrid(bits=4, group_size=48, offset="scale"), PlaneGrid(bits=1, gro
 BLOCKS: list[Any] = [PlaneGrid(bits=bits, group_size=8, power_of_two=True, block_rows=128) for bits in (1, 2, 3, 4)]
 BLOCKS += [PlaneGrid(bits=3, group_size=24, block_rows=4, offset="scale"), PlaneGrid(bits=4, group_size=16, block_rows=32)]
 GRIDS = [*BOOKS, *SUMS, *BLOCKS, PlaneGrid(bits=2, group_size=128, power_of_two=True, block_rows=8, offset="float32")]
+HALVES: list[Any] = [PlaneGrid(bits=5, group_size=8, power_of_two=True, block_rows=128), PlaneGrid(bits=8, offset="float32")]
+HALVES += [PlaneGrid(bits=6, group_size=24, block_rows=4, offset="scale"), PlaneGrid(bits=7, group_size=32)]
+"""Of more planes than are looked up at once."""
 PATHS = [path for path in ("avx512bf16", "amx") if library.missing() is None and path in library.paths()]
 ROUNDED = 2.5e-3
 """Numbers in bfloat16; 4e-3 more where the result is rounded to it."""
@@ -60,7 +63,24 @@ def test_against_float64(grid: Grid) -> None:
                 assert torch.equal(found, linear(x, layout, bias, N, *tables, number, threads=3))
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.skipif(not PATHS, reason="no path of this machine multiplies bfloat16")
+@pytest.mark.parametrize("grid", HALVES, ids=str)
+def test_many_planes_are_two_halves(grid: PlaneGrid) -> None:
+    for N, K in ((1, 16), (37, 200), (66, 300)):
+        codes, problem = codes_on(grid, N, K), Problem(format="any", grid=grid, N=N, K=K, dtype=torch.bfloat16)
+        assert NativeOwn.refuses(problem) is None
+        both, columns = own_tables.halved(codes), own_tables.laid(grid, K)[1]
+        halves_N2h = both.decode().double().reshape(N, 2, columns // 2)[..., :K]
+        assert torch.allclose(halves_N2h.sum(1), codes.decode().double(), rtol=0, atol=1e-5)
+        layout = NativeOwn.pack(codes, problem)
+        for M in (1, 4, 9, 17):
+            x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16()
+            scale = sum((x.double().abs() @ half_NK.abs().T).norm() for half_NK in halves_N2h.unbind(1)) / K**0.5
+            error = (NativeOwn.run(x, layout, problem).double() - x.double() @ codes.decode().double().T).norm() / scale
+            assert error < 4e-3, f"[{M}, {N}, {K}]: {error:.1e}"
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, *HALVES], ids=str)
 def test_the_layout_inverts(grid: Grid) -> None:
     for N, K in ((1, 16), (13, 130), (130, 200)):
         codes = codes_on(grid, N, K)
