@@ -51,7 +51,7 @@ gpu-sanitize: .venv/.tools ## the CUDA kernels under compute-sanitizer: memory e
 	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 	  $(BIN)/python tests/kernels/gpu_sanitize.py
 	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 1 \
-	  $(BIN)/python tests/kernels/gpu_sanitize.py 3 4 8 numbers planes
+	  $(BIN)/python tests/kernels/gpu_sanitize.py 3 4 8 scales tables floats planes outliers kept rounded grouped
 
 peer-test: .venv/.tools $(PEERS:%=.venv-peers/%/.made) ## other tools make checkpoints, each in its own environment; we read them
 	$(OFFLINE) OMP_NUM_THREADS=1 AEROGEL_PEERS=.venv-peers/made $(BIN)/python -m pytest -q -m peers

@@ -1,5 +1,7 @@
 """Every CUDA kernel at small ragged shapes, to be run under compute-sanitizer: `make gpu-sanitize`.
 
+Arguments: widths of integers in bits, and sections (SECTIONS); all of them without any.
+
 Buffers come from the driver one by one (PYTORCH_NO_CUDA_MEMORY_CACHING), so that a byte beyond one of them is an error, and
 results are compared with a dense product, so that nothing passes by not running.
 """
@@ -13,12 +15,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from tests.kernels.test_cuda_kept import GRIDS, layer_of, wanted_of
+from tests.kernels.test_cuda_outliers import beside_of
 
 from aerogel.kernels.gemm import cuda, cuda_int8
 from aerogel.kernels.gemm.cuda_dense import dequantize
+from aerogel.kernels.gemm.cuda_few import OUTLIER_TOKENS, fits
 from aerogel.kernels.gemm.cuda_few import Config as FewConfig
 from aerogel.kernels.gemm.cuda_few import Plan as FewPlan
+from aerogel.kernels.gemm.cuda_kept import KEPT, KeptOperand
 from aerogel.kernels.gemm.cuda_made import Gated, Normed
+from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_quantize import E4M3, INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_tune import random_numbers, random_planes, random_weight
 from aerogel.kernels.gemm.cuda_weight import TileWeight
@@ -28,6 +35,8 @@ from aerogel.kernels.grouped.cuda_grouped import cuts
 from aerogel.kernels.grouped.cuda_routes import add_experts, most_runs, route_experts, spread_tokens
 
 N, K = 200, 712
+ODD = 203
+"""Rows whose outputs do not lie in whole pieces of 16 bytes."""
 KINDS = ((128, "none"), (32, "integer"), (0, "float"))
 TOKENS = (1, 5, 16, 33)
 FEW = (
@@ -40,7 +49,11 @@ MANY = (
     Config(tokens=32, blocks=2, split=3, x_stages=4, w_stages=2),
     Config(tokens=64, share=2, split=2, x_stages=4, w_stages=2, batch=8),
     Config(tokens=48, resident=2, batch=2, x_stages=3, w_stages=2),
+    Config(tokens=256, share=2, lead=3, x_stages=5, w_stages=3),
 )
+MANY_INT8 = ((128, 1, 1, 2), (64, 1, 1, 4), (256, 1, 2, 4))
+"""As `cuda_int8.CUTS`."""
+SECTIONS = ("scales", "tables", "floats", "planes", "outliers", "kept", "rounded", "grouped")
 Case = tuple[str, cuda.Runner, int]
 
 
@@ -52,10 +65,9 @@ def cases(weight: TileWeight, every_cut: bool) -> Iterator[Case]:
             if found.refuses(weight, M, dtype, capability) is None:
                 yield f"{found.name} M={M}", found.plan(weight, M, dtype), M
     hopper = capability[0] == 9
-    for few in FEW if every_cut else ():
-        if not few.ring or hopper:
-            for M in (3, 16):
-                yield f"{few}", FewPlan(weight, few, M, dtype), M
+    for few, M in itertools.product(FEW if every_cut else (), (3, 16 if weight.outliers is None else OUTLIER_TOKENS)):
+        if fits(weight, few, M, capability, torch.cuda.get_device_properties(0).multi_processor_count):
+            yield f"{few}", FewPlan(weight, few, M, dtype), M
     for many in MANY if every_cut and hopper else ():
         config = deepest(weight, many)
         if config is not None:
@@ -63,23 +75,33 @@ def cases(weight: TileWeight, every_cut: bool) -> Iterator[Case]:
 
 
 def weights(asked: list[str]) -> Iterator[tuple[str, TileWeight, bool]]:
-    """(what it is, a weight, whether every cut runs it): integers of the widths asked for, `numbers` and `planes`; all without
-    any."""
-    widths = [int(word) for word in asked if word.isdigit()] or (list(range(1, 9)) if not asked else [])
-    for bits, (group, zero) in itertools.product(widths, KINDS):
+    """(what it is, a weight, whether every cut runs it): integers of the widths asked for, then the sections."""
+    for bits, (group, zero) in itertools.product((int(word) for word in asked if word.isdigit()), KINDS):
         what = f"{bits} bits, groups of {group}, zero {zero}"
         yield what, random_weight(N, K, bits, group, "cuda", zero=zero), bits in (3, 4, 8)
-    if "numbers" in asked or not asked:
-        yield from numbers()
-    if "planes" in asked or not asked:
-        yield from planes()
+    if "4" in asked:
+        yield f"4 bits, {ODD} rows", random_weight(ODD, K, 4, 128, "cuda"), True
+    each = {"scales": scales, "tables": tables, "floats": floats, "planes": planes, "outliers": outliers}
+    for section, found in each.items():
+        if section in asked:
+            yield from found()
 
 
-def numbers() -> Iterator[tuple[str, TileWeight, bool]]:
-    """Tables and floats."""
-    for name, group in (("nvfp4", 16), ("mxfp4", 32), ("table", 64), ("rows", 0), ("groups", 32), ("rf8", 0)):
+def scales() -> Iterator[tuple[str, TileWeight, bool]]:
+    """Numbers of four bits with scales of eight."""
+    for name, group in (("nvfp4", 16), ("mxfp4", 32)):
         yield name, random_numbers(N, K, name, group, "cuda"), True
-    for bits, mantissa in ((5, 2), (6, 2), (6, 3), (8, 2), (8, 3)):  # any bits are numbers to the kernels
+
+
+def tables() -> Iterator[tuple[str, TileWeight, bool]]:
+    """One table, tables of rows, tables that groups pick from, one of 256."""
+    for name, group in (("table", 64), ("rows", 0), ("groups", 32), ("rf8", 0)):
+        yield name, random_numbers(N, K, name, group, "cuda"), True
+
+
+def floats() -> Iterator[tuple[str, TileWeight, bool]]:
+    """Small floats; any bits are numbers to the kernels."""
+    for bits, mantissa in ((5, 2), (6, 2), (6, 3), (8, 2), (8, 3)):
         plain = random_weight(N, K, bits, 32, "cuda")
         yield f"floats, {mantissa} of {bits} bits mantissa", replace(plain, floats=mantissa), False
 
@@ -93,16 +115,29 @@ def planes() -> Iterator[tuple[str, TileWeight, bool]]:
     yield "3 planes in blocks", random_planes(N, K, 3, 16, "cuda", blocks=True), True
 
 
+def outliers() -> Iterator[tuple[str, TileWeight, bool]]:
+    """Two in a hundred weights, and a tile of nothing else."""
+    for rows, bits, group in ((N, 4, 128), (ODD, 3, 32)):
+        laid = TileOutliers.of(beside_of(rows, K, device="cuda", kinds="o"), rows, K, torch.bfloat16)
+        yield f"{bits} bits with outliers", replace(random_weight(rows, K, bits, group, "cuda"), outliers=laid), True
+
+
 def main() -> int:
     """0 when every result is right."""
+    asked = sys.argv[1:] or [*(str(bits) for bits in range(1, 9)), *SECTIONS]
+    unknown = [word for word in asked if not word.isdigit() and word not in SECTIONS]
+    if unknown:
+        raise SystemExit(
+            f"{unknown[0]!r} is no section; name widths in bits and any of {', '.join(SECTIONS)}, or nothing for all"
+        )
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
         raise SystemExit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: buffers must end where they end")
     wrong = count = 0
-    for what, weight, every_cut in weights(sys.argv[1:]):
+    for what, weight, every_cut in weights(asked):
         reference = dequantize(weight, torch.bfloat16)
         for name, run, M in cases(weight, every_cut):
             x = torch.randn(M, K, device="cuda").bfloat16()
-            y = torch.full((M, N), torch.nan, device="cuda", dtype=torch.bfloat16)
+            y = torch.full((M, weight.N), torch.nan, device="cuda", dtype=torch.bfloat16)
             run(x, None, y)
             wanted = (x @ reference.T).float()
             error = float((y.float() - wanted).norm() / wanted.norm())
@@ -110,8 +145,12 @@ def main() -> int:
             if not error < 1e-2:
                 wrong += 1
                 print(f"{what}: {name} is off by {error:.2g}", flush=True)
-    wrong += rounded() + grouped()
-    print(f"{count} matmuls, {wrong} wrong", flush=True)
+    for section, run_all in (("kept", kept), ("rounded", rounded), ("grouped", grouped)):
+        if section in asked:
+            found = run_all()
+            wrong += found
+            print(f"{section}: {found} wrong", flush=True)
+    print(f"{count} matmuls of weights alone; {wrong} wrong", flush=True)
     return int(wrong > 0)
 
 
@@ -130,15 +169,43 @@ def rounded() -> int:
         back = codes.float()[:, :K] * (1 if output == ROUNDED else scale[:, None])
         y = (what if isinstance(what, torch.Tensor) else what.settled()).float()
         wrong += not float((back - y).norm() / y.norm()) < 5e-2
-    for bits, group in ((4, 128), (8, 0)):
-        weight = random_weight(N, K, bits, group, "cuda")
-        r, y = cuda_int8.row_scale(weight), torch.full((70, N), torch.nan, device="cuda", dtype=torch.bfloat16)
-        config = cuda_int8.cut(weight, 128, 1, 1, 2)
-        run = cuda_int8.many_tokens(weight, r, 70, torch.bfloat16, config)
+    for (rows, bits, group), numbers in itertools.product(((N, 4, 128), (ODD, 8, 0)), MANY_INT8):
+        weight = random_weight(rows, K, bits, group, "cuda")
+        r, y = cuda_int8.row_scale(weight), torch.full((70, rows), torch.nan, device="cuda", dtype=torch.bfloat16)
+        run = cuda_int8.many_tokens(weight, r, 70, torch.bfloat16, cuda_int8.cut(weight, *numbers))
         if run is not None:
             run(x, None, y)
             wanted = (x @ dequantize(weight, torch.bfloat16).T).float()
             wrong += not float((y.float() - wanted).norm() / wanted.norm()) < 3e-2
+    return wrong
+
+
+@torch.no_grad()
+def kept() -> int:
+    """Columns kept beside rounded inputs, 19 loud ones: how many results are wrong."""
+    columns, wrong = torch.arange(3, K, 37)[:19], 0
+    for rows, grid in ((N, GRIDS[0]), (ODD, GRIDS[2])):
+        layer = layer_of(grid, rows, K, torch.bfloat16, columns, False)
+        laid = layer.operands()
+        if KEPT[0] not in laid:
+            raise SystemExit(f"kept columns were not laid out for {layer.kernel_name}; they should be on every CUDA device")
+        x = torch.randn(70, K, device="cuda")
+        x[:, columns.cuda()] *= 50
+        found = [(M, layer(x[:M].bfloat16())) for M in (1, 5, 16, 40)]
+        weight = TileWeight(
+            codes=laid["tile_codes"], scale=laid["tile_scale"], zero=None, table=None, pick=None,
+            group_size=grid.group_size or 0, N=rows, K=K,
+        )  # fmt: skip
+        operand = KeptOperand.given([laid[name] for name in KEPT])
+        for numbers in MANY_INT8:
+            config, y = cuda_int8.cut(weight, *numbers), torch.full((70, rows), torch.nan, device="cuda", dtype=torch.bfloat16)
+            run = cuda_int8.many_tokens(weight, laid["tile_row_scale"], 70, torch.bfloat16, config, operand)
+            if run is not None:
+                run(x.bfloat16(), None, y)
+                found.append((70, y))
+        for M, y in found:
+            wanted = wanted_of(layer, x[:M].bfloat16(), columns)
+            wrong += not float((y.double() - wanted).norm() / wanted.norm()) < 1e-2
     return wrong
 
 
