@@ -117,6 +117,11 @@ FN void store_transposed(u32 address, const u32 (&v)[4]) {
                  "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
 }
 
+// Eight 16-bit numbers at a multiple of 16 bytes, in one piece whatever the compiler knows of the address.
+FN void store_eight(u16* to, const uint4& v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // ---- named barriers between warpgroups -------------------------------------------------------------------------------------
 
 FN void meet_arrive(int name, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory"); }

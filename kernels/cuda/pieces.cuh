@@ -8,13 +8,14 @@ template <int COLUMNS> struct Piece {
     INLINE float operator[](int i) const { return from_half((u16)(words[i / 2] >> (16 * (i % 2)))); }
 };
 
-// Columns from `column` on, zeros beyond the row's `end`. aligned: rows lie at multiples of 16 bytes.
-template <int COLUMNS> INLINE Piece<COLUMNS> read_piece(const u16* row, int column, int end, bool aligned) {
+// Columns from `column` on, zeros beyond the row's `end`. aligned: rows lie at multiples of 16 bytes. LAST: nobody reads them again.
+template <int COLUMNS, bool LAST = false> INLINE Piece<COLUMNS> read_piece(const u16* row, int column, int end, bool aligned) {
     Piece<COLUMNS> v = {};
     if (aligned && column + COLUMNS <= end) {
 UNROLL
         for (int i = 0; i < COLUMNS / 8; i++) {
-            const uint4 four = ((const uint4*)(row + column))[i];
+            const uint4* from = (const uint4*)(row + column) + i;
+            const uint4 four = LAST ? load_last(from) : *from;
             v.words[4 * i] = four.x, v.words[4 * i + 1] = four.y, v.words[4 * i + 2] = four.z, v.words[4 * i + 3] = four.w;
         }
         return v;

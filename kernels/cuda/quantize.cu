@@ -59,8 +59,12 @@ INLINE void write_kept(const Arguments& p, const u16* row, const Kept& first) {
     }
 }
 
+// What a norm reads lives on beside it; all else is read for the last time. Where its lines leave the L2 first, fewer written ones
+// have to, and the codes stay there for the matmul: 17.4 -> 14.2 us at 4096 x 4096.
+constexpr bool LAST = MADE != 1 && !LONGER;
+
 INLINE Sixteen read16(const u16* row, int column, int K) {
-    return RAGGED || column < K ? read_piece<16>(row, column, RAGGED ? K : column + 16, true) : Sixteen{};
+    return RAGGED || column < K ? read_piece<16, LAST>(row, column, RAGGED ? K : column + 16, true) : Sixteen{};
 }
 // The columns of a thread that it does not keep.
 #define REST(columns) (int column = 16 * threadIdx.x + CHUNKS * STEP; LONGER && column < columns; column += STEP)

@@ -3,7 +3,8 @@
 //
 // While results are made nothing multiplies, so every wait counts. The scales of integer sums are fetched before the products
 // begin, a token's by one lane and handed round by shuffles. And what is written are whole lines of the cache: a warp has 16 rows,
-// 32 bytes of a token, so its warpgroup gathers 64 rows first; of two places one is filled while the other is emptied.
+// 32 bytes of a token, so its warpgroup gathers 64 rows first; of two places one is filled while the other is emptied, and the
+// sums that come next are finished meanwhile.
 
 #pragma once
 #include "kept_columns.cuh"
@@ -66,58 +67,87 @@ struct Results {
         }
     }
 
-    // They are put in the warpgroup's place at `to`, as its tokens `slot` .. `slot` + 15; with KEPT they are finished already. Of a
-    // token's 128 bytes piece i lies at i ^ token, so that no bank is asked twice.
-    FN void stage(const Sum* v, u8* to, int slot, int first, const Rows& rows) const {
+    // The same as pairs of 16-bit numbers; with KEPT the sums are finished already.
+    FN void pack(const Sum* v, int first, const Rows& rows, u32 (&pairs)[4]) const {
         float finished[8];
         if constexpr (!KEPT) finish(v, first, rows, finished);
-        u32 pairs[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
             pairs[i] = KEPT ? pair_of(__int_as_float((int)v[2 * i]), __int_as_float((int)v[2 * i + 1]))
                             : pair_of(finished[2 * i], finished[2 * i + 1]);
+    }
+
+    // They are put in the warpgroup's place at `to`, as its tokens `slot` .. `slot` + 15. Of a token's 128 bytes piece i lies at
+    // i ^ token, so that no bank is asked twice.
+    FN void put(u8* to, int slot, const u32 (&pairs)[4]) const {
         const int t = slot + 8 * (lane / 16) + lane % 8, piece = 2 * (warp % 4) + lane / 8 % 2;
         store_transposed(shared_address(to) + t * 128 + 16 * (piece ^ t % 8), pairs);
     }
 
-    // The place at `from` to y, `tokens` tokens of 64 rows, the first the tile's token `first`; when all four warps are there.
-    FN void flush(const u8* from, int block, int first, int tokens) const {
-        meet_wait(4 + warp / 4, 128);
-        const int row = (at.row_tile + row_tile_of(warp / 4 * 4, block)) * 16 + 8 * (lane % 8);
+    // 8 rows of one token from the place at `from`: of its tokens `slot` .. `slot` + 15 a warp takes four, a lane piece lane % 8.
+    FN int my_token() const { return 4 * (warp % 4) + lane / 8; }
+    FN uint4 take(const u8* from, int slot) const {
+        const int t = slot + my_token();
+        return *(const uint4*)(from + t * 128 + 16 * (lane % 8 ^ t % 8));
+    }
+    FN int my_row(int block) const { return (at.row_tile + row_tile_of(warp / 4 * 4, block)) * 16 + 8 * (lane % 8); }
+    FN u16* place_in_y(int block, int token) const {
+        return p.y + (size_t)(at.token + token + my_token()) * p.y_stride + my_row(block);
+    }
+    FN bool in_pieces() const { return p.N % 8 == 0 && p.y_stride % 8 == 0; }
+
+    // They go to y, where there is such a token and there are such rows; the lane's token is `token` + `my_token`.
+    FN void write(const uint4& v, int block, int token) const {
+        if (at.token + token + my_token() >= at.end) return;
+        u16* to = place_in_y(block, token);
+        const int rows = p.N - my_row(block);
+        if (in_pieces()) {
+            if (rows > 0) store_eight(to, v);
+        } else {
+            const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-        for (int i = 0; i < OUT_TOKENS; i += 16) {
-            const int t = i + 4 * (warp % 4) + lane / 8;
-            if (t >= tokens || at.token + first + t >= at.end) continue;
-            const uint4 v = *(const uint4*)(from + t * 128 + 16 * (lane % 8 ^ t % 8));
-            u16* to = p.y + (size_t)(at.token + first + t) * p.y_stride + row;
-            if (p.N % 8 == 0 && p.y_stride % 8 == 0) {
-                if (row < p.N) *(uint4*)to = v;
-            } else {
-                const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int e = 0; e < 8; e++)
-                    if (row + e < p.N) to[e] = (u16)(words[e / 2] >> (16 * (e % 2)));
-            }
+            for (int e = 0; e < 8; e++)
+                if (e < rows) to[e] = (u16)(words[e / 2] >> (16 * (e % 2)));
         }
     }
 
     // The place in shared memory whose turn it is.
     FN u8* place(int turn) const { return memory + AT_OUT + (warp / 4 * 2 + turn % 2) * OUT_PART; }
+    FN void meet() const { meet_wait(4 + warp / 4, 128); }  // the four warps of a warpgroup
 
+    // OUT_TOKENS tokens a turn. While what others put there comes from the place of one turn, the sums of the next are finished.
     FN void store(const Sum (&acc)[BLOCKS][TOKENS / 2]) const {
-        constexpr int PLACES = (TOKENS + OUT_TOKENS - 1) / OUT_TOKENS;
+        constexpr int EACH = OUT_TOKENS / 16, TURNS = TOKENS / OUT_TOKENS;
+        const size_t step = 16 * (size_t)p.y_stride;
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
             const Rows rows = INT8 ? early[b] : read_rows(b);
+            const bool whole = in_pieces() && at.token + TOKENS <= at.end && my_row(b) + 8 <= p.N;
+            u16* to = place_in_y(b, 0);
+            u32 pairs[EACH][4];
 #pragma unroll
-            for (int t = 0; t < TOKENS; t += OUT_TOKENS) {
-                u8* to = place(b * PLACES + t / OUT_TOKENS);
+            for (int turn = 0; turn <= TURNS; turn++) {
+                uint4 v[EACH];
+                if (turn > 0) {
+                    meet();
 #pragma unroll
-                for (int slot = 0; slot < OUT_TOKENS; slot += 16) stage(&acc[b][(t + slot) / 2], to, slot, t + slot, rows);
-                flush(to, b, t, OUT_TOKENS);
+                    for (int i = 0; i < EACH; i++) v[i] = take(place(b * TURNS + turn - 1), 16 * i);
+                }
+                const int first = turn * OUT_TOKENS;
+#pragma unroll
+                for (int i = 0; turn < TURNS && i < EACH; i++) pack(&acc[b][(first + 16 * i) / 2], first + 16 * i, rows, pairs[i]);
+                if (turn > 0 && whole) {
+#pragma unroll
+                    for (int i = 0; i < EACH; i++, to += step) store_eight(to, v[i]);
+                } else if (turn > 0) {
+#pragma unroll
+                    for (int i = 0; i < EACH; i++) write(v[i], b, first - OUT_TOKENS + 16 * i);
+                }
+#pragma unroll
+                for (int i = 0; turn < TURNS && i < EACH; i++) put(place(b * TURNS + turn), 16 * i, pairs[i]);
             }
         }
-        if (BLOCKS * PLACES % 2) meet_wait(4 + warp / 4, 128);  // the next tile begins in the place that was just emptied
+        if (BLOCKS * TURNS % 2) meet();  // the next tile begins in the place that was just emptied
     }
 
     // Piece i of the sums belongs to the block of rank i % SPLIT: send them all to their owners, add up one's own.
@@ -147,8 +177,11 @@ struct Results {
             }
             const int block = i / (TOKENS / 16), t = i % (TOKENS / 16) * 16;
             u8* to = place(i / SPLIT);
-            stage(sum, to, 0, t, read_rows(block));
-            flush(to, block, t, 16);
+            u32 pairs[4];
+            pack(sum, t, read_rows(block), pairs);
+            put(to, 0, pairs);
+            meet();
+            write(take(to, 0), block, t);
         }
     }
 };
