@@ -28,9 +28,7 @@ import argparse
 import itertools
 import json
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,7 @@ from typing import Any
 import torch
 
 from aerogel.kernels.cuda import sources
-from aerogel.kernels.cuda.timing import copies, graph_microseconds
+from aerogel.kernels.cuda.timing import copies, graph_microseconds, in_turn
 from aerogel.kernels.gemm import cuda_fp8, cuda_int8
 from aerogel.kernels.gemm.cuda_made import Gated, Made, Normed
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
@@ -52,16 +50,6 @@ TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
 ROUNDS = 3
 PAUSE = 0.03
 """Seconds between measurements. A dense product draws all the power there is, and what is measured right behind it pays."""
-
-
-def medians(calls: dict[str, list[Callable[[], Any]]]) -> dict[str, float]:
-    """Microseconds of each, taken in turn, ROUNDS times."""
-    seen: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, each in calls.items():
-            time.sleep(PAUSE)
-            seen[name].append(graph_microseconds(each))
-    return {name: statistics.median(us) for name, us in seen.items()}
 
 
 def row(shape: str, M: int, held: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +83,7 @@ def row(shape: str, M: int, held: dict[str, Any]) -> dict[str, Any]:
     calls["fp8_made"] = [lambda w=w: cuda_fp8.fp8_linear(made, w, scale, None) for w in held["e4m3"]]
     if M > 16:
         calls["int_mm"] = [lambda w=w: torch._int_mm(x8, w.T) for w in held["int8"]]
-    found = medians(calls)
+    found = in_turn(calls, rounds=ROUNDS, pause=PAUSE)
     over = {name: found["dense"] / found[name] for name in ("w4a8", "w8a8", "fp8")}
     over |= {f"{name}_made": found["dense_made"] / found[f"{name}_made"] for name in ("w4a8", "w8a8", "fp8")}
     print(f"{shape} M={M:<5}" + " ".join(f"{name} {us:8.1f}" for name, us in found.items()) + "  dense over "

@@ -7,7 +7,9 @@ Measured per shape (the linears of Llama-3-8B and 70B, N out x K in features), w
 
     us        our operator: median over replays of a CUDA graph that goes round over >= 200 MB of copies of the weight
     dense     torch's bfloat16 matmul in the same way, in the same run; from 256 tokens on, where the device's power is the
-              limit, all contenders take three turns, each after a pause
+              limit, all contenders take three turns, each after a pause and short enough for the highest clock
+    us_sustained, dense_sustained   with 4096 tokens: the same two when they run for a second, at the clock that their own power
+              leaves them; what else is here is measured at the highest one
     floor     a kernel that only reads as many bytes as codes and scales have, in the same way, in the same run
     peer      the best W4A16 kernel of nine measured on another H100 (figures below), times dense here / dense there, or of
               those that --peers measures beside ours in this run (`gpu_peers.py`), whichever is faster
@@ -22,7 +24,6 @@ import argparse
 import json
 import math
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from aerogel.kernels.cuda import nvrtc
 from aerogel.kernels.cuda.launch import Function, Launch
-from aerogel.kernels.cuda.timing import copies, graph_microseconds
+from aerogel.kernels.cuda.timing import copies, graph_microseconds, in_turn, sustained_microseconds
 from aerogel.kernels.gemm import cuda
 from aerogel.kernels.gemm.cuda_tune import random_weight, weight_copies
 from aerogel.kernels.gemm.cuda_weight import TileWeight
@@ -44,8 +45,10 @@ if TYPE_CHECKING:
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 SHAPES = ("4096x4096", "6144x4096", "28672x4096", "4096x14336", "57344x8192", "8192x28672")
-ROUNDS, WARM_TOKENS, PAUSE = 3, 256, 0.1
+ROUNDS, TURNS_TOKENS, PAUSE = 3, 256, 0.1
 """How often contenders take turns, from how many tokens on (there a device grows hot and slow), and seconds between them."""
+SUSTAINED_TOKENS, SECONDS = 4096, 1.0
+"""From how many tokens on, and over how many seconds, sustained times are taken."""
 Row = dict[str, Any]
 NARROW_SHAPES = ("28672x4096", "57344x8192", "8192x28672")
 """Where fewer than four bits are compared with four."""
@@ -132,18 +135,6 @@ def dense_calls(N: int, K: int) -> Calls:
     return at
 
 
-def in_turn(calls: dict[str, list[Callable[[], object]]], rounds: int) -> dict[str, float]:
-    """Microseconds of each, the median of rounds in which all take their turn after a pause: a device that is hot from one
-    contender's long run slows the next one down by a tenth."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, each in calls.items():
-            if rounds > 1:
-                time.sleep(PAUSE)
-            found[name].append(graph_microseconds(each))
-    return {name: statistics.median(times) for name, times in found.items()}
-
-
 def runner_of(weight: TileWeight, M: int, implementation: str) -> tuple[str, Callable[[Tensor, Tensor | None, Tensor], None]]:
     """The implementation that dispatch chooses, or the one asked for by name, planned."""
     capability = torch.cuda.get_device_capability()
@@ -178,7 +169,12 @@ def packed_rows(shape: str, bits: int, tokens: tuple[int, ...], implementation: 
         error = ((y.float() - wanted).norm() / wanted.norm()).item()
         calls: dict[str, list[Callable[[], object]]] = {"us": [lambda run=run: run(x, None, y) for _, run in runners]}  # noqa: B023
         calls |= {other: at(M) for other, at in beside.items()}
-        times = in_turn(calls, ROUNDS if M >= WARM_TOKENS else 1)
+        if M >= TURNS_TOKENS:
+            times = in_turn(calls, rounds=ROUNDS, pause=PAUSE)
+        else:
+            times = {other: graph_microseconds(each) for other, each in calls.items()}
+        if M >= SUSTAINED_TOKENS:
+            times |= {f"{name}_sustained": sustained_microseconds(calls[name], seconds=SECONDS) for name in ("us", "dense")}
         config = getattr(run, "config", None)
         facts = {"by": name, "config": str(config or ""), "error": error, "bytes": weights[0].nbytes}
         rows.append({"shape": shape, "bits": bits, "M": M, **times, **facts})
@@ -199,7 +195,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for row in rows
         if row["bits"] != 4 and (row["shape"], row["M"]) in four
     }
-    found["over_dense"] = {f"{s} M={M}": round(row["dense"] / row["us"], 3) for (s, M), row in four.items()}
+    for kind in ("", "_sustained"):
+        found[f"over_dense{kind}"] = {
+            f"{s} M={M}": round(row[f"dense{kind}"] / row[f"us{kind}"], 3) for (s, M), row in four.items() if f"us{kind}" in row
+        }
     return found
 
 
@@ -243,6 +242,7 @@ def main() -> None:
                     row |= {"peer": min(peers)} if peers else {}
                 peer = f" peer/ours {row['peer'] / row['us']:.2f}" if "peer" in row else ""
                 peer += "".join(f" {name} {row[name]:.1f}" for name in asked.peers if bits == 4)
+                peer += f" sustained {row['dense_sustained'] / row['us_sustained']:.2f}" if "us_sustained" in row else ""
                 print(f"{shape} W{bits} M={M:<5}{row['us']:8.2f} us {row['by']:6} floor {floor / row['us']:.0%}"
                       f" dense/ours {row['dense'] / row['us']:.2f}{peer} err {row['error']:.1e}", flush=True)  # fmt: skip
             rows += found
