@@ -312,6 +312,7 @@ def main() -> None:
         for chosen in json.loads(args.plans.read_text("utf-8"))["rows"]:
             # Plans are by slots; where batches disagree the smallest batch, which comes first, decides.
             triton_ops.OVERRIDE.setdefault(chosen["slots"], tuple(map(int, chosen["best"].split(","))))
+    torch.manual_seed(0)
     found = measure(args)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")

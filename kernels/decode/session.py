@@ -46,7 +46,10 @@ from aerogel.lazy import load
 
 Way = Literal["fused", "masked", "plain"]
 SAME = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-"""Relative Frobenius distance of logits up to which two ways count as the same, by the type they are computed in."""
+"""Relative Frobenius distance of logits up to which two ways count as the same, by the type they are computed in, for a model
+of up to SHALLOW layers. Roundings of more add up like steps of a random walk: 0.03 to 0.061 were seen in bfloat16 for 32 layers
+of random weights, which hide nothing; a wrong position or a wrong mask is far beyond."""
+SHALLOW = 12
 OTHER = 0x9E3779B9
 """Steps draw from another stream than the first token, which was drawn from the seed itself."""
 NATIVE = "aerogel.kernels.decode.native_program:NativeProgram"
@@ -150,13 +153,16 @@ class Session:
                         program = self._trace(mode)
                     found_BV = program(*self._arguments())
                 distance = float((found_BV.float() - wanted_BV).norm() / wanted_BV.norm().clamp_min(1e-30))
-                if not distance < SAME.get(found_BV.dtype, 1e-3):
+                if not distance < SAME.get(found_BV.dtype, 1e-3) * max(1.0, self._layers() / SHALLOW) ** 0.5:
                     return f"its logits would differ from the model's own by {distance:.2g}"
         except CannotTrace as error:
             return str(error)
         self._program = program
         self.operators = program.operators if program is not None else 0
         return None
+
+    def _layers(self) -> int:
+        return int(self.model.config.get_text_config(decoder=True).num_hidden_layers)
 
     def _trace(self, mode: Mode) -> Any:
         def step(token_B1: Tensor, position_B1: Tensor, slot_1: Tensor, start_B: Tensor, valid_BL: Tensor) -> Tensor:
