@@ -11,7 +11,7 @@
 // and every sum has an order of its own, so the number of threads changes no bit.
 #pragma once
 #include "adding.h"
-#include "pool.h"
+#include "step.h"
 
 namespace aerogel {
 namespace UNIT {
@@ -22,6 +22,10 @@ constexpr int64_t kAlone = 1 << 13;      // products below which a second thread
 inline int64_t filled(int64_t count) { return (count + 15) / 16 * 16; }
 
 constexpr int64_t kFarAhead = 1024;  // bytes of outliers that are moved close before they are needed
+constexpr int64_t kTurned = 1024;    // columns whose inputs are turned round at a time
+// Whether inputs of 16 bits stay what they are: half the bytes to read at random. Elsewhere widening them takes longer than that
+// saves, and every type costs seconds of compiling.
+constexpr bool kKeepsType = kNative == 16;
 
 typedef float F4 __attribute__((vector_size(16)));
 typedef uint32_t U4 __attribute__((vector_size(16)));
@@ -88,53 +92,61 @@ INLINE F16 read_values(const void* from, int64_t first, int64_t count, int32_t t
 #endif
 }
 
+// Columns of outliers first .. first + 15, zeros from the count-th on: values behind the last are zeros, so that their places may be
+// anything that exists. An input that is not finite makes what it joins not a number, which it would be anyway.
+INLINE void read_places(const Beside& b, int64_t first, int64_t count, int32_t (&to)[16]) {
+    const char* from = static_cast<const char*>(b.column) + first * b.column_bytes;
+    if (count >= 16) {
+        if (b.column_bytes == 4) {
+            memcpy(to, from, sizeof to);
+        } else {
+            int16_t narrow[16];
+            memcpy(narrow, from, sizeof narrow);
+            for (int j = 0; j < 16; ++j) to[j] = narrow[j];
+        }
+        return;
+    }
+    memset(to, 0, sizeof to);
+    for (int64_t j = 0; j < count; ++j) {
+        int16_t narrow;
+        if (b.column_bytes == 4) memcpy(to + j, from + 4 * j, 4);
+        if (b.column_bytes == 2) memcpy(&narrow, from + 2 * j, 2), to[j] = narrow;
+    }
+}
+
 // sums += values[j] * input at places[j] over a vector of values, in sums that take turns: no product waits for the last.
 constexpr int kSums = 8;
-template <int W, int32_t TYPE, class Place>
-INLINE void join(const F16& values, const char* x, Place place, typename Tokens<W>::V (&sums)[kSums]) {
+template <int W, int32_t TYPE>
+INLINE void join(const F16& values, const char* x, const int32_t (&place)[16], typename Tokens<W>::V (&sums)[kSums]) {
     float value[16];
     store(value, values);
     // Taken from memory, a number reaches all lanes with its load; the compiler would rather cut it out of the register.
     if constexpr (W > 1) asm volatile("" : "+m"(value));
     repeat<16>([&](int j) ALWAYS {
-        sums[j % kSums] = Tokens<W>::joined(value[j], Tokens<W>::template input<TYPE>(x, place(j)), sums[j % kSums]);
+        sums[j % kSums] = Tokens<W>::joined(value[j], Tokens<W>::template input<TYPE>(x, place[j]), sums[j % kSums]);
     });
 }
 
-// The last outliers of a row. Values behind them are zeros, so that places behind them may be anything that exists: an input that
-// is not finite makes what it joins not a number, which it would be anyway.
-template <int W, int32_t TYPE, class Column>
-INLINE void join_rest(const Beside& b, const char* x, int64_t first, int64_t count, typename Tokens<W>::V (&sums)[kSums]) {
-    const Column* column = static_cast<const Column*>(b.column) + first;
-    const F16 values = read_values(b.value, first, count, b.value_type);
-    if (first + 16 <= b.outliers) {
-        join<W, TYPE>(values, x, [&](int j) ALWAYS { return static_cast<int64_t>(column[j]); }, sums);
-    } else {
-        join<W, TYPE>(values, x, [&](int j) ALWAYS { return static_cast<int64_t>(column[j < count ? j : 0]); }, sums);
-    }
-}
-
 // What the outliers of a row add for a block of tokens.
-template <int W, int32_t TYPE, class Column>
+template <int W, int32_t TYPE>
 INLINE typename Tokens<W>::V outliers_of(const Beside& b, const char* x, int64_t row) {
     typename Tokens<W>::V sums[kSums];
     repeat<kSums>([&](int j) ALWAYS { sums[j] = Tokens<W>::none(); });
     const int64_t end = b.start[row + 1];
-    int64_t i = b.start[row];
-    for (; i + 16 <= end; i += 16) {
-        const Column* column = static_cast<const Column*>(b.column) + i;
-        __builtin_prefetch(reinterpret_cast<const char*>(column) + kFarAhead);
+    for (int64_t i = b.start[row]; i < end; i += 16) {
+        int32_t place[16];
+        __builtin_prefetch(static_cast<const char*>(b.column) + b.column_bytes * i + kFarAhead);
         __builtin_prefetch(static_cast<const char*>(b.value) + 2 * i + kFarAhead);
-        join<W, TYPE>(load_floats(b.value, i, b.value_type), x, [&](int j) ALWAYS { return static_cast<int64_t>(column[j]); }, sums);
+        read_places(b, i, end - i, place);
+        join<W, TYPE>(read_values(b.value, i, end - i, b.value_type), x, place, sums);
     }
-    if (i < end) join_rest<W, TYPE, Column>(b, x, i, end - i, sums);
     repeat<4>([&](int j) ALWAYS { sums[j] = sums[j] + sums[j + 4]; });
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // Inputs of the outliers of some rows, four tokens each, in the outliers' order. They are copied, many at a time, before they are
 // multiplied: the loads of a copy wait for nothing, and whole vectors of products are left.
-template <int32_t TYPE, class Column>
+template <int32_t TYPE>
 struct Copied {
     static constexpr int64_t kMost = 256, kEach = 4 * (TYPE == kFloat32 ? 4 : 2);
     alignas(64) char inputs[kMost * kEach];
@@ -142,14 +154,17 @@ struct Copied {
 
     // Inputs of outliers i .. i + 15, of those there are before `end`.
     INLINE const char* at(const Beside& b, const char* x, int64_t i, int64_t end) {
-        if (i < first || (i + 16 < end ? i + 16 : end) > stop) copy(b, x, i, end);
+        if (i < first || (i + 16 < end ? i + 16 : end) > stop) {
+            first = i, stop = i + kMost < end ? i + kMost : end;
+            b.column_bytes == 2 ? copy<int16_t>(b, x) : copy<int32_t>(b, x);
+        }
         return inputs + (i - first) * kEach;
     }
 
 private:
-    __attribute__((noinline)) void copy(const Beside& b, const char* x, int64_t from, int64_t end) {
-        first = from, stop = from + kMost < end ? from + kMost : end;
-        const Column *column = static_cast<const Column*>(b.column) + from, *last = static_cast<const Column*>(b.column) + stop;
+    template <class Column>
+    __attribute__((noinline)) void copy(const Beside& b, const char* x) {
+        const Column *column = static_cast<const Column*>(b.column) + first, *last = static_cast<const Column*>(b.column) + stop;
         __builtin_prefetch(reinterpret_cast<const char*>(last) + kFarAhead);
         char* to = inputs;
         for (; column + 4 <= last; column += 4, to += 4 * kEach) {
@@ -177,8 +192,8 @@ INLINE F16 four_times(const F16& values) {
 }
 
 // What the outliers of a row add for four tokens; `end` is that of the rows whose inputs are copied together.
-template <int32_t TYPE, class Column>
-INLINE F4 outliers_of_four(const Beside& b, const char* x, int64_t row, int64_t end, Copied<TYPE, Column>& copied) {
+template <int32_t TYPE>
+INLINE F4 outliers_of_four(const Beside& b, const char* x, int64_t row, int64_t end, Copied<TYPE>& copied) {
     F16 sums[4] = {zero_f(), zero_f(), zero_f(), zero_f()};
     const int64_t stop = b.start[row + 1];
     int64_t i = b.start[row];
@@ -206,7 +221,7 @@ INLINE F4 outliers_of_four(const Beside& b, const char* x, int64_t row, int64_t 
 
 // What the kept columns add to four rows: one reading of the inputs for all. Rows beyond the last repeat it.
 template <int W>
-INLINE void kept_of(const Beside& b, const float* kept, int64_t row, typename Tokens<W>::V (&sums)[4]) {
+__attribute__((noinline)) void kept_of(const Beside& b, const float* kept, int64_t row, typename Tokens<W>::V (&sums)[4]) {
     int64_t at[4];
     for (int64_t r = 0; r < 4; ++r) at[r] = (row + r < b.rows ? row + r : b.rows - 1) * b.kept;
     F16 vectors[4] = {zero_f(), zero_f(), zero_f(), zero_f()};
@@ -240,11 +255,11 @@ inline void add_sums(const Beside& b, int64_t block, int64_t row, int64_t rows, 
     }
 }
 
-template <int W, int32_t TYPE, class Column>
+template <int W, int32_t TYPE>
 inline void add_rows(const Beside& b, const Inputs& inputs, int64_t first, int64_t stop) {
-    Copied<TYPE, Column> copied;
+    Copied<TYPE> copied;
     for (int64_t block = 0; block * W < b.tokens; ++block) {
-        const char* x = inputs.all + block * b.columns * W * (W == 1 ? 4 : size_of(TYPE));
+        const char* x = inputs.all + block * b.columns * W * size_of(TYPE);
         const float* kept = inputs.kept + block * filled(b.kept) * W;
         for (int64_t row = first; row < stop; row += 16) {
             const int64_t rows = stop - row < 16 ? stop - row : 16;
@@ -252,8 +267,8 @@ inline void add_rows(const Beside& b, const Inputs& inputs, int64_t first, int64
             copied.first = copied.stop = 0;
             for (int64_t r = 0; b.start && r < rows; ++r) {
                 typename Tokens<W>::V sum;
-                if constexpr (W == 4) sum = outliers_of_four<TYPE, Column>(b, x, row + r, b.start[row + rows], copied);
-                if constexpr (W != 4) sum = outliers_of<W, TYPE, Column>(b, x, row + r);
+                if constexpr (W == 4) sum = outliers_of_four<TYPE>(b, x, row + r, b.start[row + rows], copied);
+                if constexpr (W != 4) sum = outliers_of<W, TYPE>(b, x, row + r);
                 memcpy(sums + r * W, &sum, sizeof sum);
             }
             for (int64_t r = 0; b.kept && r < rows; r += 4) {
@@ -284,31 +299,26 @@ inline void turn_round16(const Beside& b, int64_t block, int64_t first, int64_t 
         }
     }
 }
+// The same as floats.
 template <int W>
-inline void turn_round32(const Beside& b, int64_t block, int64_t first, int64_t stop, char* to) {
-    const float* x = static_cast<const float*>(b.x) + block * W * b.columns;
-    float* out = reinterpret_cast<float*>(to) + block * W * b.columns;
-    for (int64_t k = first; k < stop; ++k) {
-        for (int64_t token = 0; token < W; ++token) out[k * W + token] = block * W + token < b.tokens ? x[token * b.columns + k] : 0.0f;
+inline void turn_round(const Beside& b, int64_t block, int64_t first, int64_t stop, float* to) {
+    float row[kTurned];
+    for (int64_t token = 0; token < W; ++token) {
+        const int64_t number = block * W + token;
+        memset(row, 0, sizeof row);
+        if (number < b.tokens) to_floats(b.x, number * b.columns + first, b.type, row, stop - first);
+        for (int64_t k = first; k < stop; ++k) to[(block * b.columns + k) * W + token] = row[k - first];
     }
 }
 
-inline void to_floats_all(const Beside& b, float* to) {
-    int64_t i = 0;
-    for (; i + 16 <= b.columns; i += 16) store(to + i, load_floats(b.x, i, b.type));
-    for (; i < b.columns; ++i) to[i] = read_float(b.x, i, b.type);
-}
-
-template <int W>
+template <int W, int32_t TYPE>
 inline void place_inputs(const Beside& b, int threads, char* all, float* kept) {
-    if (b.start && W == 1) to_floats_all(b, reinterpret_cast<float*>(all));
-    if (b.start && W > 1) {
-        constexpr int64_t kStep = 1024;
-        const int64_t steps = ceil_div(b.columns, kStep);
+    if (b.start) {
+        const int64_t steps = ceil_div(b.columns, kTurned);
         parallel(steps * ceil_div(b.tokens, W), b.tokens > 4 ? threads : 1, [&](int64_t piece, int) {
-            const int64_t first = piece % steps * kStep, stop = first + kStep < b.columns ? first + kStep : b.columns;
-            if (b.type == kFloat32) return turn_round32<W>(b, piece / steps, first, stop, all);
-            turn_round16<W>(b, piece / steps, first, stop, all);
+            const int64_t first = piece % steps * kTurned, stop = first + kTurned < b.columns ? first + kTurned : b.columns;
+            if constexpr (TYPE == kFloat32) turn_round<W>(b, piece / steps, first, stop, reinterpret_cast<float*>(all));
+            if constexpr (TYPE != kFloat32) turn_round16<W>(b, piece / steps, first, stop, all);
         });
     }
     for (int64_t token = 0; token < b.tokens; ++token) {
@@ -320,24 +330,30 @@ inline void place_inputs(const Beside& b, int threads, char* all, float* kept) {
 
 template <int W, int32_t TYPE>
 inline Status prepare_in_blocks(const Beside& b, int threads, Adding& to) {
-    const int64_t padded = ceil_div(b.tokens, W) * W, each = W == 1 ? 4 : size_of(TYPE);
-    const size_t all_bytes = b.start ? static_cast<size_t>((padded * b.columns * each + 63) / 64 * 64) : 0;
+    const int64_t padded = ceil_div(b.tokens, W) * W;
+    const size_t all_bytes = b.start ? static_cast<size_t>((padded * b.columns * size_of(TYPE) + 63) / 64 * 64) : 0;
     const size_t kept_bytes = static_cast<size_t>(padded * filled(b.kept) * 4);
     char* memory = static_cast<char*>(scratch(kBesideScratch, all_bytes + kept_bytes + 64));
     if (!memory) return kOutOfMemory;
     memset(memory + all_bytes, 0, kept_bytes);
     float* kept = reinterpret_cast<float*>(memory + all_bytes);
-    place_inputs<W>(b, threads, memory, kept);
-    to = {b, {memory, kept}, b.column_bytes == 2 ? add_rows<W, TYPE, int16_t> : add_rows<W, TYPE, int32_t>, false};
+    place_inputs<W, TYPE>(b, threads, memory, kept);
+    to = {b, {memory, kept}, add_rows<W, TYPE>, false};
     return kDone;
 }
 
+template <int W>
+inline Status prepare_for(const Beside& b, int threads, Adding& to) {
+    if constexpr (kKeepsType && W > 1) {
+        if (b.type == kFloat16) return prepare_in_blocks<W, kFloat16>(b, threads, to);
+        if (b.type == kBfloat16) return prepare_in_blocks<W, kBfloat16>(b, threads, to);
+    }
+    return prepare_in_blocks<W, kFloat32>(b, threads, to);
+}
+
 inline Status prepare(const Beside& b, int threads, Adding& to) {
-    const bool few = b.tokens <= 4;
-    if (b.tokens == 1) return prepare_in_blocks<1, kFloat32>(b, threads, to);
-    if (b.type == kFloat32) return few ? prepare_in_blocks<4, kFloat32>(b, threads, to) : prepare_in_blocks<16, kFloat32>(b, threads, to);
-    if (b.type == kFloat16) return few ? prepare_in_blocks<4, kFloat16>(b, threads, to) : prepare_in_blocks<16, kFloat16>(b, threads, to);
-    return few ? prepare_in_blocks<4, kBfloat16>(b, threads, to) : prepare_in_blocks<16, kBfloat16>(b, threads, to);
+    if (b.tokens == 1) return prepare_for<1>(b, threads, to);
+    return b.tokens <= 4 ? prepare_for<4>(b, threads, to) : prepare_for<16>(b, threads, to);
 }
 
 inline Status add_beside(const Beside& b) {

@@ -45,15 +45,15 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 UNITS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
-        "avx2": _AVX2,
-        "avxvnni": (*_AVX2, "-mavxvnni"),
-        "avx512": _AVX512,
         "avx512bf16": (*_AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2"),
+        "avx2": _AVX2,
+        "avx512": _AVX512,
+        "avxvnni": (*_AVX2, "-mavxvnni"),
         "amx": (*_AVX512, "-mamx-tile", "-mamx-int8"),
     },
     "aarch64": {"neon": ("-march=armv8.2-a+dotprod+fp16",)},
 }
-"""Flags of each unit beyond the portable one, by architecture."""
+"""Flags of each unit beyond the portable one, by architecture; those that take longest to compile first."""
 
 
 class BuildError(Exception):

@@ -85,7 +85,7 @@ inline void finish(const Plan& plan, int64_t strip, int64_t block, const float* 
 // What is compiled for every width and form of codes: a loop for few rows, and the decoding of a panel. All that
 // lies around them is compiled once for an arithmetic.
 using Strips = void (*)(const Plan&, int64_t first, int64_t block, float* totals);
-using Decode = void (*)(const Plan&, int64_t first_strip, int64_t first, int64_t count, uint8_t* operands, I16* begin);
+using Decode = void (*)(const Plan&, int64_t R, int64_t first_strip, int64_t first, int64_t count, uint8_t* operands, I16* begin);
 
 // What threads take of `all`: pieces of `size`, and what would be the last one of each thread in pieces of `part`, so that all end
 // together.
@@ -141,7 +141,7 @@ void panels(const Plan& plan, Decode decode, int64_t start, int64_t stop, int64_
     for (int64_t tile = 0; tile < plan.tiles; tile += step) {
         const int64_t tiles = plan.tiles - tile < step ? plan.tiles - tile : step;
         for (int64_t strip = start; strip < stop; strip += R) {
-            decode(plan, strip, tile, tiles, operands, begin);
+            decode(plan, R, strip, tile, tiles, operands, begin);
             if constexpr (P::kFolds) {
                 if (plan.folded) fold<P, R>(plan, strip, tile, tiles, operands);
             }
@@ -234,16 +234,16 @@ Status multiply_form(Plan& plan) {
     P::template write_decoder<BITS, FORM>(*plan.weight, plan.decoder);
     plan.bias = static_cast<float>(P::template bias<BITS, FORM>());
     if constexpr (P::kTiles) {
-        return many<P, kRange, 4, kTileRows>(plan, decode<P, BITS, FORM, 4>);
+        return many<P, kRange, 4, kTileRows>(plan, decode<P, BITS, FORM>);
     } else if constexpr (P::kOnlyOneRow) {
         if constexpr (paired(BITS)) few(plan, 1, strips<P, BITS, FORM, 1, 1, false>);
     } else if (plan.few) {
         few(plan, strips_for(plan.block_rows, plan.segment_tiles == 0), plan.segment_tiles ? loop_for<P, BITS, FORM, false>(plan.block_rows)
                                                                   : loop_for<P, BITS, FORM, true>(plan.block_rows));
     } else if (plan.block_rows == 1) {
-        return many<P, kRange, kThinStrips, 1>(plan, decode<P, BITS, FORM, kThinStrips>);
+        return many<P, kRange, kThinStrips, 1>(plan, decode<P, BITS, FORM>);
     } else {
-        return many<P, kRange, kPanelStrips, kPanelRows>(plan, decode<P, BITS, FORM, kPanelStrips>);
+        return many<P, kRange, kPanelStrips, kPanelRows>(plan, decode<P, BITS, FORM>);
     }
     return kDone;
 }

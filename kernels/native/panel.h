@@ -22,19 +22,19 @@ inline __attribute__((noinline)) U16 byte_offsets(const Plan& plan, int64_t stri
 }
 
 // Operands of tiles first .. first + count - 1 of R strips: [tile][step][operand][strip], signed codes where the arithmetic wants
-// them. Where activations are moved, `begin` [segment][strip] gets what the sums of each segment begin with.
-template <class P, int BITS, Form FORM, int R>
-void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count, uint8_t* to, I16* begin) {
+// them. One function for any R, which only says how far apart vectors lie. Where activations are moved, `begin` [segment][strip] gets what the sums of each segment begin with.
+template <class P, int BITS, Form FORM>
+void decode(const Plan& plan, int64_t R, int64_t first_strip, int64_t first, int64_t count, uint8_t* to, I16* begin) {
     constexpr bool kMoves = P::template moves<BITS>();
     const typename P::Decoder decoder = P::template decoder<BITS, FORM>(plan.decoder);
     const int64_t first_segment = plan.segment_tiles ? first / plan.segment_tiles : 2 * first;
     if constexpr (kMoves) memset(begin, 0, sizeof(I16) * 2 * static_cast<size_t>(count * R));
     for (int64_t tile = first; tile < first + count; ++tile) {
-#pragma GCC unroll 1  // more of it would only take long to compile
-        for (int r = 0; r < R; ++r) {
+        for (int64_t r = 0; r < R; ++r) {
             const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
             const uint8_t* codes = static_cast<const uint8_t*>(plan.weight->codes) + strip * plan.strip_bytes + tile * tile_bytes<BITS>();
             U16 offsets, picks;
+            uint8_t* operand = to + r * kVector;
             unroll<8>([&](auto step) ALWAYS {
                 typename P::Operand w[P::kOperands];
                 const int64_t segment = plan.segment_tiles ? tile / plan.segment_tiles : 2 * tile + step / 4;
@@ -50,7 +50,7 @@ void decode(const Plan& plan, int64_t first_strip, int64_t first, int64_t count,
                         sum = P::less_moved(sum, w[0]);
                     }
                 }
-                unroll<P::kOperands>([&](auto o) ALWAYS { store(to + ((step * P::kOperands + o) * R + r) * kVector, w[o]); });
+                unroll<P::kOperands>([&](auto o) ALWAYS { store(operand, w[o]), operand += R * kVector; });
             });
         }
         to += 8 * P::kOperands * R * kVector;
