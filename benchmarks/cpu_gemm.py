@@ -12,9 +12,9 @@ median.
 
 For one token, a product is held against reading alone, in rounds of their own that hold nothing else: as many bytes as the
 weight has, read by the same threads from copies as cold as the weight's; the product; and LONG_BYTES in one go, which pays for
-no start and no end. `share_of_read` and `share_of_bandwidth` are medians of the rounds' ratios to the first and to the last,
-with their quartiles: the bandwidth of a machine that others use as well moves by half within minutes, and both sides of a ratio
-must see it.
+no start and no end. Both are read in four streams for each thread, which is faster than one. `share_of_read` and
+`share_of_bandwidth` are medians of the rounds' ratios to the first and to the last, with their quartiles: the bandwidth of a
+machine that others use as well moves by half within minutes, and both sides of a ratio must see it.
 
 # make bench: --seconds 1 --shapes 4096x4096
 """

@@ -234,13 +234,14 @@ INLINE void totals_of(const F16 (&v)[N], float (&to)[N]) {
     for (int i = 0; i < N; ++i) to[i] = total_of(v[i]);
 }
 
-// Reads a multiple of 256 bytes as fast as memory gives them; what comes back depends on every byte.
+// Reads a multiple of 256 bytes as fast as memory gives them; what comes back depends on every byte. Four quarters at a time, as
+// a product reads four strips: what a machine reads ahead ends with a page, and one stream alone gets three quarters of the speed.
 inline uint64_t read_all(const void* memory, int64_t bytes) {
     const char* from = static_cast<const char*>(memory);
     U16 seen[4];
     for (U16& each : seen) each = spread<U16>(0u);
-    for (int64_t at = 0; at < bytes; at += 256) {
-        unroll<4>([&](auto i) ALWAYS { seen[i] = seen[i] | load<U16>(from + at + 64 * i); });
+    for (int64_t at = 0; at < bytes / 4; at += 64) {
+        unroll<4>([&](auto i) ALWAYS { seen[i] = seen[i] | load<U16>(from + i * (bytes / 4) + at); });
     }
     uint64_t words[8];
     store(words, (seen[0] | seen[1]) | (seen[2] | seen[3]));
