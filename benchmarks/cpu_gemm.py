@@ -11,10 +11,11 @@ faster where the processor has no bfloat16 products; `over_fastest_dense` compar
 median.
 
 For one token, a product is held against reading alone, in rounds of their own that hold nothing else: as many bytes as the
-weight has, read by the same threads from copies as cold as the weight's; the product; and LONG_BYTES in one go, which pays for
-no start and no end. Both are read in four streams for each thread, which is faster than one. `share_of_read` and
-`share_of_bandwidth` are medians of the rounds' ratios to the first and to the last, with their quartiles: the bandwidth of a
-machine that others use as well moves by half within minutes, and both sides of a ratio must see it.
+weight has, read by the same threads from copies as cold as the weight's; the product, one call of the compiled library as a
+model's list of operations makes it; and LONG_BYTES in one go, which pays for no start and no end. Both are read in four streams
+for each thread, which is faster than one. `share_of_read` and `share_of_bandwidth` are medians of the rounds' ratios to the
+first and to the last, with their quartiles: the bandwidth of a machine that others use as well moves by half within minutes,
+and both sides of a ratio must see it.
 
 # make bench: --seconds 1 --shapes 4096x4096
 """
@@ -22,6 +23,7 @@ machine that others use as well moves by half within minutes, and both sides of 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -29,12 +31,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from aerogel.eval.machine import machine
 from aerogel.kernels.dispatch import kernel
+from aerogel.kernels.gemm.cpu import Native, structs
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Problem
 from aerogel.quantize.grids import Codes, IntGrid
@@ -59,14 +62,24 @@ def copies(layout: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     return [{name: tensor.clone() for name, tensor in layout.items()} for _ in range(min(16, -(-COPY_BYTES // size)))]
 
 
-def contenders(N: int, K: int, bits: int, group: int, x: torch.Tensor) -> dict[str, tuple[Callable[[int], Any], int]]:
-    """Name to (run number i, bytes of the weight)."""
+class Contender(NamedTuple):
+    """name: of the kernel, where it is ours. run: a turn by its number. size: of the weight in bytes. held: its copies."""
+
+    name: str
+    run: Callable[[int], Any]
+    size: int
+    held: list[dict[str, torch.Tensor]]
+
+
+def contenders(N: int, K: int, bits: int, group: int, x: torch.Tensor) -> dict[str, Contender]:
+    """By name."""
     codes = codes_of(N, K, bits, group)
-    found: dict[str, tuple[Callable[[int], Any], int]] = {}
+    found: dict[str, Contender] = {}
 
     def add(name: str, run: Callable[[dict[str, torch.Tensor]], Any], layout: dict[str, torch.Tensor]) -> None:
         held = copies(layout)
-        found[name] = (lambda i: run(held[i % len(held)]), sum(tensor.nbytes for tensor in layout.values()))
+        size = sum(tensor.nbytes for tensor in layout.values())
+        found[name] = Contender(name, lambda i: run(held[i % len(held)]), size, held)
 
     for name in ("cpu", "cpu-int8", "torch-int4-cpu"):
         problem = Problem(format="pack-quantized", grid=codes.grid, N=N, K=K, dtype=x.dtype, fast=name == "cpu-int8")
@@ -108,7 +121,7 @@ def measure(N: int, K: int, M: int, bits: int, group: int, seconds: float) -> di
     for number in range(-1, 1000):
         if number >= 3 and time.perf_counter() > end:
             break
-        for name, (run, _) in running.items():
+        for name, (_, run, _, _) in running.items():
             run(2 * number + 2)
             start = time.perf_counter()
             run(2 * number + 3)
@@ -116,33 +129,37 @@ def measure(N: int, K: int, M: int, bits: int, group: int, seconds: float) -> di
                 times[name].append(time.perf_counter() - start)
     row: dict[str, Any] = {"N": N, "K": K, "M": M, "bits": bits, "group": group, "rounds": len(times["cpu"])}
     if M == 1:
-        row["reading"] = {
-            name: shares(*running[name], torch.get_num_threads(), seconds) for name in ("cpu", "cpu-int8") if name in running
-        }
+        row["reading"] = {name: shares(x, N, group, running[name], seconds) for name in ("cpu", "cpu-int8") if name in running}
     fastest = min(DENSE, key=lambda name: statistics.median(times[name]))
     for name, taken in times.items():
         over, over_fastest = (ratio(times[dense], taken) for dense in ("dense-bf16", fastest))
         middle = statistics.median(taken)
-        rate = running[name][1] / middle / 1e9
+        rate = running[name].size / middle / 1e9
         row[name] = {"us": middle * 1e6, "over_dense": over, "over_fastest_dense": over_fastest, "GB_per_s": rate}
     return row
 
 
-def shares(run: Callable[[int], Any], size: int, threads: int, seconds: float) -> dict[str, Any]:
-    """Of a product `run(number)` of one token with a weight of `size` bytes: see the module's text."""
-    same = [torch.ones(size, dtype=torch.uint8) for _ in range(min(16, -(-COPY_BYTES // size)))]
+def shares(x: torch.Tensor, N: int, group: int, contender: Contender, seconds: float) -> dict[str, Any]:
+    """Of a compiled product of one token: see the module's text."""
+    threads, size, y = torch.get_num_threads(), contender.size, torch.empty(1, N, dtype=x.dtype)
+    ours = kernel(contender.name)
+    assert issubclass(ours, Native)
+    numerics = library.NUMERICS[ours.numerics]
+    calls = [structs(x, held["codes"], held["scale"], None, None, y, N, group, numerics) for held in contender.held]
+    same = [torch.ones(size, dtype=torch.uint8) for _ in range(len(calls))]
     whole = torch.ones(LONG_BYTES, dtype=torch.uint8)
     rates: dict[str, list[float]] = {"read": [], "product": [], "long_read": []}
     end = time.perf_counter() + seconds
     for number in range(-1, 100000):
         if number >= 20 and time.perf_counter() > end:
             break
-        library.read_bandwidth(same[2 * number % len(same)], threads)  # the first of two wakes the threads
+        library.read_bandwidth(same[2 * number % len(same)], threads)  # the first of two wakes the threads, here and below
         read = library.read_bandwidth(same[(2 * number + 1) % len(same)], threads)
-        run(2 * number + 2)
-        start = time.perf_counter()
-        run(2 * number + 3)
-        taken = time.perf_counter() - start
+        for turn in (2 * number, 2 * number + 1):
+            weight, call = (ctypes.byref(struct) for struct in calls[turn % len(calls)])
+            start = time.perf_counter()
+            library.library().aerogel_native_gemm(weight, call)
+            taken = time.perf_counter() - start
         found = {"read": read, "product": size / taken, "long_read": library.read_bandwidth(whole, threads)}
         for name, rate in found.items() if number >= 0 else ():
             rates[name].append(rate / 1e9)
