@@ -266,7 +266,7 @@ Status multiply(Plan& plan) {
 // more for a row, but its blocks are smaller, and of many long rows it finds more in the second-level cache.
 template <class P>
 bool decodes_anew(const Plan& plan) {
-    if (P::kOperands != 2 || plan.folded || plan.call->tokens > kFewTokens) return false;
+    if (P::kOperands != 2 || plan.call->tokens > kFewTokens) return false;
     const int64_t whole = ceil_div(plan.call->tokens, most_rows<P>() / plan.terms) * most_rows<P>();
     return 8 * whole <= 9 * kPanelRows * ceil_div(plan.call->tokens, kPanelRows / plan.terms);
 }
@@ -285,6 +285,7 @@ void choose_blocks(Plan& plan) {
         for (plan.block_rows = 1; plan.block_rows < wanted;) plan.block_rows *= 2;
         if (plan.block_rows == 2 && sizes == kSomeSizes) plan.block_rows = 4;
     }
+    if (!plan.few && P::folds(*plan.weight, rows)) set_segments<P>(plan, true);
     plan.moved = !plan.few && kMoves[plan.weight->bits == 8];
     // A block holds whole tokens.
     plan.tokens_per_block = plan.block_rows / plan.terms;

@@ -78,6 +78,17 @@ inline int64_t segment_tiles(const Columns& columns, int64_t longest) {
     return tiles;
 }
 
+// The segments of a plan, which know no groups where scales are folded.
+template <class P>
+inline void set_segments(Plan& plan, bool folded) {
+    plan.folded = folded;
+    plan.segment_tiles = folded ? P::kLongestSegment / kTile : segment_tiles(plan.columns, P::kLongestSegment);
+    plan.segments = plan.segment_tiles ? ceil_div(plan.tiles, plan.segment_tiles) : 2 * plan.tiles;
+    plan.segments_per_group = plan.columns.groups == 1 || folded ? plan.segments
+                              : plan.segment_tiles               ? plan.columns.group / kTile / plan.segment_tiles
+                                                                 : plan.columns.group / 16;
+}
+
 template <class P>
 inline Plan make_plan(const Weight& weight, const Call& call) {
     Plan plan{};
@@ -86,12 +97,7 @@ inline Plan make_plan(const Weight& weight, const Call& call) {
     plan.strips = ceil_div(weight.rows, kStrip), plan.tiles = ceil_div(plan.columns.count, kTile);
     plan.strip_bytes = plan.tiles * kVector * weight.bits;
     plan.terms = !P::kTerms || call.x_type == kBfloat16 ? 1 : call.x_type == kFloat16 ? 2 : 3;
-    plan.folded = P::folds(weight, call.tokens * plan.terms);
-    plan.segment_tiles = plan.folded ? P::kLongestSegment / kTile : segment_tiles(plan.columns, P::kLongestSegment);
-    plan.segments = plan.segment_tiles ? ceil_div(plan.tiles, plan.segment_tiles) : 2 * plan.tiles;
-    plan.segments_per_group = plan.columns.groups == 1 || plan.folded ? plan.segments
-                              : plan.segment_tiles               ? plan.columns.group / kTile / plan.segment_tiles
-                                                                 : plan.columns.group / 16;
+    set_segments<P>(plan, false);
     plan.longest_run = P::kOperands == 1 ? 1 : P::kLongestSegment / 16;
     plan.row_bytes = 8 * P::kOperands * P::kWordBytes;
     return plan;
