@@ -36,9 +36,9 @@ constexpr int PARTIAL_STRIDE = BLOCK_ROWS + 4;  // of one token: four tokens of 
 // With more tokens the sparse instruction, which takes two thirds longer, costs more than the decoding that it saves.
 constexpr bool CHOSEN = FOLDED && BITS == 1 && TOKEN_TILES == 1, FOLDS = FOLDED && !CHOSEN;
 
-// Offsets of four planes go through the sums of x, as zero points do, where several row tiles share these; one alone would pay more for
-// them than four additions a step, and in registers.
-constexpr bool OFFSETS_OF_SUMS = PLANES && ZERO && ROW_TILES > 1;
+// Offsets of four planes go through the sums of x, as zero points do, where enough row tiles share these; fewer would pay more for them
+// than four additions a step, and in registers.
+constexpr bool OFFSETS_OF_SUMS = PLANES && ZERO && ROW_TILES > TOKEN_TILES;
 
 INLINE int table_room(int tables) {
   return MADE ? WARPS * ROW_TILES * MADE_BYTES : PAIRED ? TABLES * PAIR_BYTES : COPIED ? ENTRIES_BYTES : BY_ROWS ? BLOCK_TILES * ROW_TABLE_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
@@ -160,7 +160,7 @@ INLINE void multiply_chosen(u32 word, int w, const Tokens& x, float (*part)[4]) 
       u32 b[2][4];
       UNROLL for (int h = 0; h < 2; h++) UNROLL for (int r = 0; r < 4; r++) {
         const u32 columns = x.fragments[n][8 * w + 4 * (r & 1) + 2 * h + (r >> 1)];
-        b[h][r] = __byte_perm(columns, SIGNS ? columns ^ 0x80008000u : multiply_pairs(columns, 0), e ? 0x7632 : 0x5410);
+        b[h][r] = __byte_perm(columns, multiply_pairs(columns, SIGNS ? less : 0), e ? 0x7632 : 0x5410);
       }
       matrix_multiply_chosen<0>(part[n], a, b[0], places, part[n]);
       matrix_multiply_chosen<1>(part[n], a, b[1], places, part[n]);
