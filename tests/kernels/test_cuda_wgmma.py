@@ -68,16 +68,20 @@ def test_chooses_a_cut_that_fits_for_any_weight(N: int, K: int, bits: int, group
 
 def test_every_measured_configuration_fits() -> None:
     entries = cuda_wgmma_table.table("NVIDIA H100 80GB HBM3")
-    assert len(entries) == 60
+    assert len(entries) == 68
     for key, by_tokens in entries.items():
         kind, group, shape = key.split("/")
         N, K = (int(size) for size in shape.split("x"))
-        bits, held = (
-            int(kind[0]),
-            {"t": {"table": 1}, "r": {"table": N}, "p": {"table": 2, "pick": torch.uint8}}.get(kind[1:], {}),
-        )
-        held |= {"f": {"scale": torch.uint8}, "b": {"scale": OF_ROWS, "zero": torch.bfloat16}}.get(kind[1:], {})
-        weight = replace(meta_weight(N, K, bits, int(group[1:]), **held), floats=int(kind == "4f"))
+        kinds: dict[str, dict[str, Any]] = {
+            "4t": {"table": 1},
+            "8t": {"table": 1},
+            "4r": {"table": N},
+            "4p": {"table": 2, "pick": torch.uint8},
+            "4f": {"scale": torch.uint8},
+            "4b": {"scale": OF_ROWS, "zero": torch.bfloat16},
+        }
+        bits, held = int(kind[0]), kinds.get(kind, {})
+        weight = replace(meta_weight(N, K, bits, int(group[1:]), **held), floats={"4f": 1, "8f": 3}.get(kind, 0))
         assert key == cuda_table.places(weight)[0]
         for tokens, entry in by_tokens.items():
             assert fits(weight, Config(**entry["config"])), (key, tokens)
