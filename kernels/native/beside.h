@@ -92,25 +92,23 @@ INLINE F16 read_values(const void* from, int64_t first, int64_t count, int32_t t
 #endif
 }
 
-// Columns of outliers first .. first + 15, zeros from the count-th on: values behind the last are zeros, so that their places may be
-// anything that exists. An input that is not finite makes what it joins not a number, which it would be anyway.
-INLINE void read_places(const Beside& b, int64_t first, int64_t count, int32_t (&to)[16]) {
+// Columns of outliers first .. first + 15, also where they belong to the next rows, and zeros behind the last of all: values behind
+// a row's last are zeros, so that their places may be anything that exists. An input that is not finite makes what it joins not a
+// number, which it would be anyway.
+INLINE void read_places(const Beside& b, int64_t first, int32_t (&to)[16]) {
     const char* from = static_cast<const char*>(b.column) + first * b.column_bytes;
-    if (count >= 16) {
-        if (b.column_bytes == 4) {
-            memcpy(to, from, sizeof to);
-        } else {
-            int16_t narrow[16];
-            memcpy(narrow, from, sizeof narrow);
-            for (int j = 0; j < 16; ++j) to[j] = narrow[j];
-        }
-        return;
+    int16_t narrow[16] = {};
+    const int64_t left = b.outliers - first;
+    if (left < 16) {
+        memset(to, 0, sizeof to);
+        memcpy(b.column_bytes == 4 ? static_cast<void*>(to) : narrow, from, static_cast<size_t>(left * b.column_bytes));
+    } else if (b.column_bytes == 4) {
+        memcpy(to, from, sizeof to);
+    } else {
+        memcpy(narrow, from, sizeof narrow);
     }
-    memset(to, 0, sizeof to);
-    for (int64_t j = 0; j < count; ++j) {
-        int16_t narrow;
-        if (b.column_bytes == 4) memcpy(to + j, from + 4 * j, 4);
-        if (b.column_bytes == 2) memcpy(&narrow, from + 2 * j, 2), to[j] = narrow;
+    if (b.column_bytes == 2) {
+        for (int j = 0; j < 16; ++j) to[j] = narrow[j];
     }
 }
 
@@ -137,7 +135,7 @@ INLINE typename Tokens<W>::V outliers_of(const Beside& b, const char* x, int64_t
         int32_t place[16];
         __builtin_prefetch(static_cast<const char*>(b.column) + b.column_bytes * i + kFarAhead);
         __builtin_prefetch(static_cast<const char*>(b.value) + 2 * i + kFarAhead);
-        read_places(b, i, end - i, place);
+        read_places(b, i, place);
         join<W, TYPE>(read_values(b.value, i, end - i, b.value_type), x, place, sums);
     }
     repeat<4>([&](int j) ALWAYS { sums[j] = sums[j] + sums[j + 4]; });
