@@ -22,7 +22,7 @@ constexpr int64_t kAlone = 1 << 13;      // products below which a second thread
 inline int64_t filled(int64_t count) { return (count + 15) / 16 * 16; }
 
 constexpr int64_t kFarAhead = 1024;  // bytes of outliers that are moved close before they are needed
-constexpr int64_t kTurned = 1024;    // columns whose inputs are turned round at a time
+constexpr int64_t kTurned = 256;     // columns whose inputs are turned round at a time, in the first-level cache
 // Whether inputs of 16 bits stay what they are: half the bytes to read at random. Elsewhere widening them takes longer than that
 // saves, and every type costs seconds of compiling.
 constexpr bool kKeepsType = kNative == 16;
@@ -92,59 +92,53 @@ INLINE F16 read_values(const void* from, int64_t first, int64_t count, int32_t t
 #endif
 }
 
-// Columns of outliers first .. first + 15, also where they belong to the next rows, and zeros behind the last of all: values behind
-// a row's last are zeros, so that their places may be anything that exists. An input that is not finite makes what it joins not a
-// number, which it would be anyway.
-INLINE void read_places(const Beside& b, int64_t first, int32_t (&to)[16]) {
-    const char* from = static_cast<const char*>(b.column) + first * b.column_bytes;
-    int16_t narrow[16] = {};
-    const int64_t left = b.outliers - first;
-    if (left < 16) {
-        memset(to, 0, sizeof to);
-        memcpy(b.column_bytes == 4 ? static_cast<void*>(to) : narrow, from, static_cast<size_t>(left * b.column_bytes));
-    } else if (b.column_bytes == 4) {
-        memcpy(to, from, sizeof to);
-    } else {
-        memcpy(narrow, from, sizeof narrow);
-    }
-    if (b.column_bytes == 2) {
-        for (int j = 0; j < 16; ++j) to[j] = narrow[j];
-    }
-}
-
 // sums += values[j] * input at places[j] over a vector of values, in sums that take turns: no product waits for the last.
 constexpr int kSums = 8;
-template <int W, int32_t TYPE>
-INLINE void join(const F16& values, const char* x, const int32_t (&place)[16], typename Tokens<W>::V (&sums)[kSums]) {
+template <int W, int32_t TYPE, class Place>
+INLINE void join(const F16& values, const char* x, Place place, typename Tokens<W>::V (&sums)[kSums]) {
     float value[16];
     store(value, values);
     // Taken from memory, a number reaches all lanes with its load; the compiler would rather cut it out of the register.
     if constexpr (W > 1) asm volatile("" : "+m"(value));
     repeat<16>([&](int j) ALWAYS {
-        sums[j % kSums] = Tokens<W>::joined(value[j], Tokens<W>::template input<TYPE>(x, place[j]), sums[j % kSums]);
+        sums[j % kSums] = Tokens<W>::joined(value[j], Tokens<W>::template input<TYPE>(x, place(j)), sums[j % kSums]);
     });
 }
 
+// The last outliers of a row. Values behind them are zeros, so that places behind them may be anything that exists: an input that
+// is not finite makes what it joins not a number, which it would be anyway.
+template <int W, int32_t TYPE, class Column>
+INLINE void join_rest(const Beside& b, const char* x, int64_t first, int64_t count, typename Tokens<W>::V (&sums)[kSums]) {
+    const Column* column = static_cast<const Column*>(b.column) + first;
+    const F16 values = read_values(b.value, first, count, b.value_type);
+    if (first + 16 <= b.outliers) {
+        join<W, TYPE>(values, x, [&](int j) ALWAYS { return static_cast<int64_t>(column[j]); }, sums);
+    } else {
+        join<W, TYPE>(values, x, [&](int j) ALWAYS { return static_cast<int64_t>(column[j < count ? j : 0]); }, sums);
+    }
+}
+
 // What the outliers of a row add for a block of tokens.
-template <int W, int32_t TYPE>
+template <int W, int32_t TYPE, class Column>
 INLINE typename Tokens<W>::V outliers_of(const Beside& b, const char* x, int64_t row) {
     typename Tokens<W>::V sums[kSums];
     repeat<kSums>([&](int j) ALWAYS { sums[j] = Tokens<W>::none(); });
     const int64_t end = b.start[row + 1];
-    for (int64_t i = b.start[row]; i < end; i += 16) {
-        int32_t place[16];
-        __builtin_prefetch(static_cast<const char*>(b.column) + b.column_bytes * i + kFarAhead);
+    int64_t i = b.start[row];
+    for (; i + 16 <= end; i += 16) {
+        const Column* column = static_cast<const Column*>(b.column) + i;
+        __builtin_prefetch(reinterpret_cast<const char*>(column) + kFarAhead);
         __builtin_prefetch(static_cast<const char*>(b.value) + 2 * i + kFarAhead);
-        read_places(b, i, place);
-        join<W, TYPE>(read_values(b.value, i, end - i, b.value_type), x, place, sums);
+        join<W, TYPE>(load_floats(b.value, i, b.value_type), x, [&](int j) ALWAYS { return static_cast<int64_t>(column[j]); }, sums);
     }
+    if (i < end) join_rest<W, TYPE, Column>(b, x, i, end - i, sums);
     repeat<4>([&](int j) ALWAYS { sums[j] = sums[j] + sums[j + 4]; });
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // Inputs of the outliers of some rows, four tokens each, in the outliers' order. They are copied, many at a time, before they are
 // multiplied: the loads of a copy wait for nothing, and whole vectors of products are left.
-template <int32_t TYPE>
+template <int32_t TYPE, class Column>
 struct Copied {
     static constexpr int64_t kMost = 256, kEach = 4 * (TYPE == kFloat32 ? 4 : 2);
     alignas(64) char inputs[kMost * kEach];
@@ -152,17 +146,14 @@ struct Copied {
 
     // Inputs of outliers i .. i + 15, of those there are before `end`.
     INLINE const char* at(const Beside& b, const char* x, int64_t i, int64_t end) {
-        if (i < first || (i + 16 < end ? i + 16 : end) > stop) {
-            first = i, stop = i + kMost < end ? i + kMost : end;
-            b.column_bytes == 2 ? copy<int16_t>(b, x) : copy<int32_t>(b, x);
-        }
+        if (i < first || (i + 16 < end ? i + 16 : end) > stop) copy(b, x, i, end);
         return inputs + (i - first) * kEach;
     }
 
 private:
-    template <class Column>
-    __attribute__((noinline)) void copy(const Beside& b, const char* x) {
-        const Column *column = static_cast<const Column*>(b.column) + first, *last = static_cast<const Column*>(b.column) + stop;
+    __attribute__((noinline)) void copy(const Beside& b, const char* x, int64_t from, int64_t end) {
+        first = from, stop = from + kMost < end ? from + kMost : end;
+        const Column *column = static_cast<const Column*>(b.column) + from, *last = static_cast<const Column*>(b.column) + stop;
         __builtin_prefetch(reinterpret_cast<const char*>(last) + kFarAhead);
         char* to = inputs;
         for (; column + 4 <= last; column += 4, to += 4 * kEach) {
@@ -190,8 +181,8 @@ INLINE F16 four_times(const F16& values) {
 }
 
 // What the outliers of a row add for four tokens; `end` is that of the rows whose inputs are copied together.
-template <int32_t TYPE>
-INLINE F4 outliers_of_four(const Beside& b, const char* x, int64_t row, int64_t end, Copied<TYPE>& copied) {
+template <int32_t TYPE, class Column>
+INLINE F4 outliers_of_four(const Beside& b, const char* x, int64_t row, int64_t end, Copied<TYPE, Column>& copied) {
     F16 sums[4] = {zero_f(), zero_f(), zero_f(), zero_f()};
     const int64_t stop = b.start[row + 1];
     int64_t i = b.start[row];
@@ -253,9 +244,9 @@ inline void add_sums(const Beside& b, int64_t block, int64_t row, int64_t rows, 
     }
 }
 
-template <int W, int32_t TYPE>
+template <int W, int32_t TYPE, class Column>
 inline void add_rows(const Beside& b, const Inputs& inputs, int64_t first, int64_t stop) {
-    Copied<TYPE> copied;
+    Copied<TYPE, Column> copied;
     for (int64_t block = 0; block * W < b.tokens; ++block) {
         const char* x = inputs.all + block * b.columns * W * size_of(TYPE);
         const float* kept = inputs.kept + block * filled(b.kept) * W;
@@ -265,8 +256,8 @@ inline void add_rows(const Beside& b, const Inputs& inputs, int64_t first, int64
             copied.first = copied.stop = 0;
             for (int64_t r = 0; b.start && r < rows; ++r) {
                 typename Tokens<W>::V sum;
-                if constexpr (W == 4) sum = outliers_of_four<TYPE>(b, x, row + r, b.start[row + rows], copied);
-                if constexpr (W != 4) sum = outliers_of<W, TYPE>(b, x, row + r);
+                if constexpr (W == 4) sum = outliers_of_four<TYPE, Column>(b, x, row + r, b.start[row + rows], copied);
+                if constexpr (W != 4) sum = outliers_of<W, TYPE, Column>(b, x, row + r);
                 memcpy(sums + r * W, &sum, sizeof sum);
             }
             for (int64_t r = 0; b.kept && r < rows; r += 4) {
@@ -336,7 +327,7 @@ inline Status prepare_in_blocks(const Beside& b, int threads, Adding& to) {
     memset(memory + all_bytes, 0, kept_bytes);
     float* kept = reinterpret_cast<float*>(memory + all_bytes);
     place_inputs<W, TYPE>(b, threads, memory, kept);
-    to = {b, {memory, kept}, add_rows<W, TYPE>, false};
+    to = {b, {memory, kept}, b.column_bytes == 2 ? add_rows<W, TYPE, int16_t> : add_rows<W, TYPE, int32_t>, false};
     return kDone;
 }
 
