@@ -1,16 +1,18 @@
 """Numbers that are no integers, on a GPU, against integers that read as many bytes.
 
-    python benchmarks/gpu_numbers.py --out benchmarks/results/gpu_numbers.json            (about half a minute of an H100)
+    python benchmarks/gpu_numbers.py --out benchmarks/results/gpu_numbers.json            (about a minute of an H100)
     python benchmarks/gpu_numbers.py --which bytes --out benchmarks/results/gpu_bytes.json
 
 Measured per shape (the linears of Llama-3-8B and 70B, N out x K in features) and number of tokens M, all in one run, bfloat16
-activations; each as in `gpu_gemm.py`, a CUDA graph over 200 MB of copies of the weight:
+activations; each as in `gpu_gemm.py`, a CUDA graph over 200 MB of copies of the weight, the median of three turns (with 64
+tokens, where power can be the limit, each after a pause):
 
     nvfp4   e2m1 floats, groups of 16, e4m3 scales and a factor, against int4 in groups of 32: 0.5625 bytes a weight
     mxfp4   e2m1 floats, groups of 32, e8m0 scales, against int4 in groups of 64: 0.53125 bytes
     table   any 16 numbers, groups of 64, bfloat16 scales, against the same int4
     rows    a table for each row and no groups, as a codebook is fitted, against int4 in groups of 128: up to 0.5156 bytes
-    groups  as `table`, but each group of a row picks one of two tables and a sign, as BitMoD's do (a byte a group more)
+    groups  as `table`, but each group of a row picks one of two tables and a sign, as BitMoD's do (a byte a group more);
+            `groups beside zeros`: against int4 in groups of 64 with zero points, a byte each, which reads as many bytes
 
 and with `--which bytes` codes of eight bits and bit planes:
 
@@ -33,12 +35,16 @@ import itertools
 import json
 import math
 import platform
+import statistics
 import sys
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from aerogel.kernels.cuda import nvrtc
 from aerogel.kernels.cuda.timing import graph_microseconds
@@ -55,6 +61,7 @@ AGAINST = {
         "table": ("int4 g64", 64),
         "rows": ("int4 g128", 0),
         "groups": ("int4 g64", 64),
+        "groups beside zeros": ("int4z g64", 64),
     },
     "bytes": {
         "e4m3": ("int8 g0", 0),
@@ -67,17 +74,20 @@ AGAINST = {
         "nested": ("int4 g64", 64),
     },
 }
-"""Name -> the integers of equal bytes, and the group size."""
+"""Name, which begins with that of the numbers -> the integers of equal bytes (z: with zero points), and the group size."""
 PLANES = {"plane": 1, "planes3": 3, "nested": 4}
 TOKENS = (1, 4, 16, 64)
+ROUNDS, WARM_TOKENS, PAUSE = 3, 64, 0.05
+"""How often contenders take turns, from how many tokens on after a pause, and its seconds."""
 SHAPES = ("4096x4096", "6144x4096", "28672x4096", "4096x14336", "57344x8192", "8192x28672")
 
 
 def weight_of(name: str, size: int, N: int, K: int) -> TileWeight:
     """A random weight of one of the names above, on the GPU."""
     if name.startswith("int"):
-        bits, size = map(int, name.removeprefix("int").split(" g"))
-        return random_weight(N, K, bits, size, "cuda")
+        width, _, own = name.removeprefix("int").partition(" g")
+        zero = "integer" if width.endswith("z") else "none"
+        return random_weight(N, K, int(width.removesuffix("z")), int(own), "cuda", zero=zero)
     if name in PLANES and name != "plane":
         return random_planes(N, K, PLANES[name], size, "cuda", offset=True)
     return random_numbers(N, K, name, size, "cuda")
@@ -99,20 +109,48 @@ def compile_all(sizes: dict[str, int], asked: argparse.Namespace) -> None:
                 list(pool.map(dequantize, held, itertools.repeat(torch.bfloat16)))
 
 
-def microseconds(weight: TileWeight, tokens: tuple[int, ...]) -> dict[int, dict[str, Any]]:
-    """Time, kernel and relative error against the decoded weight, for each number of tokens."""
-    weights, dense, found = weight_copies(weight), dequantize(weight, torch.bfloat16), {}
-    for M in tokens:
-        x, y = torch.randn(M, weight.K, device="cuda").bfloat16(), torch.empty(M, weight.N, device="cuda", dtype=torch.bfloat16)
+class Contender:
+    """A weight and its copies, and what they should give."""
+
+    def __init__(self, weight: TileWeight, x_of: dict[int, Tensor]) -> None:
+        self.weights = weight_copies(weight)
+        dense = dequantize(weight, torch.bfloat16)
+        self.wanted = {M: (x @ dense.T).float() for M, x in x_of.items()}
+
+    def at(self, x: Tensor) -> tuple[dict[str, Any], Callable[[], float]]:
+        """Which kernel runs, with which relative error against the decoded weight, and what times it."""
+        M, weight = len(x), self.weights[0]
+        y = torch.full((M, weight.N), torch.nan, device="cuda", dtype=torch.bfloat16)
         by = cuda.choose(weight, M, torch.bfloat16, torch.cuda.get_device_capability()).name
-        runners = [chosen(copy, M) for copy in weights]
+        runners = [chosen(copy, M) for copy in self.weights]
         runners[0](x, None, y)
-        wanted = (x @ dense.T).float()
-        error = ((y.float() - wanted).norm() / wanted.norm()).item()
-        us = graph_microseconds([lambda run=run: run(x, None, y) for run in runners])  # noqa: B023
-        config = str(getattr(runners[0], "config", ""))
-        found[M] = {"us": us, "by": by, "config": config, "error": error, "bytes": weight.nbytes}
-    return found
+        error = ((y.float() - self.wanted[M]).norm() / self.wanted[M].norm()).item()
+        calls = [lambda run=run: run(x, None, y) for run in runners]
+        facts = {"by": by, "config": str(getattr(runners[0], "config", "")), "error": error, "bytes": weight.nbytes}
+        return facts, lambda: graph_microseconds(calls)
+
+
+def in_turn(timers: dict[str, Callable[[], float]], pause: float) -> dict[str, float]:
+    """Microseconds of each, the median of rounds in which all take their turn: all find the device in the same states."""
+    found: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(ROUNDS):
+        for name, timer in timers.items():
+            time.sleep(pause)
+            found[name].append(timer())
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def rows_of(shape: str, sizes: dict[str, int], tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """Every weight at every number of tokens."""
+    N, K = map(int, shape.split("x"))
+    x_of = {M: torch.randn(M, K, device="cuda").bfloat16() for M in tokens}
+    contenders = {name: Contender(weight_of(name, size, N, K), x_of) for name, size in sizes.items()}
+    rows = []
+    for M, x in x_of.items():
+        made = {name: contender.at(x) for name, contender in contenders.items()}
+        us = in_turn({name: timer for name, (_, timer) in made.items()}, PAUSE if M >= WARM_TOKENS else 0.0)
+        rows += [{"shape": shape, "numbers": name, "M": M, "us": us[name], **facts} for name, (facts, _) in made.items()]
+    return rows
 
 
 def main() -> None:
@@ -125,19 +163,21 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     asked = parser.parse_args()
     against = {name: facts for name, facts in AGAINST[asked.which].items() if not asked.only or name in asked.only}
-    sizes = {plain: 0 for plain, _ in against.values()} | {name: size for name, (_, size) in against.items()}
+    sizes = {plain: 0 for plain, _ in against.values()} | {name.split()[0]: size for name, (_, size) in against.items()}
     if asked.compile:
         compile_all(sizes, asked)
         return
-    rows, ratios, bytes_over = [], {name: {} for name in against}, {}  # type: ignore[var-annotated]
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, dict[str, float]] = {name: {} for name in against}
+    bytes_over: dict[str, float] = {}
     for shape in asked.shapes:
-        N, K = map(int, shape.split("x"))
-        found = {name: microseconds(weight_of(name, size, N, K), tuple(asked.tokens)) for name, size in sizes.items()}
-        rows += [{"shape": shape, "numbers": name, "M": M, **row} for name in sizes for M, row in found[name].items()]
+        rows += rows_of(shape, sizes, asked.tokens)
+        found = {(row["numbers"], row["M"]): row for row in rows if row["shape"] == shape}
         for name, (plain, _) in against.items():
             for M in asked.tokens:
-                ratios[name][f"{shape} M={M}"] = round(found[name][M]["us"] / found[plain][M]["us"], 3)
-                bytes_over[name] = round(found[name][M]["bytes"] / found[plain][M]["bytes"], 3)
+                one, other = found[name.split()[0], M], found[plain, M]
+                ratios[name][f"{shape} M={M}"] = round(one["us"] / other["us"], 3)
+                bytes_over[name] = round(one["bytes"] / other["bytes"], 3)
         print(shape, {name: [ratios[name][f"{shape} M={M}"] for M in asked.tokens] for name in against}, flush=True)
     mean = {name: math.exp(sum(map(math.log, held.values())) / len(held)) for name, held in ratios.items()}
     facts = torch.cuda.get_device_properties(0)

@@ -191,9 +191,9 @@ constexpr int AT_ROW_BYTES = EIGHT_BYTES, AT_ROWS = AT_ROW_BYTES + 8 * 32, ROW_T
 INLINE void decode_pairs(u32 word, u32 upper, u32 lower, u32* a) {
   UNROLL for (int i = 0; i < 4; i++) a[i] = load_shared_u32(place_of_pair<PAIR_STEP>(word, i, i & 1 ? lower : upper));
 }
-INLINE void decode_by_rows(u32 word, const RowTable& upper, u32 lower, u32* a) {
-  UNROLL for (int i = 1; i < 4; i += 2) a[i] = load_shared_u32(place_of_pair<EIGHT_STEP>(word, i, lower));
-  look_up_row(word, upper, a[0], a[2]);
+INLINE void decode_by_rows(const u32* words, int s, const RowTable& upper, u32 lower, u32* a) {
+  UNROLL for (int i = 1; i < 4; i += 2) a[i] = load_shared_u32(place_of_pair<EIGHT_STEP>(words[s], i, lower));
+  look_up_row(words[s & ~1], words[s | 1], s & 1, upper, a[0], a[2]);
 }
 INLINE RowTable load_row_table(u32 room) {
   RowTable table;
@@ -211,11 +211,12 @@ INLINE void ask_for_row_tables(const u16* table, int first, int tiles, int end, 
 }
 INLINE void lay_out_row_tables(int tiles, u8* room, int thread, int threads) {
   for (int i = thread; i < tiles * EIGHT_UNITS; i += threads) {
-    u8* place = room + i / 128 * ROW_TABLE_BYTES;
+    const int unit = i % EIGHT_UNITS;
+    u8* place = room + i / EIGHT_UNITS * ROW_TABLE_BYTES;
     const u16* rows = (const u16*)(place + AT_ROWS);
-    lay_out_eight(rows + 8 * 16, place, i % 128);
-    const u16 number = rows[i % 128];
-    u8* to = place + AT_ROW_BYTES + i % 128 / 16 * 32 + i % 16;
+    lay_out_eight(rows + 8 * 16, place, unit);
+    const u16 number = rows[unit];
+    u8* to = place + AT_ROW_BYTES + unit / 16 * 32 + unit % 16;
     to[0] = (u8)number, to[16] = (u8)(number >> 8);
   }
 }

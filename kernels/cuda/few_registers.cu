@@ -50,6 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
   const Rows rows = rows_of(p, first_tile);
   KeptColumns kept(p, shared_address(shared) + table_room(p.tables) + outlier_bytes(p), 0, warp);
   const float factor = factor_of(p);
+  if constexpr (BY_ROWS) ask_for_tables(p, shared, first_tile);  // before all else
   allow_next_kernel();
   if (OUTLIERS && threadIdx.x >= THREADS) return sum_outliers(p, outlier_place, threadIdx.x - THREADS, first_tile * 16, 0, 1);
   int tile = warp;
@@ -61,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
   }
   prefetch_row_scales(p, first_tile, threadIdx.x);
   if constexpr (KEPT) kept.copy(first_tile);
-  fetch_tables_of_block(p.table, p.tables, shared, first_tile);
+  lay_out_tables(p, shared, first_tile, BY_ROWS ? 0 : ask_for_tables(p, shared, first_tile));
   if constexpr (TABLE) barrier_of(1, THREADS);
   wait_for_previous_kernel();
   if (tile < p.k_tiles) fetch_tokens(p, slots, tile);

@@ -165,25 +165,20 @@ INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
 }
 
 // ---- Consuming -------------------------------------------------------------------------------------------------------
-// Tables of rows are asked for a row block ahead: while they came from memory nobody would multiply.
-INLINE void ask_for_tables(const Arguments& p, const Room& room, int first_tile) {
-  ask_for_row_tables(p.table, first_tile, BLOCK_TILES, p.tables, shared_address(room.tables), threadIdx.x, THREADS);
-}
-// The tables of a row block, when every warp is done with the last one's; the first were asked for at the start.
-INLINE void renew_tables(const Arguments& p, const Share& share, const Room& room, int block, int first_tile) {
+// Tables of rows change with the row block. They are asked for a row block ahead, since while they came from memory nobody would
+// multiply, and laid out between the two barriers at a row block's end: behind the first every warp is done with the last ones, and
+// what all threads asked for is here.
+INLINE void ask_for_next_tables(const Arguments& p, const Share& share, const Room& room, int block) {
   if constexpr (BY_ROWS) {
-    lay_out_tables(room.tables);
-    barrier_of(1, THREADS);
-    if (block + 1 < share.row_blocks) ask_for_tables(p, room, first_tile + share.row_step * BLOCK_TILES);
+    if (block < share.row_blocks) ask_for_row_tables(p, room.tables, (share.row_start + block * share.row_step) * BLOCK_TILES);
     if (!X_BY_WARPS) copies_commit();  // else with the tokens that are asked for next
-  } else if constexpr (TABLE) {
-    if (block > 0 && TABLE != 2) return;
-    if (block > 0) {
-      barrier_of(1, THREADS);
-      fetch_tables_of_block(p.table, p.tables, room.tables, first_tile);
-    }
-    barrier_of(1, THREADS);
   }
+}
+// Other tables of rows, at the start of a row block. Behind a barrier the first ones lie there for all.
+INLINE void renew_tables(const Arguments& p, const Room& room, int block, int first_tile) {
+  if (TABLE == 0 || (block > 0 && (TABLE != 2 || BY_ROWS))) return;
+  if (block > 0) barrier_of(1, THREADS), lay_out_tables(p, room.tables, first_tile, 0);
+  barrier_of(1, THREADS);
 }
 
 INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
@@ -206,7 +201,8 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
     float acc[ROW_TILES][TOKEN_TILES][4] = {};
     const int first_row_tile = (share.row_start + block * share.row_step) * BLOCK_TILES;
     prefetch_row_scales(p, first_row_tile, threadIdx.x);
-    renew_tables(p, share, room, block, first_row_tile);
+    renew_tables(p, room, block, first_row_tile);
+    if (block == 0) ask_for_next_tables(p, share, room, 1);
     if constexpr (KEPT) kept.copy(first_row_tile + row_warp * ROW_TILES), copies_commit();
     for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {
       const int tile = share.first_tile + stage * K_WARPS + slice;
@@ -240,9 +236,12 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
       if (X_BY_WARPS) fetch_own();
     }
     if constexpr (KEPT) copies_wait<0>(), kept.add(first_row_tile + row_warp * ROW_TILES, acc);
+    if constexpr (BY_ROWS) copies_wait<0>();
     barrier_of(OUTLIERS ? 2 : 1, THREADS + OUTLIER_THREADS);  // all have read the ring, and used the last partial sums
     store_partials(room.partials, p, row_warp, slice, acc);
+    if (BY_ROWS && block + 1 < share.row_blocks) lay_out_row_tables(BLOCK_TILES, room.tables, threadIdx.x, THREADS);
     barrier_of(1, THREADS);
+    ask_for_next_tables(p, share, room, block + 2);
     if (block == 0) wait_for_previous_kernel();
 #if CLUSTER > 1
     finish_in_cluster(room.partials, (const float2*)room.inbox, room.bell, p, factor, first_row_tile, threadIdx.x,
@@ -258,6 +257,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
   const bool single = share.row_step >= (p.row_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
   const Room room = room_of(p, single);
   const int warp = threadIdx.x >> 5;
+  const u32 number = warp < WARPS ? ask_for_tables(p, room.tables, share.row_start * BLOCK_TILES) : 0;  // before all else
   if ((threadIdx.x & 31) == 0) {
 #pragma unroll 1
     for (int i = warp; i < p.stages; i += ALL_WARPS + OUTLIER_WARPS)
@@ -273,15 +273,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
 #endif
   allow_next_kernel();
   if (X_FOLLOWS && warp == WARPS && share.stages > 0) fetch_turn(p, share, room, 0, 0, 0);
-  if constexpr (BY_ROWS)
-    if (warp < WARPS) ask_for_tables(p, room, share.row_start * BLOCK_TILES), copies_commit();
   if constexpr (X_FOLLOWS) wait_for_previous_kernel();
 #if X_SHARE * CLUSTER > 1
   cluster_wait();
 #endif
   if constexpr (X_FOLLOWS) fetch_first_tokens(p, share, room);
   if (warp < WARPS) {
-    if constexpr (!BY_ROWS) fetch_tables_of_block(p.table, p.tables, room.tables, share.row_start * BLOCK_TILES);  // while x comes
+    lay_out_tables(p, room.tables, share.row_start * BLOCK_TILES, number);  // while weights and x come
     if constexpr (TRADE) registers_take<232>();
     consume(p, share, room);
   } else {

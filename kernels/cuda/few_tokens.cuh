@@ -43,27 +43,9 @@ constexpr bool OFFSETS_OF_SUMS = PLANES && ZERO && ROW_TILES > TOKEN_TILES;
 INLINE int table_room(int tables) {
   return MADE ? WARPS * ROW_TILES * MADE_BYTES : PAIRED ? TABLES * PAIR_BYTES : COPIED ? ENTRIES_BYTES : BY_ROWS ? BLOCK_TILES * ROW_TABLE_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
 }
-// Tables of rows that were asked for, by all multiplying threads.
-INLINE void lay_out_tables(u8* room) {
-  copies_wait<0>();
-  barrier_of(1, THREADS);
-  lay_out_row_tables(BLOCK_TILES, room, threadIdx.x, THREADS);
-}
-INLINE void fetch_tables_of_block(const u16* table, int tables, u8* room, int first_tile) {
-  if constexpr (PAIRED) {
-    fetch_pairs(table, TABLES, room, threadIdx.x, THREADS);
-  } else if constexpr (COPIED) {
-    fetch_entries(table, room, threadIdx.x, THREADS);
-  } else if constexpr (BY_ROWS) {
-    ask_for_row_tables(table, first_tile, BLOCK_TILES, tables, shared_address(room), threadIdx.x, THREADS);
-    copies_commit();
-    lay_out_tables(room);
-  } else
-    fetch_tables<BLOCK_ROWS>(table, tables, (u16*)room, first_tile, threadIdx.x, THREADS);
-}
 // Where a lane finds the table of `row` in row tile `tile` of the block, or the first of those that groups pick from.
 INLINE u32 table_at(u32 room, int tile, int row) {
-  if constexpr (BY_ROWS) return room + tile * ROW_TABLE_BYTES + (row < 8 ? AT_ROW_BYTES + row * 32 : (row - 8) * 4);
+  if constexpr (BY_ROWS) return room + tile * ROW_TABLE_BYTES + (row < 8 ? AT_ROW_BYTES + row * 32 : place_of_row(row - 8, threadIdx.x & 31));
   return PAIRED || COPIED ? room + (threadIdx.x & 31) * 4 : table_of(room, tile, row);
 }
 
@@ -83,6 +65,29 @@ struct Arguments {
   const u16* chosen;
   int M, N, x_stride, x_columns, row_tiles, k_tiles, groups, tables, stages, kept_steps;
 };
+
+// Tables for the row tiles from `first_tile` on, by all multiplying threads: what takes long is asked for before all else (a lane's
+// number of the tables that all rows share is the result), and laid out when it has come.
+INLINE void ask_for_row_tables(const Arguments& p, u8* room, int first_tile) {
+  ask_for_row_tables(p.table, first_tile, BLOCK_TILES, p.tables, shared_address(room), threadIdx.x, THREADS);
+}
+INLINE u32 ask_for_tables(const Arguments& p, u8* room, int first_tile) {
+  if constexpr (PAIRED) return number_of_lane(p.table, TABLES, threadIdx.x);
+  if constexpr (BY_ROWS) ask_for_row_tables(p, room, first_tile), copies_commit();
+  return 0;
+}
+INLINE void lay_out_tables(const Arguments& p, u8* room, int first_tile, u32 number) {
+  if constexpr (PAIRED) {
+    lay_out_pairs(number, TABLES, room, threadIdx.x, THREADS);
+  } else if constexpr (COPIED) {
+    fetch_entries(p.table, room, threadIdx.x, THREADS);
+  } else if constexpr (BY_ROWS) {
+    copies_wait<0>();
+    barrier_of(1, THREADS);
+    lay_out_row_tables(BLOCK_TILES, room, threadIdx.x, THREADS);
+  } else
+    fetch_tables<BLOCK_ROWS>(p.table, p.tables, (u16*)room, first_tile, threadIdx.x, THREADS);
+}
 
 // ---- What lies beside the codes --------------------------------------------------------------------------------------
 // The scales, zero points and table numbers of one row tile for a run of TILES k tiles, in shared memory.
@@ -187,7 +192,7 @@ INLINE void decode(const u32* words, int s, const Decoding& by, u32* a) {
   else if constexpr (PAIRED)
     decode_pairs(words[s], by.table[0], by.table[1], a);
   else if constexpr (BY_ROWS)
-    decode_by_rows(words[s], by.own, by.table[1], a);
+    decode_by_rows(words, s, by.own, by.table[1], a);
   else if constexpr (TABLE)
     decode_table<COPIED ? ENTRY_STEP : 2>(words, s, by.table[0], by.table[1], a);
   else if constexpr (FLOATS && !SIGNS)
@@ -247,7 +252,7 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
       read_planes<MADE>(by.planes, MADE ? made + run * 256 : side + group * 16 * SCALE_BYTES,
                         OFFSETS_OF_SUMS ? nullptr : side + Side<TILES>::zeros + group * 16 * ZERO_BYTES, (threadIdx.x & 31) >> 2);
     }
-    if constexpr (SCALED || PLANES) {
+    if constexpr (SCALED || PLANES || (GROUP == 0 && TABLE == 2)) {  // sums that nothing is done to
       multiply_run(words, run, by, x, acc);
       if constexpr (OFFSETS_OF_SUMS)
         UNROLL for (int j = 0; j < 4; j++) {

@@ -253,9 +253,10 @@ FN u32 looked_up(const Codes& codes, int s, int i, u32 table) {
 }
 FN void look_up(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group) {
     if constexpr (BY_ROWS) {
-        look_up_row(codes.four[0][s], group.own, a[0], a[2]);
+        const u32 *words = codes.four[0], place = group.table[1];
+        look_up_row(words[s & ~1], words[s | 1], s & 1, group.own, a[0], a[2]);
 #pragma unroll
-        for (int i = 1; i < 4; i += 2) a[i] = load_pair(place_of_pair<EIGHT_STEP>(codes.four[0][s], i, group.table[1]));
+        for (int i = 1; i < 4; i += 2) a[i] = load_pair(place_of_pair<EIGHT_STEP>(words[s], i, place));
     } else {
 #pragma unroll
         for (int i = 0; i < 4; i++) a[i] = looked_up(codes, s, i, group.table[i % 2]);

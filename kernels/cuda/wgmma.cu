@@ -32,6 +32,20 @@
 #include "mma.cuh"
 #include "wgmma_results.cuh"
 
+// Tables of rows, which a warp asks for long before it needs them: of row g, and of one of rows 8 to 15 that the lane lays out.
+struct RowsAsked {
+    RowNumbers upper[BY_ROWS ? BLOCKS : 1], lower[BY_ROWS ? BLOCKS : 1];
+
+    FN void ask(const Arguments& p, const Tile& at, int warp, int lane) {
+#pragma unroll
+        for (int b = 0; b < (BY_ROWS ? BLOCKS : 0); b++) {
+            const int tile = at.expert * p.row_tiles + min(at.row_tile + row_tile_of(warp, b), p.row_tiles - 1);
+            const u16* numbers = p.table + (size_t)tile * 256;
+            upper[b] = row_numbers(numbers + lane / 4 * 16), lower[b] = row_numbers(numbers + (8 + lane % 8) * 16);
+        }
+    }
+};
+
 // ---- consumers -----------------------------------------------------------------------------------------------------------
 
 struct Consumer {
@@ -41,6 +55,7 @@ struct Consumer {
     int warp, lane;  // warp 0 .. WARPS-1
     Tile at;
     int lead;  // x stages until the next warpgroup may start
+    RowsAsked asked;
     Ring<X_STAGES> x;
     Ring<W_STAGES> w;
 #if OUTLIERS
@@ -70,10 +85,12 @@ struct Consumer {
 #if !INT8
             if (TABLE == ONE_TABLE) group[b].table[0] = group[b].table[1] = tables();
             if constexpr (BY_ROWS) {
-                const u16* of_tile = p.table + (size_t)tile * 256;
-                u8* room = memory + AT_TABLES + row_tile(b) * EIGHT_BYTES;
-                group[b].own = row_table(of_tile + row * 16), group[b].table[1] = shared_address(room) + 4 * row;
-                for (int unit = lane; unit < EIGHT_UNITS; unit += 32) lay_out_eight(of_tile + 128, room, unit);
+                u8* room = memory + AT_TABLES + row_tile(b) * 16 * TABLE_SIZE;
+                group[b].own = row_table(asked.upper[b]);
+#pragma unroll
+                for (int i = 0; i < 4; i++) asm volatile("" : "+r"(group[b].own.low[i]), "+r"(group[b].own.high[i]));  // once, not in the loop
+                group[b].table[1] = shared_address(room) + place_of_row(row, lane);
+                lay_out_eight(asked.lower[b], room, lane);
             } else if (TABLE == TABLE_PER_ROW) {
                 const int first = AT_TABLES + row_tile(b) * 16 * TABLE_SIZE;
                 const uint4* from = (const uint4*)(p.table + (size_t)tile * 16 * (TABLE_SIZE / 2));
@@ -245,8 +262,8 @@ struct Consumer {
     }
 };
 
-FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, int warp, int lane) {
-    Consumer self{p, barriers, work, warp, lane, {}, LEAD, {}, {}};
+FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, const RowsAsked& asked, int warp, int lane) {
+    Consumer self{p, barriers, work, warp, lane, {}, LEAD, asked, {}, {}};
     if (EXPERTS && (int)work.cluster >= work.count()) return;
 #if OUTLIERS
 #pragma unroll
@@ -263,26 +280,30 @@ FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, 
 #if KEPT
         add_kept(self, results, acc);
 #endif
+        const int next = index + work.clusters;
+        if (BY_ROWS && next < work.count()) self.asked.ask(p, work.tile(next), warp, lane);
         if constexpr (SPLIT > 1) results.store_split(acc);
         else results.store(acc);
     }
 }
 
-// What all rows look up, by the consumers, while the producers already stream.
-FN void fetch_tables(const Arguments& p) {
-    if constexpr (TABLE == ONE_TABLE || TABLE == TABLE_PER_GROUP) {
-        if constexpr (PAIRED) fetch_pairs(p.table, TABLES, memory + AT_TABLES, threadIdx.x, CONSUMERS);
-        else if constexpr (COPIED) fetch_entries(p.table, memory + AT_TABLES, threadIdx.x, CONSUMERS);
-        else for (int i = threadIdx.x; i < TABLES * TABLE_SIZE / 2; i += CONSUMERS) ((u16*)(memory + AT_TABLES))[i] = p.table[i];
-        meet_wait(WARPGROUPS, CONSUMERS);
-    }
+// What all rows look up, by the consumers, while the producers already stream; `number` is the lane's of pairs.
+FN void lay_out_tables(const Arguments& p, u32 number) {
+    if constexpr (TABLE == UNIFORM || TABLE == TABLE_PER_ROW) return;
+    if constexpr (PAIRED) lay_out_pairs(number, TABLES, memory + AT_TABLES, threadIdx.x, CONSUMERS);
+    else if constexpr (COPIED) fetch_entries(p.table, memory + AT_TABLES, threadIdx.x, CONSUMERS);
+    else for (int i = threadIdx.x; i < TABLES * TABLE_SIZE / 2; i += CONSUMERS) ((u16*)(memory + AT_TABLES))[i] = p.table[i];
+    meet_wait(WARPGROUPS, CONSUMERS);
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CONSUMERS + 128, MIN_BLOCKS)
     packed_matmul(const __grid_constant__ Arguments p) {
     const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const u32 number = PAIRED ? number_of_lane(p.table, TABLES, threadIdx.x) : 0;  // asked for before all else
     if (EXPERTS) wait_for_previous_kernel();
     const Work work(p);
+    RowsAsked asked;
+    if (BY_ROWS && warp < WARPS && (int)work.cluster < work.count()) asked.ask(p, work.tile(work.cluster), warp, lane);
     const Barriers barriers{shared_address(memory + AT_BARRIERS)};
     if (threadIdx.x == 0) barriers.init(work.split);
     __syncthreads();
@@ -295,8 +316,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
         __syncwarp();
     } else {
         if constexpr (PRODUCER_REGISTERS > 0) registers_take<CONSUMER_REGISTERS>();
-        fetch_tables(p);
-        consume(p, barriers, work, warp, lane);
+        lay_out_tables(p, number);
+        consume(p, barriers, work, asked, warp, lane);
     }
     if (CLUSTER > 1) cluster_meet();  // a neighbour may still arrive at this block's barriers or read its shared memory
 }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.gemm.cuda import Runner
-from aerogel.kernels.gemm.cuda_decoder import decoder_defines, made_room, side_bytes, table_bytes, table_room
+from aerogel.kernels.gemm.cuda_decoder import decoder_defines, made_room, row_copies, side_bytes, table_bytes, table_room
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
 TOKENS = 16
@@ -117,6 +117,7 @@ def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> d
         "WHOLE": int(weight.K % 128 == 0),
         "OUTLIERS": outlier_tokens(weight, M),
         "KEPT": int(weight.kept is not None),
+        "ROW_COPIES": row_copies(config.block_tiles),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from aerogel.kernels.dispatch import choose
 from aerogel.kernels.gemm import cuda
 from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
 from aerogel.kernels.gemm.cuda_few import Config, Few, Plan, defines, fits
-from aerogel.kernels.gemm.cuda_tune import random_weight
+from aerogel.kernels.gemm.cuda_tune import random_numbers, random_weight
 from aerogel.kernels.gemm.cuda_weight import TileWeight, tensors_of
 from aerogel.kernels.problem import Problem
 from aerogel.pack import tiles
@@ -146,6 +147,20 @@ def test_tables(bits: int, scope: str) -> None:
         assert (dequantize(weight, dtype).double() - dense).norm() <= BOUND[dtype] * dense.norm()
         for config in configs()[:2]:
             for M in (1, 9):
+                check(weight, dense, config, M, dtype)
+
+
+@pytest.mark.parametrize("name", ["table", "rows", "groups"])
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_tables_over_several_row_blocks(name: str, dtype: torch.dtype) -> None:
+    """A block's later row blocks want other tables of rows."""
+    facts = torch.cuda.get_device_properties(0)
+    for N in (200, 48 * facts.multi_processor_count):
+        weight = random_numbers(N, 640, name, 0 if name == "rows" else 64, "cuda")
+        weight = replace(weight, table=None if weight.table is None else weight.table.to(dtype))
+        dense = dense64(weight)
+        for config, M in itertools.product(configs(), (3, 16)):
+            if fits(weight, config, M, capability(), facts.multi_processor_count):
                 check(weight, dense, config, M, dtype)
 
 

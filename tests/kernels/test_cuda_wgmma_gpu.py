@@ -7,12 +7,14 @@ more than 2^31 outputs are addressed.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from tests.kernels.tile_weights import dense64
 
 from aerogel.kernels.cuda import sources
+from aerogel.kernels.gemm.cuda_tune import random_numbers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import SOURCE, Config, choose_config, deepest, defines
 from aerogel.kernels.gemm.cuda_wgmma_plan import Parts, Plan
@@ -143,6 +145,19 @@ def test_tables(hopper: None, bits: int, scope: str) -> None:
         table = torch.randn(count, 1 << bits, device="cuda").to(torch.float16)
         held = {name: getattr(plain, name) for name in ("codes", "scale", "zero", "group_size", "N", "K")}
         check(TileWeight(table=table, pick=pick, **held), SMALL, 40, dtype)
+
+
+@pytest.mark.parametrize("name", ["table", "rows", "groups"])
+def test_tables_over_several_row_blocks(hopper: None, name: str) -> None:
+    """A block's later row blocks want other tables of rows."""
+    for N, dtype in ((200, torch.float16), (300 * 64, torch.bfloat16)):
+        weight = random_numbers(N, 384, name, 0 if name == "rows" else 64, "cuda")
+        assert weight.table is not None
+        weight = replace(weight, table=weight.table.to(dtype))
+        for config in (SMALL, CONFIGS[1], CONFIGS[2]):
+            cut = deepest(weight, config)
+            if cut is not None:
+                check(weight, cut, 40, dtype)
 
 
 def chain(plans: list[Plan], start: torch.Tensor, steps: list[torch.Tensor], apart: bool = False) -> None:
