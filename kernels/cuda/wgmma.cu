@@ -5,6 +5,7 @@
 //
 //   one warp of the last warpgroup   streams codes, scales, zeros -> weight ring, a stage = W_TILES * 128 columns
 //   another one                      streams activations          -> x ring, a stage = 64 columns (128 where BATCH is 8), swizzled
+//   two more, where there are any    put sparse outliers into sheets, which are added to what codes decode to
 //   the other warpgroups             decode BATCH k16 steps into registers while the tensor cores still work on the BATCH
 //                                    before, then start BATCH * BLOCKS wgmma m64nTOKENSk16, and so on
 //
@@ -59,7 +60,7 @@ struct Consumer {
     Ring<X_STAGES> x;
     Ring<W_STAGES> w;
 #if OUTLIERS
-    TileOutliers outliers[BLOCKS];
+    Sheets sheets;
 #endif
 
     FN int row_tile(int block) const { return row_tile_of(warp, block); }
@@ -113,10 +114,14 @@ struct Consumer {
         __syncwarp();
     }
 
-    // The fragment of step `step` of tile `k` for every block of 64 rows; the stage begins with tile `k0`.
-    FN void decode_step(u32 (&a)[BLOCKS][BATCH][4], Codes (&codes)[BLOCKS], Group (&group)[BLOCKS], int k0, int k,
-                        int step) {
+    // The fragment of step `step` of tile `k` for every block of 64 rows; the stage begins with tile `k0`. Without `there` it is of
+    // no use: the run of tiles has ended.
+    FN void decode_step(u32 (&a)[BLOCKS][BATCH][4], Codes (&codes)[BLOCKS], Group (&group)[BLOCKS], int k0, int k, int step,
+                        bool there = true) {
         const u8* stage = memory + AT_W + w.slot * W_STAGE;
+#if OUTLIERS
+        if (there) sheets.before(step);
+#endif
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
             const int tile = row_tile(b);
@@ -130,29 +135,20 @@ struct Consumer {
                            true);
             }
 #if OUTLIERS
-            if (step == 0) outliers[b].advance(p.outlier, k, work.k_last, lane);
-            decode(a[b][step % BATCH], codes[b], step % HALF, group[b], GROUPED, outliers[b].of_step(step, lane));
+            decode(a[b][step % BATCH], codes[b], step % HALF, group[b], GROUPED, sheets.of_step(b, step));
 #else
             decode(a[b][step % BATCH], codes[b], step % HALF, group[b], GROUPED);
 #endif
         }
+#if OUTLIERS
+        if (there) sheets.after(step, lane);
+#endif
     }
     // Operands in registers must be final before the fence that hands them to the tensor cores: steps s .. s + count.
     FN void settle(u32 (&a)[BLOCKS][BATCH][4], int s, int count) const {
 #pragma unroll
         for (int i = 0; i < 4 * BLOCKS * count; i++)
             asm volatile("" : "+r"(a[i / (4 * count)][s + i / 4 % count][i % 4])::"memory");
-    }
-
-    // Outliers of the tiles at hand, from the first column on.
-    FN void begin_outliers() {
-#if OUTLIERS
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-            const int tile = min(at.row_tile + row_tile(b), p.row_tiles - 1);
-            outliers[b].begin(p.outlier_start + (size_t)tile * p.k_tiles, p.outlier, work.k_first, work.k_last, lane);
-        }
-#endif
     }
 
     FN void wait_weights() const { barrier_wait(barriers.w_full(w.slot), w.phase); }
@@ -185,7 +181,6 @@ struct Consumer {
         Codes codes[BLOCKS];
         Group group[BLOCKS];
         if (!GROUPED || TABLE != UNIFORM || INT8) read_rows(group);
-        begin_outliers();
         u32 before = X_STAGES;
         for (int k0 = work.k_first; k0 < work.k_last; k0 += W_TILES, w.advance()) {
             wait_weights();
@@ -219,7 +214,6 @@ struct Consumer {
         Codes codes[BLOCKS];
         Group group[BLOCKS];
         if (!GROUPED || TABLE != UNIFORM || INT8) read_rows(group);
-        begin_outliers();
         int k0 = work.k_first;  // the first tile of the weight stage in use
         u32 before = X_STAGES;
         u64 tokens = 0;
@@ -233,6 +227,7 @@ struct Consumer {
                 if (turn >= PARTS && k >= work.k_last) break;
                 const bool new_stage = part * BATCH % X_STEPS == 0;
                 if (new_stage) tokens = wait_x();
+                const bool there = part < PARTS - 1 || k + 1 < work.k_last;
                 int next = k;  // the tile of the next set; after the last one any will do
 #pragma unroll
                 for (int s = 0; s < BATCH; s++) {
@@ -240,13 +235,13 @@ struct Consumer {
                     if (INTERLEAVED || s == 0) mma_fence();
                     start(acc, a[turn % 2], tokens, k, step);
                     if (INTERLEAVED || s == BATCH - 1) mma_commit();
-                    if (s == (INTERLEAVED ? 0 : BATCH - 1) && part == PARTS - 1 && k + 1 < work.k_last) {
+                    if (s == (INTERLEAVED ? 0 : BATCH - 1) && part == PARTS - 1 && there) {
                         next = k + 1;
                         if (next - k0 == W_TILES) release_weights(), w.advance(), wait_weights(), k0 = next;
                     }
                     if (INTERLEAVED) {
                         mma_wait<BATCH - 1>();  // step s of the set before is done with its registers
-                        decode_step(a[1 - turn % 2], codes, group, k0, next, (step + BATCH) % STEPS), settle(a[1 - turn % 2], s, 1);
+                        decode_step(a[1 - turn % 2], codes, group, k0, next, (step + BATCH) % STEPS, there), settle(a[1 - turn % 2], s, 1);
                     }
                 }
                 if (!INTERLEAVED) mma_wait<1>();
@@ -254,7 +249,8 @@ struct Consumer {
                 if (!INTERLEAVED)
 #pragma unroll
                     for (int s = 0; s < BATCH; s++)
-                        decode_step(a[1 - turn % 2], codes, group, k0, next, ((part + 1) * BATCH + s) % STEPS), settle(a[1 - turn % 2], s, 1);
+                        decode_step(a[1 - turn % 2], codes, group, k0, next, ((part + 1) * BATCH + s) % STEPS, there),
+                            settle(a[1 - turn % 2], s, 1);
             }
         mma_wait<0>();
         release_x(before);
@@ -263,12 +259,12 @@ struct Consumer {
 };
 
 FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, const RowsAsked& asked, int warp, int lane) {
-    Consumer self{p, barriers, work, warp, lane, {}, LEAD, asked, {}, {}};
-    if (EXPERTS && (int)work.cluster >= work.count()) return;
+    Consumer self{p, barriers, work, warp, lane, {}, LEAD, asked, {}, {}
 #if OUTLIERS
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++) self.outliers[b].clear(memory + AT_OUTLIERS + self.row_tile(b) * OUTLIER_TILE, lane);
+                  , Sheets(barriers, warp, lane)
 #endif
+    };
+    if (EXPERTS && (int)work.cluster >= work.count()) return;
     if (LEAD > 0 && warp >= 4) meet_wait(warp / 4, 256);  // so that one warpgroup stores while another multiplies
     for (int index = work.cluster; index < work.count(); index += work.clusters) {
         Sum acc[BLOCKS][TOKENS / 2];
@@ -311,8 +307,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
     let_next_kernel_start();
     if (warp >= WARPS) {
         if constexpr (PRODUCER_REGISTERS > 0) registers_give<PRODUCER_REGISTERS>();
-        if (warp == WARPS && lane == 0) stream_weights(p, barriers, work);
+        if (warp == WARPS && lane < (OUTLIERS ? UNITS : 1)) stream_weights(p, barriers, work, lane);
         if (warp == WARPS + 1 && lane == 0) stream_activations(p, barriers, work);
+#if OUTLIERS
+        if (warp >= WARPS + 2) Filler{p, barriers, work, warp - WARPS - 2, lane}.run();
+#endif
         __syncwarp();
     } else {
         if constexpr (PRODUCER_REGISTERS > 0) registers_take<CONSUMER_REGISTERS>();

@@ -73,7 +73,7 @@ struct Results {
         if constexpr (!KEPT) finish(v, first, rows, finished);
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            pairs[i] = KEPT ? pair_of(__int_as_float((int)v[2 * i]), __int_as_float((int)v[2 * i + 1]))
+            pairs[i] = KEPT ? pair_of(float_of(v[2 * i]), float_of(v[2 * i + 1]))
                             : pair_of(finished[2 * i], finished[2 * i + 1]);
     }
 

@@ -37,6 +37,7 @@ constexpr int WINDOW = 128 % SPAN == 0 ? COLUMNS / SPAN : SPAN % 128 == 0 && W_T
 
 constexpr int up_to(int value, int step) { return (value + step - 1) / step * step; }
 constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
 constexpr int X_STEPS = BATCH > 4 ? BATCH : 4;  // steps of an x stage
 constexpr int X_BOX = TOKENS * 128;             // four steps: 128 bytes of each token
 constexpr int X_STAGE = X_STEPS / 4 * X_BOX;
@@ -44,7 +45,13 @@ constexpr int CODES_STAGE = ROW_TILES * W_TILES * TILE_BYTES;
 constexpr int SCALES_STAGE = GROUPED ? ROW_TILES * WINDOW * SCALE_BYTES : 0;
 constexpr int ZEROS_STAGE = GROUPED ? ROW_TILES * WINDOW * ZERO_BYTES : 0;
 constexpr int AT_SCALES = CODES_STAGE, AT_ZEROS = AT_SCALES + up_to(SCALES_STAGE, 128);
-constexpr int W_STAGE = AT_ZEROS + up_to(ZEROS_STAGE, 128);
+
+// Outliers (`tile_outliers.cuh`) are lists of units, four row tiles each, which come with a stage, and stand in two sheets.
+constexpr int UNITS = OUTLIERS ? ROW_TILES / 4 : 0, FILLERS = OUTLIERS ? 2 : 0;
+constexpr int SHEET_STEPS = 4, SHEET_BYTES = 2048 * SHEET_STEPS;
+constexpr int HEAD = 4, LIST_WORDS = (HEAD + OUTLIERS) * W_TILES;
+constexpr int AT_LISTS = AT_ZEROS + up_to(ZEROS_STAGE, 128);
+constexpr int W_STAGE = up_to(AT_LISTS + UNITS * LIST_WORDS * 4, 128);
 
 constexpr int PIECES = BLOCKS * TOKENS / 16;  // of a warp's sums: 16 rows x 16 tokens
 constexpr int SUMS = SPLIT > 1 ? up_to(PIECES, SPLIT) * CONSUMERS * 32 : 0;
@@ -55,13 +62,13 @@ constexpr int OUT_PART = OUT_TOKENS * 128;                             // 64 row
 constexpr int AT_W = X_STAGES * X_STAGE;
 constexpr int AT_OUT = larger(AT_W + W_STAGES * W_STAGE, SUMS);
 constexpr int AT_TABLES = AT_OUT + 2 * WARPGROUPS * OUT_PART;
-constexpr int AT_OUTLIERS = AT_TABLES + (MANY_MADE ? ROW_TILES * MADE_BYTES : 0) + (TABLE == UNIFORM ? 0 : TABLE == TABLE_PER_ROW ? ROW_TILES * 16 : TABLES) * TABLE_SIZE;
-constexpr int AT_BARRIERS = AT_OUTLIERS + (OUTLIERS ? ROW_TILES * 4096 : 0);
+constexpr int AT_SHEETS = AT_TABLES + (MANY_MADE ? ROW_TILES * MADE_BYTES : 0) + (TABLE == UNIFORM ? 0 : TABLE == TABLE_PER_ROW ? ROW_TILES * 16 : TABLES) * TABLE_SIZE;
+constexpr int AT_BARRIERS = AT_SHEETS + 2 * UNITS * SHEET_BYTES;
 
 // A warpgroup ahead holds stages that the others have not read. Those of bytes are twice as long and the rings half as deep: too
 // short at 3, and at 1 and 2 nothing was won.
 static_assert(!INT8 || LEAD == 0, "warpgroups that multiply bytes start together: LEAD must be 0");
-static_assert(SHARED_BYTES == AT_BARRIERS + 8 * (2 * X_STAGES + 2 * W_STAGES + 2), "the host counts shared memory otherwise");
+static_assert(SHARED_BYTES == AT_BARRIERS + 8 * (2 * X_STAGES + 2 * W_STAGES + 2 + (OUTLIERS ? 4 * WARPGROUPS : 0)), "the host counts shared memory otherwise");
 
 struct alignas(64) Arguments {
     TensorMap x;       // [M, K] in boxes of TOKENS / SHARE x 128 bytes, swizzled
@@ -76,16 +83,21 @@ struct alignas(64) Arguments {
     u16* y;
     const float *row_scale, *token_scale;  // of integer sums (INT8): W = w8 * row_scale, x = x8 * token_scale
     const int4* runs;  // EXPERTS: {count}, then for each run of tokens {expert, first, end, runs of this expert}
-    const int* outlier_start;  // [row tiles * k tiles + 1], and the outliers themselves: see tile_outliers.cuh
+    const int* outlier_start;  // [row tiles / 4 * k tiles + 1], and the outliers themselves: see tile_outliers.cuh
     const u32* outlier;
     const uint4* kept;  // KEPT: weights of kept columns as fragments, [row tiles][kept_steps][32 lanes]
     int M, N, y_stride, row_tiles, k_tiles, token_span, kept_steps;  // N: rows of this launch; row_tiles: of one expert
 };
 
+// Sums, and a float in the place of one.
 #if INT8
 typedef int Sum;
+FN Sum sum_of(float v) { return __float_as_int(v); }
+FN float float_of(Sum v) { return __int_as_float(v); }
 #else
 typedef float Sum;
+FN Sum sum_of(float v) { return v; }
+FN float float_of(Sum v) { return v; }
 #endif
 
 // A position in a ring of STAGES slots. A fresh ring's slots count as emptied once already.
@@ -104,9 +116,12 @@ struct Barriers {
     FN u32 w_empty(u32 slot) const { return base + 8 * (2 * X_STAGES + W_STAGES + slot); }
     FN u32 rings_idle() const { return base + 8 * (2 * X_STAGES + 2 * W_STAGES); }
     FN u32 sums_full() const { return rings_idle() + 8; }
+    FN u32 sheet_full(int group, int sheet) const { return sums_full() + 8 * (1 + 4 * group + sheet); }
+    FN u32 sheet_empty(int group, int sheet) const { return sheet_full(group, sheet + 2); }
     FN void init(u32 split) const {
         for (int i = 0; i < X_STAGES; i++) barrier_init(x_full(i), 1), barrier_init(x_empty(i), WARPS * SHARE);
-        for (int i = 0; i < W_STAGES; i++) barrier_init(w_full(i), 1), barrier_init(w_empty(i), WARPS);
+        for (int i = 0; i < W_STAGES; i++) barrier_init(w_full(i), 1 + UNITS), barrier_init(w_empty(i), WARPS + FILLERS);
+        for (int i = 0; OUTLIERS && i < 4 * WARPGROUPS; i++) barrier_init(sheet_full(i / 4, i % 4), i % 4 < 2 ? 1 : 4);
         barrier_init(rings_idle(), WARPS * SPLIT), barrier_init(sums_full(), 1);
         barrier_init_done();
         if (SPLIT > 1) barrier_expect(sums_full(), (PIECES - split + SPLIT - 1) / SPLIT * SPLIT * CONSUMERS * 32);

@@ -111,9 +111,9 @@ def tiles_linear(
         0 if table is None else table.data_ptr(),
         0 if pick is None else pick.data_ptr(),
         0 if factor is None else factor.data_ptr(),
-        outliers[1].data_ptr() if outliers else 0,
         codes.shape[2],
         floats,
+        *(tensor.data_ptr() for tensor in outliers or ()),
     )
     runner = _plans.get(key)
     if runner is None:

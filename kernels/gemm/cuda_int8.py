@@ -27,8 +27,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from aerogel.errors import RunFailed
 from aerogel.kernels.beside.ref import Beside
-from aerogel.kernels.gemm import cuda, cuda_few, cuda_wgmma
+from aerogel.kernels.gemm import cuda, cuda_few, cuda_wgmma, cuda_wgmma_plan, cuda_wgmma_table
 from aerogel.kernels.gemm.cuda_kept import KEPT, KeptOperand
 from aerogel.kernels.gemm.cuda_made import Made
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
@@ -144,7 +145,19 @@ def many_tokens(
     return run
 
 
+def some_tokens(weight: TileWeight, M: int, dtype: torch.dtype, kept: KeptOperand) -> cuda_wgmma_plan.Plan:
+    """The 16-bit matmul for tokens too few for integers, planned with kept columns as further steps; on Hopper. It is launched
+    with the rounded inputs and those of the kept columns."""
+    facts = torch.cuda.get_device_properties(weight.codes.device)
+    cuts = cuda_wgmma_table.cuts_for(weight, M, facts.name)
+    config = cuts[0][1] if len(cuts) == 1 else cuda_wgmma.choose_config(weight, M, facts.multi_processor_count)
+    if config is None:
+        raise RunFailed("no cut of the weight fits the multiprocessor, though integers without tables leave room for one")
+    return cuda_wgmma_plan.Plan(weight, config, M, dtype, kept=kept.fragments)
+
+
 _plans: dict[tuple[object, ...], Runner | None] = {}
+_some_plans: dict[tuple[object, ...], cuda_wgmma_plan.Plan] = {}
 _few_plans: dict[tuple[object, ...], cuda_few.Plan] = {}
 
 
@@ -205,6 +218,15 @@ def tiles_linear_int8(
                 _few_plans[key] = cuda_few.Plan(held, config_for(held, M), M, y.dtype)
             chosen = y.new_empty(M, operand.columns.columns)
             _few_plans[key](rounding(x, fixed, operand.columns, chosen)[0][:, :K].contiguous(), bias, y, chosen)
+            return y
+        if torch.cuda.get_device_capability(y.device)[0] == 9:
+            if key not in _some_plans:
+                held = TileWeight(codes=codes, scale=scale, zero=zero, table=None, pick=None, group_size=group_size, N=N, K=K)
+                held.check()
+                _some_plans[key] = some_tokens(held, M, y.dtype, operand)
+            chosen = y.new_empty(M, operand.columns.columns)
+            rounded = cuda_wgmma_plan.in_pieces(rounding(x, fixed, operand.columns, chosen)[0][:, :K])
+            _some_plans[key].launch(rounded, None, bias, y, chosen=chosen)
             return y
         # The numbers of kept columns stay what they are, so their weights can be added as outliers are.
         rounded, outliers = rounding(x, fixed, operand.columns)[0][:, :K].contiguous(), operand.outliers.tensors()

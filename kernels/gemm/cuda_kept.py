@@ -3,8 +3,9 @@
     y_MN = x8 @ w8.T * scales + x_MC @ kept_NC.T
 
 The kernel that rounds x leaves the kept columns out of a token's scale, gives them the code 0 and writes their inputs side by
-side. For up to 16 tokens and for many the matmul adds their product at its end, 16 columns a step (`few_kept.cuh`,
-`kept_columns.cuh`). Between, they also stay as they are in the rounded x, and their weights are added as outliers are.
+side. The matmul adds their product at its end, 16 columns a step (`few_kept.cuh`, `kept_columns.cuh`). More than 16 tokens on
+other GPUs than Hopper's meet them otherwise: they stay as they are in the rounded x, and their weights are added as outliers
+are.
 
 Shape legend: M tokens, N out features, K in features, C kept columns, R row tiles.
 """

@@ -1,31 +1,41 @@
 """Sparse outliers as the CUDA kernels take them: by row for a few tokens, by tile for many. 4 bytes an outlier either way.
 
     by row     column k in the lower 16 bits, the value in the upper ones; ascending columns      `outliers.cuh`
-    by tile    its place in the tile as the matrix instruction wants it, and the value            `tile_outliers.cuh`
+    by unit    its place in the unit as the matrix instruction wants it, and the value            `tile_outliers.cuh`
 
-A few tokens look their inputs up, which costs no more than the bytes; with many tokens an outlier is put into the tile where
-its code says nothing, and multiplied with it. The place counts bytes of a tile of 16 x 128 numbers of 16 bits in fragments:
+A few tokens look their inputs up, which costs no more than the bytes; with many tokens an outlier is put where its code says
+nothing, and multiplied with it. A unit is four row tiles, one below the other; a place counts bytes of its 64 x 128 numbers of
+16 bits in fragments, step by step:
 
-    place = 512 * s + 16 * (4 * g + t) + 4 * i + 2 * e           the letters as in `pack/tiles.py`
+    place = 2048 * s + 512 * (row tile % 4) + 16 * (4 * g + t) + 4 * i + 2 * e           the letters as in `pack/tiles.py`
 
-Shape legend: N out features, K in features, E outliers, R row tiles, C k tiles.
+Shape legend: N out features, K in features, E outliers, C k tiles, T units of 64 rows x 128 columns, row by row.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from aerogel.errors import BadInput
 from aerogel.kernels.beside.ref import Beside
 from aerogel.pack import tiles
 
 MOST_COLUMNS = 1 << 16
-TILE_BYTES = 2 * tiles.ROWS * tiles.COLUMNS
-NAMES = ("tile_outlier_rows", "tile_outlier_by_row", "tile_outlier_tiles", "tile_outlier_by_tile")
+UNIT_ROWS = 4 * tiles.ROWS
+UNIT_BYTES = 2 * UNIT_ROWS * tiles.COLUMNS
+STEPS = tiles.COLUMNS // 16
+HEAD = 4
+"""Words in front of a list."""
+PIECE = 4
+"""Words of 16 bytes, which the copy engine takes: lists begin at multiples of so many."""
+ROOM_STEP, MOST_ROOM = 32, 512
+NAMES = ("tile_outlier_rows", "tile_outlier_by_row", "tile_outlier_units", "tile_outlier_by_unit")
 """Under which the tensors stand beside a layout's, in the order of `TileOutliers`."""
 
 
@@ -34,13 +44,16 @@ class TileOutliers:
     """Outliers of one weight, on its device.
 
     start_N1: int32 [N + 1], where the outliers of each row begin. by_row_E: int32 [E].
-    start_T1: int32 [R * C + 1], the same for tiles. by_tile_E: int32 [E].
+    start_T1: int32 [T + 1], where each unit's list begins. by_unit_E: int32, the lists: HEAD words that say how many outliers a
+    unit has up to the end of each step, as 16-bit numbers; the outliers; and zeros up to a whole piece.
+    room: words that hold nearly every list where outliers stand at random; in steps, so that few kernels are compiled.
     """
 
     start_N1: Tensor
     by_row_E: Tensor
     start_T1: Tensor
-    by_tile_E: Tensor
+    by_unit_E: Tensor
+    room: int
 
     @classmethod
     def of(cls, beside: Beside, N: int, K: int, dtype: torch.dtype, place_K: Tensor | None = None) -> Self | None:
@@ -57,15 +70,12 @@ class TileOutliers:
             return None
         row_E, column_E = key_E // K, key_E % K
         bits_E, C = value_E.view(torch.int16).int() << 16, tiles.tile_counts(N, K)[1]
-        tile_E = row_E // tiles.ROWS * C + column_E // tiles.COLUMNS
-        place_E = places(row_E % tiles.ROWS, column_E % tiles.COLUMNS)
-        by_tile = (tile_E * TILE_BYTES + place_E).argsort()
-        return cls(
-            start_N1=_starts(row_E, N),
-            by_row_E=bits_E | column_E.int(),
-            start_T1=_starts(tile_E, -(-N // tiles.ROWS) * C),
-            by_tile_E=(bits_E | place_E.int())[by_tile],
-        )
+        unit_E = row_E // UNIT_ROWS * C + column_E // tiles.COLUMNS
+        place_E = places(row_E % UNIT_ROWS, column_E % tiles.COLUMNS)
+        by_unit = (unit_E * UNIT_BYTES + place_E).argsort()
+        T = -(-N // UNIT_ROWS) * C
+        lists = lists_of(unit_E[by_unit], (bits_E | place_E.int())[by_unit], heads(unit_E, place_E, T))
+        return cls.given([_starts(row_E, N), bits_E | column_E.int(), *lists])
 
     @classmethod
     def among(cls, tensors: Mapping[str, Tensor]) -> Self | None:
@@ -75,30 +85,31 @@ class TileOutliers:
     @classmethod
     def given(cls, tensors: Sequence[Tensor] | None) -> Self | None:
         """From the list that an operator is called with; None for None."""
-        return None if tensors is None else cls(**dict(zip(cls.__slots__, tensors, strict=True)))
+        if tensors is None:
+            return None
+        start_N1, by_row_E, start_T1, by_unit_E = tensors
+        each = max(by_unit_E.numel() // max(start_T1.numel() - 1, 1) - HEAD - PIECE + 1, 0)
+        room = min(-(-(each + 5 * math.isqrt(each) + 1) // ROOM_STEP) * ROOM_STEP, MOST_ROOM)
+        return cls(start_N1=start_N1, by_row_E=by_row_E, start_T1=start_T1, by_unit_E=by_unit_E, room=room)
 
     def tensors(self) -> list[Tensor]:
         """What an operator is called with; `given` takes it back."""
-        return [getattr(self, field) for field in self.__slots__]
+        return [self.start_N1, self.by_row_E, self.start_T1, self.by_unit_E]
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by `NAMES`."""
         return dict(zip(NAMES, self.tensors(), strict=True))
 
     def rows(self, start: int, stop: int, C: int) -> Self:
-        """Those of rows start..stop as views; `start` is a multiple of 16."""
-        first, last = start // tiles.ROWS, -(-stop // tiles.ROWS)
-        return type(self)(
+        """Those of rows start..stop as views; `start` is a multiple of UNIT_ROWS."""
+        if start % UNIT_ROWS:
+            raise BadInput(f"rows with outliers are cut at multiples of {UNIT_ROWS}, found {start}")
+        first, last = start // UNIT_ROWS, -(-stop // UNIT_ROWS)
+        return replace(
+            self,
             start_N1=self.start_N1[start : stop + 1],
-            by_row_E=self.by_row_E,
             start_T1=self.start_T1[first * C : last * C + 1],
-            by_tile_E=self.by_tile_E,
         )
-
-    @property
-    def each(self) -> int:
-        """Outliers of a tile, on average, rounded up."""
-        return -(-self.by_tile_E.numel() // max(self.start_T1.numel() - 1, 1))
 
 
 def entries(beside: Beside) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,10 +128,29 @@ def entries(beside: Beside) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def places(row: Tensor, column: Tensor) -> Tensor:
-    """Where in its tile a number is, in bytes."""
+    """Where in its unit a number is, in bytes."""
     lane = row % 8 * 4 + column % 8 // 2
-    register = row // 8 + column // 8 % 2 * 2
-    return column // 16 * 512 + lane * 16 + register * 4 + column % 2 * 2
+    register = row // 8 % 2 + column // 8 % 2 * 2
+    return column // 16 * 2048 + row // tiles.ROWS * 512 + lane * 16 + register * 4 + column % 2 * 2
+
+
+def lists_of(unit_E: Tensor, word_E: Tensor, head_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """`TileOutliers.start_T1` and `by_unit_E` from words in the order of their units, and heads."""
+    T, device = len(head_TH), unit_E.device
+    length_T = torch.bincount(unit_E, minlength=T)
+    start_T1 = torch.zeros(T + 1, dtype=torch.int64, device=device)
+    start_T1[1:] = (HEAD + (length_T + PIECE - 1) // PIECE * PIECE).cumsum(0)
+    inside_E = torch.arange(len(unit_E), device=device) - (length_T.cumsum(0) - length_T)[unit_E]
+    filled = torch.zeros(len(unit_E) + (HEAD + PIECE - 1) * T, dtype=torch.int32, device=device)
+    filled[start_T1[:-1, None] + torch.arange(HEAD, device=device)] = head_TH
+    filled[start_T1[unit_E] + HEAD + inside_E] = word_E
+    return start_T1.int(), filled
+
+
+def heads(unit_E: Tensor, place_E: Tensor, T: int) -> Tensor:
+    """How many outliers each unit has up to the end of each step, two in a word: int32 [T, HEAD]."""
+    ends_TS = torch.bincount(unit_E * STEPS + place_E // (UNIT_BYTES // STEPS), minlength=T * STEPS).reshape(T, STEPS).cumsum(1)
+    return ends_TS.to(torch.int16).view(torch.int32)
 
 
 def _starts(which_E: Tensor, count: int) -> Tensor:

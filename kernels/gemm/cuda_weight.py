@@ -112,7 +112,11 @@ class TileWeight:
         """All that a choice of kernels may depend on: shapes and types, not where the tensors lie."""
         held = (self.codes, self.scale, self.zero, self.table, self.pick)
         facts = (None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in held)
-        return (self.N, self.K, self.group_size, self.floats, self.outliers is not None, self.kept is not None, *facts)
+        return (self.N, self.K, self.group_size, self.floats, self._outlier_room, self.kept is not None, *facts)
+
+    @property
+    def _outlier_room(self) -> int | None:
+        return None if self.outliers is None else self.outliers.room
 
     def check(self) -> None:
         """Raises `BadInput` where shapes or dtypes contradict each other."""
@@ -130,7 +134,7 @@ class TileWeight:
             "floats": not self.floats or (self.bits in (1, 4, 5, 6, 8) and self.zero is None and self.table is None),
             # Their sums are not scaled: scales stand in the loop, none at its end.
             "outliers": self.outliers is None
-            or (self.group_size > 0 and self.scale.dtype not in BYTES and self.outliers.start_T1.numel() == R * C + 1),
+            or (self.group_size > 0 and self.scale.dtype not in BYTES and self.outliers.start_T1.numel() == -(-R // 4) * C + 1),
             "kept": self.kept is None or (self.group_size > 0 and self.scale.dtype not in BYTES and self.kept.shape[0] == R),
             "factor": self.factor is None or (self.factor.dtype == torch.float32 and self.factor.numel() == 1),
         }

@@ -32,7 +32,7 @@ from aerogel.kernels.gemm.cuda_decoder import (
     table_kind,
 )
 from aerogel.kernels.gemm.cuda_few import OUTLIER_TOKENS
-from aerogel.kernels.gemm.cuda_outliers import TILE_BYTES
+from aerogel.kernels.gemm.cuda_outliers import HEAD
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 
 SOURCE = "wgmma.cu"
@@ -40,8 +40,8 @@ FEW_TOKENS = 16
 WIDE_BYTES = 192 << 20
 """Up to FEW_TOKENS the few-token kernels are faster, except for codes of more than four bits and of WIDE_BYTES and more."""
 SHARED_LIMIT = 227 << 10
-MOST_HELD = 3
-"""Outliers of a tile that a lane holds at most; there should be more than on average."""
+SHEET_BYTES = 8192
+"""Half of a unit's outliers, and zeros between them."""
 REGISTERS = {(2, 1): (40, 232), (3, 1): (40, 152), (4, 1): (32, 112), (2, 2): (40, 96)}
 """Registers of a producing and of a consuming thread, by warpgroups and blocks on a multiprocessor; others do not trade."""
 
@@ -130,7 +130,7 @@ def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str,
         "PRODUCER_REGISTERS": producer,
         "CONSUMER_REGISTERS": consumer,
         "SHARED_BYTES": shared_bytes(weight, config),
-        "OUTLIERS": 0 if weight.outliers is None else min(ceil_divide(5 * weight.outliers.each, 4 * 32), MOST_HELD),
+        "OUTLIERS": 0 if weight.outliers is None else weight.outliers.room,
     }
 
 
@@ -158,20 +158,30 @@ def table_room(weight: TileWeight, row_tiles: int) -> int:
     return paired(weight) * PAIR_BYTES or table_bytes(weight, row_tiles)
 
 
+def outlier_room(weight: TileWeight, config: Config) -> tuple[int, int]:
+    """Bytes that outliers take: their lists of a stage of weights; and beside the rings sheets and barriers."""
+    if weight.outliers is None:
+        return 0, 0
+    units = config.row_tiles // 4
+    lists = units * config.w_tiles * 4 * (HEAD + weight.outliers.room)
+    return ceil_divide(lists, 128) * 128, 2 * units * SHEET_BYTES + 32 * config.warpgroups
+
+
 def space(weight: TileWeight, config: Config) -> Space:
     """What a launch needs, whatever the number of stages."""
     scale, zero = side_bytes(weight)
     touched = config.row_tiles * window(weight.group_size, config.w_tiles) if weight.group_size else 0
+    lists, sheets = outlier_room(weight, config)
     threads, pieces = 128 * config.warpgroups, config.blocks * config.tokens // 16
     out = 2 * config.warpgroups * 128 * (32 if config.tokens > 32 and config.tokens % 32 == 0 else 16)
-    outliers = 0 if weight.outliers is None else config.row_tiles * TILE_BYTES  # those of a row tile are put into one tile
     return Space(
         x_stage=config.tokens * (256 if config.batch == 8 else 128),
         w_stage=config.row_tiles * config.w_tiles * 256 * weight.bits
         + ceil_divide(touched * scale, 128) * 128
-        + ceil_divide(touched * zero, 128) * 128,
+        + ceil_divide(touched * zero, 128) * 128
+        + lists,
         sums=ceil_divide(pieces, config.split) * config.split * threads * 32 if config.split > 1 else 0,
-        beside=out + table_room(weight, config.row_tiles) + outliers + 16,
+        beside=out + table_room(weight, config.row_tiles) + sheets + 16,
     )
 
 

@@ -120,7 +120,7 @@ class Plan:
             factor=None if weight.factor is None else weight.factor.data_ptr(),
             row_scale=None if row_scale is None else row_scale.data_ptr(),
             outlier_start=None if weight.outliers is None else weight.outliers.start_T1.data_ptr(),
-            outlier=None if weight.outliers is None else weight.outliers.by_tile_E.data_ptr(),
+            outlier=None if weight.outliers is None else weight.outliers.by_unit_E.data_ptr(),
             kept=None if kept is None else kept.data_ptr(),
             kept_steps=0 if kept is None else kept.shape[1],
             M=M,

@@ -2,7 +2,8 @@
 
 `wgmma_NAME.json` beside this module holds what was measured on NAME: for each weight the fastest configuration at some
 numbers of tokens, with its time. Other numbers of tokens use the next larger one; tables those of other groups too, since what
-decoding takes decides there, and what has no entries of its own but no table those of integers in as large groups. A weight
+decoding takes decides there, and what has no entries of its own but no table those of integers in as large groups. Weights with
+outliers have entries of their own where they want another cut (`4o/g128/4096x4096`). A weight
 that no entry suits, or a number of tokens beyond them, is served by the cost model of `cuda_wgmma`: the cut of other groups can
 be half as fast, where two blocks share a multiprocessor.
 """
@@ -41,7 +42,8 @@ def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
     tokens = next((size for size in TOKEN_CLASSES if size >= M), TOKEN_CLASSES[-1])
     integers = f"{weight.bits}/g{weight.group_size}/{weight.N}x{weight.K}"
     own = places(weight)[:-1] if weight.table is not None or weight.planes else places(weight)[:1]
-    known = [table(name).get(place, {}) for place in (*own, integers)]
+    beside = () if weight.outliers is None else (integers.replace("/", "o/", 1),)
+    known = [table(name).get(place, {}) for place in (*beside, *own, integers)]
     entry = next((entries[str(tokens)] for entries in known if str(tokens) in entries), None)
     if entry is None:
         return []

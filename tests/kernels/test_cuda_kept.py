@@ -111,7 +111,7 @@ def test_a_layer_on_a_gpu(grid: IntGrid, dtype: torch.dtype) -> None:
         kept = torch.randperm(K, generator=torch.Generator().manual_seed(2))[:19].sort().values
         layer = layer_of(grid, N, K, dtype, kept, bias)
         assert layer.kernel_name == "cuda-int8" and layer._laid is not None and set(KEPT) <= set(layer._laid)
-        for M in (1, 3, 13, 16, 40, 97, 300, 2048):
+        for M in (1, 3, 13, 16, 17, 40, 64, 96, 97, 300, 2048):
             x_MK = torch.randn(M, K, generator=torch.Generator("cuda").manual_seed(M), device="cuda")
             x_MK[:, kept.cuda()] *= 50
             x_MK = x_MK.to(dtype)

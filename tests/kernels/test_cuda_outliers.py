@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,14 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from aerogel.errors import BadInput
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.cuda import nvrtc, sources
-from aerogel.kernels.gemm.cuda import tile_weight
+from aerogel.kernels.gemm import cuda
+from aerogel.kernels.gemm.cuda import Cuda, tile_weight
 from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
 from aerogel.kernels.gemm.cuda_few import Config, Few, Plan, defines, fits, grid_of, shared_bytes
 from aerogel.kernels.gemm.cuda_outliers import NAMES, TileOutliers
 from aerogel.kernels.gemm.cuda_tune import SPILLED_BYTES
-from aerogel.kernels.gemm.cuda_wgmma import candidates
+from aerogel.kernels.gemm.cuda_wgmma import Config as ManyConfig
+from aerogel.kernels.gemm.cuda_wgmma import candidates, deepest
 from aerogel.kernels.gemm.cuda_wgmma import defines as many_defines
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan as ManyPlan
 from aerogel.kernels.sidecars import SidecarLinear
@@ -84,13 +88,20 @@ def test_both_orders_are_the_outliers(shape: tuple[int, int], kinds: str) -> Non
         rows = torch.arange(N).repeat_interleave(laid.start_N1.long().diff())
         by_row[rows, laid.by_row_E.long() & 0xFFFF] = (laid.by_row_E >> 16).short().view(torch.bfloat16)
         assert torch.equal(by_row, wanted_NK)
-        # The place of a number in a tile is that of the same number in a tile of fragments.
+        # The place of a number in a unit is that of the same number in its steps' fragments.
         C = tiles.tile_counts(N, K)[1]
-        which = torch.arange(len(laid.start_T1) - 1).repeat_interleave(laid.start_T1.long().diff())
-        flat = torch.zeros(len(laid.start_T1) - 1, 2048, dtype=torch.bfloat16)
-        flat[which, (laid.by_tile_E.long() & 0xFFFF) // 2] = (laid.by_tile_E >> 16).short().view(torch.bfloat16)
-        s, g, t, i1, i0, e = (8, 8, 4, 2, 2, 2)
-        back = flat.reshape(-1, C, s, g, t, i1, i0, e).permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(-1, C * 128)
+        T = len(laid.start_T1) - 1
+        flat = torch.zeros(T, 8192, dtype=torch.bfloat16)
+        for unit in range(T):
+            begin, end = map(int, laid.start_T1[unit : unit + 2])
+            ends_S = laid.by_unit_E[begin : begin + 4].view(torch.int16).long()
+            words = laid.by_unit_E[begin + 4 : begin + 4 + int(ends_S[-1])]
+            assert begin % 4 == 0 and end - begin == 4 + -(-len(words) // 4) * 4
+            place = words.long() & 0xFFFF
+            assert torch.equal(torch.bincount(place // 2048, minlength=8).cumsum(0), ends_S)
+            flat[unit, place // 2] = (words >> 16).short().view(torch.bfloat16)
+        s, r, g, t, i1, i0, e = (8, 4, 8, 4, 2, 2, 2)
+        back = flat.reshape(-1, C, s, r, g, t, i1, i0, e).permute(0, 3, 7, 4, 1, 2, 6, 5, 8).reshape(-1, C * 128)
         assert torch.equal(back[:N, :K], wanted_NK)
 
 
@@ -150,8 +161,6 @@ def sources_compile(name: str, macros: dict[str, int], capability: tuple[int, in
 
 def test_the_sources_compile() -> None:
     layer = layer_of(INT4, 64, 256, torch.bfloat16, "cpu", False, False, "oc")
-    from aerogel.kernels.gemm.cuda import Cuda
-
     problem = replace(layer.problem(), device="cuda")
     layout = Cuda.pack(layer.columns().codes, problem) | (Cuda.lay_beside(beside_of(64, 256), problem) or {})
     assert set(NAMES) <= set(layout)
@@ -161,6 +170,37 @@ def test_the_sources_compile() -> None:
         sources_compile(f"{config.kernel}.cu", defines(weight, config, M, torch.bfloat16))
         assert shared_bytes(weight, config, M, grid_of(weight, config, 132)) > 256 * 2
     sources_compile("wgmma.cu", many_defines(weight, candidates(weight, 16)[0], torch.float16))
+
+
+def test_rows_are_cut_where_units_begin() -> None:
+    laid = TileOutliers.of(beside_of(200, 300), 200, 300, torch.bfloat16)
+    assert laid is not None
+    part = laid.rows(64, 200, 3)
+    assert torch.equal(part.start_T1, laid.start_T1[3:]) and part.room == laid.room
+    with pytest.raises(BadInput, match="multiples of 64"):
+        laid.rows(80, 200, 3)
+
+
+def test_a_plan_is_found_by_where_all_outliers_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan knows addresses, so lists in a new place need a new one, whichever of them has moved."""
+    planned: list[object] = []
+
+    def plan(weight: Any, x: Tensor, key: tuple[object, ...]) -> Any:
+        planned.append(key)
+        return cuda._plans.setdefault(key, lambda x, bias, y: y.zero_())
+
+    monkeypatch.setattr(cuda, "_plans", {})
+    monkeypatch.setattr(cuda, "_plan", plan)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    codes, scale = torch.zeros(3, 2, 1024, dtype=torch.uint8), torch.ones(3, 8, 16, dtype=torch.bfloat16)
+    laid = TileOutliers.of(beside_of(40, 256), 40, 256, torch.bfloat16)
+    assert laid is not None
+    tensors, x_MK = laid.tensors(), torch.zeros(2, 256, dtype=torch.bfloat16)
+    for moved in range(-1, len(tensors)):
+        given = [tensor.clone() if which == moved else tensor for which, tensor in enumerate(tensors)]
+        for _ in range(2):
+            cuda.tiles_linear(x_MK, codes, scale, None, None, None, None, 32, 40, outliers=given)
+        assert len(planned) == len(set(planned)) == moved + 2
 
 
 @pytest.mark.gpu
@@ -189,6 +229,12 @@ def test_kept_columns_alone_and_compiled() -> None:
         assert torch.equal(compiled(x_MK), layer(x_MK))
 
 
+def compiled_ahead(weight: Any, cuts: Sequence[ManyConfig]) -> None:
+    """All kernels at once, as a plan wants them."""
+    plain = {"INT8": 0, "EXPERTS": 0, "KEPT": 0}
+    sources.compile_ahead([("wgmma.cu", many_defines(weight, cut, torch.bfloat16) | plain) for cut in cuts], (9, 0))
+
+
 @pytest.mark.gpu
 def test_every_cut_of_the_kernels() -> None:
     """Configurations of both few-token kernels and of the many-token one, and the decoded weight."""
@@ -213,7 +259,9 @@ def test_every_cut_of_the_kernels() -> None:
             close(y_MN, wanted)
     x_MK = torch.randn(100, K, device="cuda").bfloat16()
     wanted = wanted_of(layer, x_MK, "oc")
-    for many in candidates(weight, 100)[::5]:
+    cuts = candidates(weight, 100)[::5]
+    compiled_ahead(weight, cuts)
+    for many in cuts:
         plan = ManyPlan(weight, many, 100, torch.bfloat16)
         assert plan.function.attribute("local_bytes") <= SPILLED_BYTES, many
         y_MN = torch.full((100, N), float("nan"), device="cuda", dtype=torch.bfloat16)
@@ -226,3 +274,62 @@ def test_every_cut_of_the_kernels() -> None:
     codes_NK = layer.columns().codes.decode(torch.float64).cpu()
     both_NK = codes_NK + dense_of(beside_of(N, K), N, K)
     close(dequantize(weight, torch.bfloat16), (both_NK, float(both_NK.norm())))
+
+
+ALL = slice(None)
+UNEVEN: dict[str, Any] = {
+    "one": (130, 700),
+    "columns": (ALL, [5, 6, 700, 1191]),
+    "a tile": (slice(48, 64), slice(256, 384)),
+    "a unit": (slice(64, 128), slice(1024, 1152)),
+    "a row": (399, ALL),
+    "a third": (ALL, slice(None, None, 3)),
+}
+"""Where outliers stand: lists that are empty, that are longer than the room for them, that have all in one step."""
+MANY = (
+    ManyConfig(tokens=16),
+    ManyConfig(tokens=32, blocks=2, split=3, w_tiles=2),
+    ManyConfig(tokens=64, share=2, split=2, w_tiles=2, batch=8),
+    ManyConfig(tokens=48, warpgroups=3, batch=2, split=2),
+    ManyConfig(tokens=48, resident=2, batch=2),
+    ManyConfig(tokens=128, blocks=2),
+    ManyConfig(tokens=256, lead=3, span=1),
+    ManyConfig(tokens=256, batch=2, share=2),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", UNEVEN)
+def test_uneven_outliers(where: str) -> None:
+    N, K, M = 400, 1192, 70
+    random = torch.Generator().manual_seed(5)
+    mask_NK = torch.zeros(N, K, dtype=torch.bool)
+    mask_NK[UNEVEN[where]] = True
+    outliers = Outliers.of(torch.randn(N, K, generator=random).bfloat16(), mask_NK)
+    given = (outliers.start_N1, outliers.column_E, outliers.value_E)
+    beside = Beside(*(tensor.cuda() for tensor in given), None, None)
+    w_NK = torch.randn(N, K, generator=random)
+    layer = SidecarLinear.from_codes(quantized(INT4, w_NK, INT4.fit(w_NK)), dtype=torch.bfloat16).cuda()
+    problem = layer.problem()
+    layout = Cuda.pack(layer.columns().codes, problem) | (Cuda.lay_beside(beside, problem) or {})
+    weight = tile_weight(layout, problem)
+    both_NK = layer.columns().codes.decode(torch.float64).cpu() + dense_of(Beside(*given, None, None), N, K)
+    x_MK = torch.randn(M, K, generator=random).bfloat16()
+    wanted = (x_MK.double() @ both_NK.T, float((x_MK.double().square() @ both_NK.T.square()).sum().sqrt()))
+    close(dequantize(weight, torch.bfloat16), (both_NK, float(both_NK.norm())))
+    spoilt_MK = x_MK.clone()
+    spoilt_MK[3, 7], spoilt_MK[66, 900] = float("inf"), float("nan")
+    cuts = [config for cut in MANY if (config := deepest(weight, cut)) is not None]
+    assert len(cuts) == len(MANY)
+    compiled_ahead(weight, cuts)
+    for config in cuts:
+        plan = ManyPlan(weight, config, M, torch.bfloat16)
+        found = []
+        for given in (x_MK, x_MK, spoilt_MK, x_MK):
+            y_MN = torch.full((M, N), float("nan"), device="cuda", dtype=torch.bfloat16)
+            plan(given.cuda(), None, y_MN)
+            found.append(y_MN)
+        close(found[0], wanted)
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[3]), config
+        rest = [m for m in range(M) if m not in (3, 66)]
+        assert torch.equal(found[2][rest], found[0][rest]) and not found[2][[3, 66]].isfinite().any(), config

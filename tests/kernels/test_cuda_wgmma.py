@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.gemm import cuda_table, cuda_wgmma, cuda_wgmma_table
+from aerogel.kernels.gemm.cuda_outliers import UNIT_ROWS, TileOutliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import CUTS, SOURCE, Config, ManyTokens, choose_config, deepest, defines, fits
 from aerogel.kernels.gemm.cuda_wgmma_plan import Parts, Plan
@@ -41,6 +42,14 @@ def meta_weight(N: int, K: int, bits: int = 4, group_size: int = 128, **more: An
         held["table"] = torch.empty(kinds["table"], 1 << bits, dtype=torch.float16, device="meta")
     codes = torch.empty(R, C, 256 * bits, dtype=torch.uint8, device="meta")
     return TileWeight(codes=codes, group_size=group_size, N=N, K=K, **{"table": None, **held})  # type: ignore[arg-type]
+
+
+def meta_outliers(N: int, K: int, E: int) -> TileOutliers:
+    """So many outliers without data."""
+    T = -(-N // UNIT_ROWS) * tiles.tile_counts(N, K)[1]
+    made = TileOutliers.given([torch.empty(size, dtype=torch.int32, device="meta") for size in (N + 1, E, T + 1, E + 7 * T)])
+    assert made is not None
+    return made
 
 
 def test_refuses_other_devices_and_few_tokens() -> None:
@@ -68,7 +77,7 @@ def test_chooses_a_cut_that_fits_for_any_weight(N: int, K: int, bits: int, group
 
 def test_every_measured_configuration_fits() -> None:
     entries = cuda_wgmma_table.table("NVIDIA H100 80GB HBM3")
-    assert len(entries) == 68
+    assert len(entries) == 69
     for key, by_tokens in entries.items():
         kind, group, shape = key.split("/")
         N, K = (int(size) for size in shape.split("x"))
@@ -82,7 +91,10 @@ def test_every_measured_configuration_fits() -> None:
         }
         bits, held = int(kind[0]), kinds.get(kind, {})
         weight = replace(meta_weight(N, K, bits, int(group[1:]), **held), floats={"4f": 1, "8f": 3}.get(kind, 0))
-        assert key == cuda_table.places(weight)[0]
+        if kind == "4o":
+            weight = replace(weight, outliers=meta_outliers(N, K, N * K // 100))
+        else:
+            assert key == cuda_table.places(weight)[0]
         for tokens, entry in by_tokens.items():
             assert fits(weight, Config(**entry["config"])), (key, tokens)
             cuts = cuda_wgmma_table.cuts_for(weight, int(tokens), "NVIDIA H100 80GB HBM3")
@@ -164,6 +176,10 @@ def test_measured_layers_get_what_was_measured(fake: FakeDriver) -> None:
     assert [rows for rows, _ in wide] == [25344, 3328] and wide[0][1].tokens == 256 and wide[1][1].tokens == 128
     assert cuda_wgmma_table.cuts_for(meta_weight(28672, 4096, bits=3), 400, "NVIDIA H100 80GB HBM3") == []
     assert cuda_wgmma_table.cuts_for(meta_weight(28672, 4096), 400, "NVIDIA A100-SXM4-80GB") == []
+    plain = meta_weight(4096, 4096)
+    beside = replace(plain, outliers=meta_outliers(4096, 4096, 4096 * 41))
+    found = [cuda_wgmma_table.cuts_for(weight, 64, "NVIDIA H100 80GB HBM3")[0][1] for weight in (plain, beside)]
+    assert [config.resident for config in found] == [2, 1]
 
 
 def ptxas_log(defined: nvrtc.Defines) -> str:
