@@ -3,7 +3,8 @@
 // block has only a few tiles, so that nearly all of its weights are on their way before the previous kernel has ended.
 //
 // Shared memory: tables, what outliers need, then for each warp two slots of [tokens][272 bytes] and the sides of its tiles; the partial sums
-// later take the place of the slots. A slot is filled two tiles ahead, the words of codes one tile ahead.
+// later take the place of the slots. A slot is filled two tiles ahead, the words of codes one tile ahead. With outliers, which need
+// all inputs, a warp fetches those of all its tiles at once, to where they stay.
 
 #include "few_tokens.cuh"
 
@@ -45,14 +46,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
   const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, first_tile = blockIdx.x * ROW_TILES;
   const OutlierRoom outlier_place = outlier_room(p, shared + table_room(p.tables));
   const int table_bytes = table_room(p.tables) + outlier_bytes(p) + kept_bytes(p);  // and of what stands beside the codes
-  const int slot_bytes = p.M * TOKEN_BYTES + ROW_TILES * Side<1>::bytes;
-  const u32 slots = shared_address(shared) + table_bytes + warp * 2 * slot_bytes, sides = p.M * TOKEN_BYTES;
+  const int sides = OUTLIERS ? 0 : p.M * TOKEN_BYTES, slot_bytes = sides + ROW_TILES * Side<1>::bytes;
+  const u32 slots = shared_address(shared) + table_bytes + warp * 2 * slot_bytes;
   const Rows rows = rows_of(p, first_tile);
   KeptColumns kept(p, shared_address(shared) + table_room(p.tables) + outlier_bytes(p), 0, warp);
   const float factor = factor_of(p);
   if constexpr (BY_ROWS) ask_for_tables(p, shared, first_tile);  // before all else
   allow_next_kernel();
-  if (OUTLIERS && threadIdx.x >= THREADS) return sum_outliers(p, outlier_place, threadIdx.x - THREADS, first_tile * 16, 0, 1);
+  if (OUTLIERS && threadIdx.x >= THREADS)
+    return sum_outliers(p, outlier_place, threadIdx.x - THREADS, first_tile * 16, 0, 1, [](int) { barrier_of(4, THREADS + OUTLIER_THREADS); });
   int tile = warp;
   u32 words[ROW_TILES][WORDS], next[ROW_TILES][WORDS];
   if (tile < p.k_tiles) {
@@ -65,10 +67,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
   lay_out_tables(p, shared, first_tile, BY_ROWS ? 0 : ask_for_tables(p, shared, first_tile));
   if constexpr (TABLE) barrier_of(1, THREADS);
   wait_for_previous_kernel();
-  if (tile < p.k_tiles) fetch_tokens(p, slots, tile);
+  if constexpr (OUTLIERS)
+    for (int t = tile; t < p.k_tiles; t += WARPS) fetch_tokens(p, outlier_place.x + t * 256, t, outlier_place.x_stride);
+  else if (tile < p.k_tiles)
+    fetch_tokens(p, slots, tile);
   if constexpr (KEPT) kept.begin();
   copies_commit();
-  if (tile + WARPS < p.k_tiles) fetch_tokens(p, slots + slot_bytes, tile + WARPS);
+  if (!OUTLIERS && tile + WARPS < p.k_tiles) fetch_tokens(p, slots + slot_bytes, tile + WARPS);
   copies_commit();
 
   float acc[ROW_TILES][TOKEN_TILES][4] = {};
@@ -77,8 +82,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
     if (tile + WARPS < p.k_tiles) fetch_words(rows, tile + WARPS, next);
     copies_wait<1>();
     __syncwarp();
+    if (OUTLIERS && tile == warp) arrive_at(4, THREADS + OUTLIER_THREADS);
     Tokens x;
-    load_tokens(slot, TOKEN_BYTES, p.M, x);
+    if constexpr (OUTLIERS)
+      load_tokens(outlier_place.x + tile * 256, outlier_place.x_stride, p.M, x);
+    else
+      load_tokens(slot, TOKEN_BYTES, p.M, x);
     const u8* side = shared + (slot - shared_address(shared)) + sides;
     u8* made = shared + warp * ROW_TILES * MADE_BYTES;
     make_planes<1>(made, side, Side<1>::bytes, tile, group_of(tile, 0), p.groups);
@@ -88,15 +97,16 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
     __syncwarp();
     if (tile + 2 * WARPS < p.k_tiles) {
       fetch_side(p, slot + sides, first_tile, tile + 2 * WARPS);
-      fetch_tokens(p, slot, tile + 2 * WARPS);
+      if constexpr (!OUTLIERS) fetch_tokens(p, slot, tile + 2 * WARPS);
     }
     copies_commit();
     UNROLL for (int r = 0; r < ROW_TILES; r++) UNROLL for (int w = 0; w < WORDS; w++) words[r][w] = next[r][w];
   }
+  if (OUTLIERS && warp >= p.k_tiles) copies_wait<0>(), arrive_at(4, THREADS + OUTLIER_THREADS);
   if constexpr (KEPT) copies_wait<0>(), kept.add(first_tile, acc);
-  barrier_of(OUTLIERS ? 2 : 1, THREADS + OUTLIER_THREADS);
+  barrier_of(1, THREADS);
   float* partials = (float*)(shared + table_bytes);
   store_partials(partials, p, 0, warp, acc);
-  barrier_of(1, THREADS);
+  barrier_of(OUTLIERS ? 2 : 1, THREADS + OUTLIER_THREADS);
   finish(partials, p, factor, first_tile, threadIdx.x, sums_of_outliers(outlier_place, 0));
 }

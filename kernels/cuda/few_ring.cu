@@ -22,6 +22,7 @@ constexpr int WEIGHT_BYTES = (BLOCK_TILES * (CODE_BYTES + SIDE_BYTES) + 127) & ~
 constexpr bool X_BY_WARPS = !X_RESIDENT && !X_IN_STAGE;
 constexpr int STAGE_TOKEN_BYTES = K_WARPS * 256 + 16;  // of one token in a stage
 constexpr int STAGE_BYTES = WEIGHT_BYTES + (X_IN_STAGE ? (TOKEN_TILES * 8 * STAGE_TOKEN_BYTES + 127) & ~127 : 0);
+static_assert(!OUTLIER_SHARE || (X_RESIDENT && CLUSTER == 1), "outliers find all inputs where the whole of x stays");
 constexpr bool SIDES = GROUP != 0 || ZERO != 0 || TABLE == 3;
 
 // Warps beside the multiplying ones: the one that produces, and with 8 multiplying warps three more that only give up registers, which
@@ -76,6 +77,7 @@ INLINE Room room_of(const Arguments& p, bool single) {
 #endif
   r.x = shared_address(r.ring) + p.stages * STAGE_BYTES;
   r.x_stride = (((p.k_tiles + K_WARPS - 1) / K_WARPS + CLUSTER - 1) / CLUSTER) * K_WARPS * 256 + 16;
+  if (OUTLIER_SHARE) r.outliers.x = r.x, r.outliers.x_stride = r.x_stride;
   const int x_bytes = X_RESIDENT ? p.M * r.x_stride : X_BY_WARPS ? WARPS * 2 * p.M * TOKEN_BYTES : 0;
   r.partials = (float*)(single ? r.ring : r.ring + p.stages * STAGE_BYTES + x_bytes);
   return r;
@@ -144,8 +146,18 @@ INLINE void fetch_first_tokens(const Arguments& p, const Share& share, const Roo
     for (int token = threadIdx.x >> 5; token < p.M; token += ALL_WARPS) fetch_stage_token(p, share, room, 0, 0, token);
 }
 
+// All inputs once more for outliers, which cannot wait until the last stage that x comes with is read.
+INLINE void fetch_inputs_of_outliers(const Arguments& p, const Room& room, int token) {
+  if (token == 0) mbarrier_expect(room.outliers.here, p.M * p.x_columns * 2);
+  __syncwarp();
+  if (token < p.M)
+    bulk_copy(room.outliers.x + token * room.outliers.x_stride, p.x + (size_t)token * p.x_stride, p.x_columns * 2, room.outliers.here);
+}
+
 INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
   const int ahead = X_FOLLOWS ? 0 : min(share.row_blocks * share.stages, p.stages), token = threadIdx.x & 31;
+  constexpr bool COPY = OUTLIERS && !OUTLIER_SHARE;
+  if (COPY && ahead == 0) wait_for_previous_kernel(), fetch_inputs_of_outliers(p, room, token);
   Slot slot;
   int turn = 0;
   for (int block = 0; block < share.row_blocks; block++)
@@ -158,6 +170,7 @@ INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
         const int end = X_BY_WARPS ? 0 : X_IN_STAGE ? ahead : min(ahead, share.stages);
         for (int t = 0; t < end; t++)
           if (token < p.M) fetch_stage_token(p, share, room, t % share.stages, t, token);
+        if (COPY) fetch_inputs_of_outliers(p, room, token);
       } else if (turn >= ahead && token < p.M && with_x(block)) {
         fetch_stage_token(p, share, room, stage, slot.index, token);
       }
@@ -179,6 +192,13 @@ INLINE void renew_tables(const Arguments& p, const Room& room, int block, int fi
   if (TABLE == 0 || (block > 0 && (TABLE != 2 || BY_ROWS))) return;
   if (block > 0) barrier_of(1, THREADS), lay_out_tables(p, room.tables, first_tile, 0);
   barrier_of(1, THREADS);
+}
+
+// Outliers of many tokens wait for the halves of the inputs, which come with the stages of the first row block. The barriers of those
+// will not do: by then they may be in use for other stages.
+INLINE void tell_outliers(const Arguments& p, const Share& share, const Room& room, int stage) {
+  if (stage == ((p.k_tiles + 1) / 2 - 1) / K_WARPS) mbarrier_arrive(room.outliers.here);
+  if (stage == share.stages - 1) mbarrier_arrive(room.outliers.here + 8);
 }
 
 INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
@@ -209,6 +229,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
       const u8* place = room.ring + slot.index * STAGE_BYTES;
       if (X_BY_WARPS) copies_wait<1>(), __syncwarp();
       mbarrier_wait(room.full + 8 * slot.index, slot.round);
+      if (OUTLIER_SHARE && block == 0 && threadIdx.x == 0) tell_outliers(p, share, room, stage);
       if (KEPT && turn == 0) wait_for_previous_kernel(), kept.begin();
       if (tile < share.end_tile) {
         Tokens x;
@@ -237,10 +258,10 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
     }
     if constexpr (KEPT) copies_wait<0>(), kept.add(first_row_tile + row_warp * ROW_TILES, acc);
     if constexpr (BY_ROWS) copies_wait<0>();
-    barrier_of(OUTLIERS ? 2 : 1, THREADS + OUTLIER_THREADS);  // all have read the ring, and used the last partial sums
+    barrier_of(1, THREADS);  // all have read the ring, and used the last partial sums
     store_partials(room.partials, p, row_warp, slice, acc);
     if (BY_ROWS && block + 1 < share.row_blocks) lay_out_row_tables(BLOCK_TILES, room.tables, threadIdx.x, THREADS);
-    barrier_of(1, THREADS);
+    barrier_of(OUTLIERS ? 2 : 1, THREADS + OUTLIER_THREADS);
     ask_for_next_tables(p, share, room, block + 2);
     if (block == 0) wait_for_previous_kernel();
 #if CLUSTER > 1
@@ -258,6 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
   const Room room = room_of(p, single);
   const int warp = threadIdx.x >> 5;
   const u32 number = warp < WARPS ? ask_for_tables(p, room.tables, share.row_start * BLOCK_TILES) : 0;  // before all else
+  const bool beside = OUTLIERS && warp >= ALL_WARPS;  // they wait for the previous kernel when they have asked for what does not depend on it
   if ((threadIdx.x & 31) == 0) {
 #pragma unroll 1
     for (int i = warp; i < p.stages; i += ALL_WARPS + OUTLIER_WARPS)
@@ -265,6 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
 #if CLUSTER > 1
     if (warp == 0) mbarrier_init(room.bell, 1), mbarrier_expect(room.bell, p.M * BLOCK_ROWS * 4);
 #endif
+    if (OUTLIERS && warp == 0) mbarrier_init(room.outliers.here, 1), mbarrier_init(room.outliers.here + 8, 1);
     mbarrier_init_done();
   }
   __syncthreads();
@@ -273,11 +296,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
 #endif
   allow_next_kernel();
   if (X_FOLLOWS && warp == WARPS && share.stages > 0) fetch_turn(p, share, room, 0, 0, 0);
-  if constexpr (X_FOLLOWS) wait_for_previous_kernel();
+  if (X_FOLLOWS && !beside) wait_for_previous_kernel();
 #if X_SHARE * CLUSTER > 1
   cluster_wait();
 #endif
-  if constexpr (X_FOLLOWS) fetch_first_tokens(p, share, room);
+  if (X_FOLLOWS && !beside) fetch_first_tokens(p, share, room);
   if (warp < WARPS) {
     lay_out_tables(p, room.tables, share.row_start * BLOCK_TILES, number);  // while weights and x come
     if constexpr (TRADE) registers_take<232>();
@@ -285,9 +308,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
   } else {
     if constexpr (TRADE) registers_give<40>();
     if (warp == WARPS) produce(p, share, room);
-    if (OUTLIERS && threadIdx.x >= THREADS + PRODUCER_THREADS)
+    if (beside)
       sum_outliers(p, room.outliers, threadIdx.x - THREADS - PRODUCER_THREADS, share.row_start * BLOCK_ROWS,
-                   share.row_step * BLOCK_ROWS, share.row_blocks);
+                   share.row_step * BLOCK_ROWS, share.row_blocks, [&](int half) {
+                     mbarrier_wait(room.outliers.here + 8 * (OUTLIER_SHARE ? half + 2 - OUTLIER_HALVES : 0), 0);
+                   });
   }
 #if X_SHARE > 1
   if (share.readers > 1) cluster_meet();  // nobody leaves while another still arrives here

@@ -59,7 +59,7 @@ struct Arguments {
   const u16* x;      // [M][x_stride], 16-byte aligned, x_stride a multiple of 8; zero in the columns from K to x_columns
   const u16* bias;   // [N] in the activations' type, or null
   u16* y;            // [M][N]
-  const int* outlier_start;  // [N + 1], and the outliers themselves: see outliers.cuh
+  const int* outlier_start;  // [2 N + 1], and the outliers themselves: see outliers.cuh
   const u32* outlier;
   const uint4* kept;  // [row tiles][kept_steps][32 lanes], and the inputs of these columns, [M][16 * kept_steps]: see few_kept.cuh
   const u16* chosen;
@@ -110,13 +110,13 @@ struct Tokens {
 
 // The tokens' columns of one tile to shared memory, by one warp; zero beyond x.
 constexpr int TOKEN_BYTES = 256 + 16;  // of one token; 16 more: the eight rows of a matrix then lie in different banks
-INLINE void fetch_tokens(const Arguments& p, u32 slot, int tile) {
+INLINE void fetch_tokens(const Arguments& p, u32 slot, int tile, int stride = TOKEN_BYTES) {
   const int lane = threadIdx.x & 31, first = lane >> 4, column = tile * 128 + (lane & 15) * 8;  // half a warp for each token
   const int valid = min(max((p.x_columns - column) * 2, 0), 16);
   const u16* from = p.x + (size_t)first * p.x_stride + (valid ? column : 0);
-  const u32 to = slot + first * TOKEN_BYTES + (lane & 15) * 16;
+  const u32 to = slot + first * stride + (lane & 15) * 16;
   UNROLL for (int i = 0; i < TOKEN_TILES * 4; i++, from += 2 * p.x_stride)
-    if (first + 2 * i < p.M) copy_async(to + 2 * i * TOKEN_BYTES, from, valid);
+    if (first + 2 * i < p.M) copy_async(to + 2 * i * stride, from, valid);
 }
 
 // From rows of `stride` bytes in shared memory, natural order of columns. Absent tokens read token 0, whose products then
@@ -280,36 +280,7 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
   }
 }
 
-// ---- Outliers ------------------------------------------------------------------------------------------------------------
-// Two warps where blocks of many warps share a multiprocessor's registers, else four.
-constexpr int OUTLIER_WARPS = !OUTLIERS ? 0 : BLOCKS > 1 && WARPS >= 16 ? 2 : 4, OUTLIER_THREADS = 32 * OUTLIER_WARPS;
-// All of x as it is, and the sums of a row block and of the one before; in shared memory. A cluster's blocks each have all of this.
-struct OutlierRoom {
-  u16* x;
-  float* sums;
-};
-INLINE int outlier_x_bytes(const Arguments& p) { return OUTLIERS ? (OUTLIERS * p.x_stride * 2 + 127) & ~127 : 0; }
-INLINE int outlier_bytes(const Arguments& p) { return outlier_x_bytes(p) + 2 * OUTLIERS * BLOCK_ROWS * 4; }
-INLINE OutlierRoom outlier_room(const Arguments& p, u8* room) { return {(u16*)room, (float*)(room + outlier_x_bytes(p))}; }
-INLINE const float* sums_of_outliers(const OutlierRoom& room, int block) { return room.sums + block % 2 * OUTLIERS * BLOCK_ROWS; }
-// What OUTLIER_WARPS warps of a block do, of which `thread` is one: the sums of its row blocks. The warps that multiply meet them
-// at the end of each, at barrier 2; they may then already begin the next one, whose sums have a place of their own.
-INLINE void sum_outliers(const Arguments& p, const OutlierRoom& room, int thread, int first_row, int row_step, int row_blocks) {
-  constexpr int ROWS = BLOCK_ROWS / (OUTLIERS ? OUTLIER_WARPS : 4);
-  const int rows = thread / 32 * ROWS;
-  OutlierSums<ROWS> outliers;
-  outliers.begin(p.outlier_start, p.outlier, p.N, first_row + rows, row_step, row_blocks);
-  wait_for_previous_kernel();
-  for (int i = thread; i < p.M * p.x_stride / 8; i += OUTLIER_THREADS) copy_async(shared_address(room.x + 8 * i), p.x + 8 * i, 16);
-  copies_commit();
-  copies_wait<0>();
-  barrier_of(3, OUTLIER_THREADS);
-  for (int block = 0; block < row_blocks; block++) {
-    while (!outliers.done(block)) outliers.step(room.x, p.x_stride, room.sums + rows, BLOCK_ROWS);
-    barrier_of(2, THREADS + OUTLIER_THREADS);
-  }
-}
-
+#include "few_outliers.cuh"
 #include "few_kept.cuh"
 
 // ---- The end of a row block ------------------------------------------------------------------------------------------

@@ -161,6 +161,9 @@ INLINE u32 load_shared_u32(u32 address) {
 INLINE void load_shared_u32x4(u32* v, u32 address) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
 }
+INLINE void store_shared_u32x4(u32 address, u32 v) {  // the same four times
+  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(v) : "memory");
+}
 INLINE u16 load_shared_u16(u32 address) {
   u16 v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
@@ -174,6 +177,7 @@ INLINE void copy_async(u32 shared, const void* global, int valid) {
 INLINE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> INLINE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
+INLINE void arrive_at(int name, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
 INLINE void barrier_of(int name, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
 
 // ---- Compute capability 9.0 ------------------------------------------------------------------------------------------

@@ -24,8 +24,12 @@ from aerogel.kernels.gemm.cuda_decoder import decoder_defines, made_room, row_co
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
 TOKENS = 16
-OUTLIER_TOKENS = 4
-"""Up to so many tokens these kernels add outliers."""
+OUTLIER_TOKENS = (1, 2, 4, 8, TOKENS)
+"""For so many tokens sums of outliers are kept."""
+LANE_TOKENS = 4
+"""Up to so many tokens a lane adds up outliers for all of them; with more each has its own."""
+LOOKED_UP_ROWS = 8192
+"""Look-ups of more tokens than these take longer than what the kernel for many tokens does, where there are more rows."""
 MOST_TOKENS = 96
 """Above this, decoding the whole weight and multiplying densely is faster than passing over it every 16 tokens."""
 MOST_TABLE_BYTES = 48 << 10
@@ -115,23 +119,70 @@ def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> d
         "BLOCKS": max(config.blocks, config.seats),
         "TRADE": int(trades(config, M)),
         "WHOLE": int(weight.K % 128 == 0),
-        "OUTLIERS": outlier_tokens(weight, M),
+        **outlier_defines(weight, config, M),
         "KEPT": int(weight.kept is not None),
         "ROW_COPIES": row_copies(config.block_tiles),
     }
 
 
-def outlier_tokens(weight: TileWeight, M: int) -> int:
-    """Tokens that sums of outliers are kept for: 1, 2 or 4; 0 where there are none."""
-    return 0 if weight.outliers is None else next(most for most in (1, 2, OUTLIER_TOKENS) if most >= M)
+def outlier_defines(weight: TileWeight, config: Config, M: int) -> dict[str, int]:
+    """The macros of `outliers.cuh`; none for a weight without outliers."""
+    if weight.outliers is None:
+        return {}
+    return {
+        "OUTLIERS": outlier_tokens(M),
+        "OUTLIER_SHARE": int(shares_inputs(config)),
+        "OUTLIER_WARPS": outlier_warps(config, M),
+        "OUTLIER_ROUNDS": outlier_rounds(config, M),
+    }
+
+
+def outlier_tokens(M: int) -> int:
+    """Tokens that sums of outliers are kept for."""
+    return next(most for most in OUTLIER_TOKENS if most >= M)
+
+
+def shares_inputs(config: Config) -> bool:
+    """Whether outliers take their inputs from where those of a ring stay; else they have a place of their own."""
+    return config.ring and config.x_resident and config.cluster == 1
+
+
+def outlier_warps(config: Config, M: int) -> int:
+    """Warps that add outliers: several for a row tile, where that is not too many for a block, else one for 16 or 32 rows."""
+    tiles = config.block_tiles
+    if tiles <= 2:
+        return tiles * (2 if M <= LANE_TOKENS else 4)
+    return tiles if tiles <= 8 else tiles // 2
+
+
+def most_outlier_tokens(weight: TileWeight, capability: tuple[int, int]) -> int:
+    """For how many tokens outliers are added here: as many as leave room for weights beside their inputs in shared memory."""
+    most, each = SHARED_LIMIT.get(capability[0], 99 << 10) * 4 // 7, weight.codes.shape[1] * 256 + 16
+    useful = LANE_TOKENS if weight.codes.shape[0] * 16 > LOOKED_UP_ROWS else TOKENS if capability >= (9, 0) else 8
+    return max((M for M in OUTLIER_TOKENS if useful >= M and M * each <= most), default=0)
+
+
+def outlier_rounds(config: Config, M: int) -> int:
+    """Rounds of such a warp that are on their way: a block of one row block has no use for many."""
+    if M <= LANE_TOKENS:
+        return 4 if config.ring else 2
+    return 8 if M <= 8 else 3
+
+
+def outlier_bytes(weight: TileWeight, config: Config, M: int) -> int:
+    """Shared memory for outliers, laid out as `few_tokens.cuh` does: barriers, inputs, the sums of two row blocks, rounds."""
+    if weight.outliers is None:
+        return 0
+    tokens = outlier_tokens(M)
+    inputs = 0 if shares_inputs(config) else ceil_divide(tokens * (weight.codes.shape[1] * 256 + 16), 128) * 128
+    rounds = outlier_warps(config, M) * outlier_rounds(config, M) * (2048 if M <= LANE_TOKENS else 512)
+    return 128 + inputs + 2 * tokens * config.block_tiles * 16 * 4 + rounds
 
 
 def beside_bytes(weight: TileWeight, config: Config, M: int) -> int:
-    """Shared memory for outliers: all of x, and the sums of two row blocks; and for a step of kept columns for each warp."""
-    tokens, columns = outlier_tokens(weight, M), weight.codes.shape[1] * 128
-    outliers = ceil_divide(tokens * columns * 2, 128) * 128 + 2 * tokens * config.block_tiles * 16 * 4
+    """Shared memory for outliers, and for a step of kept columns for each warp."""
     steps = 0 if weight.kept is None else min(weight.kept.shape[1], config.k_warps)
-    return ceil_divide(outliers + config.block_tiles * steps * 512, 128) * 128
+    return ceil_divide(outlier_bytes(weight, config, M) + config.block_tiles * steps * 512, 128) * 128
 
 
 def trades(config: Config, M: int) -> bool:
@@ -142,7 +193,7 @@ def trades(config: Config, M: int) -> bool:
 
 def threads_of(config: Config, M: int, outliers: bool = False) -> int:
     """Threads of a block."""
-    beside = 0 if not outliers else 2 if max(config.blocks, config.seats) > 1 and config.warps >= 16 else 4
+    beside = outlier_warps(config, M) if outliers else 0
     return 32 * (config.warps + (4 if trades(config, M) else int(config.ring)) + beside)
 
 
@@ -153,7 +204,8 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     partials = config.k_warps * M * (rows + 4) * 4
     tables = table_room(weight, config.block_tiles) + made_room(weight, config.block_tiles * config.k_warps)
     if not config.ring:
-        slots = config.warps * 2 * (M * 272 + config.row_tiles * side_bytes(weight, 128))
+        tokens = 0 if weight.outliers is not None else M * 272
+        slots = config.warps * 2 * (tokens + config.row_tiles * side_bytes(weight, 128))
         return (tables + 15) // 16 * 16 + beside_bytes(weight, config, M) + max(slots, partials)
     tables = (tables + 127) // 128 * 128
     stage = config.block_tiles * (config.k_warps * 256 * weight.bits + side_bytes(weight, config.k_warps * 128))
@@ -190,6 +242,8 @@ def fits(weight: TileWeight, config: Config, M: int, capability: tuple[int, int]
         return False
     if config.share > 1 and (config.cluster > 1 or not config.ring):
         return False
+    if weight.outliers is not None and M > 8 and (trades(config, M) or not shares_inputs(config)):
+        return False  # registers are all spoken for, or inputs are there twice
     grid = grid_of(weight, config, multiprocessors)
     resident = min(config.blocks, 2) if config.ring else 1
     return shared_bytes(weight, config, M, grid) * resident <= SHARED_LIMIT.get(capability[0], 99 << 10)
@@ -207,7 +261,9 @@ def default_config(weight: TileWeight, M: int, capability: tuple[int, int], mult
     rings = [(*cut, resident, 1) for cut in ((7, 4), (4, 8), (2, 8), (2, 4)) for resident in (True, False)]
     if M > 8:
         rings = [(tall if tall <= 3 else 2, 8, True, 1), (min(tall, 4), 8, False, 2), (2, 4, False, 1), (1, 4, False, 1)]
-    if capability >= (9, 0) and tall > (4 if M <= 8 else 1):
+    if resident_only := weight.outliers is not None and M > 8:
+        rings = [rings[0], *((min(tall, 2), k_warps, True, 1) for k_warps in (8, 4, 2, 1))]
+    if capability >= (9, 0) and (resident_only or tall > (4 if M <= 8 else 1)):
         for (row_tiles, k_warps, resident, share), stages in itertools.product(rings, (6, 5, 4, 3, 2)):
             config = Config(ring=True, row_tiles=row_tiles, k_warps=k_warps, stages=stages, x_resident=resident, share=share)
             if k_warps <= C and fits(weight, config, M, capability, multiprocessors):
@@ -232,8 +288,8 @@ class Few:
         """Too many tokens, or tables that do not fit into shared memory."""
         if M > MOST_TOKENS:
             return f"passes over the weight once per {TOKENS} tokens, {M} are better served by a dense product"
-        if weight.outliers is not None and M > OUTLIER_TOKENS:
-            return f"adds outliers for up to {OUTLIER_TOKENS} tokens, found {M}"
+        if weight.outliers is not None and (most := most_outlier_tokens(weight, capability)) < M:
+            return f"adds outliers of this weight for up to {most} tokens, found {M}"
         if table_bytes(weight, 1) > MOST_TABLE_BYTES:
             return f"holds its tables in shared memory, and these are {table_bytes(weight, 1)} bytes"
         return None
@@ -289,7 +345,7 @@ class Plan:
             table=None if self._table is None else self._table.data_ptr(),
             pick=None if weight.pick is None else weight.pick.data_ptr(),
             factor=None if weight.factor is None else weight.factor.data_ptr(),
-            outlier_start=None if weight.outliers is None else weight.outliers.start_N1.data_ptr(),
+            outlier_start=None if weight.outliers is None else weight.outliers.start_H1.data_ptr(),
             outlier=None if weight.outliers is None else weight.outliers.by_row_E.data_ptr(),
             kept=None if weight.kept is None else weight.kept.data_ptr(),
             kept_steps=0 if weight.kept is None else weight.kept.shape[1],

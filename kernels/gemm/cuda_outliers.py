@@ -1,6 +1,6 @@
 """Sparse outliers as the CUDA kernels take them: by row for a few tokens, by tile for many. 4 bytes an outlier either way.
 
-    by row     column k in the lower 16 bits, the value in the upper ones; ascending columns      `outliers.cuh`
+    by row     column k in the lower 16 bits, the value in the upper ones; in quads (`by_rows`)  `outliers.cuh`
     by unit    its place in the unit as the matrix instruction wants it, and the value            `tile_outliers.cuh`
 
 A few tokens look their inputs up, which costs no more than the bytes; with many tokens an outlier is put where its code says
@@ -26,7 +26,8 @@ from aerogel.errors import BadInput
 from aerogel.kernels.beside.ref import Beside
 from aerogel.pack import tiles
 
-MOST_COLUMNS = 1 << 16
+MOST_COLUMNS = (1 << 16) - tiles.COLUMNS
+QUAD = 4
 UNIT_ROWS = 4 * tiles.ROWS
 UNIT_BYTES = 2 * UNIT_ROWS * tiles.COLUMNS
 STEPS = tiles.COLUMNS // 16
@@ -43,13 +44,13 @@ NAMES = ("tile_outlier_rows", "tile_outlier_by_row", "tile_outlier_units", "tile
 class TileOutliers:
     """Outliers of one weight, on its device.
 
-    start_N1: int32 [N + 1], where the outliers of each row begin. by_row_E: int32 [E].
+    start_H1: int32 [2 N + 1], at which quad the outliers of each row's two halves begin. by_row_E: int32 [4 * quads].
     start_T1: int32 [T + 1], where each unit's list begins. by_unit_E: int32, the lists: HEAD words that say how many outliers a
     unit has up to the end of each step, as 16-bit numbers; the outliers; and zeros up to a whole piece.
     room: words that hold nearly every list where outliers stand at random; in steps, so that few kernels are compiled.
     """
 
-    start_N1: Tensor
+    start_H1: Tensor
     by_row_E: Tensor
     start_T1: Tensor
     by_unit_E: Tensor
@@ -75,7 +76,7 @@ class TileOutliers:
         by_unit = (unit_E * UNIT_BYTES + place_E).argsort()
         T = -(-N // UNIT_ROWS) * C
         lists = lists_of(unit_E[by_unit], (bits_E | place_E.int())[by_unit], heads(unit_E, place_E, T))
-        return cls.given([_starts(row_E, N), bits_E | column_E.int(), *lists])
+        return cls.given([*by_rows(row_E, column_E, bits_E | column_E.int(), N, K), *lists])
 
     @classmethod
     def among(cls, tensors: Mapping[str, Tensor]) -> Self | None:
@@ -87,14 +88,14 @@ class TileOutliers:
         """From the list that an operator is called with; None for None."""
         if tensors is None:
             return None
-        start_N1, by_row_E, start_T1, by_unit_E = tensors
+        start_H1, by_row_E, start_T1, by_unit_E = tensors
         each = max(by_unit_E.numel() // max(start_T1.numel() - 1, 1) - HEAD - PIECE + 1, 0)
         room = min(-(-(each + 5 * math.isqrt(each) + 1) // ROOM_STEP) * ROOM_STEP, MOST_ROOM)
-        return cls(start_N1=start_N1, by_row_E=by_row_E, start_T1=start_T1, by_unit_E=by_unit_E, room=room)
+        return cls(start_H1=start_H1, by_row_E=by_row_E, start_T1=start_T1, by_unit_E=by_unit_E, room=room)
 
     def tensors(self) -> list[Tensor]:
         """What an operator is called with; `given` takes it back."""
-        return [self.start_N1, self.by_row_E, self.start_T1, self.by_unit_E]
+        return [self.start_H1, self.by_row_E, self.start_T1, self.by_unit_E]
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by `NAMES`."""
@@ -107,7 +108,7 @@ class TileOutliers:
         first, last = start // UNIT_ROWS, -(-stop // UNIT_ROWS)
         return replace(
             self,
-            start_N1=self.start_N1[start : stop + 1],
+            start_H1=self.start_H1[2 * start : 2 * stop + 1],
             start_T1=self.start_T1[first * C : last * C + 1],
         )
 
@@ -153,7 +154,34 @@ def heads(unit_E: Tensor, place_E: Tensor, T: int) -> Tensor:
     return ends_TS.to(torch.int16).view(torch.int32)
 
 
-def _starts(which_E: Tensor, count: int) -> Tensor:
-    start = torch.zeros(count + 1, dtype=torch.int32, device=which_E.device)
-    start[1:] = torch.bincount(which_E, minlength=count).cumsum(0)
-    return start
+def by_rows(row_E: Tensor, column_E: Tensor, outlier_E: Tensor, N: int, K: int) -> tuple[Tensor, Tensor]:
+    """`start_H1` and the outliers, which ascend by row and column, in quads: each row's in the first half of the k tiles,
+    and in the second, filled up with 0 times the column behind the last k tile, where the kernels see zeros.
+
+    Inputs of eight tokens lie four banks of shared memory apart, so those of the four rows that a warp reads at once are in
+    different banks if their pairs of columns differ modulo 4. What is at place j of row n has n + j there, where there is such.
+    """
+    C, device = tiles.tile_counts(N, K)[1], row_E.device
+    half_E = 2 * row_E + (column_E >= -(-C // 2) * tiles.COLUMNS)
+    count_H = torch.bincount(half_E, minlength=2 * N)
+    start_H1 = torch.zeros(2 * N + 1, dtype=torch.int64, device=device)
+    start_H1[1:] = ((count_H + QUAD - 1) // QUAD).cumsum(0)
+    bank_E = column_E // 2 % 4
+    place_E = 4 * _ranks(4 * half_E + bank_E, 8 * N) + (bank_E - row_E) % 4
+    kept_E = place_E < count_H[half_E]
+    place_E = QUAD * start_H1[half_E] + place_E
+    free = torch.zeros(QUAD * int(start_H1[-1]), dtype=torch.bool, device=device)
+    free[QUAD * start_H1[half_E] + _ranks(half_E, 2 * N)] = True
+    free[place_E[kept_E]] = False
+    place_E[~kept_E] = free.nonzero()[:, 0]  # as many of each run, in the same order
+    quads_E = torch.full((len(free),), C * tiles.COLUMNS, dtype=torch.int32, device=device)
+    quads_E[place_E] = outlier_E
+    return start_H1.int(), quads_E
+
+
+def _ranks(which_E: Tensor, count: int) -> Tensor:
+    """How many of the same come before each."""
+    order, count_W = which_E.argsort(stable=True), torch.bincount(which_E, minlength=count)
+    rank_E = torch.empty_like(which_E)
+    rank_E[order] = torch.arange(len(which_E), device=which_E.device) - (count_W.cumsum(0) - count_W)[which_E[order]]
+    return rank_E

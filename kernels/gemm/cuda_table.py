@@ -1,6 +1,7 @@
 """Which configuration serves which weight: a table per device, as data.
 
-Entries are keyed by what decides the time: bits, kind of decoder, group size, N, K and the number of tokens. Tables are
+Entries are keyed by what decides the time: bits, kind of decoder, group size, N, K and the number of tokens, and with `o/` in
+front for a weight with outliers, where that has a cut of its own. Tables are
 looked for in two places: beside this module (`cuda_NAME.json`, measured by us) and in the cache folder (measured on this
 machine by `tune`, with the device's name and the versions it was measured with; it wins). A weight that was not measured takes
 what was measured for its shape with other groups or about as many tokens, of its decoder or else of integers; one that no
@@ -121,8 +122,12 @@ def config_for(weight: TileWeight, M: int) -> Config:
     facts = torch.cuda.get_device_properties(weight.codes.device)
     capability = (facts.major, facts.minor)
     known = table(facts.name)
-    alike = (f"{place}/m{size}" for place in places(weight) for size in classes_like(M))
-    entry = next((known[key] for key in alike if key in known), None)
+    held = places(weight)
+    held = held if weight.outliers is None else (*(f"o/{place}" for place in held), *held)
+    alike = (f"{place}/m{size}" for place in held for size in classes_like(M))
+    # Warps that add outliers leave no seats to the next launch, and a cut that is made for these is a slow one without.
+    found = (known[key] for key in alike if key in known)
+    entry = next((entry for entry in found if weight.outliers is None or entry["config"].get("seats", 1) == 1), None)
     if entry is not None:
         measured = Config(**entry["config"])
         for stages in range(measured.stages, 1, -1):

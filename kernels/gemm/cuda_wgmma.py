@@ -31,7 +31,7 @@ from aerogel.kernels.gemm.cuda_decoder import (
     table_bytes,
     table_kind,
 )
-from aerogel.kernels.gemm.cuda_few import OUTLIER_TOKENS
+from aerogel.kernels.gemm.cuda_few import most_outlier_tokens
 from aerogel.kernels.gemm.cuda_outliers import HEAD
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 
@@ -350,6 +350,6 @@ def fewest_tokens(weight: TileWeight) -> int:
     """From how many tokens on a weight is served here: wide layers read x too often in the few-token kernels. Tables cost more
     here, where look-ups and tokens share the way to shared memory."""
     if weight.outliers is not None:
-        return OUTLIER_TOKENS + 1
+        return most_outlier_tokens(weight, (9, 0)) + 1
     wide = weight.bits > 4 and weight.codes.nbytes >= WIDE_BYTES and weight.table is None
     return 9 if wide else FEW_TOKENS + 1

@@ -20,9 +20,9 @@ from tests.kernels.test_cuda_outliers import beside_of
 
 from aerogel.kernels.gemm import cuda, cuda_int8
 from aerogel.kernels.gemm.cuda_dense import dequantize
-from aerogel.kernels.gemm.cuda_few import OUTLIER_TOKENS, fits
 from aerogel.kernels.gemm.cuda_few import Config as FewConfig
 from aerogel.kernels.gemm.cuda_few import Plan as FewPlan
+from aerogel.kernels.gemm.cuda_few import fits
 from aerogel.kernels.gemm.cuda_kept import KEPT, KeptOperand
 from aerogel.kernels.gemm.cuda_made import Gated, Normed
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
@@ -43,6 +43,7 @@ FEW = (
     FewConfig(ring=False, row_tiles=2, k_warps=4),
     FewConfig(ring=True, row_tiles=2, k_warps=4, stages=3),
     FewConfig(ring=True, row_tiles=1, k_warps=2, stages=2, x_resident=True, cluster=2),
+    FewConfig(ring=True, row_tiles=2, k_warps=2, stages=2, x_resident=True),
 )
 MANY = (
     Config(tokens=32, x_stages=4, w_stages=2),
@@ -65,7 +66,7 @@ def cases(weight: TileWeight, every_cut: bool) -> Iterator[Case]:
             if found.refuses(weight, M, dtype, capability) is None:
                 yield f"{found.name} M={M}", found.plan(weight, M, dtype), M
     hopper = capability[0] == 9
-    for few, M in itertools.product(FEW if every_cut else (), (3, 16 if weight.outliers is None else OUTLIER_TOKENS)):
+    for few, M in itertools.product(FEW if every_cut else (), (3, 7, 16)):
         if fits(weight, few, M, capability, torch.cuda.get_device_properties(0).multi_processor_count):
             yield f"{few}", FewPlan(weight, few, M, dtype), M
     for many in MANY if every_cut and hopper else ():

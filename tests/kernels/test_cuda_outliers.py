@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,17 @@ from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.gemm import cuda
 from aerogel.kernels.gemm.cuda import Cuda, tile_weight
 from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
-from aerogel.kernels.gemm.cuda_few import Config, Few, Plan, defines, fits, grid_of, shared_bytes
+from aerogel.kernels.gemm.cuda_few import (
+    Config,
+    Few,
+    Plan,
+    defines,
+    fits,
+    grid_of,
+    shared_bytes,
+    shares_inputs,
+    trades,
+)
 from aerogel.kernels.gemm.cuda_outliers import NAMES, TileOutliers
 from aerogel.kernels.gemm.cuda_tune import SPILLED_BYTES
 from aerogel.kernels.gemm.cuda_wgmma import Config as ManyConfig
@@ -73,6 +84,23 @@ def dense_of(beside: Beside, N: int, K: int) -> Tensor:
     return dense_NK
 
 
+def by_rows(laid: TileOutliers, N: int, K: int) -> Tensor:
+    """What the quads of the rows hold, where they fill up with nothing behind the last k tile: [N, K] bfloat16."""
+    C, start_H1, quads = tiles.tile_counts(N, K)[1], laid.start_H1.long(), laid.by_row_E.reshape(-1, 4)
+    assert start_H1[0] == 0 and start_H1[-1] == len(quads)
+    dense = torch.zeros(N, C * 128 + 1, dtype=torch.bfloat16)
+    for n, half in itertools.product(range(N), range(2)):
+        run = quads[start_H1[2 * n + half] : start_H1[2 * n + half + 1]].flatten()
+        column, value = run & 0xFFFF, (run >> 16).short().view(torch.bfloat16)
+        here = column < C * 128
+        first = (C + 1) // 2 * 128
+        assert ((column[here] >= first) == bool(half)).all() and len(column[here].unique()) == here.sum()
+        assert (~here).sum() < 4 and (value[~here] == 0).all() and (column[~here] == C * 128).all()
+        dense[n, column] = value
+    assert not dense[:, K:].any()
+    return dense[:, :K]
+
+
 @pytest.mark.parametrize("kinds", ["o", "c", "oc"])
 @pytest.mark.parametrize("shape", [(1, 8), (33, 300), (48, 128)])
 def test_both_orders_are_the_outliers(shape: tuple[int, int], kinds: str) -> None:
@@ -84,10 +112,7 @@ def test_both_orders_are_the_outliers(shape: tuple[int, int], kinds: str) -> Non
         assert laid is not None
         wanted_NK = dense_of(beside, N, K).float().bfloat16()
         wanted_NK = wanted_NK if place is None else wanted_NK[:, place.argsort()]
-        by_row = torch.zeros(N, K, dtype=torch.bfloat16)
-        rows = torch.arange(N).repeat_interleave(laid.start_N1.long().diff())
-        by_row[rows, laid.by_row_E.long() & 0xFFFF] = (laid.by_row_E >> 16).short().view(torch.bfloat16)
-        assert torch.equal(by_row, wanted_NK)
+        assert torch.equal(by_rows(laid, N, K), wanted_NK)
         # The place of a number in a unit is that of the same number in its steps' fragments.
         C = tiles.tile_counts(N, K)[1]
         T = len(laid.start_T1) - 1
@@ -166,7 +191,11 @@ def test_the_sources_compile() -> None:
     assert set(NAMES) <= set(layout)
     weight = tile_weight(layout, problem)
     weight.check()
-    for M, config in ((1, Config(ring=True, row_tiles=2, k_warps=8)), (3, Config(ring=False, row_tiles=1, k_warps=4))):
+    for M, config in (
+        (1, Config(ring=True, row_tiles=2, k_warps=8)),
+        (3, Config(ring=False, row_tiles=1, k_warps=4)),
+        (16, Config(ring=True, row_tiles=2, k_warps=8, x_resident=True, share=2)),
+    ):
         sources_compile(f"{config.kernel}.cu", defines(weight, config, M, torch.bfloat16))
         assert shared_bytes(weight, config, M, grid_of(weight, config, 132)) > 256 * 2
     sources_compile("wgmma.cu", many_defines(weight, candidates(weight, 16)[0], torch.float16))
@@ -212,7 +241,7 @@ def test_a_layer_on_a_gpu(grid: Any, dtype: torch.dtype, kinds: str) -> None:
     for N, K, bias, order in ((1, 24, True, False), (200, 584, False, True)):
         layer = layer_of(grid, N, K, dtype, "cuda", bias, order, kinds)
         assert layer._laid is not None, layer.kernel_name
-        for M in (1, 3, 5, 40, 700):
+        for M in (1, 3, 5, 8, 16, 40, 700):
             x_MK = torch.randn(M, K, generator=torch.Generator("cuda").manual_seed(M), device="cuda").to(dtype)
             found = layer(x_MK)
             close(found, wanted_of(layer, x_MK, kinds))
@@ -246,17 +275,22 @@ def test_every_cut_of_the_kernels() -> None:
         for ring, row_tiles, k_warps, resident, cluster, share in (
             (True, 1, 16, True, 1, 1), (True, 7, 4, True, 1, 1), (True, 7, 8, True, 1, 1), (True, 2, 8, False, 1, 1),
             (True, 2, 4, False, 1, 2), (True, 1, 8, True, 2, 1), (False, 1, 16, False, 1, 1), (False, 2, 16, False, 1, 1),
-            (False, 3, 8, False, 1, 1),
+            (False, 3, 8, False, 1, 1), (True, 2, 8, True, 1, 2), (True, 1, 4, True, 1, 1), (True, 3, 2, True, 1, 1),
         )
     ]  # fmt: skip
-    for M in (1, 2, 4):
+    for M in (1, 2, 4, 6, 8, 13, 16):
         x_MK = torch.randn(M, K, device="cuda").bfloat16()
         wanted = wanted_of(layer, x_MK, "oc")
+        ran = 0
         for config in few:
-            assert fits(weight, config, M, torch.cuda.get_device_capability(), 132), config
+            if not fits(weight, config, M, torch.cuda.get_device_capability(), 132):
+                assert M > 8 and (trades(config, M) or not shares_inputs(config)), config
+                continue
             y_MN = torch.full((M, N), float("nan"), device="cuda", dtype=torch.bfloat16)
             Plan(weight, config, M, torch.bfloat16)(x_MK, None, y_MN)
             close(y_MN, wanted)
+            ran += 1
+        assert ran >= 5
     x_MK = torch.randn(100, K, device="cuda").bfloat16()
     wanted = wanted_of(layer, x_MK, "oc")
     cuts = candidates(weight, 100)[::5]
@@ -267,7 +301,7 @@ def test_every_cut_of_the_kernels() -> None:
         y_MN = torch.full((100, N), float("nan"), device="cuda", dtype=torch.bfloat16)
         plan(x_MK, None, y_MN)
         close(y_MN, wanted)
-    assert Few.refuses(weight, 5, torch.bfloat16, (9, 0)) is not None
+    assert [Few.refuses(weight, M, torch.bfloat16, (9, 0)) is None for M in (16, 17)] == [True, False]
     y_MN = torch.empty(100, N, device="cuda", dtype=torch.bfloat16)
     Dense.plan(weight, 100, torch.bfloat16)(x_MK, None, y_MN)
     close(y_MN, wanted)

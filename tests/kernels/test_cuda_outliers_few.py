@@ -1,0 +1,117 @@
+"""Outliers beside a few tokens: a cut for whatever is taken, and on a GPU right sums wherever the outliers are."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aerogel.kernels.beside.ref import Beside
+from aerogel.kernels.gemm.cuda_dense import dequantize
+from aerogel.kernels.gemm.cuda_few import SHARED_LIMIT, Few, default_config, fits, most_outlier_tokens, outlier_tokens
+from aerogel.kernels.gemm.cuda_outliers import TileOutliers
+from aerogel.kernels.gemm.cuda_tune import random_weight
+from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.pack import tiles
+from aerogel.quantize.outliers import Outliers
+
+
+def weight_of(N: int, K: int, bits: int) -> TileWeight:
+    """A weight with outliers on no device, of which shapes alone count."""
+    R, C = tiles.tile_counts(N, K)
+    nothing = {name: torch.empty(0, dtype=torch.int32) for name in TileOutliers.__slots__ if name != "room"}
+    return TileWeight(
+        codes=torch.empty(R, C, 256 * bits, dtype=torch.uint8, device="meta"),
+        scale=torch.empty(R, -(-K // 128), 16, dtype=torch.bfloat16, device="meta"),
+        zero=None, table=None, pick=None, group_size=128, N=N, K=K,
+        outliers=TileOutliers(**nothing, room=32),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)])
+def test_there_is_a_cut_for_all_tokens_that_are_taken(capability: tuple[int, int]) -> None:
+    """Whatever is not refused fits, and as many tokens are taken as have their inputs in shared memory."""
+    for N, K, bits in itertools.product((16, 4096, 57344), (64, 384, 4096, 4224, 8192, 14336, 28672, 65408), (1, 4, 8)):
+        weight = weight_of(N, K, bits)
+        most = most_outlier_tokens(weight, capability)
+        for M in range(1, most + 1):
+            assert fits(weight, default_config(weight, M, capability, 132), M, capability, 132), (N, K, bits, M)
+        assert Few.refuses(weight, most + 1, torch.bfloat16, capability) is not None
+        assert most in (4, 8, 16) or outlier_tokens(most + 1) * K * 2 > SHARED_LIMIT[capability[0]] // 2
+    assert [most_outlier_tokens(weight_of(N, 4096, 4), (9, 0)) for N in (8192, 28672)] == [16, 4]
+
+
+def few_outliers(N: int, K: int, mask_NK: Tensor) -> tuple[TileWeight, Tensor]:
+    """A weight on the GPU with outliers where the mask says so, and what they are, float64 [N, K]."""
+    w_NK = torch.randn(N, K, generator=torch.Generator().manual_seed(N)).bfloat16()
+    outliers = Outliers.of(w_NK, mask_NK)
+    beside = Beside(outliers.start_N1.cuda(), outliers.column_E.cuda(), outliers.value_E.cuda())
+    laid = TileOutliers.of(beside, N, K, torch.bfloat16)
+    return replace(random_weight(N, K, 4, 128, "cuda"), outliers=laid), torch.where(mask_NK, w_NK, 0).double()
+
+
+def masks(N: int, K: int) -> dict[str, Tensor]:
+    """Where outliers are: all in one column, all in one row, one in a thousand, in the last rows and columns only, none."""
+    column, row, corner = (torch.zeros(N, K, dtype=torch.bool) for _ in range(3))
+    column[:, K // 2] = row[N // 2] = corner[-3:, -5:] = True
+    few = torch.rand(N, K, generator=torch.Generator().manual_seed(1)) < 1e-3
+    return {"column": column, "row": row, "few": few, "corner": corner, "none": torch.zeros_like(row)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["column", "row", "few", "corner", "none"])
+def test_wherever_few_outliers_are(which: str) -> None:
+    """Few tokens, of which some inputs are not finite: what these touch is not finite, all else is as it was."""
+    for N, K in ((77, 904), (4096, 4096)):
+        mask_NK = masks(N, K)[which]
+        weight, outliers_NK = few_outliers(N, K, mask_NK)
+        codes_NK = dequantize(replace(weight, outliers=None), torch.bfloat16).double().cpu()
+        for M in (1, 2, 4, 7, 8, 9, 16):
+            x_MK = torch.randn(M, K, device="cuda").bfloat16()
+            y_MN = torch.full((M, N), float("nan"), device="cuda", dtype=torch.bfloat16)
+            run = Few.plan(weight, M, torch.bfloat16)
+            run(x_MK, None, y_MN)
+            both_NK, x = codes_NK + outliers_NK, x_MK.double().cpu()
+            error = (y_MN.double().cpu() - x @ both_NK.T).norm() / (x.square() @ both_NK.T.square()).sqrt().norm()
+            assert error <= 6e-3, (M, float(error))
+            without = Few.plan(replace(weight, outliers=None), M, torch.bfloat16)
+            for value in (float("inf"), float("nan")):
+                other_MK, other_MN, plain_MN = x_MK.clone(), torch.empty_like(y_MN), torch.empty_like(y_MN)
+                other_MK[0, K // 2] = value
+                run(other_MK, None, other_MN)
+                without(other_MK, None, plain_MN)
+                assert torch.equal(other_MN[1:], y_MN[1:]) and not other_MN[0].isfinite().any()
+                same = [found[0].cpu()[~mask_NK[:, K // 2]].nan_to_num(0.5) for found in (other_MN, plain_MN)]
+                assert torch.equal(*same)
+
+
+@pytest.mark.gpu
+def test_outliers_of_launches_that_overlap() -> None:
+    """Many launches in one graph, each of which begins before the one before has ended and reads what that wrote: the same bits
+    in every replay, and as without a graph."""
+    N = K = 1024
+    weight, _ = few_outliers(N, K, torch.rand(N, K, generator=torch.Generator().manual_seed(2)) < 0.01)
+    for M in (1, 4, 8, 16):
+        run = Few.plan(weight, M, torch.bfloat16)
+        first = torch.randn(M, K, device="cuda").bfloat16()
+        between = [torch.empty_like(first) for _ in range(20)]  # by then numbers are large, and finite
+
+        def chain(run: Any = run, first: Tensor = first, between: list[Tensor] = between) -> None:
+            for x_MK, y_MN in itertools.pairwise([first, *between]):
+                run(x_MK, None, y_MN)
+
+        chain()
+        wanted = [y_MN.clone() for y_MN in between]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chain()
+        for _ in range(50):
+            for y_MN in between:
+                y_MN.fill_(float("nan"))
+            graph.replay()
+            assert all(torch.equal(found, right) for found, right in zip(between, wanted, strict=True))
