@@ -62,6 +62,7 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    found["torch"] = torch.__version__  # with its build, which the metadata of some builds leave out
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     return found
