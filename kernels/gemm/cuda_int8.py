@@ -29,7 +29,7 @@ from torch import Tensor
 
 from aerogel.errors import RunFailed
 from aerogel.kernels.beside.ref import Beside
-from aerogel.kernels.gemm import cuda, cuda_few, cuda_wgmma, cuda_wgmma_plan, cuda_wgmma_table
+from aerogel.kernels.gemm import cuda, cuda_few, cuda_few_plan, cuda_wgmma, cuda_wgmma_plan, cuda_wgmma_table
 from aerogel.kernels.gemm.cuda_kept import KEPT, KeptOperand
 from aerogel.kernels.gemm.cuda_made import Made
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
@@ -158,7 +158,7 @@ def some_tokens(weight: TileWeight, M: int, dtype: torch.dtype, kept: KeptOperan
 
 _plans: dict[tuple[object, ...], Runner | None] = {}
 _some_plans: dict[tuple[object, ...], cuda_wgmma_plan.Plan] = {}
-_few_plans: dict[tuple[object, ...], cuda_few.Plan] = {}
+_few_plans: dict[tuple[object, ...], cuda_few_plan.Plan] = {}
 
 
 def tiles_linear_int8(
@@ -215,7 +215,7 @@ def tiles_linear_int8(
                     kept=operand.fragments,
                 )
                 held.check()
-                _few_plans[key] = cuda_few.Plan(held, config_for(held, M), M, y.dtype)
+                _few_plans[key] = cuda_few_plan.Plan(held, config_for(held, M), M, y.dtype)
             chosen = y.new_empty(M, operand.columns.columns)
             _few_plans[key](rounding(x, fixed, operand.columns, chosen)[0][:, :K].contiguous(), bias, y, chosen)
             return y

@@ -23,7 +23,8 @@ from aerogel.kernels.cuda.timing import copies, graph_microseconds
 from aerogel.kernels.gemm import cuda_table
 from aerogel.kernels.gemm.block_scales import E5M3, E8M0
 from aerogel.kernels.gemm.cuda_dense import dequantize
-from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, Plan, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
+from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
+from aerogel.kernels.gemm.cuda_few_plan import Plan
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.mirrored_tables import SIGN
 from aerogel.kernels.gemm.plane_tables import numbers_of_rows, tables_of_blocks

@@ -21,8 +21,8 @@ from tests.kernels.test_cuda_outliers import beside_of
 from aerogel.kernels.gemm import cuda, cuda_int8
 from aerogel.kernels.gemm.cuda_dense import dequantize
 from aerogel.kernels.gemm.cuda_few import Config as FewConfig
-from aerogel.kernels.gemm.cuda_few import Plan as FewPlan
 from aerogel.kernels.gemm.cuda_few import fits
+from aerogel.kernels.gemm.cuda_few_plan import Plan as FewPlan
 from aerogel.kernels.gemm.cuda_kept import KEPT, KeptOperand
 from aerogel.kernels.gemm.cuda_made import Gated, Normed
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers

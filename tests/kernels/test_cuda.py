@@ -18,7 +18,8 @@ from tests.kernels.tile_weights import dense64
 from aerogel.kernels.dispatch import choose
 from aerogel.kernels.gemm import cuda
 from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
-from aerogel.kernels.gemm.cuda_few import Config, Few, Plan, defines, fits
+from aerogel.kernels.gemm.cuda_few import Config, Few, defines, fits
+from aerogel.kernels.gemm.cuda_few_plan import Plan
 from aerogel.kernels.gemm.cuda_tune import random_numbers, random_weight
 from aerogel.kernels.gemm.cuda_weight import TileWeight, tensors_of
 from aerogel.kernels.problem import Problem

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.cuda import nvrtc, sources
-from aerogel.kernels.gemm.cuda_few import Config, Plan
+from aerogel.kernels.gemm.cuda_few import Config
+from aerogel.kernels.gemm.cuda_few_plan import Plan
 from aerogel.kernels.gemm.cuda_int8 import CUTS, cut
 from aerogel.kernels.gemm.cuda_kept import KEPT, KeptColumns, fragments_of
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer

@@ -20,7 +20,6 @@ from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
 from aerogel.kernels.gemm.cuda_few import (
     Config,
     Few,
-    Plan,
     defines,
     fits,
     grid_of,
@@ -28,6 +27,7 @@ from aerogel.kernels.gemm.cuda_few import (
     shares_inputs,
     trades,
 )
+from aerogel.kernels.gemm.cuda_few_plan import Plan
 from aerogel.kernels.gemm.cuda_outliers import NAMES, TileOutliers
 from aerogel.kernels.gemm.cuda_tune import SPILLED_BYTES
 from aerogel.kernels.gemm.cuda_wgmma import Config as ManyConfig

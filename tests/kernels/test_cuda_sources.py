@@ -19,7 +19,7 @@ import torch
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.cuda import launch, nvrtc, sources
-from aerogel.kernels.gemm import cuda, cuda_dense, cuda_few, cuda_table, cuda_tune
+from aerogel.kernels.gemm import cuda, cuda_dense, cuda_few, cuda_few_plan, cuda_table, cuda_tune
 from aerogel.kernels.gemm.cuda_few import Config, default_config, defines, fits, shared_bytes
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
@@ -292,7 +292,7 @@ def test_without_a_compiler_the_reason_says_what_to_install(monkeypatch: pytest.
 
 
 def test_argument_blocks_are_those_of_the_sources() -> None:
-    for module, name in ((cuda_few, "few_tokens.cuh"), (cuda_dense, "dequantize.cu")):
+    for module, name in ((cuda_few_plan, "few_tokens.cuh"), (cuda_dense, "dequantize.cu")):
         body = re.search(r"struct Arguments \{(.*?)\};", sources.texts()[name], re.DOTALL)
         assert body is not None
         text = re.sub(r"//.*", "", body[1])
@@ -407,8 +407,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
     facts = SimpleNamespace(multi_processor_count=132, major=9, minor=0, name="NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
-    monkeypatch.setattr(sources, "function", lambda *what: what)
-    monkeypatch.setattr(launch, "Launch", Recorded)
+    for module in (sources, cuda_few_plan):
+        monkeypatch.setattr(module, "function", lambda *what: what)
+    for module in (launch, cuda_few_plan):
+        monkeypatch.setattr(module, "Launch", Recorded)
     Recorded.made = []
     return Recorded.made
 
