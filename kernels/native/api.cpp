@@ -16,12 +16,6 @@ bool known_type(int32_t type) { return type == kFloat32 || type == kFloat16 || t
 int64_t type_size(int32_t type) { return type == kFloat32 ? 4 : 2; }
 bool misaligned(const void* at, int64_t to) { return reinterpret_cast<uintptr_t>(at) % static_cast<uintptr_t>(to) != 0; }
 
-// What a path is asked for when the caller leaves it open: found once, for each kind of arithmetic.
-int32_t default_path(int32_t numerics) {
-    static const int32_t best[2] = {best_path(kExact), best_path(kInt8)};
-    return best[numerics != kExact];
-}
-
 // The size of tables and picks; not which table a pick is, see aerogel_native_check_picks.
 Status check_tables(const Weight& w, int64_t factors) {
     if (!w.table) return w.pick ? kBadTable : kDone;
@@ -104,7 +98,7 @@ uint32_t aerogel_native_able() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr && entry.able; });
 }
 
-int32_t aerogel_native_best(int32_t numerics) { return default_path(numerics); }
+int32_t aerogel_native_best(int32_t numerics) { return best_path(numerics); }
 
 int32_t aerogel_native_check(const Weight* weight) { return check_weight(*weight); }
 
@@ -124,7 +118,7 @@ int32_t aerogel_native_gemm(const Weight* weight, const Call* call) {
     if (status == kDone && call->beside) status = check_beside(beside_of(*weight, *call));
     if (status != kDone) return status;
     if (call->tokens == 0) return kDone;
-    const int32_t path = call->path < 0 ? default_path(call->numerics) : call->path;
+    const int32_t path = call->path < 0 ? best_path(call->numerics) : call->path;
     if (path >= kPaths) return kNoSuchPath;
     const PathEntry& entry = path_entry(path);
     const Run run = call->numerics == kExact ? entry.exact : entry.int8;
@@ -169,7 +163,7 @@ int32_t aerogel_native_attend(const Attend* a) {
         if (a->start[b] < 0 || a->start[b] > *a->slot_at) return kBadShape;
     }
     if (!known_type(a->type) || (a->cosine == nullptr) != (a->sine == nullptr)) return kBadType;
-    return path_entry(default_path(kExact)).step.attend(*a);
+    return path_entry(best_path(kExact)).step.attend(*a);
 }
 
 int32_t aerogel_native_prompt(const Prompt* p) {
@@ -186,19 +180,19 @@ int32_t aerogel_native_prompt(const Prompt* p) {
     if ((p->keys == nullptr) != (p->values == nullptr)) return kBadType;
     Prompt bounded = *p;
     bounded.threads = p->threads < 1 ? 1 : p->threads > kMostThreads ? kMostThreads : p->threads;
-    return path_entry(default_path(kExact)).step.prompt(bounded);
+    return path_entry(best_path(kExact)).step.prompt(bounded);
 }
 
 int32_t aerogel_native_norm(const Norm* n) {
     if (n->rows < 0 || n->size < 1 || (n->b == nullptr) != (n->sum == nullptr)) return kBadShape;
     if (!known_type(n->type)) return kBadType;
-    return path_entry(default_path(kExact)).step.norm(*n);
+    return path_entry(best_path(kExact)).step.norm(*n);
 }
 
 int32_t aerogel_native_gate(const Gate* g) {
     if (g->rows < 0 || g->size < 1 || g->g_stride < g->size || g->u_stride < g->size) return kBadShape;
     if (!known_type(g->type)) return kBadType;
-    return path_entry(default_path(kExact)).step.gate(*g);
+    return path_entry(best_path(kExact)).step.gate(*g);
 }
 
 int32_t aerogel_native_beside(const Beside* b) {
@@ -206,7 +200,7 @@ int32_t aerogel_native_beside(const Beside* b) {
     if (status != kDone || b->tokens == 0) return status;
     Beside bounded = *b;
     bounded.threads = bounded_threads(b->threads);
-    return path_entry(default_path(kExact)).step.beside(bounded);
+    return path_entry(best_path(kExact)).step.beside(bounded);
 }
 
 int32_t aerogel_native_program(const Operation* operations, int64_t count, int64_t* done) {
@@ -245,7 +239,7 @@ void aerogel_native_use_team(void* team) { use_team(reinterpret_cast<Team>(team)
 double aerogel_native_read(const void* memory, int64_t bytes, int32_t threads) {
     constexpr int64_t kPiece = int64_t{128} << 10;
     const int64_t pieces = bytes / kPiece;
-    const Step& step = path_entry(default_path(kExact)).step;
+    const Step& step = path_entry(best_path(kExact)).step;
     const auto start = std::chrono::steady_clock::now();
     parallel(pieces, bounded_threads(threads), [&](int64_t piece, int) {
         kept_sum = step.read(static_cast<const char*>(memory) + piece * kPiece, kPiece);

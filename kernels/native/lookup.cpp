@@ -65,7 +65,7 @@ int32_t aerogel_native_lookup(const Lookup* weight, const Call* call) {
     Status status = check(*weight);
     if (status == kDone) status = check(*weight, *call);
     if (status != kDone || call->tokens == 0) return status;
-    const int32_t path = call->path < 0 ? aerogel_native_best(kExact) : call->path;
+    const int32_t path = call->path < 0 ? best_path(kExact) : call->path;
     if (path >= kPaths || !path_entry(path).able || !path_entry(path).exact) return kNoSuchPath;
     const LookupRuns& runs = path_entry(path).step.lookup;
     Call bounded = *call;
@@ -80,5 +80,5 @@ int32_t aerogel_native_lookup_decode(const Lookup* weight, int64_t first, int64_
     if (count % kLookupStrip != 0 && first + count != weight->rows) return kBadShape;
     if (bytes != count * weight->columns * 4) return kTruncatedActivations;
     if (off(to, 4)) return kMisaligned;
-    return path_entry(aerogel_native_best(kExact)).step.lookup.decode(*weight, first, count, threads_of(threads), static_cast<float*>(to));
+    return path_entry(best_path(kExact)).step.lookup.decode(*weight, first, count, threads_of(threads), static_cast<float*>(to));
 }

@@ -84,6 +84,14 @@ bool fill() {
     return true;
 }
 
+int32_t fastest(Numerics numerics) {
+    for (int32_t path = kPaths - 1; path > kPortable; --path) {
+        const PathEntry& entry = path_entry(path);
+        if (entry.able && (numerics == kExact ? entry.exact : entry.int8)) return path;
+    }
+    return kPortable;
+}
+
 }  // namespace
 
 const PathEntry& path_entry(int32_t path) {
@@ -92,12 +100,9 @@ const PathEntry& path_entry(int32_t path) {
     return table[path];
 }
 
-int32_t best_path(Numerics numerics) {
-    for (int32_t path = kPaths - 1; path > kPortable; --path) {
-        const PathEntry& entry = path_entry(path);
-        if (entry.able && (numerics == kExact ? entry.exact : entry.int8)) return path;
-    }
-    return kPortable;
+int32_t best_path(int32_t numerics) {
+    static const int32_t best[2] = {fastest(kExact), fastest(kInt8)};
+    return best[numerics != kExact];
 }
 
 }  // namespace aerogel

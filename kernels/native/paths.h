@@ -35,7 +35,7 @@ struct PathEntry {
 };
 
 const PathEntry& path_entry(int32_t path);
-// The fastest path this machine can run, -1 is never returned: the portable one always can.
-int32_t best_path(Numerics numerics);
+// The fastest path this machine can run, found once for each kind of arithmetic; the portable one always can.
+int32_t best_path(int32_t numerics);
 
 }  // namespace aerogel
