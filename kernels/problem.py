@@ -21,7 +21,17 @@ from torch import Tensor
 from aerogel.kernels.beside.ref import Beside
 from aerogel.pack.config import format_of
 from aerogel.pack.format import Activations, Format, Grid, Shapes
-from aerogel.quantize.grids import Codes, IntGrid
+from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
+from aerogel.quantize.planes import PlaneGrid
+from aerogel.quantize.tables import TableGrid
+
+NUMBERS: dict[type, str] = {
+    IntGrid: "integers",
+    Fp8Grid: "e4m3 floats",
+    TableGrid: "codes into tables",
+    PlaneGrid: "bit planes",
+}
+"""What a refusal calls the numbers of a grid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +65,53 @@ class Problem:
     def stored(self) -> type[Format]:
         """The format's class."""
         return format_of(self.format)
+
+    # What many kernels need of a problem: each the reason why it is refused (what is needed, what was found, how to have it
+    # otherwise; the kernel is the subject), or None.
+
+    def needs_device(self, *devices: str) -> str | None:
+        """Refuses all other device types."""
+        if self.device in devices:
+            return None
+        return f"needs device {_either(devices)}, found {self.device}; load the model with --device {devices[0]}"
+
+    def needs_dtype(self, *dtypes: torch.dtype) -> str | None:
+        """Refuses activations of all other types."""
+        if self.dtype in dtypes:
+            return None
+        found, *names = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, *dtypes))
+        return f"needs activations in {_either(names)}, found {found}; load the model with dtype=torch.{names[0]}"
+
+    def needs_activations(self, *roundings: Activations) -> str | None:
+        """Refuses all other ways to round the input."""
+        if self.activations in roundings:
+            return None
+        return f"needs activations: {_either(roundings)}, found {self.activations}; the recipe's quantize stage sets it"
+
+    def needs_numbers(self, *grids: type) -> str | None:
+        """Refuses all other kinds of numbers; `grids` are keys of `NUMBERS`."""
+        if isinstance(self.grid, grids):
+            return None
+        found = next((name for kind, name in NUMBERS.items() if isinstance(self.grid, kind)), type(self.grid).__name__)
+        return f"needs {_either([NUMBERS[kind] for kind in grids])}, found {found}; the recipe's quantize stage chooses them"
+
+    def needs_groups(self, step: int) -> str | None:
+        """Refuses groups along K that are no multiple of `step`. A scale per output is no group."""
+        size = self.grid.group_size
+        if size is None or size % step == 0:
+            return None
+        return f"needs group_size null or a multiple of {step}, found {size}; the recipe's quantize stage sets it"
+
+    def needs_multiples(self, n: int, k: int) -> str | None:
+        """Refuses weights that a kernel which does not pad cannot take."""
+        if self.N % n == 0 and self.K % k == 0:
+            return None
+        return f"needs N a multiple of {n} and K of {k}, found {self.N} and {self.K}; kernels with a layout pad them"
+
+
+def _either(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 Layout = Mapping[str, Tensor]

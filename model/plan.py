@@ -161,7 +161,7 @@ def stored_bytes(spec: StageSpec, n: int, k: int, recipe: Recipe, dtype: torch.d
     if layout is not None:
         reason = layouts.owner(layout).refuses_layout(problem_of(scheme, n, k, dtype))
         if reason is not None:
-            raise BadInput(f"a weight cannot be stored as {layout}: it {reason}; change the stage or write `layout: portable`")
+            raise BadInput(f"a weight cannot be stored as {layout}: it {reason}, or write `layout: portable`")
     shapes = stored_shapes(scheme, n, k)
     if spec.has_beside:
         shapes = {**shapes, **spec.stage.shapes(n, k)}

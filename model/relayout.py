@@ -218,7 +218,7 @@ def _weight(
     after = replace(item.scheme, layout=layout)
     reason = layouts.owner(layout).refuses_layout(problem_of(after, N, K, dtype))
     if reason is not None:
-        raise BadInput(f"{item.name} cannot be stored as {layout}: it {reason}; write `layout: portable` for this checkpoint")
+        raise BadInput(f"{item.name} cannot be stored as {layout}: it {reason}, or leave it portable")
     held = {local: entries[tensor] for local, tensor in item.tensors.items() if local not in SIDECARS}
     return Weight(name=item.name, N=N, K=K, before=item.scheme, after=after, tensors=held)
 

@@ -31,29 +31,23 @@ from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
 from aerogel.pack import bits, native
 from aerogel.pack.format import Activations, Shapes, take
-from aerogel.quantize.grids import Codes
+from aerogel.quantize.grids import Codes, IntGrid
 
 
 def refusal(problem: Problem, fast: bool = False, activations: Activations = "none") -> str | None:
     """Why no kind of arithmetic can run the problem; `fast` only where activations may be rounded."""
-    if problem.device != "cpu":
-        return f"runs on the CPU only, not on {problem.device}"
-    if fast and not problem.fast:
-        return "rounds activations to int8, which only happens where it was asked for (--activations int8)"
-    return _unfit(problem, activations) or library.missing()
+    unasked = "rounds activations to int8, which only happens where it was asked for (--activations int8)"
+    return (
+        problem.needs_device("cpu")
+        or (unasked if fast and not problem.fast else None)
+        or _unfit(problem, activations)
+        or library.missing()
+    )
 
 
 def _unfit(problem: Problem, activations: Activations) -> str | None:
     """What no machine changes: numbers that the layout does not hold, types that the kernels do not read."""
-    grid = problem.integer
-    if grid is None:
-        return "runs integer weights only, this grid holds floats"
-    if problem.activations != activations:
-        kind = "is weight-only" if activations == "none" else f"needs activations: {activations}"
-        return f"{kind}, activations are {problem.activations}"
-    if problem.dtype not in library.TYPES:
-        return f"activations must be float32, float16 or bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
-    return None
+    return problem.needs_numbers(IntGrid) or problem.needs_activations(activations) or problem.needs_dtype(*library.TYPES)
 
 
 class Native(Kernel):

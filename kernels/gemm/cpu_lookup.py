@@ -27,7 +27,7 @@ from aerogel.errors import BadInput
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.pack import lookup
-from aerogel.quantize.codes import Codes
+from aerogel.quantize.codes import Codes, Grid
 from aerogel.quantize.scales import TYPES
 from aerogel.quantize.tables import TableGrid
 
@@ -47,18 +47,15 @@ class NativeLookup(Kernel):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but such a table on a CPU; everything where the library was not compiled."""
-        grid = problem.grid
-        if problem.device != "cpu":
-            return f"runs on the CPU only, not on {problem.device}"
-        if not isinstance(grid, TableGrid) or grid.bits not in BITS:
-            return "runs tables of 2 to 4 bits only"
-        if grid.shared_rows != 1 or grid.scale_dtype not in TYPES.values():
-            return "wants scales for every output"
-        if problem.activations != "none":
-            return f"is weight-only, activations are {problem.activations}"
-        if problem.dtype not in library.TYPES:
-            return f"activations must be float32, float16 or bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
-        return groups_refused(problem) or library.missing()
+        return (
+            problem.needs_device("cpu")
+            or problem.needs_numbers(TableGrid)
+            or _refuses_table(problem.grid)
+            or problem.needs_activations("none")
+            or problem.needs_dtype(*library.TYPES)
+            or groups_refused(problem)
+            or library.missing()
+        )
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
@@ -86,10 +83,15 @@ class NativeLookup(Kernel):
 
 def groups_refused(problem: Problem) -> str | None:
     """Why the groups cannot be run where they end inside a step of the kernels, or None where they can."""
-    size = problem.grid.group_size
-    if size is None or size % GROUP_STEP == 0 or size >= problem.K:
-        return None
-    return f"group_size must be a multiple of {GROUP_STEP}, or null, found {size}"
+    return None if (problem.grid.group_size or 0) >= problem.K else problem.needs_groups(GROUP_STEP)
+
+
+def _refuses_table(grid: Grid) -> str | None:
+    if grid.bits not in BITS:
+        return f"runs tables of {BITS[0]} to {BITS[-1]} bits, found {grid.bits}"
+    if grid.shared_rows != 1 or grid.scale_dtype not in TYPES.values():
+        return "wants scales for every output"
+    return None
 
 
 def numerics_of(dtype: torch.dtype) -> str:

@@ -38,21 +38,16 @@ class NativeOwn(Kernel):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but such tables in bfloat16 on a CPU that multiplies it."""
-        grid = problem.grid
-        if problem.device != "cpu":
-            return f"runs on the CPU only, not on {problem.device}"
-        if not isinstance(grid, PlaneGrid) and not (isinstance(grid, TableGrid) and grid.learned):
-            return "runs codebooks of each output and bit planes"
-        if grid.bits > own_tables.MOST_BITS and not isinstance(grid, PlaneGrid):
-            return f"runs codebooks of at most {own_tables.MOST_BITS} bits"
-        if problem.activations != "none":
-            return f"is weight-only, activations are {problem.activations}"
-        if problem.dtype != torch.bfloat16:
-            return f"runs activations in bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
-        refused = own_tables.refused(grid, problem.K) or library.missing()
-        if refused is not None:
-            return refused
-        return None if library.best("exact") in FLOAT32_PATHS else "needs a processor that multiplies bfloat16"
+        return (
+            problem.needs_device("cpu")
+            or problem.needs_numbers(PlaneGrid, TableGrid)
+            or _refuses_table(problem.grid)
+            or problem.needs_activations("none")
+            or problem.needs_dtype(torch.bfloat16)
+            or own_tables.refused(problem.grid, problem.K)
+            or library.missing()
+            or (None if library.best("exact") in FLOAT32_PATHS else "needs a processor that multiplies bfloat16")
+        )
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
@@ -70,6 +65,14 @@ class NativeOwn(Kernel):
         grid, columns = own_tables.laid(problem.grid, problem.K)
         x = x_MK if columns == problem.K else own_tables.twice(x_MK, columns)
         return linear(x, layout, bias_N, problem.N, *tables_of(grid, columns))
+
+
+def _refuses_table(grid: Grid) -> str | None:
+    if isinstance(grid, TableGrid) and not grid.learned:
+        return "runs codebooks of each output and bit planes, not tables that all outputs share"
+    if isinstance(grid, TableGrid) and grid.bits > own_tables.MOST_BITS:
+        return f"runs codebooks of at most {own_tables.MOST_BITS} bits, found {grid.bits}"
+    return None
 
 
 def tables_of(grid: Grid, K: int) -> tuple[int, int]:

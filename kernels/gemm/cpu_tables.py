@@ -28,7 +28,7 @@ from aerogel.kernels.gemm.ref import round_input
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.pack import native, native_tables
-from aerogel.quantize.codes import Codes
+from aerogel.quantize.codes import Codes, Grid
 from aerogel.quantize.grids import Fp8Grid
 from aerogel.quantize.scales import TYPES
 from aerogel.quantize.tables import TableGrid
@@ -74,24 +74,24 @@ class NativeTables(Kernel):
 
 def refused(problem: Problem) -> str | None:
     """Why these loops cannot run the problem, or None, whoever else could."""
-    if problem.device != "cpu":
-        return f"runs on the CPU only, not on {problem.device}"
-    return _unfit(problem) or library.missing()
+    return (
+        problem.needs_device("cpu")
+        or problem.needs_numbers(TableGrid, Fp8Grid)
+        or _refuses_table(problem.grid)
+        or problem.needs_activations("none", "fp8", "fp8-static")
+        or problem.needs_dtype(*library.TYPES)
+        or library.missing()
+    )
 
 
-def _unfit(problem: Problem) -> str | None:
-    """What no machine changes: numbers that the layout does not hold, types that the kernels do not read."""
-    grid = problem.grid
-    if not isinstance(grid, TableGrid | Fp8Grid) or getattr(grid, "learned", False):
-        return "runs tables that all outputs share"
+def _refuses_table(grid: Grid) -> str | None:
+    """Tables that the layout does not hold."""
+    if getattr(grid, "learned", False):
+        return "runs tables that all outputs share, and these are fitted to each"
     if len(native_tables.table_of(grid)) > 1 and (grid.bits > 4 or native_tables.table_of(grid).numel() > MOST_PICKED):
         return f"picks among tables of at most 4 bits and {MOST_PICKED} numbers in all"
     if grid.scale_dtype not in TYPES.values():
         return f"knows no scales in {grid.scale_dtype}"
-    if problem.activations not in ("none", "fp8", "fp8-static"):
-        return f"runs activations: none or fp8, found {problem.activations}"
-    if problem.dtype not in library.TYPES:
-        return f"activations must be float32, float16 or bfloat16, found {str(problem.dtype).removeprefix('torch.')}"
     return None
 
 

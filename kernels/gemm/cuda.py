@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
+from aerogel.kernels import gpu_here
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.cuda_outliers import NAMES as OUTLIERS
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
@@ -28,12 +29,11 @@ from aerogel.kernels.gemm.small_floats import mantissa_bits
 from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
 from aerogel.lazy import load
 from aerogel.pack import tiles
-from aerogel.pack.format import Grid, Shapes
+from aerogel.pack.format import Shapes
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
 from aerogel.quantize.tables import TableGrid
 
 DTYPES = (torch.bfloat16, torch.float16)
-LEAST_CAPABILITY = (8, 0)
 COMPILERS = 16
 """Threads that compile at once; the compiler runs outside Python's lock."""
 
@@ -184,16 +184,12 @@ class Cuda(Kernel):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but weight-only 16-bit matmuls on an NVIDIA GPU of compute capability 8.0 or newer."""
-        if problem.device != "cuda":
-            return f"runs on NVIDIA GPUs only, not on {problem.device}"
-        return _unfit(problem) or _refuses_machine()
+        return problem.needs_device("cuda") or _unfit(problem) or gpu_here.nvidia_missing()
 
     @classmethod
     def refuses_layout(cls, problem: Problem) -> str | None:
         """What no NVIDIA GPU runs, and codes into tables, which are not kept in this layout on disk."""
-        if not isinstance(problem.grid, IntGrid | Fp8Grid):
-            return f"keeps integers and e4m3 floats on disk, not codes on a {type(problem.grid).__name__}"
-        return _unfit(problem)
+        return problem.needs_numbers(IntGrid, Fp8Grid) or _unfit(problem)
 
     @staticmethod
     def shapes(problem: Problem) -> Shapes:
@@ -297,31 +293,9 @@ def tile_weight(layout: Layout, problem: Problem) -> TileWeight:
 
 def _unfit(problem: Problem) -> str | None:
     """What no machine changes: rounded or wide activations, groups that end inside a step."""
-    if problem.activations != "none":
-        return f"is weight-only, activations are {problem.activations}"
-    if problem.dtype not in DTYPES:
-        return f"multiplies bfloat16 or float16 activations, not {str(problem.dtype).removeprefix('torch.')}"
-    return _refuses_grid(problem.grid)
-
-
-def _refuses_grid(grid: Grid) -> str | None:
-    if isinstance(grid, Fp8Grid):
-        return None
-    if not isinstance(grid, IntGrid | TableGrid):
-        return f"runs integers, e4m3 floats and tables, not codes on a {type(grid).__name__}"
-    if grid.group_size is not None and grid.group_size % 16:
-        return f"group_size must be a multiple of 16, or null, found {grid.group_size}"
-    return None
-
-
-def _refuses_machine(least: tuple[int, int] = LEAST_CAPABILITY) -> str | None:
-    if not torch.cuda.is_available():
-        return "needs an NVIDIA GPU that torch can use, and there is none"
-    capability = torch.cuda.get_device_capability()
-    if torch.version.hip is not None or capability < least:
-        wanted, found = (f"{major}.{minor}" for major, minor in (least, capability))
-        return f"needs an NVIDIA GPU of compute capability {wanted} or newer, this one is {found}"
-    from aerogel.kernels.cuda.nvrtc import compiler
-
-    compiler()  # its ImportError is the reason
-    return None
+    return (
+        problem.needs_activations("none")
+        or problem.needs_dtype(*DTYPES)
+        or problem.needs_numbers(IntGrid, Fp8Grid, TableGrid)
+        or (None if isinstance(problem.grid, Fp8Grid) else problem.needs_groups(16))
+    )

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from aerogel.kernels.gemm import cuda
+from aerogel.kernels import gpu_here
 from aerogel.kernels.gemm.cuda_made import Made
 from aerogel.kernels.gemm.cuda_quantize import E4M3, Quantizer
 from aerogel.kernels.problem import Kernel, Layout, Problem
@@ -65,17 +65,16 @@ class CudaFp8(Kernel):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but e4m3 per channel or tensor with fp8 activations in bfloat16; sizes that the matmul cannot take."""
-        if problem.device != "cuda":
-            return f"runs on NVIDIA GPUs only, not on {problem.device}"
-        if not problem.activations.startswith("fp8"):
-            return f"needs activations: fp8, found {problem.activations}"
-        if not isinstance(problem.grid, Fp8Grid) or problem.grid.group_size is not None:
-            return "runs e4m3 weights with a scale per output or tensor; blocks are decoded"
-        if problem.dtype != torch.bfloat16:
-            return f"gives bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
-        if problem.N % 16 or problem.K % 16:
-            return f"N and K must be multiples of 16, found {problem.N} and {problem.K}"
-        return cuda._refuses_machine(LEAST_CAPABILITY)
+        blocks = "runs e4m3 weights with a scale per output or tensor; blocks are decoded"
+        return (
+            problem.needs_device("cuda")
+            or problem.needs_activations("fp8", "fp8-static")
+            or problem.needs_numbers(Fp8Grid)
+            or (None if problem.grid.group_size is None else blocks)
+            or problem.needs_dtype(torch.bfloat16)
+            or problem.needs_multiples(16, 16)
+            or gpu_here.nvidia_missing(LEAST_CAPABILITY)
+        )
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:

@@ -39,12 +39,9 @@ class CudaGroups(Kernel):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Other grids, groups that need no filling, and what the kernels refuse."""
-        grid = problem.grid
-        if not isinstance(grid, IntGrid | TableGrid):
-            return f"runs integers and tables, not codes on a {type(grid).__name__}"
-        if grid.group_size is None or grid.group_size % STEP == 0:
+        if problem.needs_groups(STEP) is None:
             return f"fills up groups that are no multiple of {STEP}"
-        return Cuda.refuses(_inner(problem))
+        return problem.needs_numbers(IntGrid, TableGrid) or Cuda.refuses(_inner(problem))
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:

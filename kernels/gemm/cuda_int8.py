@@ -38,7 +38,7 @@ from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, per_kind, ten
 from aerogel.kernels.gemm.cuda_wgmma import Config, ceil_divide, deepest
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.pack import tiles
-from aerogel.quantize.grids import Codes
+from aerogel.quantize.grids import Codes, IntGrid
 
 FEW_TOKENS = 96
 LONGEST_K = (1 << 31) // (127 * 127)
@@ -266,21 +266,13 @@ class CudaInt8(Kernel):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but integers with int8 activations in a 16-bit type; what bytes and their sums cannot hold."""
-        grid = problem.integer
-        if not problem.activations.startswith("int8"):
-            return f"needs activations: int8, found {problem.activations}"
-        if grid is None:
-            return f"runs integers, not codes on a {type(problem.grid).__name__}"
-        reason = cuda.Cuda.refuses(replace(problem, activations="none"))
-        if reason:
-            return reason
-        if grid.group_size is not None and grid.group_size % 32:
-            return f"group_size must be a multiple of 32, or null, found {grid.group_size}"
-        if grid.bits == 8 and not grid.symmetric and grid.group_size is None:
-            return "8 bits with a zero point per channel do not fit into a signed byte"
-        if problem.K > LONGEST_K:
-            return f"sums up to {LONGEST_K} products in 32 bits, K is {problem.K}"
-        return None
+        return (
+            problem.needs_activations("int8", "int8-static")
+            or problem.needs_numbers(IntGrid)
+            or cuda.Cuda.refuses(replace(problem, activations="none"))
+            or problem.needs_groups(32)
+            or _refuses_sums(problem)
+        )
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
@@ -345,3 +337,11 @@ def two_step(weight: TileWeight, r: Tensor) -> Tensor:
     inverse = (128.0 / r).reshape(-1, 1, 16)
     m_NK = spread(2 * (weight.scale.float() * inverse).round().int())
     return ((u_NK * m_NK + 129 - z_NK * m_NK) >> 8).to(torch.int8)
+
+
+def _refuses_sums(problem: Problem) -> str | None:
+    """What bytes and their sums cannot hold."""
+    grid = problem.integer
+    if grid is not None and grid.bits == 8 and not grid.symmetric and grid.group_size is None:
+        return "8 bits with a zero point per channel do not fit into a signed byte"
+    return None if problem.K <= LONGEST_K else f"sums up to {LONGEST_K} products in 32 bits, K is {problem.K}"

@@ -54,9 +54,7 @@ class CudaPlanes(Kernel):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but planes, and what the kernels for integers refuse."""
-        if not isinstance(problem.grid, PlaneGrid):
-            return "runs bit planes only"
-        return Cuda.refuses(_inner(problem))
+        return problem.needs_numbers(PlaneGrid) or Cuda.refuses(_inner(problem))
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:

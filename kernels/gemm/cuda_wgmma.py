@@ -20,6 +20,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from aerogel.errors import RunFailed
+from aerogel.kernels import gpu_here
 from aerogel.kernels.cuda.tensor_map import LARGEST_BOX
 from aerogel.kernels.gemm.cuda import Runner
 from aerogel.kernels.gemm.cuda_decoder import (
@@ -319,11 +320,9 @@ class ManyTokens:
     @staticmethod
     def refuses(weight: TileWeight, M: int, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
         """Other devices than Hopper's, few tokens, and tables that leave no room in shared memory."""
-        if capability[0] != 9:
-            return (
-                "multiplies with the warpgroup instruction of compute capability 9.0,"
-                f" which {capability[0]}.{capability[1]} does not have"
-            )
+        elsewhere = gpu_here.other_than_hopper(capability)
+        if elsewhere is not None:
+            return elsewhere
         if fewest_tokens(weight) > M:
             return f"takes {fewest_tokens(weight)} tokens and more of this weight, found {M}"
         if not candidates(weight, M):

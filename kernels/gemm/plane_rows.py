@@ -45,9 +45,7 @@ class PlaneRows(Kernel):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but planes, and what the kernels for integers refuse."""
-        if not isinstance(problem.grid, PlaneGrid):
-            return "runs bit planes only"
-        return Native.refuses(_inner(problem))
+        return problem.needs_numbers(PlaneGrid) or Native.refuses(_inner(problem))
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:

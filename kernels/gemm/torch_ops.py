@@ -23,7 +23,7 @@ from torch import Tensor
 from aerogel.kernels.gemm.ref import quantize_int8, round_input
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.pack.format import ROW_STEP
-from aerogel.quantize.grids import Codes
+from aerogel.quantize.grids import Codes, IntGrid
 
 CHUNK_ELEMENTS = 1 << 22
 """Weights decoded at a time: 8 MB in a 16-bit type."""
@@ -65,18 +65,13 @@ class Int4Cpu(Kernel):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but 4-bit integer groups on a CPU in a 16-bit type, N a multiple of 16."""
-        grid = problem.integer
-        if problem.device != "cpu":
-            return f"runs on the CPU only, not on {problem.device}"
-        if grid is None or grid.bits != 4 or problem.format != "pack-quantized":
+        group = problem.grid.group_size or 0
+        if problem.needs_numbers(IntGrid) or problem.grid.bits != 4 or problem.format != "pack-quantized":
             return "runs 4-bit pack-quantized weights only"
-        if problem.dtype != torch.bfloat16:
-            return "faster than decoding only in bfloat16 (in float16 it is over a hundred times slower)"
-        if grid.group_size not in INT4_GROUPS:
-            return f"group_size must be one of {', '.join(map(str, INT4_GROUPS))}, found {grid.group_size}"
-        if problem.N % 16 or problem.K % grid.group_size:
-            return f"N must be a multiple of 16 and K of the group, found {problem.N} and {problem.K}"
-        return None
+        if group not in INT4_GROUPS:
+            return f"needs a group_size of {', '.join(map(str, INT4_GROUPS))}, found {problem.grid.group_size}"
+        # In float16 it is over a hundred times slower than decoding.
+        return problem.needs_device("cpu") or problem.needs_dtype(torch.bfloat16) or problem.needs_multiples(16, group)
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
@@ -155,16 +150,13 @@ class Int8Cpu(_Int8):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but weight-only int8 per channel on a CPU in a 16-bit type, N in 16s and K in 32s."""
-        if problem.device != "cpu":
-            return f"runs on the CPU only, not on {problem.device}"
-        if problem.activations != "none":
-            return f"is weight-only, activations are {problem.activations}"
-        if problem.dtype not in HALF:
-            return "faster than decoding only in bfloat16 and float16"
-        if problem.N % 16 or problem.K % 32:
-            # The operator itself does not check: it reads past the end.
-            return f"N must be a multiple of 16 and K of 32, found {problem.N} and {problem.K}"
-        return _refuses_grid(problem)
+        return (
+            problem.needs_device("cpu")
+            or problem.needs_activations("none")
+            or problem.needs_dtype(*HALF)  # in float32 decoding is faster
+            or problem.needs_multiples(16, 32)  # the operator itself does not check: it reads past the end
+            or _refuses_grid(problem)
+        )
 
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
@@ -188,13 +180,12 @@ class Int8Dynamic(_Int8):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but int8 weights per channel with int8 activations; on CUDA, sizes that its kernel cannot take."""
-        if not problem.activations.startswith("int8"):
-            return f"needs activations: int8, found {problem.activations}"
-        if problem.device not in ("cpu", "cuda"):
-            return f"runs on CPU and CUDA, not on {problem.device}"
-        if problem.device == "cuda" and (problem.N % 8 or problem.K % 8):
-            return f"on CUDA N and K must be multiples of 8, found {problem.N} and {problem.K}"
-        return _refuses_grid(problem)
+        return (
+            problem.needs_activations("int8", "int8-static")
+            or problem.needs_device("cpu", "cuda")
+            or (problem.needs_multiples(8, 8) if problem.device == "cuda" else None)
+            or _refuses_grid(problem)
+        )
 
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
-from aerogel.kernels import triton_here
+from aerogel.kernels import gpu_here, triton_here
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
 from aerogel.kernels.problem import Kernel, Layout, Problem
-from aerogel.pack.format import Grid
 from aerogel.pack.tiles import ROWS
 from aerogel.pack.words import pack_words, unpack_words
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
@@ -29,8 +28,6 @@ from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICES = ("cuda", "xpu")
 """What torch calls AMD's and NVIDIA's GPUs, and Intel's."""
-LEAST_CAPABILITY = (8, 0)
-"""Of NVIDIA's: older ones have no bfloat16."""
 
 
 class Triton(Kernel):
@@ -43,13 +40,15 @@ class Triton(Kernel):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but weight-only matmuls on a GPU that Triton compiles for."""
-        if problem.device not in DEVICES:
-            return f"runs on GPUs (torch devices {' and '.join(DEVICES)}) only, not on {problem.device}"
-        if problem.activations != "none":
-            return f"is weight-only, activations are {problem.activations}"
-        if problem.dtype not in DTYPES:
-            return f"multiplies bfloat16, float16 or float32 activations, not {str(problem.dtype).removeprefix('torch.')}"
-        return _refuses_grid(problem.grid) or triton_here.missing() or _refuses_machine(problem.device)
+        return (
+            problem.needs_device(*DEVICES)
+            or problem.needs_activations("none")
+            or problem.needs_dtype(*DTYPES)
+            or problem.needs_numbers(IntGrid, Fp8Grid)
+            or (problem.needs_groups(16) if problem.integer else None)
+            or triton_here.missing()
+            or gpu_here.missing(problem.device)
+        )
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
@@ -126,24 +125,3 @@ _library.define(  # type: ignore[no-untyped-call]
 )
 _library.impl("words_linear", words_linear, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("aerogel::words_linear", _fake, lib=_library)
-
-
-def _refuses_grid(grid: Grid) -> str | None:
-    if isinstance(grid, Fp8Grid):
-        return None
-    if not isinstance(grid, IntGrid):
-        return f"runs integers and e4m3 floats, not codes on a {type(grid).__name__}"
-    if grid.group_size is not None and grid.group_size % 16:
-        return f"group_size must be a multiple of 16, or null, found {grid.group_size}"
-    return None
-
-
-def _refuses_machine(device: str) -> str | None:
-    there = torch.cuda.is_available() if device == "cuda" else torch.xpu.is_available()
-    if not there:
-        return f"needs a {device} device that torch can use, and there is none"
-    if device == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability()
-        if capability < LEAST_CAPABILITY:
-            return f"needs compute capability 8.0 or newer on NVIDIA's GPUs, this one has {capability[0]}.{capability[1]}"
-    return None

@@ -55,8 +55,7 @@ class NativeTables(Grouped):
     @classmethod
     def refuses(cls, problem: Problem) -> str | None:
         """Anything but such tables on a CPU, and inputs that are rounded before."""
-        rounded = f"is weight-only, activations are {problem.activations}" if problem.activations != "none" else None
-        return cpu_tables.refused(problem) or rounded
+        return cpu_tables.refused(problem) or problem.needs_activations("none")
 
     @staticmethod
     def run(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import RunFailed
+from aerogel.kernels import gpu_here
 from aerogel.kernels.gemm import cuda, cuda_wgmma
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 from aerogel.kernels.gemm.cuda_wgmma import Config, ceil_divide, deepest, microseconds_of_tiles
@@ -182,15 +183,12 @@ class Cuda(Grouped):
     @classmethod
     def refuses(cls, problem: Problem) -> str | None:
         """What the kernel for one weight refuses, other devices than Hopper's, and a table of its own for each expert."""
-        reason = cls.base.refuses(problem)
-        if reason:
-            return reason
-        if isinstance(problem.grid, TableGrid) and problem.grid.learned:
-            return "takes one table for all experts, and these have one of their own"
-        major, minor = torch.cuda.get_device_capability()
-        if major != 9:
-            return f"multiplies with the warpgroup instruction of compute capability 9.0, which {major}.{minor} does not have"
-        return None
+        learned = isinstance(problem.grid, TableGrid) and problem.grid.learned
+        return (
+            cls.base.refuses(problem)
+            or ("takes one table for all experts, and these have one of their own" if learned else None)
+            or gpu_here.other_than_hopper(torch.cuda.get_device_capability())
+        )
 
     @staticmethod
     def route(expert_S: Tensor, experts: int) -> Routes:

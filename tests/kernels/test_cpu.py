@@ -223,7 +223,7 @@ def test_the_dispatcher_and_the_layer_use_it() -> None:
     for changed, word in (
         ({"device": "cuda"}, "cuda"),
         ({"dtype": torch.float64}, "float64"),
-        ({"activations": "int8"}, "weight-only"),
+        ({"activations": "int8"}, "activations: none, found int8"),
     ):
         fields = {"format": "pack-quantized", "grid": grid, "N": 48, "K": 96, **changed}
         assert word in (Native.refuses(Problem(**fields)) or "")  # type: ignore[arg-type]

@@ -118,7 +118,7 @@ def test_the_dispatcher_chooses_it_and_many_tokens_are_decoded() -> None:
         torch.testing.assert_close(kernel.run(x, layout, problem, bias), wanted, rtol=1e-5, atol=1e-5)
         identity = torch.eye(160)
         assert torch.equal(kernel.run(identity, layout, problem).T, codes.decode())
-    assert "2 to 4 bits" in (NativeLookup.refuses(Problem(format="any", grid=Mx(kind="e4m3"), N=4, K=32)) or "")
+    assert "2 to 4 bits, found 8" in (NativeLookup.refuses(Problem(format="any", grid=Mx(kind="e4m3"), N=4, K=32)) or "")
     assert "cuda" in (NativeLookup.refuses(Problem(format="any", grid=Nf4(), N=4, K=32, device="cuda")) or "")
 
 

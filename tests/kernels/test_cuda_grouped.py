@@ -10,8 +10,8 @@ import torch
 from tests.kernels.test_cuda_sources import needs_nvrtc
 from tests.kernels.test_cuda_wgmma import FakeDriver, cpu_weight, fake, meta_weight, ptxas_log  # noqa: F401
 
+from aerogel.kernels import gpu_here
 from aerogel.kernels.cuda import nvrtc, sources
-from aerogel.kernels.gemm import cuda
 from aerogel.kernels.gemm.cuda_wgmma import defines, fits
 from aerogel.kernels.grouped import cuda_grouped, cuda_routes
 from aerogel.kernels.problem import Problem
@@ -85,7 +85,7 @@ def test_argument_blocks_are_those_of_the_source() -> None:
 
 
 def test_refusals_name_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_refuses_machine", lambda: None)
+    monkeypatch.setattr(gpu_here, "nvidia_missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 0))
     facts = {"format": "any", "N": 8, "K": 64, "dtype": torch.bfloat16, "device": "cuda"}
     grid = IntGrid(bits=4, group_size=32)

@@ -152,7 +152,7 @@ def test_rows_of_zeros_have_a_scale() -> None:
 
 
 def test_refusals_name_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aerogel.kernels.gemm.cuda._refuses_machine", lambda: None)
+    monkeypatch.setattr("aerogel.kernels.gpu_here.nvidia_missing", lambda: None)
 
     def reason(grid: IntGrid, **more: object) -> str | None:
         given = {"N": 64, "K": 256, "dtype": torch.bfloat16, "device": "cuda", "activations": "int8", **more}
@@ -165,7 +165,7 @@ def test_refusals_name_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "32 bits" in (reason(IntGrid(bits=4), K=cuda_int8.LONGEST_K + 1) or "")
     assert "activations: int8" in (reason(IntGrid(bits=4), activations="none") or "")
     found = dict(explain(Problem(format="pack-quantized", grid=IntGrid(bits=4), N=64, K=256, activations="int8")))
-    assert "NVIDIA" in (found["cuda-int8"] or "") and found["reference"] is None
+    assert "device cuda" in (found["cuda-int8"] or "") and found["reference"] is None
 
 
 def random_shape(N: int, K: int, bits: int, size: int) -> TileWeight:

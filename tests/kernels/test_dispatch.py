@@ -13,6 +13,7 @@ from aerogel.kernels.native import library
 from aerogel.kernels.problem import Problem
 from aerogel.pack.config import choose_format
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid, quantized
+from aerogel.quantize.planes import PlaneGrid
 
 HALF = torch.bfloat16
 SCHEMES: list[tuple[Any, str]] = [
@@ -111,6 +112,33 @@ def test_choice_and_explanation() -> None:
     elsewhere = Problem(format="pack-quantized", grid=grid, N=64, K=128, dtype=HALF, device="cuda")
     there = "cuda" if dict(explain(elsewhere))["cuda"] is None else "torch-chunked"
     assert choose(elsewhere)[0] == there and "cuda" in (dict(explain(elsewhere))["torch-int4-cpu"] or "")
+
+
+def test_refusals_say_what_is_needed_what_was_found_and_what_to_do() -> None:
+    problem = Problem(
+        format="pack-quantized", grid=IntGrid(bits=4, group_size=24), N=65, K=48, dtype=torch.float64, activations="int8"
+    )
+    assert problem.needs_device("cuda", "xpu") == ("needs device cuda or xpu, found cpu; load the model with --device cuda")
+    sentences = {
+        problem.needs_dtype(torch.bfloat16, torch.float16): ("bfloat16 or float16", "found float64", "dtype=torch.bfloat16"),
+        problem.needs_activations("none", "fp8"): ("activations: none or fp8", "found int8", "quantize stage"),
+        problem.needs_numbers(Fp8Grid, PlaneGrid): ("e4m3 floats or bit planes", "found integers", "quantize stage"),
+        problem.needs_groups(16): ("a multiple of 16", "found 24", "quantize stage"),
+        problem.needs_multiples(16, 32): ("N a multiple of 16 and K of 32", "found 65 and 48", "pad"),
+    }
+    for sentence, words in sentences.items():
+        assert sentence is not None and all(word in sentence for word in words), sentence
+    served = (
+        problem.needs_device("cpu"),
+        problem.needs_dtype(torch.float32, torch.float64),
+        problem.needs_activations("int8"),
+        problem.needs_numbers(IntGrid),
+        problem.needs_groups(8),
+        problem.needs_multiples(5, 16),
+    )
+    assert served == (None,) * 6
+    whole = Problem(format="pack-quantized", grid=IntGrid(bits=4), N=65, K=50)
+    assert whole.needs_groups(16) is None, "a scale for each output is no group"
 
 
 def test_a_kernel_whose_library_is_missing_refuses_with_that(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,10 +63,10 @@ def test_refusals_can_be_read() -> None:
     grid = IntGrid(bits=4, group_size=64)
     facts: dict[str, Any] = {"format": "pack-quantized", "N": 64, "K": 128}
     given = {
-        "not on cpu": Problem(grid=grid, **facts),
-        "not float64": Problem(grid=grid, dtype=torch.float64, device="cuda", **facts),
+        "found cpu": Problem(grid=grid, **facts),
+        "found float64": Problem(grid=grid, dtype=torch.float64, device="cuda", **facts),
         "multiple of 16": Problem(grid=IntGrid(bits=4, group_size=24), device="cuda", **facts),
-        "activations are int8": Problem(grid=grid, device="cuda", activations="int8", **facts),
+        "activations: none, found int8": Problem(grid=grid, device="cuda", activations="int8", **facts),
     }
     for reason, problem in given.items():
         assert reason in (dict(explain(problem))["triton"] or "")

@@ -197,7 +197,7 @@ def test_files_that_no_kernel_could_run_are_refused_before_they_are_read(tmp_pat
 
 def test_what_cannot_lie_in_a_layout_is_refused_with_the_reason(tmp_path: Path) -> None:
     uneven = made(tmp_path, grid=IntGrid(bits=4, group_size=8, scale_dtype=torch.bfloat16)).packed
-    with pytest.raises(BadInput, match=r"native-cuda: it group_size must be a multiple of 16.*portable"):
+    with pytest.raises(BadInput, match=r"native-cuda: it needs group_size null or a multiple of 16, found 8.*portable"):
         export_layout(uneven, tmp_path / "native", "native-cuda")
     assert not (tmp_path / "native").exists()
     (tmp_path / "float").mkdir()
