@@ -23,13 +23,14 @@ from aerogel.kernels.decode.reading import ACTIVATIONS
 from aerogel.kernels.dispatch import choose_grouped
 from aerogel.kernels.grouped.kernel import Grouped, Routes
 from aerogel.kernels.grouped.ref import Reference
+from aerogel.kernels.packed import Packed
 from aerogel.kernels.problem import Problem
 from aerogel.pack.config import format_of
 from aerogel.pack.scheme import Scheme
 from aerogel.quantize.codes import Codes
 
 
-class ExpertLinear(nn.Module):
+class ExpertLinear(Packed):
     """`y_s = W[e_s] x_s + b[e_s]` with W [experts, out_features, in_features] packed by `scheme`.
 
     A new one holds empty buffers: those of the format for one expert, stacked. Fill them and call `prepare`.
@@ -72,11 +73,6 @@ class ExpertLinear(nn.Module):
             device=self.device.type,
         )
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return next(iter(self._tensors().values())).device
-
     def prepare(self, dtype: torch.dtype | None = None) -> Self:
         """Chooses the kernel for activations of `dtype` and brings one expert after the other into its layout."""
         self.restore()
@@ -85,7 +81,7 @@ class ExpertLinear(nn.Module):
         self.kernel_name, self._kernel = choose_grouped(problem)
         base = self._kernel.base
         if not base.runs_stored(problem):
-            self._replace(stacked(lambda e: base.pack(self.codes_of(e), problem), self.experts))
+            self.fill(stacked(lambda e: base.pack(self.codes_of(e), problem), self.experts))
         self._problem = problem
         if self.more is not None:
             self.more.linear.prepare(dtype)
@@ -95,7 +91,7 @@ class ExpertLinear(nn.Module):
         """Brings the weight back into the layout of the file; `prepare` undoes it."""
         problem, self.kernel_name = self._problem, None
         if problem is not None and not self._kernel.base.runs_stored(problem):
-            self._replace(stacked(lambda e: problem.stored.encode(self.codes_of(e)), self.experts))
+            self.fill(stacked(lambda e: problem.stored.encode(self.codes_of(e)), self.experts))
         self._problem = None
 
     def codes_of(self, expert: int) -> Codes:
@@ -141,35 +137,8 @@ class ExpertLinear(nn.Module):
         return sum(tensor.nbytes for tensor in self._tensors().values()) + beside
 
     def extra_repr(self) -> str:
-        """Shape, numbers and kernel."""
-        grid = self.scheme.grid
-        group = "channel" if grid.group_size is None else grid.group_size
-        return (
-            f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features},"
-            f" format={self.scheme.format}, bits={grid.bits}, group={group}, kernel={self.kernel_name or 'not chosen'}"
-        )
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: held for name, held in self._buffers.items() if held is not None}
-
-    def _replace(self, tensors: dict[str, Tensor]) -> None:
-        for name in self._tensors():
-            del self._buffers[name]
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the weight, but never casts it. A new device may mean a new kernel."""
-        prepared = self._problem is not None
-        self.restore()
-        kept = self._tensors()
-        dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device)).dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, new in self._tensors().items():
-            if new.dtype != kept[name].dtype:
-                self._buffers[name] = kept[name].to(new.device)
-        self.compute_dtype = dtype
-        return self.prepare() if prepared and self.device.type != "meta" else self
+        """Experts, shape, numbers and kernel."""
+        return f"experts={self.experts}, {super().extra_repr()}"
 
 
 class ExpertRows(nn.Module):

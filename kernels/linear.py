@@ -12,7 +12,6 @@ Shape legend: M tokens, N out features, K in features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import ClassVar, Self
 
@@ -23,6 +22,7 @@ from aerogel.errors import BadInput
 from aerogel.kernels import layouts
 from aerogel.kernels.dispatch import choose, explain
 from aerogel.kernels.gemm.ref import Reference
+from aerogel.kernels.packed import Packed
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.pack.config import choose_format, format_of
 from aerogel.pack.format import Activations, Shapes
@@ -44,7 +44,7 @@ def stored_shapes(scheme: Scheme, N: int, K: int) -> Shapes:
     return layouts.owner(scheme.layout).shapes(problem_of(scheme, N, K, torch.float32))
 
 
-class Linear(nn.Module):
+class Linear(Packed):
     """`y = x @ W.T + b` with W [out_features, in_features] packed by `scheme`.
 
     A new one holds empty buffers of the stored shapes: fill them (or load a state dict) and call `prepare`.
@@ -129,11 +129,6 @@ class Linear(nn.Module):
             activations=self.scheme.activations,
             fast=self.fast_activations,
         )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return next(buffer.device for buffer in self._tensors().values())
 
     def prepare(self, dtype: torch.dtype | None = None, *, overwrite: bool = False) -> Self:
         """Chooses the kernel for activations of `dtype` and brings the weight into its layout.
@@ -272,41 +267,14 @@ class Linear(nn.Module):
         return sum(tensor.nbytes for tensor in held)
 
     def extra_repr(self) -> str:
-        """Shape, numbers and kernel."""
-        grid = self.scheme.grid
-        group = "channel" if grid.group_size is None else grid.group_size
-        bits = getattr(grid, "bits", "?")
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
-            f" format={self.scheme.format}, bits={bits}, group={group}, kernel={self.kernel_name or 'not chosen'}"
-        )
+        """Shape, numbers, kernel, and whether there is a bias."""
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: held for name, held in self._buffers.items() if held is not None and name != "column_order"}
+        return {name: held for name, held in super()._tensors().items() if name != "column_order"}
 
     def _stored_codes(self) -> Codes:
         return self.codes_of_rows(0, self.out_features)
-
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes these tensors as the weight's, in the place of those it has."""
-        for name in self._tensors():
-            del self._buffers[name]
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the weight, but never casts it: `model.half()` must not round scales. A new device may mean a new kernel."""
-        prepared = self._problem is not None
-        self.restore()
-        kept = dict(self._buffers)
-        dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device)).dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in kept.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        self.compute_dtype = dtype
-        return self.prepare() if prepared and self.device.type != "meta" else self
 
 
 def round_activations(model: nn.Module) -> int:

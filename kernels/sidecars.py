@@ -24,17 +24,18 @@ from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aerogel.kernels.beside import choose as beside_ops
 from aerogel.kernels.beside.cpu import fits, tiles_of
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.linear import Linear
+from aerogel.kernels.packed import Uncast
 from aerogel.pack.format import Activations
 from aerogel.quantize.sidecars import SIDECARS, Sidecar
 
 
-class Product(nn.Module):
+class Product(Uncast):
     """The tensors of one sidecar as buffers, under the names of its fields. They move with the model and are never cast."""
 
     def __init__(self, sidecar: Sidecar) -> None:
@@ -50,15 +51,9 @@ class Product(nn.Module):
         return self.kind(**self._buffers)  # type: ignore[arg-type]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves, but never casts."""
+        """Moves; what was made of the buffers is made again."""
         self._ready = None
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in kept.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
+        return super()._apply(fn, recurse)
 
 
 class OutlierProduct(Product):

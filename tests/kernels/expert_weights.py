@@ -29,7 +29,7 @@ def experts_of(grid: Any, E: int, N: int, K: int, dtype: torch.dtype, device: st
     codes: list[Codes] = [quantized(grid, one, grid.fit(one)) for one in dense]
     fmt = choose_format(grid, "none")
     layer = ExpertLinear(E, K, N, Scheme(format=fmt.name, grid=grid), dtype=dtype)
-    layer._replace(stacked(lambda e: fmt.encode(codes[e]), E))
+    layer.fill(stacked(lambda e: fmt.encode(codes[e]), E))
     return layer.to(device).prepare(dtype)
 
 
