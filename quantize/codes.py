@@ -208,6 +208,15 @@ def row_slices(w_NK: Tensor) -> Iterator[slice]:
     return (slice(start, min(N, start + rows)) for start in range(0, N, rows))
 
 
+def refuse_zeros(mask_NK: Tensor | None, numbers: str) -> None:
+    """Raises `BadInput` for a mask with zeros in it: what a format says whose numbers do not include 0."""
+    if mask_NK is not None and not bool(mask_NK.all()):
+        raise BadInput(
+            f"{numbers} cannot hold single weights at zero, as pruning, outliers and columns want; write another format, or"
+            " leave those out"
+        )
+
+
 def row_chunks(w_NK: Tensor, mask_NK: Tensor | None) -> Iterator[Tensor]:
     """Rows as float32, zero where pruned."""
     for rows in row_slices(w_NK):

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
-from aerogel.quantize.codes import Codes, Params, check_group_size
+from aerogel.quantize.codes import Codes, Params, check_group_size, refuse_zeros
 from aerogel.quantize.grids import IntGrid
 from aerogel.quantize.levels import Levels
 from aerogel.quantize.ranges import Search, Step
@@ -158,8 +158,7 @@ class PlaneGrid:
         """
         from aerogel.quantize.bcq import ROUNDS, fit_planes
 
-        if mask_NK is not None and not bool(mask_NK.all()):
-            raise BadInput("bit planes cannot hold pruned weights at zero; prune with format: int, or do not prune")
+        refuse_zeros(mask_NK, "bit planes")
         if importance is not None and importance.dim() == 2:
             raise BadInput("bit planes weigh errors by their inputs only; write clip: hessian or mse")
         weight_K = importance if curvature_KK is None else curvature_KK.diagonal()

@@ -65,7 +65,7 @@ class RoundToNearest:
             importance = importance_of(layer, "rtn")
         search = Search(kind="minmax" if self.clip == "none" else "mse", norm=self.norm, signed=self.signed_scales)
         kept_NK = layer.weight_NK.float() if layer.mask_NK is None else layer.weight_NK.float() * layer.mask_NK
-        codes = self._rounded(kept_NK, self.grid.fit(kept_NK, importance, None, search), layer.name)
+        codes = self._rounded(kept_NK, self.grid.fit(kept_NK, importance, layer.mask_NK, search), layer.name)
         weight_NK = codes.decode()
         return layer.with_(
             weight_NK=weight_NK, codes=codes, loss=known_loss(layer, weight_NK), notes=weight_error(layer, weight_NK)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
-from aerogel.quantize.codes import Params
+from aerogel.quantize.codes import Params, refuse_zeros
 from aerogel.quantize.ranges import Search
 from aerogel.quantize.scales import check_wide
 from aerogel.quantize.tables import TableGrid
@@ -59,6 +59,5 @@ class Bipolar(TableGrid):
         curvature_KK: Tensor | None = None,
     ) -> Params:
         """As every table. Raises `BadInput` for a mask: no code is zero."""
-        if mask_NK is not None and not bool(mask_NK.all()):
-            raise BadInput("bipolar integers have no zero for pruned weights; prune with format: int, or do not prune")
+        refuse_zeros(mask_NK, "bipolar integers")
         return super().fit(w_NK, importance_K, None, search, curvature_KK)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
-from aerogel.quantize.codes import Params
+from aerogel.quantize.codes import Params, refuse_zeros
 from aerogel.quantize.complex_codes import SIGNS, quantize_complex
 from aerogel.quantize.ranges import Search, Step
 
@@ -64,8 +64,7 @@ class Complex:
         curvature_KK: Tensor | None = None,
     ) -> Params:
         """Mean magnitudes on each axis, [1, 2]; nothing is searched. Raises `BadInput` for a mask or odd sizes."""
-        if mask_NK is not None and not bool(mask_NK.all()):
-            raise BadInput("complex codes cannot hold single weights at zero; prune with format: int, or do not prune")
+        refuse_zeros(mask_NK, "complex codes")
         return Params(scale_NG=quantize_complex(complex_of(w_NK)).scale_2[None])
 
     def encode(self, w_NK: Tensor, params: Params) -> Tensor:

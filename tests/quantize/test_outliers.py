@@ -8,6 +8,7 @@ from torch import Tensor
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.model.layer import Layer, Stats
+from aerogel.quantize.formats.kmeans import KMeans
 from aerogel.quantize.gptq import Gptq
 from aerogel.quantize.grids import IntGrid
 from aerogel.quantize.outliers import Keep, Outliers
@@ -52,6 +53,15 @@ def test_outliers_are_exact_and_the_rest_is_better(method: RoundToNearest | Gptq
     assert kept.loss is not None and plain.loss is not None
     # Twenty-five standard deviations in a row leave one or two codes for all others.
     assert kept.loss < plain.loss / 4
+
+
+@pytest.mark.parametrize("method", [RoundToNearest(grid=KMeans(bits=3)), Gptq(grid=KMeans(bits=3))], ids=str)
+def test_codebooks_have_a_zero_where_an_outlier_stands(method: RoundToNearest | Gptq) -> None:
+    """SqueezeLLM's two halves together: the numbers of a codebook are fitted, and none of them is 0 by itself."""
+    layer = with_statistics(heavy())
+    plain, kept = method(layer), Keeping(method=method, keep=Keep(outliers="sigma", outlier_share=0.02))(layer)
+    assert kept.codes is not None and torch.equal(outliers_of(kept).put(kept.codes.decode()), kept.weight_NK)
+    assert kept.loss is not None and plain.loss is not None and kept.loss < 0.7 * plain.loss
 
 
 def test_gptq_sees_outliers_as_right() -> None:
