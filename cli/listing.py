@@ -18,7 +18,7 @@ ForProblem = Annotated[
     typer.Option(
         "--problem",
         metavar="KEY=VALUE,...",
-        help="With kernels: who would run this matmul, and why the others refuse: `N=4096,K=4096,bits=4,device=cuda`.",
+        help="With kernels: who would run this matmul, and why the others refuse: `N=4096,K=4096,format=nf4,device=cuda`.",
     ),
 ]
 
@@ -65,18 +65,21 @@ def _methods() -> list[Row]:
 
 
 def _formats() -> list[Row]:
+    """What `format` of a quantize stage and of `pack` may be: the numbers of a weight, and the tensors of a file."""
     from aerogel.lazy import load
     from aerogel.pack import FORMATS
+    from aerogel.quantize import GRIDS
 
-    return [(name, _first_sentence(load(reference))) for name, reference in FORMATS.items()]
+    tables = {"quantize": GRIDS, "pack": FORMATS}
+    rows = [(f"{kind}: {name}", reference) for kind, table in tables.items() for name, reference in table.items()]
+    return [(name, _first_sentence(load(reference)).partition("; see")[0]) for name, reference in rows]
 
 
 def _kernels() -> list[Row]:
     """Kernels of the quantized linear, the preferred one first."""
-    from aerogel.kernels.dispatch import GEMM
-    from aerogel.lazy import load
+    from aerogel.kernels.dispatch import GEMM, kernel
 
-    return [(name, _first_sentence(load(reference))) for name, reference in GEMM.items()]
+    return [(name, kernel(name).about) for name in GEMM]
 
 
 def _who_runs(problem: str) -> list[Row]:

@@ -1,34 +1,27 @@
-"""`N=4096,K=4096,bits=4,group_size=128,device=cuda` as a `Problem`: how `list kernels --problem` is asked."""
+"""`N=4096,K=4096,bits=4,group_size=128,device=cuda` as a `Problem`: how `list kernels --problem` is asked.
+
+What is said of the weight's numbers are the keys of a `quantize` stage, checked as a recipe's are: any format and its options.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aerogel.errors import BadInput
-from aerogel.lazy import nearest
+from aerogel.lazy import load, nearest
 
 if TYPE_CHECKING:
     from aerogel.kernels.problem import Problem
 
 EXAMPLE = "N=4096,K=4096,M=1,bits=4,group_size=128,symmetric=true,dtype=bfloat16,device=cuda,activations=none"
-"""Every key. N and K must be given; the others have the values of a usual 4-bit layer on the CPU."""
+"""For integers, every key. N and K must be given; the others have the values of a usual 4-bit layer on the CPU."""
 
-DEFAULTS = {
-    "N": "",
-    "K": "",
-    "M": "any",
-    "bits": "4",
-    "group_size": "128",
-    "symmetric": "true",
-    "dtype": "bfloat16",
-    "device": "cpu",
-    "activations": "none",
-}
-CHOICES = {
-    "symmetric": ("true", "false"),
-    "dtype": ("bfloat16", "float16", "float32"),
-    "activations": ("none", "int8", "fp8"),
-}
+DEFAULTS = {"N": "", "K": "", "M": "any", "dtype": "bfloat16", "device": "cpu"}
+INTEGERS = {"bits": "4", "group_size": "128"}
+"""What integers are unless said; other formats have values of their own."""
+NUMBERS = ("format", "activations")
+"""Keys of every stage that say what its numbers are."""
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def parse(text: str) -> Problem:
@@ -37,31 +30,22 @@ def parse(text: str) -> Problem:
 
     from aerogel.kernels.problem import Problem
     from aerogel.pack.config import choose_format
-    from aerogel.quantize.grids import Fp8Grid, IntGrid
 
-    given = {**DEFAULTS, **_pairs(text)}
-    for key, known in CHOICES.items():
-        if given[key] not in known:
-            raise BadInput(f"--problem {key}={given[key]}: write one of {', '.join(known)}")
-    grid: IntGrid | Fp8Grid
-    if given["bits"] == "fp8":
-        grid = Fp8Grid()
-    else:
-        grid = IntGrid(
-            bits=_number(given, "bits"),
-            group_size=None if given["group_size"] == "channel" else _number(given, "group_size"),
-            symmetric=given["symmetric"] == "true",
-        )
-    activations = {"none": "none", "int8": "int8", "fp8": "fp8"}[given["activations"]]
+    pairs = _pairs(text)
+    given = {**DEFAULTS, **{key: value for key, value in pairs.items() if key in DEFAULTS}}
+    if given["dtype"] not in DTYPES:
+        raise BadInput(f"--problem dtype={given['dtype']}: write one of {', '.join(DTYPES)}")
+    spec = _stage({key: value for key, value in pairs.items() if key not in DEFAULTS})
+    grid = spec.at(given["dtype"]).stage.grid
     return Problem(
-        format=choose_format(grid, activations).name,  # type: ignore[arg-type]
+        format=choose_format(grid, spec.activations).name,
         grid=grid,
         N=_number(given, "N"),
         K=_number(given, "K"),
         M=None if given["M"] == "any" else _number(given, "M"),
         dtype=getattr(torch, given["dtype"]),
         device=given["device"],
-        activations=activations,  # type: ignore[arg-type]
+        activations=spec.activations,
     )
 
 
@@ -69,12 +53,37 @@ def _pairs(text: str) -> dict[str, str]:
     found = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = part.partition("=")
-        if key not in DEFAULTS:
-            raise BadInput(f"--problem knows no '{key}'{nearest(key, DEFAULTS)}")
         if not equals:
             raise BadInput(f"--problem {key} has no value; write for instance {EXAMPLE}")
         found[key] = value
     return found
+
+
+def _stage(written: dict[str, str]) -> Any:
+    """The stage of a recipe that rounds to these numbers."""
+    from aerogel.quantize import GRIDS
+    from aerogel.recipes import files
+    from aerogel.recipes.options import options
+    from aerogel.recipes.stages import parse_stages
+
+    name = written.get("format", "int")
+    if name not in GRIDS:
+        raise BadInput(f"--problem format={name}: there is no such format{nearest(name, GRIDS)}")
+    known = (*DEFAULTS, *NUMBERS, *options(load(GRIDS[name])))
+    for key in written:
+        if key not in known:
+            raise BadInput(f"--problem knows no '{key}' of format {name}{nearest(key, known)}")
+    said = {**(INTEGERS if name == "int" else {}), **written}
+    labels = {key: f"--problem {key}={value}" for key, value in said.items()}
+    body: dict[str, files.Plain] = {key: files.value(value, labels[key]) for key, value in said.items()}
+    if body.get("group_size") == "channel":
+        body["group_size"] = None
+    origins: dict[files.Key, str] = {("stages", 0, "quantize", key): label for key, label in labels.items()}
+    tree: dict[str, files.Plain] = {"stages": [{"quantize": {"method": "rtn", **body}}]}
+    try:
+        return parse_stages(files.Document("--problem", tree, origins))[0]
+    except BadInput as error:  # nobody wrote a stage
+        raise BadInput(str(error).replace("stages.0.quantize.", "")) from None
 
 
 def _number(given: dict[str, str], key: str) -> int:

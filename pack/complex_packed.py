@@ -26,7 +26,7 @@ from aerogel.quantize.formats.complex import Complex, codes_of, signs_of
 
 
 class ComplexPacked(Format):
-    """Complex codes; see the module's text for the exact tensors."""
+    """Complex codes, two bits for 2 x 2 weights; see the module's text for the exact tensors."""
 
     name: ClassVar[str] = "complex-packed"
     tolerance: ClassVar[Tolerance] = MATMUL_TOLERANCE

@@ -39,15 +39,15 @@ def choose_format(grid: Grid, activations: Activations = "none", wanted: str = "
     Raises:
         BadInput: the wanted format refuses, or none fits; with the reason.
     """
-    names = list(FORMATS) if wanted == "auto" else [wanted]
-    reasons = []
-    for name in names:
-        fmt = format_of(name)
-        reason = fmt.refuses(grid, activations)
-        if reason is None:
-            return fmt
-        reasons.append(reason)
-    raise BadInput(f"no format stores this: {'; '.join(reasons)}" if wanted == "auto" else reasons[0])
+    formats = [format_of(name) for name in (FORMATS if wanted == "auto" else [wanted])]
+    reasons = [fmt.refuses(grid, activations) for fmt in formats]
+    if None in reasons:
+        return formats[reasons.index(None)]
+    # Of many refusals the one to tell is that of the format whose numbers these are, and which lacks only the rounded inputs.
+    near = [str(reason) for fmt, reason in zip(formats, reasons, strict=True) if fmt.refuses(grid) is None]
+    raise BadInput(
+        near[0] if near else f"no format stores {grid}; see `aerogel list formats`" if wanted == "auto" else str(reasons[0])
+    )
 
 
 def quantization_config(

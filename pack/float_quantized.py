@@ -37,7 +37,7 @@ from aerogel.quantize.grids import BLOCK, Codes, Fp8Grid
 
 
 class FloatQuantized(Format):
-    """e4m3 weights; see the module's text for the exact tensors."""
+    """e4m3 weights per output, block or tensor, a layout of compressed-tensors; see the module's text for the exact tensors."""
 
     name: ClassVar[str] = "float-quantized"
     tolerance: ClassVar[Tolerance] = MATMUL_TOLERANCE

@@ -130,7 +130,7 @@ class _Microscaling(Format):
 
 
 class Nvfp4Packed(_Microscaling):
-    """NVFP4."""
+    """NVFP4, a layout of compressed-tensors."""
 
     name: ClassVar[str] = "nvfp4-pack-quantized"
     names: ClassVar[frozenset[str]] = frozenset({"weight_packed", "weight_scale", "weight_global_scale"})
@@ -139,7 +139,7 @@ class Nvfp4Packed(_Microscaling):
 
 
 class Mxfp4Packed(_Microscaling):
-    """MXFP4."""
+    """MXFP4, a layout of compressed-tensors."""
 
     name: ClassVar[str] = "mxfp4-pack-quantized"
     names: ClassVar[frozenset[str]] = frozenset({"weight_packed", "weight_scale"})
@@ -147,7 +147,7 @@ class Mxfp4Packed(_Microscaling):
 
 
 class Mxfp8(_Microscaling):
-    """MXFP8."""
+    """MXFP8, a layout of compressed-tensors."""
 
     name: ClassVar[str] = "mxfp8-quantized"
     names: ClassVar[frozenset[str]] = frozenset({"weight", "weight_scale"})

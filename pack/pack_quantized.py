@@ -41,7 +41,7 @@ from aerogel.quantize.grids import Codes, IntGrid
 
 
 class PackQuantized(Format):
-    """Integer codes packed at their own width; see the module's text for the exact tensors."""
+    """Integers packed at their own width, a layout of compressed-tensors; see the module's text for the exact tensors."""
 
     name: ClassVar[str] = "pack-quantized"
     tolerance: ClassVar[Tolerance] = MATMUL_TOLERANCE

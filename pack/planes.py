@@ -41,7 +41,7 @@ def plane(local: str, index: int) -> str:
 
 
 class Planes(Format):
-    """Bit planes; see the module's text for the exact tensors."""
+    """Bit planes, each a tensor of its own; see the module's text for the exact tensors."""
 
     name: ClassVar[str] = "planes"
     tolerance: ClassVar[Tolerance] = MATMUL_TOLERANCE

@@ -53,7 +53,10 @@ class Scheme:
 
 def weight_only(name: str, activations: Activations) -> str | None:
     """The refusal of a format that leaves activations as they are."""
-    return None if activations == "none" else f"{name} is weight-only, activations are {activations}; use int-quantized"
+    if activations == "none":
+        return None
+    wanted = "fp8" if activations.startswith("fp8") else "int"
+    return f"{name} is weight-only, found activations: {activations}; leave them out, or write format: {wanted}"
 
 
 def parse_group(group: Mapping[str, Any], default_format: str | None) -> Scheme:

@@ -37,7 +37,7 @@ from aerogel.quantize.tables import TableGrid
 
 
 class TablePacked(Format):
-    """Codes into tables; see the module's text for the exact tensors."""
+    """Codes into tables: all other floats, and codebooks; see the module's text for the exact tensors."""
 
     name: ClassVar[str] = "table-packed"
     tolerance: ClassVar[Tolerance] = MATMUL_TOLERANCE

@@ -40,7 +40,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class PlaneGrid:
-    """Sums of signed scales; 1 to 8 planes.
+    """Bit planes: sums of signed scales; 1 to 8 planes.
 
     bits: planes.
     group_size: inputs that share scales; null for all.

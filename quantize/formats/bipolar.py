@@ -24,7 +24,7 @@ from aerogel.quantize.tables import TableGrid
 
 @dataclass(frozen=True, kw_only=True)
 class Bipolar(TableGrid):
-    """Odd integers of 1 to 8 bits.
+    """Bipolar: odd integers of 1 to 8 bits.
 
     bits: planes of -1 and +1.
     group_size: inputs that share a scale; null for one per output, which exact integer products need.

@@ -25,7 +25,7 @@ SPECIAL = {3: (3, -3, 6, -6), 4: (5, -5, 16, -16)}
 
 @dataclass(frozen=True, kw_only=True)
 class Bitmod(TableGrid):
-    """Small floats whose spare code means what the group needs.
+    """BitMoD: small floats whose spare code means what the group needs.
 
     bits: 3 or 4.
     group_size: inputs that share a scale and a table.

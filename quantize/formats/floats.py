@@ -43,7 +43,7 @@ def float_numbers(kind: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Float(TableGrid):
-    """Small floats.
+    """Small floats of 3 to 8 bits: FP3, FP4, FP5, FP6, e5m2.
 
     kind: exponent and mantissa bits; the sign adds one.
     group_size: inputs that share a scale; null for one scale per output.

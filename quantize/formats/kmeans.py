@@ -36,7 +36,7 @@ from aerogel.quantize.tables import TableGrid
 
 @dataclass(frozen=True, kw_only=True)
 class KMeans(TableGrid):
-    """A fitted table for every output.
+    """Codebooks: a table for every output, fitted by weighted k-means.
 
     bits: 2 to 8.
     rounds: of Lloyd's iteration.

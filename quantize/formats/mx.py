@@ -25,7 +25,7 @@ GROUP = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Mx(TableGrid):
-    """Small floats with power-of-two scales.
+    """MXFP4, MXFP6, MXFP8: small floats with power-of-two scales.
 
     kind: the float: e2m1 is MXFP4, e3m2 and e2m3 are MXFP6, e4m3 and e5m2 are MXFP8.
     group_size: inputs that share a scale; the standard, and every server, has 32.

@@ -35,7 +35,7 @@ def nf4_numbers() -> tuple[float, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Nf4(TableGrid):
-    """Quantiles of the normal distribution, 4 bits.
+    """NF4: quantiles of the normal distribution, 4 bits.
 
     group_size: inputs that share a scale.
     scale_dtype: type of the scales; e4m3 for double quantization.

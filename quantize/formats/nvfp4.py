@@ -24,7 +24,7 @@ GROUP = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Nvfp4(TableGrid):
-    """e2m1 with small-float scales.
+    """NVFP4: e2m1 with small-float scales.
 
     group_size: inputs that share a scale; the format has 16.
     scale_dtype: e4m3 as NVIDIA's hardware has it, or ue5m3.

@@ -23,7 +23,7 @@ EXPONENTS = range(-31, 1)
 
 @dataclass(frozen=True, kw_only=True)
 class Rf8(TableGrid):
-    """Sums of two powers of two.
+    """RF8: sums of two powers of two.
 
     group_size: inputs that share a scale; null for one per output.
     scale_dtype: type of the scales.

@@ -24,7 +24,7 @@ from aerogel.quantize.ranges import Search
 
 @dataclass(frozen=True, kw_only=True)
 class Ternary(IntGrid):
-    """Integers -1, 0, 1.
+    """Ternary: integers -1, 0, 1.
 
     bits: 2, the codes as they are stored.
     symmetric: true, there are no zero points.

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from aerogel.cli.progress import _Lines, describe
+from aerogel.kernels.native import library
+from aerogel.quantize import GRIDS
 
 
 def test_the_plan_is_what_happens(aerogel, tiny: Path) -> None:
@@ -115,6 +117,15 @@ def test_lists(aerogel, what: str) -> None:
     assert expected.get(what, "llama") in found.stdout
 
 
+def test_formats_are_those_of_stages_and_those_of_files(aerogel) -> None:
+    from aerogel.pack import FORMATS
+    from aerogel.quantize import GRIDS
+
+    listed = json.loads(aerogel("list", "formats", "--json", "-").stdout)["formats"]
+    assert list(listed) == [*(f"quantize: {name}" for name in GRIDS), *(f"pack: {name}" for name in FORMATS)]
+    assert all(len(about) > 12 for about in listed.values())
+
+
 def test_kernels_say_who_runs_a_problem_and_why_the_others_refuse(aerogel) -> None:
     found = aerogel("list", "kernels", "--problem", "N=64,K=128,bits=4,group_size=64,device=cpu,dtype=float32", "--json", "-")
     assert found.code == 0, found.stderr
@@ -124,12 +135,30 @@ def test_kernels_say_who_runs_a_problem_and_why_the_others_refuse(aerogel) -> No
     assert answers["reference"] in ("runs it", "could run it")
 
 
+OPTIONS = {"float": "kind=e3m2", "bitmod": "bits=3", "kmeans": "bits=3", "bipolar": "bits=2", "planes": "bits=3,group_size=32"}
+"""What a format must be told; the others have all they need."""
+
+
+@pytest.mark.parametrize("name", sorted(GRIDS))
+def test_a_problem_may_have_any_format(aerogel, name: str) -> None:
+    asked = ",".join(filter(None, ("N=64,K=128", f"format={name}", OPTIONS.get(name))))
+    found = aerogel("list", "kernels", "--problem", asked, "--json", "-")
+    assert found.code == 0, found.stderr
+    by = next(kernel for kernel, answer in json.loads(found.stdout)["kernels"].items() if answer == "runs it")
+    compiled = library.missing() is None and name != "complex"  # which has no kernel of its own
+    assert (by != "torch-chunked") == compiled
+
+
 @pytest.mark.parametrize(
     ("asked", "answer"),
     [
         ("K=64", "lacks N"),
         ("N=64,K=x", "K must be a whole number from 1, found 'x'"),
         ("N=64,K=64,bit=4", "did you mean 'bits'"),
+        ("N=64,K=64,bits=9", "--problem bits=9"),
+        ("N=64,K=64,format=nf5", "did you mean 'nf4'"),
+        ("N=64,K=64,format=nf4,bits=4", "knows no 'bits' of format nf4"),
+        ("N=64,K=64,format=nf4,activations=int8", "is weight-only, found activations: int8; leave them out"),
         ("N=64,K=64,dtype=int4", "bfloat16, float16, float32"),
         ("N=64,K=64,bits", "has no value"),
     ],
