@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
+from aerogel.kernels.gemm.cpu_operators import operator
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.pack import lookup
@@ -75,10 +76,7 @@ class NativeLookup(Kernel):
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """One call of the library, or a few with torch's matmul between them where there are many tokens."""
-        group = problem.grid.group_size or 0
-        if len(x_MK) > MOST_TOKENS:
-            return decoded(x_MK, layout, bias_N, problem.N, group)
-        return linear(x_MK, layout, bias_N, problem.N, group, numerics_of(x_MK.dtype))
+        return product(x_MK, layout, bias_N, problem.N, problem.grid.group_size or 0)
 
 
 def groups_refused(problem: Problem) -> str | None:
@@ -148,6 +146,17 @@ def decoded(x_MK: Tensor, layout: Layout, bias_N: Tensor | None, N: int, group: 
         bias = None if bias_N is None else bias_N[start : start + len(part)].float()
         y_MN[:, start : start + len(part)] = torch.nn.functional.linear(wide_MK, part, bias)
     return y_MN
+
+
+def _product(x_MK: Tensor, layout: Layout, bias_N: Tensor | None, N: int, group: int) -> Tensor:
+    if len(x_MK) > MOST_TOKENS:
+        return decoded(x_MK, layout, bias_N, N, group)
+    return linear(x_MK, layout, bias_N, N, group, numerics_of(x_MK.dtype))
+
+
+TENSORS = ("codes", "scale", "pick", "number", "fixed", "unit", "factor")
+"""What of a layout the library reads."""
+product = operator("native_lookup", TENSORS, _product)
 
 
 def struct_of(layout: Layout, N: int, K: int, group: int) -> library.Lookup:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from aerogel.errors import BadInput
 from aerogel.kernels.gemm.cpu_lookup import call_of
+from aerogel.kernels.gemm.cpu_operators import operator
 from aerogel.kernels.gemm.cpu_tables import FLOAT32_PATHS
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem
@@ -64,7 +65,7 @@ class NativeOwn(Kernel):
         """One call of the library."""
         grid, columns = own_tables.laid(problem.grid, problem.K)
         x = x_MK if columns == problem.K else own_tables.twice(x_MK, columns)
-        return linear(x, layout, bias_N, problem.N, *tables_of(grid, columns))
+        return product(x, layout, bias_N, problem.N, *tables_of(grid, columns))
 
 
 def _refuses_table(grid: Grid) -> str | None:
@@ -111,6 +112,11 @@ def linear(
     status = library.library().aerogel_native_own(ctypes.byref(weight), ctypes.byref(call))
     library.check(status, f"a weight of tables for each row [{N}, {K}]")
     return y_MN
+
+
+TENSORS = ("codes", "table")
+"""What of a layout the library reads."""
+product = operator("native_own_tables", TENSORS, linear)
 
 
 def struct_of(layout: Layout, N: int, K: int, group: int, shared: int = 0) -> library.OwnTables:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from aerogel.errors import BadInput
 from aerogel.kernels.gemm import cpu_lookup
+from aerogel.kernels.gemm.cpu_operators import operator
 from aerogel.kernels.gemm.ref import round_input
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem
@@ -69,7 +70,7 @@ class NativeTables(Kernel):
         """One call of the library."""
         if problem.activations != "none":
             x_MK = round_input(x_MK.float(), problem, layout.get("input_scale")).to(x_MK.dtype).contiguous()
-        return linear(x_MK, layout, bias_N, problem.N, problem.grid.group_size or 0)
+        return product(x_MK, layout, bias_N, problem.N, problem.grid.group_size or 0)
 
 
 def refused(problem: Problem) -> str | None:
@@ -125,6 +126,11 @@ def linear(
     status = library.library().aerogel_native_gemm(ctypes.byref(weight), ctypes.byref(call))
     library.check(status, f"a weight of tables [{N}, {K}]")
     return y_MN
+
+
+TENSORS = ("codes", "scale", "table", "pick", "factor", "unit")
+"""What of a layout the library reads."""
+product = operator("native_tables", TENSORS, linear)
 
 
 def structs(

@@ -62,15 +62,11 @@ class NativeTables(Grouped):
         x_MK: Tensor, expert_S: Tensor, routes: Routes, layout: Layout, problem: Problem, bias_EN: Tensor | None = None
     ) -> Tensor:
         """One call of the operator."""
-        held = [layout.get(name) for name in TABLE_TENSORS]
+        held = [layout.get(name) for name in cpu_tables.TENSORS]
         y_SN: Tensor = torch.ops.aerogel.grouped_native_tables.default(
             x_MK, expert_S, *held, bias_EN, problem.N, problem.grid.group_size or 0
         )
         return y_SN
-
-
-TABLE_TENSORS = ("codes", "scale", "table", "pick", "factor", "unit")
-"""What of a layout of tables the product reads, in the operator's order."""
 
 
 def linear(
@@ -94,7 +90,7 @@ def linear(
 
 def tables(x_MK: Tensor, expert_S: Tensor, *rest: Any) -> Tensor:
     """`aerogel::grouped_native_tables`: the same with the tensors of `aerogel.pack.native_tables`."""
-    held, (bias_EN, N, group) = dict(zip(TABLE_TENSORS, rest, strict=False)), rest[len(TABLE_TENSORS) :]
+    held, (bias_EN, N, group) = dict(zip(cpu_tables.TENSORS, rest, strict=False)), rest[len(cpu_tables.TENSORS) :]
 
     def structs(e: int, x: Tensor, y: Tensor, bias_N: Tensor | None) -> tuple[library.Weight, library.Call]:
         layout = {name: tensor[e] for name, tensor in held.items() if tensor is not None}
