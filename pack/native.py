@@ -12,7 +12,7 @@ width w is a row of 64-byte vectors, each of 8 / w steps of four columns:
 
 A weight whose codes point into tables has strips of 4 rows and steps of 16 columns instead, see `pack/lookup.py`.
 
-The columns of a group that is no multiple of 16 are filled up to one (`fill`), so that half a tile has one scale.
+The columns of a group that is no multiple of 8 are filled up to one (`fill`), so that two steps have one scale.
 
 Why: kernels/native/layout.h. This file is plain torch, so that a checkpoint in this layout can be written and read back on
 any machine. Columns beyond K hold code 0: their activations are zeros. Cost: b bits per padded weight.
@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STRIP, TILE, HALF = 16, 32, 16
+STRIP, TILE, OCTET = 16, 32, 8
 WORDS_AT_ONCE = 1 << 16
 """Words that are rearranged at a time: they stay in a core's second-level cache."""
 ROWS_AT_ONCE = 1024
@@ -34,7 +34,7 @@ ROWS_AT_ONCE = 1024
 
 def columns(K: int, group: int) -> int:
     """How many columns a weight of K has in this layout; group: 0 for all columns."""
-    return -(-K // group) * (-(-group // HALF) * HALF) if 0 < group < K and group % HALF else K
+    return -(-K // group) * (-(-group // OCTET) * OCTET) if 0 < group < K and group % OCTET else K
 
 
 def fill(values_NK: Tensor, group: int) -> Tensor:
@@ -43,7 +43,7 @@ def fill(values_NK: Tensor, group: int) -> Tensor:
     if columns(K, group) == K:
         return values_NK
     whole = torch.nn.functional.pad(values_NK, (0, -K % group)).reshape(N, -1, group)
-    return torch.nn.functional.pad(whole, (0, -group % HALF)).flatten(1)
+    return torch.nn.functional.pad(whole, (0, -group % OCTET)).flatten(1)
 
 
 def unfill(filled: Tensor, K: int, group: int) -> Tensor:

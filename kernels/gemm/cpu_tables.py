@@ -34,8 +34,8 @@ from aerogel.quantize.grids import Fp8Grid
 from aerogel.quantize.scales import TYPES
 from aerogel.quantize.tables import TableGrid
 
-MOST_PICKED = 64
-"""Numbers of all tables of a weight that picks among several (kernels/native/layout.h)."""
+MOST_PICKED = 4
+"""Tables of a weight that picks among several (kernels/native/layout.h)."""
 FLOAT32_PATHS = {"avx512bf16": "avx512", "amx": "avx512"}
 """For a path that multiplies bfloat16, the one of the same machine that multiplies float32."""
 
@@ -89,8 +89,9 @@ def _refuses_table(grid: Grid) -> str | None:
     """Tables that the layout does not hold."""
     if getattr(grid, "learned", False):
         return "runs tables that all outputs share, and these are fitted to each"
-    if len(native_tables.table_of(grid)) > 1 and (grid.bits > 4 or native_tables.table_of(grid).numel() > MOST_PICKED):
-        return f"picks among tables of at most 4 bits and {MOST_PICKED} numbers in all"
+    tables = len(native_tables.table_of(grid))
+    if tables > 1 and (grid.bits > 4 or tables > MOST_PICKED):
+        return f"picks among at most {MOST_PICKED} tables of at most 4 bits"
     if grid.scale_dtype not in TYPES.values():
         return f"knows no scales in {grid.scale_dtype}"
     return None

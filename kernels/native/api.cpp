@@ -22,7 +22,7 @@ Status check_tables(const Weight& w, int64_t factors) {
     const int64_t entries = int64_t{1} << w.bits, count = w.table_bytes / 4;
     if (w.zero || w.table_bytes % 4 != 0 || misaligned(w.table, 4)) return kBadTable;
     if (!w.pick) return count == entries ? kDone : kBadTable;
-    return count > 0 && count % entries == 0 && count <= kPickedEntries && w.bits <= 4 && w.pick_bytes == factors ? kDone : kBadTable;
+    return count > 0 && count % entries == 0 && count <= kPickedTables * entries && w.bits <= 4 && w.pick_bytes == factors ? kDone : kBadTable;
 }
 
 Status check_weight(const Weight& w) {
@@ -88,7 +88,7 @@ thread_local volatile uint64_t kept_sum;  // what a reader found: without a use 
 
 }  // namespace
 
-int32_t aerogel_native_version() { return 13; }
+int32_t aerogel_native_version() { return 14; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });

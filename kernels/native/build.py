@@ -54,6 +54,9 @@ UNITS: dict[str, dict[str, tuple[str, ...]]] = {
     "aarch64": {"neon": ("-march=armv8.2-a+dotprod+fp16",)},
 }
 """Flags of each unit beyond the portable one, by architecture; those that take longest to compile first."""
+HELPFUL: dict[str, tuple[str, ...]] = {"avx512bf16": ("-fno-tree-coalesce-vars",)}
+"""Flags of a unit that a compiler need not know. GCC joins what a sum is before and behind a turn of a loop, finds no register for
+the whole, and copies sixteen sums twice in each turn; left alone, they stay where they are."""
 
 
 class BuildError(Exception):
@@ -86,7 +89,8 @@ def build(
     flags = (*COMMON, *((f"-fsanitize={sanitize}", *SANITIZE) if sanitize else ()))
     flags += ("-DAEROGEL_EMULATE_TILES",) if emulate_tiles else ()
     units = UNITS.get(machine, {})
-    usable = {name: more for name, more in units.items() if _knows(found, more)}
+    helpful = {name: tuple(flag for flag in more if _knows(found, (flag,))) for name, more in HELPFUL.items()}
+    usable = {name: (*more, *helpful.get(name, ())) for name, more in units.items() if _knows(found, more)}
     defines = tuple(f"-DHAVE_{name.upper()}" for name in usable)
     jobs = {f"unit_{name}.cpp": more for name, more in usable.items()} | {"unit_portable.cpp": ()}
     jobs |= dict.fromkeys(SHARED_SOURCES, defines)

@@ -42,5 +42,32 @@ INLINE U16 quad(const uint8_t* tile) {
     if constexpr (BITS == 1) return limb<1, 0, 0, STEP>(tile);
 }
 
+// Distances 0 to 7 for all lanes. From memory a shift is one instruction, by a number in a general register three.
+#define ALL_LANES(n) {n, n, n, n, n, n, n, n, n, n, n, n, n, n, n, n}
+alignas(64) static const uint32_t kShifts[8][16] = {ALL_LANES(0), ALL_LANES(1), ALL_LANES(2), ALL_LANES(3),
+                                                    ALL_LANES(4), ALL_LANES(5), ALL_LANES(6), ALL_LANES(7)};
+#undef ALL_LANES
+
+// A tile whose first two steps are those of an octet of `tile`: a part of it, or where limbs share vectors what is written to `moved`.
+template <int BITS>
+INLINE const uint8_t* octet_codes(const uint8_t* tile, int64_t octet, uint8_t (&moved)[tile_bytes<BITS>()]) {
+    if constexpr (BITS == 4) return tile + kVector * octet;
+    int begin = 0;
+    unroll<4>([&](auto limb) ALWAYS {
+        constexpr int kWidth = 8 >> limb, kPer = 8 / kWidth;  // steps of a vector
+        if constexpr (BITS == 8 ? kWidth == 8 : kWidth < 8 && (BITS & kWidth) != 0) {
+            const int64_t step = 2 * octet;
+            const U16 v = load<U16>(tile + begin + kVector * (step / kPer));
+            const U16 distance = load<U16>(kShifts[kWidth * (step % kPer)]);
+            U16 shifted;
+            unroll<kParts>([&](auto p) ALWAYS { shifted.part[p] = v.part[p] >> distance.part[p]; });
+            store(moved + begin, shifted);
+            if constexpr (kPer == 1) store(moved + begin + kVector, load<U16>(tile + begin + kVector * (step + 1)));
+            begin += kVector * kWidth;
+        }
+    });
+    return moved;
+}
+
 }  // namespace UNIT
 }  // namespace aerogel

@@ -76,7 +76,7 @@ struct Exact : FloatSums {
     // Entries of the table that registers hold: indices are of five bits at least, and codes of fewer bits repeat in them.
     template <int BITS, Form FORM>
     static constexpr int entries() {
-        return FORM == kTables || BITS == 6 ? 64 : BITS <= 5 ? 32 : 256;
+        return (FORM == kTables && BITS == 4) || BITS == 6 ? 64 : BITS <= 5 ? 32 : 256;
     }
     // Numbers of 16 bits; of 256 first all their low bytes, then all high ones.
     struct Decoder {
@@ -103,10 +103,11 @@ struct Exact : FloatSums {
         unroll<entries<BITS, FORM>() / 32>([&](auto i) ALWAYS { d.part[i] = _mm512_loadu_si512(written + 64 * i); });
         return d;
     }
-    // What a pick adds to the indices of a lane.
+    // What picks, one in a lane, add to the codes.
     template <int BITS>
-    static constexpr uint32_t pick_step() {
-        return 0x00010001u << BITS;
+    static INLINE NativeU added(const NativeU& pick) {
+        const __m512i low = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0x00000000);
+        return reinterpret_cast<NativeU>(_mm512_shuffle_epi8(reinterpret_cast<__m512i>(pick << BITS), low));
     }
 
     // Byte BYTE, 0 low and 1 high, of the numbers of 64 codes.
@@ -123,8 +124,12 @@ struct Exact : FloatSums {
             // One limb: its neighbours are bits that an index leaves out.
             constexpr int kPer = 8 / BITS, kShift = BITS * (STEP % kPer);
             u = _mm512_srli_epi32(reinterpret_cast<__m512i>(load<U16>(tile + kVector * (STEP / kPer)).part[0]), kShift);
+            constexpr int kAndOr = 0xea;  // (a & b) | c
+            if constexpr (FORM == kTables) {
+                u = _mm512_ternarylogic_epi32(u, _mm512_set1_epi8((1 << BITS) - 1), reinterpret_cast<__m512i>(pick.part[0]), kAndOr);
+            }
         } else {
-            u = reinterpret_cast<__m512i>(quad<BITS, STEP>(tile).part[0]);
+            u = reinterpret_cast<__m512i>((FORM == kTables ? quad<BITS, STEP>(tile) | pick : quad<BITS, STEP>(tile)).part[0]);
         }
         __m512i first, second;
         if constexpr (entries<BITS, FORM>() == 256) {
@@ -133,12 +138,7 @@ struct Exact : FloatSums {
             first = _mm512_mask_blend_epi8(odd, low, _mm512_slli_epi16(high, 8));
             second = _mm512_mask_blend_epi8(odd, _mm512_srli_epi16(low, 8), high);
         } else {
-            __m512i even = u, odd = _mm512_srli_epi32(u, 8);
-            if constexpr (FORM == kTables) {
-                const __m512i mask = _mm512_set1_epi16((1 << BITS) - 1), added = reinterpret_cast<__m512i>(pick.part[0]);
-                constexpr int kAndOr = 0xea;  // (a & b) | c
-                even = _mm512_ternarylogic_epi32(even, mask, added, kAndOr), odd = _mm512_ternarylogic_epi32(odd, mask, added, kAndOr);
-            }
+            const __m512i even = u, odd = _mm512_srli_epi32(u, 8);
             if constexpr (entries<BITS, FORM>() == 64) {
                 first = _mm512_permutex2var_epi16(d.part[0], even, d.part[1]);
                 second = _mm512_permutex2var_epi16(d.part[0], odd, d.part[1]);

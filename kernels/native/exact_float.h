@@ -77,8 +77,8 @@ struct Exact : NothingFolded, FloatSums {
     template <int BITS, Form FORM>
     static constexpr bool kArithmetic = FORM == kTables && BITS > 4;
     template <int BITS>
-    static constexpr uint32_t pick_step() {
-        return 1u << BITS;
+    static INLINE NativeU added(const NativeU& pick) {
+        return pick << BITS;
     }
     template <int BITS, Form FORM, int STEP>
     static INLINE void weights(const Decoder& d, const uint8_t* tile, const U16& pick, Operand (&out)[kOperands]) {

@@ -39,20 +39,19 @@ constexpr bool tuned(int bits) { return kMostRows > 0 && (bits == 2 || bits == 3
 #endif
 // Which sizes of the loop for few rows are compiled for a form of codes: all, all but two rows, or none. Arithmetic that is not made for
 // tables has it for those of bytes alone; two bits are never picked among tables. Where arithmetic is, floats of 5 and 6 bits
-// and widths that have groups of half tiles (16, 48, 72) get some.
+// and widths that have groups of other than whole tiles (16, 40, 72) get some.
 enum Sizes { kNoSizes, kSomeSizes, kAllSizes };
 template <class P>
-constexpr Sizes sizes_for(int bits, Form form, bool halves) {
+constexpr Sizes sizes_for(int bits, Form form, bool ragged) {
     const bool made_for_tables = P::kOperands == 2;
-    if (halves) return tuned(bits) && made_for_tables && (bits == 3 || bits == 4) ? kSomeSizes : kNoSizes;
+    if (ragged) return tuned(bits) && made_for_tables && (bits == 3 || bits == 4) ? kSomeSizes : kNoSizes;
     if (form != kIntegers && !made_for_tables) return tuned(bits) && bits == 8 ? kAllSizes : kNoSizes;
     if (form == kTables && bits == 2) return kNoSizes;
     if (form == kOneTable && tuned(4) && (bits == 5 || bits == 6)) return kSomeSizes;
     return tuned(bits) ? kAllSizes : kNoSizes;
 }
 constexpr bool paired(int bits) { return tuned(bits) && bits <= 4; }
-constexpr int strips_for(int rows, bool halves) {
-    if (halves && rows >= 8) return 1;  // `halves`
+constexpr int strips_for(int rows) {
     return kNative == 16 ? (rows <= 2 ? 4 : rows <= 8 ? 2 : 1) : kNative == 8 && rows == 1 ? 2 : 1;
 }
 constexpr int kMostSums = 16;           // rows times strips of a loop for few rows
@@ -84,7 +83,7 @@ inline void finish(const Plan& plan, int64_t strip, int64_t block, const float* 
 
 // What is compiled for every width and form of codes: a loop for few rows, and the decoding of a panel. All that
 // lies around them is compiled once for an arithmetic.
-using Strips = void (*)(const Plan&, int64_t first, int64_t block, float* totals);
+using Loop = void (*)(const Plan&, int64_t first, int64_t block, float* totals);
 using Decode = void (*)(const Plan&, int64_t R, int64_t first_strip, int64_t first, int64_t count, uint8_t* operands, I16* begin);
 
 // What threads take of `all`: pieces of `size`, and what would be the last one of each thread in pieces of `part`, so that all end
@@ -105,7 +104,7 @@ struct Pieces {
 
 // All strips by a loop that takes R of them at a time. Where there are several blocks, a piece's codes stay in the second-level cache
 // and are decoded anew for each.
-inline void few(const Plan& plan, int64_t R, Strips loop) {
+inline void few(const Plan& plan, int64_t R, Loop loop) {
     const int64_t units = ceil_div(plan.strips, R), sums = plan.block_rows * kStrip;
     const int threads = plan.strips * plan.strip_bytes * plan.blocks < kSmall ? 1 : plan.call->threads;
     // Some pieces for each thread even out what else the machine does. What a loop asks for ahead lies in the next unit, so a piece
@@ -131,7 +130,7 @@ inline void few(const Plan& plan, int64_t R, Strips loop) {
 // Blocks first .. first + count - 1 against strips start .. stop - 1; `operands` holds a panel.
 template <class P, Range RANGE, int R, int M>
 void panels(const Plan& plan, Decode decode, int64_t start, int64_t stop, int64_t first, int64_t count, uint8_t* operands, float* totals) {
-    I16 begin[RANGE == kMoved ? 2 * kBlockTiles * R : 1];
+    I16 begin[RANGE == kMoved ? kOctets * kBlockTiles * R : 1];
     const int64_t whole = plan.segment_tiles ? plan.segment_tiles : 1, step = kBlockTiles / whole * whole;
     const int64_t block_size = R * M * kStrip, strip_size = count * block_size;
     memset(totals, 0, sizeof(float) * static_cast<size_t>(ceil_div(stop - start, R) * strip_size));
@@ -153,11 +152,8 @@ void panels(const Plan& plan, Decode decode, int64_t start, int64_t stop, int64_
                     continue;
                 }
 #endif
-                if (plan.segment_tiles) {
-                    panel<P, RANGE, R, M, false>(plan, operands, begin, strip, tile, tiles, first + block, plan.bias, to);
-                } else {
-                    panel<P, RANGE, R, M, true>(plan, operands, begin, strip, tile, tiles, first + block, plan.bias, to);
-                }
+                const auto with = plan.ragged() ? panel<P, RANGE, R, M, true> : panel<P, RANGE, R, M, false>;
+                with(plan, operands, begin, strip, tile, tiles, first + block, plan.bias, to);
             }
         }
     }
@@ -206,24 +202,19 @@ Status many(const Plan& plan, Decode decode) {
 }
 
 // The loop for as many rows as `choose_blocks` took.
-template <class P, int BITS, Form FORM, bool HALF>
-Strips loop_for(int rows) {
-    constexpr Sizes kSizes = sizes_for<P>(BITS, FORM, HALF);
+template <class P, int BITS, Form FORM, bool RAGGED>
+Loop loop_for(int rows) {
+    constexpr Sizes kSizes = sizes_for<P>(BITS, FORM, RAGGED);
     if constexpr (kSizes != kNoSizes) {
-        if (rows == 1) return strips<P, BITS, FORM, strips_for(1, HALF), 1, HALF>;
-        if (rows == 4) return strips<P, BITS, FORM, strips_for(4, HALF), 4, HALF>;
+        if (rows == 1) return strips<P, BITS, FORM, strips_for(1), 1, RAGGED>;
+        if (rows == 4) return strips<P, BITS, FORM, strips_for(4), 4, RAGGED>;
         if constexpr (most_rows<P>() == 16) {
-            if constexpr (HALF) {
-                if (rows == 8) return halves<P, BITS, FORM, 8>;
-                if (rows == 16) return halves<P, BITS, FORM, 16>;
-            } else {
-                if (rows == 8) return strips<P, BITS, FORM, strips_for(8, HALF), 8, HALF>;
-                if (rows == 16) return strips<P, BITS, FORM, strips_for(16, HALF), 16, HALF>;
-            }
+            if (rows == 8) return strips<P, BITS, FORM, strips_for(8), 8, RAGGED>;
+            if (rows == 16) return strips<P, BITS, FORM, strips_for(16), 16, RAGGED>;
         }
     }
     if constexpr (kSizes == kAllSizes) {
-        if (rows == 2) return strips<P, BITS, FORM, strips_for(2, HALF), 2, HALF>;
+        if (rows == 2) return strips<P, BITS, FORM, strips_for(2), 2, RAGGED>;
     }
     return nullptr;
 }
@@ -238,8 +229,8 @@ Status multiply_form(Plan& plan) {
     } else if constexpr (P::kOnlyOneRow) {
         if constexpr (paired(BITS)) few(plan, 1, strips<P, BITS, FORM, 1, 1, false>);
     } else if (plan.few) {
-        few(plan, strips_for(plan.block_rows, plan.segment_tiles == 0), plan.segment_tiles ? loop_for<P, BITS, FORM, false>(plan.block_rows)
-                                                                  : loop_for<P, BITS, FORM, true>(plan.block_rows));
+        few(plan, strips_for(plan.block_rows),
+            plan.ragged() ? loop_for<P, BITS, FORM, true>(plan.block_rows) : loop_for<P, BITS, FORM, false>(plan.block_rows));
     } else if (plan.block_rows == 1) {
         return many<P, kRange, kThinStrips, 1>(plan, decode<P, BITS, FORM>);
     } else {
@@ -277,7 +268,7 @@ void choose_blocks(Plan& plan) {
     constexpr bool kMoves[] = {P::template moves<1>(), P::template moves<8>()};
     const int64_t rows = plan.call->tokens * plan.terms;
     plan.form = P::form(!plan.weight->table ? kIntegers : plan.weight->pick ? kTables : kOneTable);
-    const Sizes sizes = sizes_for<P>(plan.weight->bits, plan.form, plan.segment_tiles == 0);
+    const Sizes sizes = sizes_for<P>(plan.weight->bits, plan.form, plan.ragged());
     plan.few = !P::kTiles && sizes != kNoSizes && (rows <= most_rows<P>() || decodes_anew<P>(plan));
     plan.block_rows = P::kTiles ? kTileRows : rows == 1 ? 1 : kPanelRows;
     if (plan.few) {
@@ -315,11 +306,15 @@ Status run_product(const Weight& weight, const Call& call, bool& added) {
     choose_blocks<P>(plan);
     const size_t x_bytes = static_cast<size_t>(plan.blocks * plan.tiles * plan.block_rows * plan.row_bytes);
     const size_t factor_bytes = (static_cast<size_t>(plan.blocks * plan.segments * plan.block_rows) * sizeof(float) + 63) / 64 * 64;
-    uint8_t* memory = static_cast<uint8_t*>(scratch(kCallScratch, x_bytes + 2 * factor_bytes));
+    const size_t octets = static_cast<size_t>(plan.octets());
+    uint8_t* memory = static_cast<uint8_t*>(scratch(kCallScratch, x_bytes + 2 * factor_bytes + (2 * octets + 1) * sizeof(int32_t)));
     if (!memory) return kOutOfMemory;
     plan.x = memory, plan.x_sum = reinterpret_cast<float*>(memory + x_bytes);
     plan.x_scale = reinterpret_cast<float*>(memory + x_bytes + factor_bytes);
+    plan.group_at = reinterpret_cast<int32_t*>(memory + x_bytes + 2 * factor_bytes), plan.segment_at = plan.group_at + octets;
+    place_octets(plan);
     clear_missing(plan);
+    if (plan.ragged()) memset(plan.x_sum, 0, factor_bytes);  // sums are added up there
     plan.factor_of_all = weight.table ? weight.factor : 1.0f;
     const int threads = call.tokens * weight.columns < (1 << 16) ? 1 : call.threads;
     const int64_t grain = threads == 1 ? call.tokens : ceil_div(call.tokens, 4 * threads);

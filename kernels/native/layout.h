@@ -19,7 +19,7 @@
 //     W[n, k] = (u - 2^(bits-1) - zero) * scale        or        table[pick][u] * (scale * factor)
 //
 // with one table for the whole weight, or one of a few picked for each scale. Groups of any size: the columns of one that is no
-// multiple of 16 are filled up to it, so that half a tile has one scale; what fills them meets activations that are zero.
+// multiple of 8, an octet, are filled up to it, so that two steps have one scale; what fills them meets activations that are zero.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -28,6 +28,7 @@ namespace aerogel {
 
 constexpr int kStrip = 16;
 constexpr int kTile = 32;
+constexpr int kOctet = 8;  // columns, which have one scale whatever groups there are
 constexpr int kVector = 64;
 
 enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
@@ -100,8 +101,8 @@ struct Call {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Entries of all tables of a weight that picks among several: what two registers of 16-bit numbers hold.
-constexpr int64_t kPickedEntries = 64;
+// Tables of a weight that picks among several: of 4 bits, what two registers of 16-bit numbers hold, of fewer bits one.
+constexpr int64_t kPickedTables = 4;
 
 // The columns of a weight as they are stored, groups filled up.
 struct Columns {
@@ -111,8 +112,8 @@ struct Columns {
 inline Columns columns_of(const Weight& weight) {
     if (weight.group == 0) return {weight.columns, 0, 1};
     const int64_t groups = ceil_div(weight.columns, weight.group);
-    if (weight.group % 16 == 0 || groups == 1) return {weight.columns, weight.group, groups};
-    const int64_t group = ceil_div(weight.group, 16) * 16;
+    if (weight.group % kOctet == 0 || groups == 1) return {weight.columns, weight.group, groups};
+    const int64_t group = ceil_div(weight.group, kOctet) * kOctet;
     return {groups * group, group, groups};
 }
 

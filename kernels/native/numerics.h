@@ -70,10 +70,6 @@ struct IntegersOnly : NothingFolded {
     static INLINE Decoder decoder(const uint8_t*) {
         return {};
     }
-    template <int BITS>
-    static constexpr uint32_t pick_step() {
-        return 0;
-    }
 };
 
 INLINE uint32_t word_of(const uint8_t* x) {

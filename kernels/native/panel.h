@@ -27,8 +27,8 @@ template <class P, int BITS, Form FORM>
 void decode(const Plan& plan, int64_t R, int64_t first_strip, int64_t first, int64_t count, uint8_t* to, I16* begin) {
     constexpr bool kMoves = P::template moves<BITS>();
     const typename P::Decoder decoder = P::template decoder<BITS, FORM>(plan.decoder);
-    const int64_t first_segment = plan.segment_tiles ? first / plan.segment_tiles : 2 * first;
-    if constexpr (kMoves) memset(begin, 0, sizeof(I16) * 2 * static_cast<size_t>(count * R));
+    const int64_t first_segment = plan.segment_at[first * kOctets];
+    if constexpr (kMoves) memset(begin, 0, sizeof(I16) * kOctets * static_cast<size_t>(count * R));
     for (int64_t tile = first; tile < first + count; ++tile) {
         for (int64_t r = 0; r < R; ++r) {
             const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
@@ -37,18 +37,16 @@ void decode(const Plan& plan, int64_t R, int64_t first_strip, int64_t first, int
             uint8_t* operand = to + r * kVector;
             unroll<8>([&](auto step) ALWAYS {
                 typename P::Operand w[P::kOperands];
-                const int64_t segment = plan.segment_tiles ? tile / plan.segment_tiles : 2 * tile + step / 4;
-                if constexpr (step % 4 == 0) {
-                    picks = picks_of<P, BITS, FORM>(plan, strip, plan.group_of_half(2 * tile + step / 4));
+                const int64_t octet = tile * kOctets + step / 2, group = plan.group_at[octet];
+                if (step == 0 || (step % 2 == 0 && group != plan.group_at[octet - 1])) {
+                    picks = picks_of<P, BITS, FORM>(plan, strip, group);
+                    if constexpr (P::template signed_codes<BITS>()) offsets = byte_offsets(plan, strip, group, P::template bias<BITS, FORM>());
                 }
                 P::template weights<BITS, FORM, step>(decoder, codes, picks, w);
-                if constexpr (P::template signed_codes<BITS>()) {
-                    if constexpr (step % 4 == 0) offsets = byte_offsets(plan, strip, plan.group_of(segment), P::template bias<BITS, FORM>());
-                    w[0] = P::less(w[0], offsets);
-                    if constexpr (kMoves) {
-                        I16& sum = begin[(segment - first_segment) * R + r];
-                        sum = P::less_moved(sum, w[0]);
-                    }
+                if constexpr (P::template signed_codes<BITS>()) w[0] = P::less(w[0], offsets);
+                if constexpr (kMoves) {
+                    I16& sum = begin[(plan.segment_at[octet] - first_segment) * R + r];
+                    sum = P::less_moved(sum, w[0]);
                 }
                 unroll<P::kOperands>([&](auto o) ALWAYS { store(operand, w[o]), operand += R * kVector; });
             });
@@ -60,12 +58,12 @@ void decode(const Plan& plan, int64_t R, int64_t first_strip, int64_t first, int
 // Multiplies scales into the operands of a decoded panel, where that is exact (`folds` in exact_bfloat.h).
 template <class P, int R>
 void fold(const Plan& plan, int64_t first_strip, int64_t first, int64_t count, uint8_t* operands) {
-    constexpr int kHalf = 4 * P::kOperands;  // vectors of half a tile of a strip
-    for (int64_t half = 2 * first; half < 2 * (first + count); ++half, operands += kHalf * R * kVector) {
+    constexpr int kEach = 8 / kOctets * P::kOperands;  // vectors of an octet of a strip
+    for (int64_t octet = kOctets * first; octet < kOctets * (first + count); ++octet, operands += kEach * R * kVector) {
         for (int r = 0; r < R; ++r) {
             const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
-            const F16 scale = factors_of(plan, strip, plan.group_of_half(half), 0.0f).scale;
-            repeat<kHalf>([&](int i) ALWAYS {
+            const F16 scale = factors_of(plan, strip, plan.group_at[octet], 0.0f).scale;
+            repeat<kEach>([&](int i) ALWAYS {
                 uint8_t* at = operands + (i * R + r) * kVector;
                 store(at, P::scaled(load<typename P::Operand>(at), scale));
             });
@@ -77,85 +75,86 @@ void fold(const Plan& plan, int64_t first_strip, int64_t first, int64_t count, u
 // or in memory, the others in the second level.
 constexpr int kTilesAhead = 2;
 
-// Adds the tiles first .. first + count - 1 of a decoded panel to totals [row][R][16] of one block of M rows.
-template <class P, Range RANGE, int R, int M, bool HALF>
+// The products of COUNT steps of a panel with M rows.
+template <class P, Range RANGE, int R, int M, int COUNT>
+INLINE void multiply_steps(const uint8_t* from, const uint8_t* x, typename P::Accumulator (&sum)[R][M]) {
+    constexpr int kRow = 8 * P::kOperands * 4;
+    typename P::Accumulator pairs[R][M];
+    if constexpr (RANGE == kNibbles) {
+        repeat<R>([&](int r) ALWAYS { repeat<M>([&](int m) ALWAYS { pairs[r][m] = P::none(); }); });
+    }
+    auto& into = RANGE == kNibbles ? pairs : sum;
+    repeat<COUNT * P::kOperands>([&](int number) ALWAYS {
+        typename P::Operand w[R];
+        repeat<R>([&](int r) ALWAYS { w[r] = load<typename P::Operand>(from + (number * R + r) * kVector); });
+        unroll<M>([&](auto m) ALWAYS {
+            repeat<R>([&](int r) ALWAYS { into[r][m] = P::template dot<RANGE>(into[r][m], w[r], x + m * kRow + number * 4); });
+        });
+    });
+    if constexpr (RANGE == kNibbles) {
+        repeat<R>([&](int r) ALWAYS { repeat<M>([&](int m) ALWAYS { sum[r][m] = P::joined(sum[r][m], pairs[r][m]); }); });
+    }
+}
+
+// Adds the sums of M rows, of a segment or of a part of it, to totals [row][R][16]; x_sum is null where no offset has to be taken out.
+template <class P, int R, int M>
+INLINE void join_totals(const Factors (&factors)[R], const typename P::Accumulator (&sum)[R][M], const float* x_sum, const float* x_scale,
+                        float* total) {
+    repeat<R>([&](int r) ALWAYS {
+        F16 value[M];
+        repeat<M>([&](int m) ALWAYS { value[m] = P::value(sum[r][m]); });
+        // Decided here and not for each row, whose totals the compiler would otherwise load before and put aside.
+        if (x_sum) repeat<M>([&](int m) ALWAYS { value[m] = value[m] - factors[r].offset * spread<F16>(x_sum[m]); });
+        repeat<M>([&](int m) ALWAYS {
+            float* at = total + (m * R + r) * kStrip;
+            F16 scale = factors[r].scale;
+            if constexpr (P::kOperands == 1) scale = scale * spread<F16>(x_scale[m]);
+            store(at, multiply_add(value[m], scale, load<F16>(at)));
+        });
+        // Totals stay in memory: there are no registers for them while the next segment is summed.
+        asm volatile("" : : "r"(total) : "memory");
+    });
+}
+
+// Adds the tiles first .. first + count - 1 of a decoded panel to totals [row][R][16] of one block of M rows. A segment is a run of
+// tiles, or where they are ragged of octets.
+template <class P, Range RANGE, int R, int M, bool RAGGED>
 void panel(const Plan& plan, const uint8_t* operands, const I16* begin, int64_t first_strip, int64_t first, int64_t count, int64_t block,
            float bias, float* total) {
-    constexpr int kRow = 8 * P::kOperands * 4, kSteps = HALF ? 4 : 8;
+    constexpr int kRow = 8 * P::kOperands * 4, kPieces = RAGGED ? kOctets : 1, kSteps = 8 / kPieces;
     const bool offset = RANGE != kMoved && (bias != 0.0f || plan.weight->zero != nullptr);
-    const int64_t step = HALF ? 1 : plan.segment_tiles;
-    int64_t segment = HALF ? 2 * first : first / step, run = 0;
-    const int64_t last_segment = HALF ? 2 * (first + count) : 0;
-    typename P::Accumulator sum[R][M];
-    float x_sums[kStrip] = {};
-    for (int64_t tile = first; tile < first + count; tile += step) {
-        const int64_t stop = tile + step < first + count ? tile + step : first + count;
-        unroll<HALF ? 2 : 1>([&](auto half) ALWAYS {
-            if (!HALF || run == 0) {
-                if constexpr (HALF) run = plan.run_from(segment);
-                repeat<R>([&](int r) ALWAYS {
-                    repeat<M>([&](int m) ALWAYS {
-                        if constexpr (RANGE == kMoved) sum[r][m] = begin[r];
-                        if constexpr (RANGE != kMoved) sum[r][m] = P::none();
-                    });
-                });
-                if constexpr (HALF) memset(x_sums, 0, sizeof x_sums);
-            }
-            begin += R, --run;
-            for (int64_t t = tile; t < stop; ++t) {
-                const uint8_t* from = operands + (t - first) * 8 * P::kOperands * R * kVector;
-                const uint8_t* x = plan.x_at(block, t);
-                if constexpr (half == 0) {
-                    unroll<M * kRow / 64>([&](auto line) ALWAYS { __builtin_prefetch(x + kTilesAhead * M * kRow + line * 64); });
-                }
-                typename P::Accumulator pairs[R][M];
-                if constexpr (RANGE == kNibbles) {
-                    repeat<R>([&](int r) ALWAYS { repeat<M>([&](int m) ALWAYS { pairs[r][m] = P::none(); }); });
-                }
-                auto& into = RANGE == kNibbles ? pairs : sum;
-                repeat<kSteps * P::kOperands>([&](int index) ALWAYS {
-                    const int number = (HALF ? 4 * half * P::kOperands : 0) + index;
-                    typename P::Operand w[R];
-                    repeat<R>([&](int r) ALWAYS { w[r] = load<typename P::Operand>(from + (number * R + r) * kVector); });
-                    unroll<M>([&](auto m) ALWAYS {
-                        repeat<R>([&](int r) ALWAYS {
-                            into[r][m] = P::template dot<RANGE>(into[r][m], w[r], x + m * kRow + number * 4);
-                        });
-                    });
-                });
-                if constexpr (RANGE == kNibbles) {
-                    repeat<R>([&](int r) ALWAYS {
-                        repeat<M>([&](int m) ALWAYS { sum[r][m] = P::joined(sum[r][m], pairs[r][m]); });
-                    });
-                }
-            }
-            const int64_t factor = plan.factor(block, segment), done = segment++;
-            if constexpr (HALF) {
-                if (offset) repeat<M>([&](int m) ALWAYS { x_sums[m] += plan.x_sum[factor + m]; });
-                if (run > 0 && segment < last_segment) return;
-            }
-            const int64_t group = plan.group_of(done);
-            repeat<R>([&](int r) ALWAYS {
-                const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
-                Factors f = factors_of(plan, strip, group, bias);
-                if (P::kFolds && plan.folded) f.scale = spread<F16>(1.0f);
-                F16 value[M];
-                repeat<M>([&](int m) ALWAYS { value[m] = P::value(sum[r][m]); });
-                // Decided here and not for each row, whose totals the compiler would otherwise load before and put aside.
-                if (offset) {
-                    const float* x_sum = HALF ? x_sums : plan.x_sum + factor;
-                    repeat<M>([&](int m) ALWAYS { value[m] = value[m] - f.offset * spread<F16>(x_sum[m]); });
-                }
-                repeat<M>([&](int m) ALWAYS {
-                    float* at = total + (m * R + r) * 16;
-                    F16 scale = f.scale;
-                    if constexpr (P::kOperands == 1) scale = scale * spread<F16>(plan.x_scale[factor + m]);
-                    store(at, multiply_add(value[m], scale, load<F16>(at)));
-                });
-                // Totals stay in memory: there are no registers for them while the next segment is summed.
-                asm volatile("" : : "r"(total) : "memory");
+    const int64_t last = (first + count) * kPieces;
+    for (int64_t piece = first * kPieces; piece < last; begin += R) {
+        typename P::Accumulator sum[R][M];
+        repeat<R>([&](int r) ALWAYS {
+            repeat<M>([&](int m) ALWAYS {
+                if constexpr (RANGE == kMoved) sum[r][m] = begin[r];
+                if constexpr (RANGE != kMoved) sum[r][m] = P::none();
             });
         });
+        const int64_t octet = piece * (kOctets / kPieces), segment = plan.segment_at[octet], group = plan.group_at[octet];
+        int64_t stop = piece + 1;
+        if constexpr (RAGGED) {
+            while (stop < last && plan.segment_at[stop] == segment) ++stop;
+        } else {
+            stop = piece + plan.segment_tiles < last ? piece + plan.segment_tiles : last;
+        }
+        for (; piece < stop; ++piece) {
+            const uint8_t *from = operands + (piece - first * kPieces) * kSteps * P::kOperands * R * kVector, *x = plan.x_at(block, piece / kPieces);
+            if (piece % kPieces == 0) {
+                unroll<M * kRow / 64>([&](auto line) ALWAYS { __builtin_prefetch(x + kTilesAhead * M * kRow + line * 64); });
+            }
+            multiply_steps<P, RANGE, R, M, kSteps>(from, x + piece % kPieces * (kRow / kPieces), sum);
+        }
+        Factors factors[R];
+        repeat<R>([&](int r) ALWAYS {
+            factors[r] = factors_of(plan, first_strip + r < plan.strips ? first_strip + r : plan.strips - 1, group, bias);
+            if (P::kFolds && plan.folded) factors[r].scale = spread<F16>(1.0f);
+        });
+        // A segment that goes on behind the panel leaves what it has; its offset is taken out once, at its end.
+        const int64_t factor = plan.factor(block, segment);
+        const bool ends = !RAGGED || plan.ends(piece - 1);
+        join_totals<P, R, M>(factors, sum, offset && ends ? plan.x_sum + factor : nullptr, plan.x_scale + factor, total);
     }
 }
 

@@ -5,9 +5,8 @@
 //     y[m, n] = sum over segments s of  scale[n, group of s] * (dot(codes, x) - offset[n, group of s] * sum of x)
 //
 // A segment is the longest run of whole tiles that divides the group and is not longer than the arithmetic allows: sums
-// of a bounded length keep float32 accurate. Groups that are not made of whole tiles (16, 48, ...) have segments of half a
-// tile; with exact activations those of a group are summed on before its scale is applied (`run_from`). Activations are
-// copied into [run of tiles][block of rows][tile][row][32 columns]: what meets a decoded panel lies together, and no two
+// of a bounded length keep float32 accurate. Groups that are not made of whole tiles (16, 48, 72, ...) have ragged segments, which
+// end with any octet: whole groups, or equal parts of them as long as the arithmetic allows. Activations are copied into [run of tiles][block of rows][tile][row][32 columns]: what meets a decoded panel lies together, and no two
 // parts of it fight for a place in a cache. A row is one term of one token (see numerics.h); a block's missing rows are zeros.
 #pragma once
 #include "adding.h"
@@ -25,15 +24,16 @@ namespace aerogel {
 namespace UNIT {
 
 constexpr int64_t kBlockTiles = 8;  // of a decoded panel: 256 columns, which stay in the first-level cache
+constexpr int kOctets = kTile / kOctet;
 
 struct Plan {
     const Weight* weight;
     const Call* call;
     Columns columns;
     int64_t strips, tiles, segments, strip_bytes;
-    int64_t segment_tiles;       // whole tiles of a segment; 0: segments are half tiles
+    int64_t segment_tiles;       // whole tiles of a segment; 0: segments are ragged
     int64_t segments_per_group;
-    int64_t longest_run;         // segments of half a tile that are summed at most before a scale is applied
+    int64_t segment_octets;      // of a ragged segment; the last of a group may have fewer
     int64_t terms, tokens_per_block, blocks;
     int block_rows;
     Form form;       // what the loops take the codes for
@@ -44,25 +44,18 @@ struct Plan {
     uint8_t* x;      // [run of kBlockTiles tiles][block][tile][row][row_bytes]
     float* x_sum;    // [block][segment][row]
     float* x_scale;  // [block][segment][row], int8 only
+    int32_t* group_at;    // [octet] the group; behind the last there are zeros to multiply, so any will do
+    int32_t* segment_at;  // [octet + 1] the segment; none behind the last octet
     int row_bytes;
     float factor_of_all;  // of the results, before the bias
     float bias;           // of the codes, see numerics.h
     alignas(64) uint8_t decoder[kDecoderBytes];  // see numerics.h
 
-    int64_t group_of(int64_t segment) const {
-        if (segment_tiles) return segment / segments_per_group;
-        return group_of_half(segment);
-    }
-    // How many half tiles from `segment` on are summed before the scale of their group is applied.
-    int64_t run_from(int64_t segment) const {
-        const int64_t left = segments_per_group - segment % segments_per_group;
-        return left < longest_run ? left : longest_run;
-    }
-    // The group of columns 16 * half ..; behind the last there are zeros to multiply, so any will do.
-    int64_t group_of_half(int64_t half) const {
-        const int64_t group = columns.group && columns.groups > 1 ? half * 16 / columns.group : 0;
-        return group < columns.groups ? group : columns.groups - 1;
-    }
+    bool ragged() const { return segment_tiles == 0; }
+    int64_t group_of(int64_t segment) const { return segment / segments_per_group; }
+    int64_t octets() const { return tiles * kOctets; }
+    // Whether a segment ends with an octet.
+    bool ends(int64_t octet) const { return segment_at[octet] != segment_at[octet + 1]; }
     const uint8_t* x_at(int64_t block, int64_t tile) const {
         const int64_t first = tile / kBlockTiles * kBlockTiles, count = tiles - first < kBlockTiles ? tiles - first : kBlockTiles;
         return x + (blocks == 1 ? tile : first * blocks + block * count + tile - first) * block_rows * row_bytes;
@@ -83,10 +76,32 @@ template <class P>
 inline void set_segments(Plan& plan, bool folded) {
     plan.folded = folded;
     plan.segment_tiles = folded ? P::kLongestSegment / kTile : segment_tiles(plan.columns, P::kLongestSegment);
-    plan.segments = plan.segment_tiles ? ceil_div(plan.tiles, plan.segment_tiles) : 2 * plan.tiles;
-    plan.segments_per_group = plan.columns.groups == 1 || folded ? plan.segments
-                              : plan.segment_tiles               ? plan.columns.group / kTile / plan.segment_tiles
-                                                                 : plan.columns.group / 16;
+    if (plan.ragged()) {
+        const int64_t octets = plan.columns.group / kOctet;
+        plan.segments_per_group = ceil_div(octets, P::kLongestSegment / kOctet);
+        plan.segment_octets = ceil_div(octets, plan.segments_per_group);
+        plan.segments = plan.columns.groups * plan.segments_per_group;
+    } else {
+        plan.segments = ceil_div(plan.tiles, plan.segment_tiles);
+        plan.segments_per_group = plan.columns.groups == 1 || folded ? plan.segments : plan.columns.group / kTile / plan.segment_tiles;
+    }
+}
+
+// Writes which group and which segment every octet belongs to.
+inline void place_octets(const Plan& plan) {
+    const int64_t per_group = plan.columns.groups > 1 ? plan.columns.group / kOctet : plan.octets();
+    int64_t group = 0, within = 0;
+    for (int64_t octet = 0; octet < plan.octets(); ++octet, ++within) {
+        if (within == per_group && group + 1 < plan.columns.groups) ++group, within = 0;
+        plan.group_at[octet] = static_cast<int32_t>(group);
+        if (!plan.ragged()) {
+            plan.segment_at[octet] = static_cast<int32_t>(octet / (plan.segment_tiles * kOctets));
+        } else {
+            const int64_t part = within < per_group ? within / plan.segment_octets : plan.segments_per_group - 1;
+            plan.segment_at[octet] = static_cast<int32_t>(group * plan.segments_per_group + part);
+        }
+    }
+    plan.segment_at[plan.octets()] = -1;
 }
 
 template <class P>
@@ -98,7 +113,6 @@ inline Plan make_plan(const Weight& weight, const Call& call) {
     plan.strip_bytes = plan.tiles * kVector * weight.bits;
     plan.terms = !P::kTerms || call.x_type == kBfloat16 ? 1 : call.x_type == kFloat16 ? 2 : 3;
     set_segments<P>(plan, false);
-    plan.longest_run = P::kOperands == 1 ? 1 : P::kLongestSegment / 16;
     plan.row_bytes = 8 * P::kOperands * P::kWordBytes;
     return plan;
 }
@@ -113,11 +127,11 @@ INLINE float lane_sum(const F16& v) {
     return lanes[0];
 }
 
-// Where 16 columns of a plan lie among those of the weight, and how many of them there are; fewer where a group is filled up.
-struct Sixteen {
+// Where an octet's columns lie among those of the weight, and how many of them there are; fewer where a group is filled up.
+struct Octet {
     int64_t first, count;
 };
-inline Sixteen sixteen_at(const Plan& plan, int64_t begin) {
+inline Octet octet_at(const Plan& plan, int64_t begin) {
     const int64_t columns = plan.weight->columns, group = plan.weight->group;
     int64_t first = begin, stop = columns;
     if (plan.columns.group != group) {
@@ -126,7 +140,7 @@ inline Sixteen sixteen_at(const Plan& plan, int64_t begin) {
         if ((number + 1) * group < columns) stop = (number + 1) * group;
     }
     const int64_t left = stop - first;
-    return {first, left < 0 ? 0 : left < 16 ? left : 16};
+    return {first, left < 0 ? 0 : left < kOctet ? left : kOctet};
 }
 
 // 32 columns of a token from column `begin` on as floats, zeros after the last.
@@ -137,14 +151,10 @@ INLINE void read_tile(const Plan& plan, int64_t token, int64_t begin, float* to)
         store(to + 16, load_floats(plan.call->x, row + begin + 16, plan.call->x_type));
         return;
     }
-    for (int64_t half = 0; half < kTile; half += 16) {
-        const Sixteen at = sixteen_at(plan, begin + half);
-        if (at.count == 16) {
-            store(to + half, load_floats(plan.call->x, row + at.first, plan.call->x_type));
-            continue;
-        }
-        for (int64_t k = 0; k < 16; ++k) {
-            to[half + k] = k < at.count ? read_float(plan.call->x, row + at.first + k, plan.call->x_type) : 0.0f;
+    for (int64_t octet = 0; octet < kTile; octet += kOctet) {
+        const Octet at = octet_at(plan, begin + octet);
+        for (int64_t k = 0; k < kOctet; ++k) {
+            to[octet + k] = k < at.count ? read_float(plan.call->x, row + at.first + k, plan.call->x_type) : 0.0f;
         }
     }
 }
@@ -177,13 +187,14 @@ INLINE __m512i bfloats_at(const uint16_t* from, int64_t begin, int64_t columns) 
     const int64_t left = columns - begin;
     return _mm512_maskz_loadu_epi16(left >= kTile ? 0xffffffffu : left > 0 ? (1u << left) - 1u : 0u, from + begin);
 }
-inline __m512i bfloats_of_halves(const Plan& plan, const uint16_t* from, int64_t begin) {
-    __m256i half[2];
-    for (int i = 0; i < 2; ++i) {
-        const Sixteen at = sixteen_at(plan, begin + 16 * i);
-        half[i] = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << at.count) - 1u), from + at.first);
+inline __m512i bfloats_of_octets(const Plan& plan, const uint16_t* from, int64_t begin) {
+    alignas(64) uint16_t values[kTile];
+    for (int i = 0; i < kOctets; ++i) {
+        const Octet at = octet_at(plan, begin + kOctet * i);
+        const __mmask8 there = static_cast<__mmask8>((1u << at.count) - 1u);
+        _mm_store_si128(reinterpret_cast<__m128i*>(values + kOctet * i), _mm_maskz_loadu_epi16(there, from + at.first));
     }
-    return _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
+    return _mm512_load_si512(values);
 }
 
 // `place_exact` of such a token: its numbers only change their order, and are summed in pairs.
@@ -196,22 +207,25 @@ inline void place_bfloats(const Plan& plan, int64_t token, int64_t first, int64_
     const bool filled = plan.columns.group != plan.weight->group;
     __m512 sum = _mm512_setzero_ps();
     for (int64_t tile = first; tile < first + count; ++tile) {
-        const __m512i values = filled ? bfloats_of_halves(plan, from, tile * kTile) : bfloats_at(from, tile * kTile, columns);
+        const __m512i values = filled ? bfloats_of_octets(plan, from, tile * kTile) : bfloats_at(from, tile * kTile, columns);
         uint8_t* to = const_cast<uint8_t*>(plan.x_at(block, tile)) + row * plan.row_bytes;
         _mm512_storeu_si512(to, _mm512_permutexvar_epi16(places, values));
         sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(values), reinterpret_cast<__m512bh>(ones));
     }
-    float* to = plan.x_sum + plan.factor(block, plan.segment_tiles ? first / plan.segment_tiles : 2 * first) + row;
-    if (plan.segment_tiles) {
-        *to = _mm512_reduce_add_ps(sum);
-    } else {
-        to[0] = _mm512_mask_reduce_add_ps(0x00ff, sum);
-        to[plan.block_rows] = _mm512_mask_reduce_add_ps(0xff00, sum);
+    if (!plan.ragged()) {
+        plan.x_sum[plan.factor(block, first / plan.segment_tiles) + row] = _mm512_reduce_add_ps(sum);
+        return;
+    }
+    float lanes[16];
+    _mm512_storeu_ps(lanes, sum);
+    for (int i = 0; i < kOctets; ++i) {
+        const float* pairs = lanes + 4 * i;
+        plan.x_sum[plan.factor(block, plan.segment_at[first * kOctets + i]) + row] += (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
     }
 }
 #endif
 
-// Places a run of tiles of one token, which is one segment, or one tile that is two, with its sums.
+// Places a run of tiles of one token, which is one segment, or one tile of ragged ones, with its sums.
 template <bool PAIRS>
 inline void place_exact(const Plan& plan, int64_t token, int64_t first, int64_t count) {
     const int64_t block = token / plan.tokens_per_block, row = token % plan.tokens_per_block * plan.terms;
@@ -243,31 +257,45 @@ inline void place_exact(const Plan& plan, int64_t token, int64_t first, int64_t 
             sums[term][1] = sums[term][1] + load<F16>(part + 16);
         }
     }
-    const int64_t segment = plan.segment_tiles ? first / plan.segment_tiles : 2 * first;
     for (int64_t term = 0; term < plan.terms; ++term) {
-        float* to = plan.x_sum + plan.factor(block, segment) + row + term;
-        if (plan.segment_tiles) {
-            *to = lane_sum(sums[term][0] + sums[term][1]);
-        } else {
-            to[0] = lane_sum(sums[term][0]);
-            to[plan.block_rows] = lane_sum(sums[term][1]);
+        if (!plan.ragged()) {
+            plan.x_sum[plan.factor(block, first / plan.segment_tiles) + row + term] = lane_sum(sums[term][0] + sums[term][1]);
+            continue;
         }
+        float lanes[kTile];
+        store(lanes, sums[term][0]), store(lanes + 16, sums[term][1]);
+        for (int k = 0; k < kTile; ++k) plan.x_sum[plan.factor(block, plan.segment_at[first * kOctets + k / kOctet]) + row + term] += lanes[k];
     }
 }
 
-// How a run of tiles of a token is rounded: values times `inverse`; `scale` undoes it and is not a number where one of them
+// How a segment of a token is rounded: values times `inverse`; `scale` undoes it and is not a number where one of them
 // is not finite.
 struct Rounding {
     float inverse, scale;
 };
 
-inline Rounding rounding_of(const Plan& plan, int64_t token, int64_t first, int64_t count) {
-    float values[kTile];
+// What is read together for rounding: a tile, or an octet with zeros behind it where segments are ragged.
+template <bool RAGGED>
+struct Columned {
+    static constexpr int kColumns = RAGGED ? kOctet : kTile, kVectors = RAGGED ? 1 : 2;
+
+    static INLINE void read(const Plan& plan, int64_t token, int64_t begin, float (&values)[kVectors * 16]) {
+        if constexpr (!RAGGED) return read_tile(plan, token, begin, values);
+        const Octet at = octet_at(plan, begin);
+        memset(values, 0, sizeof values);
+        for (int64_t k = 0; k < at.count; ++k) values[k] = read_float(plan.call->x, token * plan.weight->columns + at.first + k, plan.call->x_type);
+    }
+};
+
+template <bool RAGGED>
+inline Rounding rounding_of(const Plan& plan, int64_t token, int64_t begin, int64_t stop) {
+    using Some = Columned<RAGGED>;
+    float values[Some::kVectors * 16];
     F16 largest = zero_f(), poison = zero_f();
-    for (int64_t i = 0; i < count; ++i) {
-        read_tile(plan, token, (first + i) * kTile, values);
-        for (int half = 0; half < 2; ++half) {
-            const F16 part = load<F16>(values + 16 * half);
+    for (; begin < stop; begin += Some::kColumns) {
+        Some::read(plan, token, begin, values);
+        for (int i = 0; i < Some::kVectors; ++i) {
+            const F16 part = load<F16>(values + 16 * i);
             largest = larger(magnitude(part), largest);
             poison = multiply_add(part, zero_f(), poison);  // stays 0, unless something is infinite or not a number
         }
@@ -278,56 +306,65 @@ inline Rounding rounding_of(const Plan& plan, int64_t token, int64_t first, int6
     return {1.0f / unit, unit + total_of(poison)};
 }
 
-// The same, rounded to s * [-127, 127] with s = max|x| / 127 over the run, or over the token.
-inline void place_int8(const Plan& plan, int64_t token, int64_t first, int64_t count, const Rounding& rounding) {
+// Places columns begin .. stop - 1 of a token, which are a segment, rounded to s * [-127, 127] with s = max|x| / 127 over them or
+// over the token.
+template <bool RAGGED>
+inline void place_int8(const Plan& plan, int64_t token, int64_t segment, int64_t begin, int64_t stop, const Rounding& rounding) {
+    using Some = Columned<RAGGED>;
     const int64_t block = token / plan.tokens_per_block, row = token % plan.tokens_per_block;
-    const float scale = rounding.scale;
     // Adding 1.5 * 2^23 leaves the rounded integer in the low bits, ties to even.
     const F16 inverse = spread<F16>(rounding.inverse), magic = spread<F16>(12582912.0f);
     const I16 moved = spread<I16>(plan.moved ? 0x80 : 0), base = spread<I16>(0x4b400000);
-    float values[kTile];
-    I16 sums[2] = {zero_i(), zero_i()};
-    for (int64_t i = 0; i < count; ++i) {
-        read_tile(plan, token, (first + i) * kTile, values);
-        uint8_t* to = const_cast<uint8_t*>(plan.x_at(block, first + i)) + row * plan.row_bytes;
-        for (int half = 0; half < 2; ++half) {
-            const I16 rounded = bits_of(multiply_add(load<F16>(values + 16 * half), inverse, magic)) - base;
-            store_bytes(to + 16 * half, rounded ^ moved);
-            sums[half] = sums[half] + rounded;
+    float values[Some::kVectors * 16];
+    I16 sum = zero_i();
+    for (; begin < stop; begin += Some::kColumns) {
+        Some::read(plan, token, begin, values);
+        uint8_t* to = const_cast<uint8_t*>(plan.x_at(block, begin / kTile)) + row * plan.row_bytes + begin % kTile;
+        for (int i = 0; i < Some::kVectors; ++i) {
+            const I16 rounded = bits_of(multiply_add(load<F16>(values + 16 * i), inverse, magic)) - base;
+            if constexpr (RAGGED) {
+                uint8_t bytes[16];
+                store_bytes(bytes, rounded ^ moved);
+                memcpy(to, bytes, kOctet);
+            } else {
+                store_bytes(to + 16 * i, rounded ^ moved);
+            }
+            sum = sum + rounded;
         }
     }
-    const float low = total_of(to_float(sums[0])), high = total_of(to_float(sums[1]));  // exact: integers below 2^24
-    const int64_t segment = plan.segment_tiles ? first / plan.segment_tiles : 2 * first;
-    float* sum_to = plan.x_sum + plan.factor(block, segment) + row;
-    float* scale_to = plan.x_scale + plan.factor(block, segment) + row;
-    scale_to[0] = scale;
-    if (plan.segment_tiles) {
-        sum_to[0] = low + high;
-    } else {
-        sum_to[0] = low;
-        sum_to[plan.block_rows] = high;
-        scale_to[plan.block_rows] = scale;
+    const int64_t at = plan.factor(block, segment) + row;
+    plan.x_sum[at] = total_of(to_float(sum));  // exact: integers below 2^24
+    plan.x_scale[at] = rounding.scale;
+}
+
+// The segments of a token one after the other.
+template <bool RAGGED>
+inline void place_rounded(const Plan& plan, int64_t token) {
+    const int64_t columns = plan.tiles * kTile, length = plan.segment_tiles * kTile;
+    const bool whole = plan.call->numerics == kInt8Token;
+    const Rounding of_token = whole ? rounding_of<false>(plan, token, 0, columns) : Rounding{};
+    for (int64_t begin = 0, stop = 0; begin < columns; begin = stop) {
+        stop = begin + (RAGGED ? kOctet : length);
+        while (RAGGED && !plan.ends(stop / kOctet - 1)) stop += kOctet;
+        if (stop > columns) stop = columns;
+        const Rounding rounding = whole ? of_token : rounding_of<RAGGED>(plan, token, begin, stop);
+        place_int8<RAGGED>(plan, token, plan.segment_at[begin / kOctet], begin, stop, rounding);
     }
 }
 
 template <class P>
 inline void place_token(const Plan& plan, int64_t token) {
-    const int64_t step = plan.segment_tiles ? plan.segment_tiles : 1;
-    const bool whole = plan.call->numerics == kInt8Token;
-    const Rounding of_token = whole ? rounding_of(plan, token, 0, plan.tiles) : Rounding{};
+    if constexpr (P::kOperands == 1) return plan.ragged() ? place_rounded<true>(plan, token) : place_rounded<false>(plan, token);
+    const int64_t step = plan.ragged() ? 1 : plan.segment_tiles;
     for (int64_t first = 0; first < plan.tiles; first += step) {
         const int64_t count = plan.tiles - first < step ? plan.tiles - first : step;
-        if constexpr (P::kOperands == 1) {
-            place_int8(plan, token, first, count, whole ? of_token : rounding_of(plan, token, first, count));
-        } else {
 #if defined(__AVX512BF16__)
-            if (plan.call->x_type == kBfloat16) {
-                place_bfloats(plan, token, first, count);
-                continue;
-            }
-#endif
-            place_exact<P::kOnlyOneRow>(plan, token, first, count);
+        if (plan.call->x_type == kBfloat16) {
+            place_bfloats(plan, token, first, count);
+            continue;
         }
+#endif
+        place_exact<P::kOnlyOneRow>(plan, token, first, count);
     }
 }
 

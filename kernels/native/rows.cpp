@@ -35,9 +35,9 @@ void decode_row(const Weight& weight, int64_t row, void* to, int64_t at, int32_t
     const uint8_t* codes = static_cast<const uint8_t*>(weight.codes) + strip * tiles * kVector * weight.bits;
     for (int64_t begin = 0; begin < columns.count; begin += kTile, codes += kVector * weight.bits) {
         int32_t u[kTile];
-        float value[kTile];
+        float value[kTile + 8] = {};  // as many as a store reads
         tile_codes(codes, lane, weight.bits, u);
-        for (int first = 0; first < kTile && begin + first < columns.count; first += 16) {  // whose columns share a group
+        for (int first = 0; first < kTile && begin + first < columns.count; first += kOctet) {  // whose columns share a group
             const int64_t number = (begin + first) / group, within = (begin + first) % group, real = number * own + within;
             const int64_t left = own - within < weight.columns - real ? own - within : weight.columns - real;
             if (left <= 0) continue;  // what fills up a group
@@ -45,8 +45,8 @@ void decode_row(const Weight& weight, int64_t row, void* to, int64_t at, int32_t
             const float scale = read_float(weight.scale, factor, weight.scale_type);
             const int32_t zero = weight.zero ? static_cast<const int8_t*>(weight.zero)[factor] : 0;
             const int32_t offset = (1 << (weight.bits - 1)) + zero;
-            for (int k = first; k < first + 16; ++k) value[k] = static_cast<float>(u[k] - offset) * scale;
-            store_floats(to, at + real, type, value + first, left < 16 ? static_cast<int>(left) : 16);
+            for (int k = first; k < first + kOctet; ++k) value[k] = static_cast<float>(u[k] - offset) * scale;
+            store_floats(to, at + real, type, value + first, left < kOctet ? static_cast<int>(left) : kOctet);
         }
     }
 }

@@ -42,6 +42,9 @@ SHAPES = [
     (40, 1000, 256),
     (66, 190, 96),
     (35, 230, 72),
+    (20, 700, 40),
+    (33, 330, 20),
+    (17, 600, 264),
 ]
 """N, K, group size (0: per channel)."""
 TOKENS = (1, 2, 3, 5, 11, 16, 17, 40)
@@ -82,20 +85,27 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def int8_rounded(x: torch.Tensor, group: int, numerics: str = "int8") -> torch.Tensor:
-    """The definition of int8 activations: over runs of the columns that one scale covers, at most 128, whole tiles of 32;
-    or over the token."""
+    """The definition of int8 activations: over runs of the columns that one scale covers, at most 128, whole tiles of 32
+    where groups are made of them; or over the token."""
     if numerics == "int8-token":
         values, scale = quantize_int8(x)
         return (values.float() * scale).double()
     K = x.shape[1]
     filled = native.fill(x.float(), group)
-    stored = 0 if group == 0 or group >= K else -(-group // 16) * 16
-    size = 128 if stored == 0 else 32 if stored % 32 else max(s for s in (32, 64, 96, 128) if stored % s == 0)
-    padded = torch.nn.functional.pad(filled, (0, -filled.shape[1] % size)).reshape(x.shape[0], -1, size)
-    peak = padded.abs().amax(-1, keepdim=True)
+    stored = -(-group // 8) * 8 if 0 < group < K else filled.shape[1]
+    size = 128
+    if stored < filled.shape[1]:
+        parts = -(-stored // 128)
+        size = -(-stored // 8 // parts) * 8 if stored % 32 else max(s for s in (32, 64, 96, 128) if stored % s == 0)
+    rounded = [rounded_run(run) for of_group in filled.split(stored, 1) for run in of_group.split(size, 1)]
+    return native.unfill(torch.cat(rounded, 1), K, group).double()
+
+
+def rounded_run(x: torch.Tensor) -> torch.Tensor:
+    """x to 255 levels with one scale for each row."""
+    peak = x.abs().amax(-1, keepdim=True)
     scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
-    rounded = ((padded * (1 / scale)).round() * scale).flatten(1)[:, : filled.shape[1]]
-    return native.unfill(rounded, K, group).double()
+    return (x * (1 / scale)).round() * scale
 
 
 @pytest.mark.parametrize("path", library.PATHS)
@@ -135,7 +145,7 @@ def test_threads_change_no_bit(numerics: str) -> None:
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
     bits, N, K = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 90)), data.draw(st.integers(1, 300))
-    group = data.draw(st.sampled_from([0, 1, 7, 16, 24, 32, 40, 48, 64, 72, 80, 128, 200, 256]))
+    group = data.draw(st.sampled_from([0, 1, 7, 16, 24, 32, 40, 48, 64, 72, 80, 128, 200, 256, 264]))
     M, dtype = data.draw(st.integers(1, 30)), data.draw(st.sampled_from(TYPES))
     weight = Weight(bits, N, K, group, zero=data.draw(st.booleans()), scale_dtype=data.draw(st.sampled_from(TYPES)))
     x = activations(M, K, dtype)
@@ -202,7 +212,7 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
     refused("scales have another size", scale=weight.scale[:-1].contiguous())
     refused("scales have another size", group=64)
     refused("zero points have another size", zero=weight.zero[:-1].contiguous())
-    refused("codes have another size", group=24)
+    refused("codes have another size", group=20)
     refused("group size must not be", group=-8)
     refused("another size than the shapes", bias_N=torch.zeros(39))
     refused("no such instruction-set path", path=library.PATHS.index("neon") if sys.platform == "linux" else 99)
@@ -267,7 +277,8 @@ def test_a_checkpoint_with_int8_activations_runs_on_it() -> None:
             x = torch.randn(M, 192)
             found = NativeDynamic.run(x, NativeDynamic.pack(codes, problem), problem)
             wanted = Reference.run(x, problem.stored.encode(codes), problem)
-            assert relative(found, wanted.double()) < 1e-4, (grid, M)
+            # Rounding of ties may differ between x * (1 / s) and x / s: one step of one value.
+            assert relative(found, wanted.double()) < 1e-3, (grid, M)
 
 
 def test_it_can_be_traced_into_a_graph() -> None:
