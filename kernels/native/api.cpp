@@ -100,6 +100,8 @@ uint32_t aerogel_native_able() {
 
 int32_t aerogel_native_best(int32_t numerics) { return best_path(numerics); }
 
+void aerogel_native_choose_among(uint32_t paths) { choose_among(paths); }
+
 int32_t aerogel_native_check(const Weight* weight) { return check_weight(*weight); }
 
 int32_t aerogel_native_check_picks(const Weight* weight) {

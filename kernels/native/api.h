@@ -19,6 +19,10 @@ PUBLIC uint32_t aerogel_native_able();
 // The path that `path = -1` stands for, with these numerics.
 PUBLIC int32_t aerogel_native_best(int32_t numerics);
 
+// Only paths whose bit is set are chosen from here on, in the whole process, as on a machine that has no others. What is asked for by
+// its number runs all the same.
+PUBLIC void aerogel_native_choose_among(uint32_t paths);
+
 // y = x W^T + bias. Returns a Status.
 PUBLIC int32_t aerogel_native_gemm(const aerogel::Weight* weight, const aerogel::Call* call);
 

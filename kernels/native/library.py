@@ -159,6 +159,7 @@ def _load() -> ctypes.CDLL | str:
     library.aerogel_native_read.restype = ctypes.c_double
     library.aerogel_native_program.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     library.aerogel_native_own_pool.argtypes = [ctypes.c_int32]
+    library.aerogel_native_choose_among.argtypes = [ctypes.c_uint32]
     library.aerogel_native_use_team.argtypes = [ctypes.c_void_p]
     _borrow_threads(library)
     library.aerogel_native_built.restype = library.aerogel_native_able.restype = ctypes.c_uint32
@@ -227,6 +228,16 @@ def paths(able: bool = True) -> list[str]:
     """Names of the paths that were built, only those this machine can run unless `able` is False."""
     bits = library().aerogel_native_able() if able else library().aerogel_native_built()
     return [name for number, name in enumerate(PATHS) if bits >> number & 1]
+
+
+@contextmanager
+def only(*names: str) -> Iterator[None]:
+    """Inside, in the whole process, paths are chosen as on a machine that has these and the portable one. For tests."""
+    library().aerogel_native_choose_among(sum(1 << PATHS.index(name) for name in names))
+    try:
+        yield
+    finally:
+        library().aerogel_native_choose_among((1 << len(PATHS)) - 1)
 
 
 def best(numerics: str = "exact") -> str:

@@ -2,6 +2,8 @@
 // which the compiler's feature tests include.
 #include "paths.h"
 
+#include <atomic>
+
 #if defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -84,13 +86,7 @@ bool fill() {
     return true;
 }
 
-int32_t fastest(Numerics numerics) {
-    for (int32_t path = kPaths - 1; path > kPortable; --path) {
-        const PathEntry& entry = path_entry(path);
-        if (entry.able && (numerics == kExact ? entry.exact : entry.int8)) return path;
-    }
-    return kPortable;
-}
+std::atomic<uint32_t> counted{~0u};
 
 }  // namespace
 
@@ -101,8 +97,14 @@ const PathEntry& path_entry(int32_t path) {
 }
 
 int32_t best_path(int32_t numerics) {
-    static const int32_t best[2] = {fastest(kExact), fastest(kInt8)};
-    return best[numerics != kExact];
+    const uint32_t counts = counted.load(std::memory_order_relaxed);
+    for (int32_t path = kPaths - 1; path > kPortable; --path) {
+        const PathEntry& entry = path_entry(path);
+        if (entry.able && counts >> path & 1 && (numerics == kExact ? entry.exact : entry.int8)) return path;
+    }
+    return kPortable;
 }
+
+void choose_among(uint32_t paths) { counted.store(paths, std::memory_order_relaxed); }
 
 }  // namespace aerogel

@@ -35,7 +35,9 @@ struct PathEntry {
 };
 
 const PathEntry& path_entry(int32_t path);
-// The fastest path this machine can run, found once for each kind of arithmetic; the portable one always can.
+// The fastest path this machine can run; the portable one always can.
 int32_t best_path(int32_t numerics);
+// Only paths whose bit is set count for that from here on, in the whole process: how tests run as on a lesser machine.
+void choose_among(uint32_t paths);
 
 }  // namespace aerogel

@@ -1,8 +1,10 @@
-"""The compiled small operations of a decode step against their definitions: types, shared heads, windows, ragged sizes."""
+"""The compiled small operations of a decode step against their definitions, on every instruction-set path of this machine: types,
+shared heads, windows, ragged sizes."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +17,16 @@ pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(librar
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 CLOSE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+@pytest.fixture(params=library.PATHS, autouse=True)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs every test as on machines whose best path is each of those that this one has."""
+    name: str = request.param
+    if name not in library.paths():
+        pytest.skip(f"{name}: not built, or this machine has not its instructions")
+    with library.only(name):
+        yield name
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -93,6 +105,13 @@ def test_gates(dtype: torch.dtype) -> None:
             assert found.shape == g.shape and relative(found, ops.gate(g, u, act)) < CLOSE[dtype]
     extreme = torch.tensor([[-200.0, -88.0, 0.0, 88.0, 200.0]]).to(dtype)
     torch.testing.assert_close(native_ops.gate(extreme, torch.ones_like(extreme), "silu"), torch.nn.functional.silu(extreme))
+
+
+def test_a_path_is_chosen_among_those_asked_for(path: str) -> None:
+
+    assert library.best("exact") == path, "not the path that this test is for"
+    with library.only("portable"):
+        assert library.best("exact") == library.best("int8") == "portable"
 
 
 def test_slots_out_of_range_are_refused() -> None:
