@@ -1,12 +1,13 @@
-"""The matmul with a weight whose rows have tables of their own, on a CPU that multiplies bfloat16: codebooks and bit planes.
+"""The matmul with a weight whose rows have tables of their own, on a CPU: codebooks and bit planes.
 
     y_MN = x_MK @ W_NK.T,    W[n, k] = table[n, group of k][code[n, k]]        activations in bfloat16
 
-Bytes of four rows are looked up at once, each row in its own table, and interleaved to bfloat16 (kernels/native/own_kernel.h);
-sixteen tokens share one decoding. Codebooks (SqueezeLLM) have one table a row; q planes of a group are 2^q numbers, whatever
-their scales and offsets are, and where runs of outputs share scales they share tables, for as few as eight inputs. Numbers are
-rounded to bfloat16 once; other types of activations, where that would be seen, run on `cpu_lookup` and `plane_rows`. Codes have
-1 to 4 bits; more planes are two halves side by side, whose inputs are handed over twice.
+Bytes of four rows are looked up at once, each row in its own table, and interleaved to bfloat16 (kernels/native/own_kernel.h).
+Sixteen tokens share one decoding; four where the processor does not multiply bfloat16 and numbers become float32. Codebooks
+(SqueezeLLM) have one table a row; q planes of a group are 2^q numbers, whatever their scales and offsets are, and where runs of
+outputs share scales they share tables, for as few as eight inputs. Numbers are rounded to bfloat16 once; other types of
+activations, where that would be seen, run on `cpu_lookup` and `plane_rows`. Codes have 1 to 4 bits; more planes are two halves
+side by side, whose inputs are handed over twice.
 
 Layout: `aerogel.pack.own_tables`. Shape legend: M tokens, N out features, K in features, G groups along K.
 """
@@ -22,7 +23,6 @@ from torch import Tensor
 from aerogel.errors import BadInput
 from aerogel.kernels.gemm.cpu_lookup import call_of
 from aerogel.kernels.gemm.cpu_operators import operator
-from aerogel.kernels.gemm.cpu_tables import FLOAT32_PATHS
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.pack import own_tables
@@ -34,11 +34,11 @@ from aerogel.quantize.tables import TableGrid
 class NativeOwn(Kernel):
     """Compiled CPU kernel for codes into tables of each row and group."""
 
-    about: ClassVar[str] = "compiled for the CPU's bfloat16 products: codebooks of each row, and bit planes"
+    about: ClassVar[str] = "compiled for the CPU, activations in bfloat16: codebooks of each row, and bit planes"
 
     @staticmethod
     def refuses(problem: Problem) -> str | None:
-        """Anything but such tables in bfloat16 on a CPU that multiplies it."""
+        """Anything but such tables with activations in bfloat16 on a CPU."""
         return (
             problem.needs_device("cpu")
             or problem.needs_numbers(PlaneGrid, TableGrid)
@@ -47,7 +47,7 @@ class NativeOwn(Kernel):
             or problem.needs_dtype(torch.bfloat16)
             or own_tables.refused(problem.grid, problem.K)
             or library.missing()
-            or (None if library.best("exact") in FLOAT32_PATHS else "needs a processor that multiplies bfloat16")
+            or _better_looked_up(problem.grid)
         )
 
     @staticmethod
@@ -74,6 +74,13 @@ def _refuses_table(grid: Grid) -> str | None:
     if isinstance(grid, TableGrid) and grid.bits > own_tables.MOST_BITS:
         return f"runs codebooks of at most {own_tables.MOST_BITS} bits, found {grid.bits}"
     return None
+
+
+def _better_looked_up(grid: Grid) -> str | None:
+    """Codebooks where integers of 15 bits take fewer instructions than floats."""
+    if isinstance(grid, PlaneGrid) or library.best("exact") in library.BFLOAT16_PATHS:
+        return None
+    return "codebooks are faster by lookups of bytes where no bfloat16 is multiplied"
 
 
 def tables_of(grid: Grid, K: int) -> tuple[int, int]:

@@ -39,7 +39,7 @@ PUBLIC int32_t aerogel_native_lookup_check(const aerogel::Lookup* weight);
 PUBLIC int32_t aerogel_native_lookup_decode(const aerogel::Lookup* weight, int64_t first, int64_t count, int32_t threads,
                                             void* to, int64_t bytes);
 
-// The same for weights whose rows have tables of their own, see own.h: activations in bfloat16, on paths that multiply it.
+// The same for weights whose rows have tables of their own, see own.h: activations in bfloat16.
 PUBLIC int32_t aerogel_native_own(const aerogel::OwnTables* weight, const aerogel::Call* call);
 PUBLIC int32_t aerogel_native_own_check(const aerogel::OwnTables* weight);
 

@@ -55,8 +55,8 @@ UNITS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Flags of each unit beyond the portable one, by architecture; those that take longest to compile first."""
 HELPFUL: dict[str, tuple[str, ...]] = {"avx512bf16": ("-fno-tree-coalesce-vars",)}
-"""Flags of a unit that a compiler need not know. GCC joins what a sum is before and behind a turn of a loop, finds no register for
-the whole, and copies sixteen sums twice in each turn; left alone, they stay where they are."""
+"""Flags of a unit that a compiler need not know. GCC joins what a sum is before and behind a turn of a loop, finds no register
+for the whole, and copies sixteen sums twice in each turn; left alone, they stay where they are."""
 
 
 class BuildError(Exception):

@@ -8,6 +8,14 @@
 namespace aerogel {
 namespace UNIT {
 
+// What a loop does with a register of codes. Where lookups are loops themselves it is a function: inlined everywhere it would take
+// minutes to compile.
+#if defined(__AVX2__) || defined(__aarch64__)
+#define LOOKUP_STEP static INLINE
+#else
+#define LOOKUP_STEP static __attribute__((noinline))
+#endif
+
 #if defined(__AVX512F__)
 using Raw = __m512i;
 #elif defined(__AVX2__)

@@ -29,12 +29,9 @@ struct LookupPlan {
 
 constexpr int kLookupTokens = 4;  // that a loop takes together
 
-// Where lookups are loops, a step is a function: inlined everywhere it would take minutes to compile.
 #if defined(__AVX2__) || defined(__aarch64__)
-#define STEP static INLINE
 constexpr bool kLookupLoops = true;  // a loop for each kind of group and for some tokens at a time
 #else
-#define STEP static __attribute__((noinline))
 constexpr bool kLookupLoops = false;
 #endif
 
@@ -44,7 +41,7 @@ struct Real {
     static constexpr int kPlanes = 4, kLongest = 8;
     // Adds the products of one step: sixteen columns of the rows of a part.
     template <int M>
-    STEP void step(const NativeU& codes, const NativeU (&table)[kPlanes], const float* const (&x)[M], NativeF (&sum)[M]) {
+    LOOKUP_STEP void step(const NativeU& codes, const NativeU (&table)[kPlanes], const float* const (&x)[M], NativeF (&sum)[M]) {
         const NativeU a = look_up(table[0], codes), b = look_up(table[1], codes);
         const NativeU c = look_up(table[2], codes), d = look_up(table[3], codes);
         unroll<2>([&](auto high) ALWAYS {
@@ -65,7 +62,7 @@ struct Fixed {
     using Element = int16_t;
     static constexpr int kPlanes = 2, kLongest = 2;  // 16383 * 16383 * 8 products of a lane fit in 32 bits
     template <int M>
-    STEP void step(const NativeU& codes, const NativeU (&table)[kPlanes], const int16_t* const (&x)[M], NativeI (&sum)[M]) {
+    LOOKUP_STEP void step(const NativeU& codes, const NativeU (&table)[kPlanes], const int16_t* const (&x)[M], NativeI (&sum)[M]) {
         const NativeU low = look_up(table[0], codes), high = look_up(table[1], codes);
         unroll<2>([&](auto half) ALWAYS {
             const NativeU w = in_turn<1, half>(low, high);

@@ -38,7 +38,7 @@ int32_t aerogel_native_own(const OwnTables* weight, const Call* call) {
     if (c.bias && c.bias_bytes != weight->rows * float_size(c.bias_type)) return kTruncatedActivations;
     if (off(c.x, 2) || off(c.y, 2) || (c.bias && off(c.bias, float_size(c.bias_type)))) return kMisaligned;
     const int32_t path = c.path < 0 ? best_path(kExact) : c.path;
-    if (path >= kPaths || !path_entry(path).able || !path_entry(path).own) return kNoSuchPath;
+    if (path >= kPaths || !path_entry(path).able || !path_entry(path).exact) return kNoSuchPath;
     Call bounded = c;
     bounded.threads = c.threads < 1 ? 1 : c.threads > kMostThreads ? kMostThreads : c.threads;
     return c.tokens == 0 ? kDone : path_entry(path).own(*weight, bounded);

@@ -18,6 +18,7 @@ namespace aerogel {
 #define DECLARE(NAME)                                  \
     Status exact_##NAME(const Weight&, const Call&);   \
     Status int8_##NAME(const Weight&, const Call&);    \
+    Status own_##NAME(const OwnTables&, const Call&);  \
     extern const Step step_##NAME;
 DECLARE(portable)
 DECLARE(avx2)
@@ -27,7 +28,6 @@ DECLARE(avx512bf16)
 DECLARE(amx)
 DECLARE(neon)
 #undef DECLARE
-Status own_avx512bf16(const OwnTables&, const Call&);
 Status prepare_avx512bf16(const Beside&, int threads, Adding& to);
 
 namespace {
@@ -53,7 +53,7 @@ bool may_use_tiles() {
 #endif
 
 bool fill() {
-    table[kPortable] = {exact_portable, int8_portable, true, step_portable, nullptr};
+    table[kPortable] = {exact_portable, int8_portable, true, step_portable, own_portable};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -63,13 +63,13 @@ bool fill() {
     const bool bfloat = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
     (void)avx512, (void)bfloat;
 #if defined(HAVE_AVX2)
-    table[kAvx2] = {exact_avx2, int8_avx2, avx2, step_avx2, nullptr};
+    table[kAvx2] = {exact_avx2, int8_avx2, avx2, step_avx2, own_avx2};
 #if defined(HAVE_AVXVNNI)
-    table[kAvxVnni] = {exact_avx2, int8_avxvnni, avx2 && __builtin_cpu_supports("avxvnni"), step_avx2, nullptr};
+    table[kAvxVnni] = {exact_avx2, int8_avxvnni, avx2 && __builtin_cpu_supports("avxvnni"), step_avx2, own_avx2};
 #endif
 #endif
 #if defined(HAVE_AVX512)
-    table[kAvx512] = {exact_avx512, int8_avx512, avx512, step_avx512, nullptr};
+    table[kAvx512] = {exact_avx512, int8_avx512, avx512, step_avx512, own_avx512};
 #if defined(HAVE_AVX512BF16)
     Step step = step_avx512;
     step.prepare = prepare_avx512bf16;
@@ -81,7 +81,7 @@ bool fill() {
 #endif
 #elif defined(__aarch64__) && defined(HAVE_NEON)
     const bool dot = (getauxval(AT_HWCAP) & (1ul << 20)) != 0;  // HWCAP_ASIMDDP
-    table[kNeon] = {exact_neon, int8_neon, dot, step_neon, nullptr};
+    table[kNeon] = {exact_neon, int8_neon, dot, step_neon, own_neon};
 #endif
     return true;
 }

@@ -31,7 +31,7 @@ struct PathEntry {
     Run exact, int8;
     bool able;  // this machine has the instructions
     Step step;
-    Status (*own)(const OwnTables&, const Call&);  // null where bfloat16 is not multiplied
+    Status (*own)(const OwnTables&, const Call&);
 };
 
 const PathEntry& path_entry(int32_t path);

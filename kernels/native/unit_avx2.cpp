@@ -4,6 +4,7 @@
 #include "beside.h"
 #include "gemm.h"
 #include "lookup_kernel.h"
+#include "own_rows.h"
 #include "paths.h"
 #include "prompt.h"
 
@@ -16,6 +17,7 @@ Status exact_avx2(const Weight& weight, const Call& call) {
     return run<Exact>(weight, call);
 }
 Status int8_avx2(const Weight& weight, const Call& call) { return avx2::run<avx2::Int8>(weight, call); }
+Status own_avx2(const OwnTables& weight, const Call& call) { return avx2::own_tables(weight, call); }
 extern const Step step_avx2;
 const Step step_avx2 = {
     avx2::attend, avx2::attend_prompt, avx2::norm, avx2::gate, avx2::add_beside, avx2::prepare, avx2::read_all,

@@ -4,6 +4,7 @@
 #include "beside.h"
 #include "gemm.h"
 #include "lookup_kernel.h"
+#include "own_rows.h"
 #include "paths.h"
 #include "prompt.h"
 
@@ -11,6 +12,7 @@ namespace aerogel {
 
 Status exact_avx512(const Weight& weight, const Call& call) { return avx512::run<avx512::Exact>(weight, call); }
 Status int8_avx512(const Weight& weight, const Call& call) { return avx512::run<avx512::Int8>(weight, call); }
+Status own_avx512(const OwnTables& weight, const Call& call) { return avx512::own_tables(weight, call); }
 extern const Step step_avx512;
 const Step step_avx512 = {
     avx512::attend, avx512::attend_prompt, avx512::norm, avx512::gate, avx512::add_beside, avx512::prepare, avx512::read_all,

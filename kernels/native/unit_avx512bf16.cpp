@@ -2,7 +2,7 @@
 #define UNIT avx512bf16
 #include "gemm.h"
 #include "outlier_tiles_kernel.h"
-#include "own_kernel.h"
+#include "own_rows.h"
 
 namespace aerogel {
 

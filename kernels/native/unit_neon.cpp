@@ -4,6 +4,7 @@
 #include "beside.h"
 #include "gemm.h"
 #include "lookup_kernel.h"
+#include "own_rows.h"
 #include "paths.h"
 #include "prompt.h"
 
@@ -11,6 +12,7 @@ namespace aerogel {
 
 Status exact_neon(const Weight& weight, const Call& call) { return neon::run<neon::Exact>(weight, call); }
 Status int8_neon(const Weight& weight, const Call& call) { return neon::run<neon::Int8>(weight, call); }
+Status own_neon(const OwnTables& weight, const Call& call) { return neon::own_tables(weight, call); }
 extern const Step step_neon;
 const Step step_neon = {
     neon::attend, neon::attend_prompt, neon::norm, neon::gate, neon::add_beside, neon::prepare, neon::read_all,

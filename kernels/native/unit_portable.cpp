@@ -4,6 +4,7 @@
 #include "beside.h"
 #include "gemm.h"
 #include "lookup_kernel.h"
+#include "own_rows.h"
 #include "paths.h"
 #include "prompt.h"
 
@@ -11,6 +12,7 @@ namespace aerogel {
 
 Status exact_portable(const Weight& weight, const Call& call) { return portable::run<portable::Exact>(weight, call); }
 Status int8_portable(const Weight& weight, const Call& call) { return portable::run<portable::Int8>(weight, call); }
+Status own_portable(const OwnTables& weight, const Call& call) { return portable::own_tables(weight, call); }
 extern const Step step_portable;
 const Step step_portable = {
     portable::attend, portable::attend_prompt, portable::norm, portable::gate, portable::add_beside, portable::prepare, portable::read_all,

@@ -1,4 +1,5 @@
-"""The CPU kernel for tables of each row: codebooks and bit planes against the definition in float64."""
+"""The CPU kernel for tables of each row on every path of this machine: codebooks and bit planes against the definition in
+float64."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ GRIDS = [*BOOKS, *SUMS, *BLOCKS, PlaneGrid(bits=2, group_size=128, power_of_two=
 HALVES: list[Any] = [PlaneGrid(bits=5, group_size=8, power_of_two=True, block_rows=128), PlaneGrid(bits=8, offset="float32")]
 HALVES += [PlaneGrid(bits=6, group_size=24, block_rows=4, offset="scale"), PlaneGrid(bits=7, group_size=32)]
 """Of more planes than are looked up at once."""
-PATHS = [path for path in ("avx512bf16", "amx") if library.missing() is None and path in library.paths()]
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 ROUNDED = 2.5e-3
 """Numbers in bfloat16; 4e-3 more where the result is rounded to it."""
 
@@ -39,9 +40,12 @@ def codes_on(grid: Grid, N: int, K: int) -> Codes:
     return quantized(grid, w_NK, grid.fit(w_NK, search="mse"))
 
 
-@pytest.mark.skipif(not PATHS, reason="no path of this machine multiplies bfloat16")
+@pytest.mark.parametrize("path", library.PATHS)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_against_float64(grid: Grid) -> None:
+def test_every_path_against_float64(path: str, grid: Grid) -> None:
+    if path not in library.paths():
+        pytest.skip(f"{path}: not built, or this machine has not its instructions")
+    number = library.PATHS.index(path)
     for N, K in ((1, 16), (7, 40), (37, 200), (66, 300)):
         codes = codes_on(grid, N, K)
         layout, dense = own_tables.tensors_of(codes), own_tables.numbers_of(codes).bfloat16().double()
@@ -54,16 +58,13 @@ def test_against_float64(grid: Grid) -> None:
             x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16()
             bias = torch.randn(N, generator=torch.Generator().manual_seed(N))
             product = x.double() @ rounded_NK.T
-            for path in PATHS:
-                number = library.PATHS.index(path)
-                found = linear(x, layout, bias, N, *tables, number, threads=1)
-                scale = (x.double().abs() @ rounded_NK.abs().T).norm() / K**0.5  # one output may cancel
-                error = (found.double() - (product + bias.double())).norm() / (scale + bias.double().norm() * M**0.5)
-                assert error < 4e-3, f"[{M}, {N}, {K}]: {error:.1e}"
-                assert torch.equal(found, linear(x, layout, bias, N, *tables, number, threads=3))
+            found = linear(x, layout, bias, N, *tables, number, threads=1)
+            scale = (x.double().abs() @ rounded_NK.abs().T).norm() / K**0.5  # one output may cancel
+            error = (found.double() - (product + bias.double())).norm() / (scale + bias.double().norm() * M**0.5)
+            assert error < 4e-3, f"[{M}, {N}, {K}]: {error:.1e}"
+            assert torch.equal(found, linear(x, layout, bias, N, *tables, number, threads=3))
 
 
-@pytest.mark.skipif(not PATHS, reason="no path of this machine multiplies bfloat16")
 @pytest.mark.parametrize("grid", HALVES, ids=str)
 def test_many_planes_are_two_halves(grid: PlaneGrid) -> None:
     for N, K in ((1, 16), (37, 200), (66, 300)):
@@ -88,24 +89,27 @@ def test_the_layout_inverts(grid: Grid) -> None:
         assert torch.equal(back.values_NK, codes.values_NK) and torch.equal(back.decode(), codes.decode())
 
 
-@pytest.mark.skipif(not PATHS, reason="no path of this machine multiplies bfloat16")
-def test_the_dispatcher_and_the_layer_use_it() -> None:
-    for grid in (KMeans(rounds=3), PlaneGrid(bits=3, group_size=32, offset="scale"), BLOCKS[2]):
-        codes = codes_on(grid, 50, 96)
-        layer = Linear.from_codes(codes, dtype=torch.bfloat16)
-        assert layer.kernel_name == "cpu-own-tables"
-        x = torch.randn(5, 96).bfloat16()
-        wanted = x.double() @ codes.decode().double().T
-        assert (layer(x).double() - wanted).norm() < 4e-3 * wanted.norm()
-        assert torch.equal(layer.dequantize(), codes.decode().bfloat16())
-        for changed in ({"dtype": torch.float32}, {"device": "cuda"}, {"activations": "int8"}):
-            fields: Any = {"format": "any", "grid": grid, "N": 50, "K": 96, "dtype": torch.bfloat16, **changed}
-            assert NativeOwn.refuses(Problem(**fields)) is not None
-        plain = Problem(format="any", grid=grid, N=50, K=96)
-        assert choose(plain)[0] == ("cpu-lookup" if isinstance(grid, KMeans) else "cpu-planes")
+@pytest.mark.parametrize("path", library.PATHS)
+def test_the_dispatcher_and_the_layer_use_it(path: str) -> None:
+    if path not in library.paths():
+        pytest.skip(f"{path}: not built, or this machine has not its instructions")
+    with library.only(path):
+        for grid in (KMeans(rounds=3), PlaneGrid(bits=3, group_size=32, offset="scale"), BLOCKS[2]):
+            codes = codes_on(grid, 50, 96)
+            layer = Linear.from_codes(codes, dtype=torch.bfloat16)
+            lookup = isinstance(grid, KMeans) and path not in library.BFLOAT16_PATHS
+            assert layer.kernel_name == ("cpu-lookup" if lookup else "cpu-own-tables")
+            x = torch.randn(5, 96).bfloat16()
+            wanted = x.double() @ codes.decode().double().T
+            assert (layer(x).double() - wanted).norm() < 4e-3 * wanted.norm()
+            assert torch.equal(layer.dequantize(), codes.decode().bfloat16())
+            for changed in ({"dtype": torch.float32}, {"device": "cuda"}, {"activations": "int8"}):
+                fields: Any = {"format": "any", "grid": grid, "N": 50, "K": 96, "dtype": torch.bfloat16, **changed}
+                assert NativeOwn.refuses(Problem(**fields)) is not None
+            plain = Problem(format="any", grid=grid, N=50, K=96)
+            assert choose(plain)[0] == ("cpu-lookup" if isinstance(grid, KMeans) else "cpu-planes")
 
 
-@pytest.mark.skipif(not PATHS, reason="no path of this machine multiplies bfloat16")
 def test_what_does_not_belong_together_is_refused() -> None:
     layout, x = own_tables.tensors_of(codes_on(PlaneGrid(bits=3, group_size=32), 40, 256)), torch.randn(2, 256).bfloat16()
 
@@ -129,7 +133,6 @@ def test_what_does_not_belong_together_is_refused() -> None:
         own_tables.tensors_of(codes_on(Nf4(), 8, 64))
 
 
-@pytest.mark.skipif(not PATHS, reason="no path of this machine multiplies bfloat16")
 def test_what_is_infinite_or_no_number_is_seen() -> None:
     layout = own_tables.tensors_of(codes_on(PlaneGrid(bits=3, group_size=32), 20, 128))
     for bad in (float("inf"), float("nan")):

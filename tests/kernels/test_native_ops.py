@@ -1,5 +1,5 @@
-"""The compiled small operations of a decode step against their definitions, on every instruction-set path of this machine: types,
-shared heads, windows, ragged sizes."""
+"""The compiled small operations of a decode step against their definitions, on every instruction-set path of this machine:
+types, shared heads, windows, ragged sizes."""
 
 from __future__ import annotations
 

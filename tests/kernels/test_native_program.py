@@ -90,10 +90,6 @@ def test_it_computes_what_the_function_computes(dtype: torch.dtype, tables: bool
     assert not torch.equal(results[0], results[1]), "results share memory"
 
 
-@pytest.mark.skipif(
-    library.missing() is not None or library.best("exact") not in library.BFLOAT16_PATHS,
-    reason="no path of this machine multiplies bfloat16",
-)
 @pytest.mark.parametrize("group", [8, 32])
 def test_weights_with_tables_of_their_own_are_operations(group: int) -> None:
     grid = PlaneGrid(bits=3, group_size=group, power_of_two=True, block_rows=16)
