@@ -3,30 +3,34 @@
     python benchmarks/gpu_gemm.py --out benchmarks/results/gpu_gemm.json            (all: about two minutes of an H100)
     python benchmarks/gpu_gemm.py --tokens 1 16 --bits 4 2 --shapes 4096x4096 --implementation few
 
-Measured per shape (the linears of Llama-3-8B and 70B, N out x K in features), width and number of tokens M:
+Measured per shape (the linears of Llama-3-8B and 70B, N out x K in features), width and number of tokens M. All contenders of
+a point take three turns, of which the median counts; from 256 tokens on, where the device's power is the limit, each turn
+comes after a pause and is short enough for the highest clock:
 
     us        our operator: median over replays of a CUDA graph that goes round over >= 200 MB of copies of the weight
-    dense     torch's bfloat16 matmul in the same way, in the same run; from 256 tokens on, where the device's power is the
-              limit, all contenders take three turns, each after a pause and short enough for the highest clock
+    dense     torch's bfloat16 matmul in the same way
+    floor     up to 16 tokens: a kernel that only reads as many bytes as codes and scales have, in the same way
     us_sustained, dense_sustained   with 4096 tokens: the same two when they run for a second, at the clock that their own power
               leaves them; what else is here is measured at the highest one
-    floor     a kernel that only reads as many bytes as codes and scales have, in the same way, in the same run
     peer      the best W4A16 kernel of nine measured on another H100 (figures below), times dense here / dense there, or of
               those that --peers measures beside ours in this run (`gpu_peers.py`), whichever is faster
 
 Groups of 128, symmetric, bfloat16 scales and activations. Rows say which implementation ran. The summary holds the geometric
-mean and the least of peer / us, the shares of the floor, and the gain of fewer bits over our own four.
+mean and the least of peer / us, the shares of the floor, and the gain of fewer bits over our own four. With `--compile`
+nothing is timed: every kernel, the peers' too, is brought into its cache on disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +45,14 @@ from aerogel.kernels.gemm.cuda_tune import random_weight, weight_copies
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
 if TYPE_CHECKING:
-    from gpu_peers import Calls
+    from gpu_peers import Calls, Contender
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 SHAPES = ("4096x4096", "6144x4096", "28672x4096", "4096x14336", "57344x8192", "8192x28672")
-ROUNDS, TURNS_TOKENS, PAUSE = 3, 256, 0.1
-"""How often contenders take turns, from how many tokens on (there a device grows hot and slow), and seconds between them."""
+ROUNDS, HOT_TOKENS, PAUSE = 3, 256, 0.1
+"""How often contenders take turns; from how many tokens on, where a device grows hot and slow, after a pause; its seconds."""
+FEW_TOKENS = 16
+"""Up to so many tokens the floor is measured, and fewer bits than four."""
 SUSTAINED_TOKENS, SECONDS = 4096, 1.0
 """From how many tokens on, and over how many seconds, sustained times are taken."""
 Row = dict[str, Any]
@@ -102,8 +108,8 @@ extern "C" __global__ void __launch_bounds__(512) read_only(const __grid_constan
 """
 
 
-def read_microseconds(nbytes: int) -> float:
-    """The floor: the best of a few grids of a kernel that reads `nbytes` and writes nothing."""
+def floor_calls(nbytes: int) -> list[Callable[[], object]]:
+    """The floor: of a few grids the fastest kernel that reads `nbytes` and writes nothing, for each of several copies."""
     import ctypes
 
     class Arguments(ctypes.Structure):
@@ -113,15 +119,13 @@ def read_microseconds(nbytes: int) -> float:
     function = Function(code, "read_only")
     count = nbytes // 16
     buffers = [torch.randint(0, 255, (count * 16,), dtype=torch.uint8, device="cuda") for _ in range(copies(nbytes))]
-    found = []
-    for blocks in (132, 264, 528):
-        launches = [
-            Launch(function, Arguments(buffer.data_ptr(), buffer.data_ptr(), count), grid=(blocks,), block=512)
-            for buffer in buffers
-        ]
-        calls = [lambda launch=launch: launch(torch.cuda.current_stream().cuda_stream) for launch in launches]
-        found.append(graph_microseconds(calls))
-    return min(found)
+
+    def call(buffer: Tensor, blocks: int) -> Callable[[], object]:
+        launch = Launch(function, Arguments(buffer.data_ptr(), buffer.data_ptr(), count), grid=(blocks,), block=512)
+        return lambda _keep=buffer: launch(torch.cuda.current_stream().cuda_stream)
+
+    grids = [[call(buffer, blocks) for buffer in buffers] for blocks in (132, 264, 528)]
+    return min(grids, key=graph_microseconds)
 
 
 def dense_calls(N: int, K: int) -> Calls:
@@ -156,6 +160,7 @@ def packed_rows(shape: str, bits: int, tokens: tuple[int, ...], implementation: 
     N, K = map(int, shape.split("x"))
     weights = weight_copies(random_weight(N, K, bits, 128, "cuda"))
     reference = dequantize(weights[0], torch.bfloat16)
+    reading = floor_calls(weights[0].nbytes)
     rows = []
     for M in tokens:
         x = torch.randn(M, K, device="cuda").bfloat16()
@@ -169,16 +174,31 @@ def packed_rows(shape: str, bits: int, tokens: tuple[int, ...], implementation: 
         error = ((y.float() - wanted).norm() / wanted.norm()).item()
         calls: dict[str, list[Callable[[], object]]] = {"us": [lambda run=run: run(x, None, y) for _, run in runners]}  # noqa: B023
         calls |= {other: at(M) for other, at in beside.items()}
-        if M >= TURNS_TOKENS:
-            times = in_turn(calls, rounds=ROUNDS, pause=PAUSE)
-        else:
-            times = {other: graph_microseconds(each) for other, each in calls.items()}
+        calls |= {"floor": reading} if M <= FEW_TOKENS else {}
+        times = in_turn(calls, rounds=ROUNDS, pause=PAUSE if M >= HOT_TOKENS else 0.0)
         if M >= SUSTAINED_TOKENS:
             times |= {f"{name}_sustained": sustained_microseconds(calls[name], seconds=SECONDS) for name in ("us", "dense")}
         config = getattr(run, "config", None)
         facts = {"by": name, "config": str(config or ""), "error": error, "bytes": weights[0].nbytes}
         rows.append({"shape": shape, "bits": bits, "M": M, **times, **facts})
     return rows
+
+
+def compile_all(asked: argparse.Namespace, peers: Iterable[Contender]) -> None:
+    """Every kernel that is asked for into its cache on disk: ours side by side, the peers' by running each once."""
+    from aerogel.kernels.gemm.cuda_dense import dequantize
+
+    for shape in asked.shapes:
+        N, K = map(int, shape.split("x"))
+        weights = [random_weight(N, K, bits, 128, "cuda") for bits in asked.bits]
+        with ThreadPoolExecutor(16, initializer=torch.cuda.set_device, initargs=(0,)) as pool:
+            list(pool.map(lambda pair: runner_of(*pair, asked.implementation), itertools.product(weights, asked.tokens)))
+            list(pool.map(lambda weight: dequantize(weight, torch.bfloat16), weights))
+        for contender in peers:
+            at = contender(N, K, tuple(asked.tokens))
+            for M in asked.tokens:
+                at(M)[0]()
+        torch.cuda.synchronize()
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -189,7 +209,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if ratios:
         found["peer_geometric_mean"] = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
         found["peer_least"] = min(ratios.items(), key=lambda item: item[1])
-    found["floor_share"] = {f"{s} M={M}": round(row["floor"] / row["us"], 3) for (s, M), row in four.items() if M <= 16}
+    found["floor_share"] = {f"{s} M={M}": round(row["floor"] / row["us"], 3) for (s, M), row in four.items() if "floor" in row}
     found["over_four_bits"] = {
         f"{row['bits']} bits {row['shape']} M={row['M']}": round(four[row["shape"], row["M"]]["us"] / row["us"], 3)
         for row in rows
@@ -213,10 +233,14 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2, 1])
     parser.add_argument("--implementation", default="auto")
     parser.add_argument("--peers", nargs="*", default=[], choices=sorted(PEERS))
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which no further shape is begun")
     asked = parser.parse_args()
     if "humming" in asked.peers:
         compile_humming(asked.shapes, tuple(asked.tokens))
+    if asked.compile:
+        compile_all(asked, [PEERS[name][1] for name in asked.peers])
+        return
     started, rows = time.perf_counter(), []
     for shape in asked.shapes:
         N, K = map(int, shape.split("x"))
@@ -229,13 +253,11 @@ def main() -> None:
             if time.perf_counter() - started > asked.limit:
                 print("time limit: ends before", shape, bits, flush=True)
                 break
-            tokens = tuple(M for M in asked.tokens if bits == 4 or M <= 16)
+            tokens = tuple(M for M in asked.tokens if bits == 4 or M <= FEW_TOKENS)
             beside = contenders if bits == 4 else {"dense": contenders["dense"]}
             found = packed_rows(shape, bits, tokens, asked.implementation, beside)
-            floor = read_microseconds(found[0]["bytes"]) if found else 0.0
             for row in found:
                 M = row["M"]
-                row |= {"floor": floor}
                 if bits == 4:
                     scaled = [there[M][1] * row["dense"] / there[M][0]] if M in there else []
                     peers = [*scaled, *(row[name] for name in asked.peers)]
@@ -243,7 +265,8 @@ def main() -> None:
                 peer = f" peer/ours {row['peer'] / row['us']:.2f}" if "peer" in row else ""
                 peer += "".join(f" {name} {row[name]:.1f}" for name in asked.peers if bits == 4)
                 peer += f" sustained {row['dense_sustained'] / row['us_sustained']:.2f}" if "us_sustained" in row else ""
-                print(f"{shape} W{bits} M={M:<5}{row['us']:8.2f} us {row['by']:6} floor {floor / row['us']:.0%}"
+                floor = f" floor {row['floor'] / row['us']:.1%}" if "floor" in row else ""
+                print(f"{shape} W{bits} M={M:<5}{row['us']:8.2f} us {row['by']:6}{floor}"
                       f" dense/ours {row['dense'] / row['us']:.2f}{peer} err {row['error']:.1e}", flush=True)  # fmt: skip
             rows += found
     facts = torch.cuda.get_device_properties(0)
