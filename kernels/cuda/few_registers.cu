@@ -8,24 +8,22 @@
 
 #include "few_tokens.cuh"
 
+// What lies beside one tile of each row tile: BYTES for each of 16 rows of the groups from `first` on, one run of a row tile's memory.
+template <int BYTES> INLINE void fetch_groups(const Arguments& p, u32 to, const u8* from, int first_tile, int first) {
+  constexpr int pieces = Side<1>::groups * BYTES;  // of 16 bytes, for a row tile
+  const int valid = STEADY ? pieces : min(Side<1>::groups, p.groups - first) * BYTES;
+  UNROLL for (int j = 0; j < (ROW_TILES * pieces + 31) / 32; j++) {
+    const int i = (threadIdx.x & 31) + 32 * j, r = i / pieces, piece = i % pieces;
+    const size_t place = (size_t)min(first_tile + r, p.row_tiles - 1) * p.groups * BYTES + piece;
+    if (r < ROW_TILES && piece < valid) copy_async(to + r * Side<1>::bytes + piece * 16, from + 16 * place + (size_t)first * (16 * BYTES), 16);
+  }
+}
 INLINE void fetch_side(const Arguments& p, u32 slot, int first_tile, int tile) {
-  constexpr int group_bytes = 16 * (SCALE_BYTES + ZERO_BYTES + PICK_BYTES), pieces = group_bytes / 16;
-  constexpr int per_tile = Side<1>::groups * pieces;
   if constexpr (GROUP == 0 && ZERO == 0 && TABLE != 3) return;
   const int first = group_of(tile, 0);
-  for (int i = threadIdx.x & 31; i < ROW_TILES * per_tile; i += 32) {
-    const int r = i / per_tile, group = i % per_tile / pieces, piece = i % pieces;
-    const size_t place = (size_t)min(first_tile + r, p.row_tiles - 1) * p.groups + first + group;
-    const u32 to = slot + r * Side<1>::bytes;
-    if (first + group >= p.groups) continue;
-    if (piece < SCALE_BYTES)
-      copy_async(to + (group * SCALE_BYTES + piece) * 16, p.scale + (place * SCALE_BYTES + piece) * 16, 16);
-    else if (piece < SCALE_BYTES + ZERO_BYTES)
-      copy_async(to + Side<1>::zeros + (group * ZERO_BYTES + piece - SCALE_BYTES) * 16,
-                 p.zero + (place * ZERO_BYTES + piece - SCALE_BYTES) * 16, 16);
-    else
-      copy_async(to + Side<1>::picks + group * 16, p.pick + place * 16, 16);
-  }
+  if constexpr (SCALE_BYTES) fetch_groups<SCALE_BYTES>(p, slot, p.scale, first_tile, first);
+  if constexpr (ZERO_BYTES) fetch_groups<ZERO_BYTES>(p, slot + Side<1>::zeros, p.zero, first_tile, first);
+  if constexpr (PICK_BYTES) fetch_groups<PICK_BYTES>(p, slot + Side<1>::picks, p.pick, first_tile, first);
 }
 
 struct Rows {  // where each row tile's codes begin, in this lane's eyes; rows beyond the last read the last

@@ -112,7 +112,7 @@ struct Tokens {
 constexpr int TOKEN_BYTES = 256 + 16;  // of one token; 16 more: the eight rows of a matrix then lie in different banks
 INLINE void fetch_tokens(const Arguments& p, u32 slot, int tile, int stride = TOKEN_BYTES) {
   const int lane = threadIdx.x & 31, first = lane >> 4, column = tile * 128 + (lane & 15) * 8;  // half a warp for each token
-  const int valid = min(max((p.x_columns - column) * 2, 0), 16);
+  const int valid = WHOLE ? 16 : min(max((p.x_columns - column) * 2, 0), 16);
   const u16* from = p.x + (size_t)first * p.x_stride + (valid ? column : 0);
   const u32 to = slot + first * stride + (lane & 15) * 16;
   UNROLL for (int i = 0; i < TOKEN_TILES * 4; i++, from += 2 * p.x_stride)
