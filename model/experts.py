@@ -166,19 +166,16 @@ def _stack(items: Sequence[Any], value: Tensor, transposed: bool, rule: WeightCo
     first = items[0].scheme
     if first is None or any(item.scheme != first for item in items):
         return "its matrices are not all packed alike"
-    if first.activations.endswith("-static"):
-        first = replace(first, activations="none")  # grouped kernels take inputs as they are, which loses nothing
-    if first.activations != "none":
-        return f"activations are rounded ({first.activations})"
-    if first.grid.shared_rows != 1:
-        return "scales are shared by several rows"
+    first = replace(first, activations="none")  # grouped kernels take inputs as they are, which loses nothing
     E, n, k = value.shape[0], value.shape[2 if transposed else 1], value.shape[1 if transposed else 2]
     if items[0].whole:
         return Stack(E, n, k, first, [[0]] * E)
     each, rest = divmod(len(items), E)
     if rest or each == 0 or n % each:
         return f"{len(items)} matrices do not make {E} experts of {n} rows"
-    rows = n // each
+    rows, shared = n // each, first.grid.shared_rows
+    if shared != 1 and each > 1 and (shared is None or rows % shared):
+        return f"scales are shared by {shared or 'all'} rows, and matrices of {rows} are joined"
     parts = _rows_after(items, rows, rule)
     if parts is None or len(parts) != E or any(len(one) != each for one in parts):
         return "transformers puts its rows together in another way than one after the other"

@@ -21,7 +21,7 @@ from aerogel.model.loading import load
 from aerogel.model.reader import CheckpointReader
 from aerogel.model.structure import build_on_meta
 from aerogel.pack.format import Format
-from aerogel.quantize.grids import Codes, IntGrid
+from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
 
 MOE = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe", "nemotron_h"]
 """Gated and not, with biases and shared experts, concatenated and interleaved, as lists of matrices and as stacks on disk."""
@@ -135,3 +135,32 @@ def test_a_decode_step_of_packed_experts_is_traced(tmp_path: Path) -> None:
         tokens[loop] = list(decoder.stream([IDS[0]], 6))
         assert decoder.facts()["loop"] == ("fused" if loop == "auto" else "plain"), decoder.facts()
     assert tokens["auto"] == tokens["plain"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "activations"),
+    [(IntGrid(bits=8), "int8"), (Fp8Grid(), "fp8"), (Fp8Grid(strategy="block"), "none"), (Fp8Grid(strategy="block"), "fp8")],
+    ids=str,
+)
+def test_experts_whose_inputs_are_rounded_and_whose_scales_are_shared_stay_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: Any, activations: str
+) -> None:
+    """Decoded they would not round their inputs either, and take twice the memory."""
+    monkeypatch.setitem(zoo.ZOO, "qwen3_moe", {**zoo.ZOO["qwen3_moe"], "moe_intermediate_size": 256})
+    made = make(tmp_path, "qwen3_moe", dtype=torch.bfloat16, grid_of=lambda m: grid, activations=activations)
+    model = load(made.packed)
+    assert len(stacks(model)) == 4 and not [p for p, value in model.named_parameters() if value.ndim == 3]
+    dense = reference(made)
+    for name, module in stacks(model).items():
+        assert torch.equal(module.dequantize(torch.bfloat16), dense.get_parameter(name)), name
+        x, expert = torch.randn(3, module.in_features).bfloat16(), torch.tensor([0, 3, 1])
+        wanted = torch.einsum("nk,nok->no", x.float(), module.dequantize(torch.float32)[expert])
+        routes = module.routes(expert)
+        close(module(module.spread(x, routes), expert, routes).float(), wanted, 2e-2)
+
+
+def test_blocks_that_two_matrices_would_share_are_decoded_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = make(tmp_path, "qwen3_moe", grid_of=lambda m: Fp8Grid(strategy="block"))  # of 16 rows each
+    with caplog.at_level(logging.WARNING):
+        model = load(made.packed)
+    assert "shared by 128 rows, and matrices of 16 are joined" in caplog.text and not stacks(model)
