@@ -68,3 +68,28 @@ def test_a_shipped_recipe_makes_a_model_that_runs(name: str, dense: Path, tmp_pa
         assert not by & {"torch-chunked", "reference"}, "what ships has a kernel"
     steps = list(Decoder(model).stream([IDS[0]], 3))
     assert steps == list(Decoder(load(out, dtype=torch.float32, merge=True)).stream([IDS[0]], 3))
+
+
+ON_GPU = {
+    "w4-nf4": "cuda", "w4-mxfp4": "cuda", "w4-nvfp4": "cuda", "w3-bitmod": "cuda", "w4-kmeans": "cuda", "w6-float": "cuda",
+    "w3-bcq": "cuda-planes", "w1-binary": "cuda-plane", "w8a8": "cuda-int8", "w8-fp8-block": "cuda", "w4-outliers": "cuda",
+    "w4-mixllm": "cuda",
+}  # fmt: skip
+"""A recipe of each kind of numbers, and the kernel that runs it."""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", sorted(ON_GPU))
+def test_what_a_recipe_makes_is_the_same_model_on_a_gpu(name: str, dense: Path, tmp_path: Path) -> None:
+    """Loaded, merged, read and decoded: kernels have tests of their own, which never meet a model."""
+    compress(dense, small(name, tmp_path), tmp_path / "out")
+    model = load(tmp_path / "out", device="cuda", dtype=torch.bfloat16, merge=True)
+    assert {module.kernel_name for module in model.modules() if isinstance(module, Linear)} == {ON_GPU[name]}
+    with torch.no_grad():
+        found = model(IDS.cuda()).logits.float().cpu()
+    assert error(found, logits(load(tmp_path / "out", dtype=torch.float32))) <= 0.04
+    decoder = Decoder(model)
+    tokens = [step[0] for step in decoder.stream([IDS[0]], 5)]
+    assert decoder.way == "fused", decoder.reasons
+    assert len(tokens) == 5 and tokens[0] == int(found[0, -1].argmax())
