@@ -49,6 +49,7 @@ INT4 = {"bits": 4, "group_size": 64}
 INT3 = {"bits": 3, "group_size": 72, "symmetric": False}
 PLAIN = {"gptaq": False, "gptaq_experts": "error"}
 OUTLIERS = {"outliers": "sensitivity", "outlier_share": 0.005}
+SPARSE = {"format": "kmeans", "clip": "fisher", "outliers": "sensitivity", "outlier_share": 0.0045}
 FORMATS: dict[str, dict[str, Any]] = {
     "int4 symmetric g64": INT4,
     "nf4 g64": {"format": "nf4", "group_size": 64},
@@ -104,6 +105,16 @@ FORMATS: dict[str, dict[str, Any]] = {
     "nested4 g64": {"method": "nested", "bits": 4, "group_size": 64},
     "planes3 g128": {"format": "planes", "bits": 3, "group_size": 128, "offset": "scale"},
     "shift3 8x128": {"format": "planes", "bits": 3, "group_size": 8, "block_rows": 128, "power_of_two": True},
+    "int8 per channel, rtn": {"method": "rtn", "bits": 8},
+    "complex, rtn": {"method": "rtn", "format": "complex"},
+    "int4 per channel, rtn, 1 % outliers": {"method": "rtn", "bits": 4, "outliers": "sigma", "outlier_share": 0.01},
+    "kmeans4 per row, fisher, rtn, 0.45 % outliers": {
+        "method": "rtn",
+        "format": "kmeans",
+        "bits": 4,
+        "clip": "fisher",
+        **SPARSE,
+    },
 }
 """Name -> keys of the quantize stage. Group sizes put neighbours in the list at the same bits per weight (4.25, 3.25)."""
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import zoo
+from tests.model.test_loading import REPOSITORY
 from tests.model.tiny import IDS, error, ids_file, logits, recipe
 from transformers import AutoModelForCausalLM
 
@@ -159,3 +163,38 @@ def test_experts_with_rows_of_more_bits_stay_packed(kind: str, tmp_path: Path) -
     model.generation_config.eos_token_id = None
     expected = model.generate(IDS[:1], max_new_tokens=8, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :].tolist()
     assert [token for (token,) in Decoder(model, "auto").stream([IDS[0]], 8)] == expected
+
+
+FRESH = """
+import hashlib, sys
+from pathlib import Path
+import torch, aerogel
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    model, seen = aerogel.load(folder), hashlib.sha256()
+    for name, module in sorted(model.named_modules()):
+        if hasattr(module, "dequantize") and hasattr(module, "scheme"):
+            seen.update(module.dequantize(torch.float32).numpy().tobytes())
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        seen.update(model(ids).logits.numpy().tobytes())
+    print(folder.name, seen.hexdigest())
+"""
+"""What all packed weights decode to, and the logits of a few tokens, of each checkpoint in a folder."""
+
+
+def test_a_fresh_process_decodes_what_stands_beside_the_codes_to_the_same_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, made = zoo.save("llama", tmp_path / "dense"), tmp_path / "made"
+    static = {"method": "rtn", "bits": 8, "group_size": None, "activations": "int8-static"}
+    stages = {**COLUMNS, "outliers": stage(outliers="sensitivity")["quantize"], "static": static}
+    for name, options in stages.items():
+        compress(dense, recipe(ids_file(tmp_path), {"quantize": options}), made / name.replace(" ", "-"))
+    compress(dense, recipe(None, pack={"entropy": True}), made / "entropy")
+    monkeypatch.setattr(sys, "argv", ["-c", str(made)])
+    exec(FRESH, {})
+    here = capsys.readouterr().out
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", FRESH, made], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == here and len(here.splitlines()) == len(stages) + 1

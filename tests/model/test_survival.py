@@ -44,10 +44,8 @@ CASES: dict[str, list[Any]] = {
     + [IntGrid(bits=4, scale_dtype=torch.float16), IntGrid(bits=3, group_size=7, symmetric=False, scale_dtype=torch.bfloat16)],
     "fp8": [Fp8Grid(strategy=strategy) for strategy in ("channel", "block", "tensor")],  # type: ignore[arg-type]
     "float": [
-        Float(kind="e2m0", group_size=32),
-        Float(kind="e2m1", group_size=32),
-        Float(kind="e3m2"),
-        Float(kind="e5m2"),
+        *(Float(kind=kind, group_size=32) for kind in ("e2m0", "e1m1", "e2m1", "e3m0", "e2m2", "e3m1")),  # type: ignore[arg-type]
+        *(Float(kind=kind) for kind in ("e3m2", "e2m3", "e5m2")),  # type: ignore[arg-type]
         Float(kind="e4m3", group_size=128, block=True),
     ],
     "nf4": [Nf4(), Nf4(scale_dtype=torch.float8_e4m3fn)],
@@ -64,6 +62,7 @@ CASES: dict[str, list[Any]] = {
         PlaneGrid(bits=3, group_size=32, offset="scale"),
         PlaneGrid(bits=2, group_size=32, power_of_two=True),
         PlaneGrid(bits=3, group_size=32, block_rows=8),
+        PlaneGrid(bits=4, group_size=32, offset="float32"),
     ],
 }
 ALL = [(name, grid) for name, grids in CASES.items() for grid in grids]
@@ -122,6 +121,12 @@ def stored(name: str, grid: Any, weight: str) -> tuple[Tensor, dict[str, Tensor]
 
 def test_no_format_is_left_out() -> None:
     assert CASES.keys() == GRIDS.keys()
+
+
+def test_what_may_be_refused_is_refused() -> None:
+    """By one grid of the format at least: a refusal that is gone would still be allowed."""
+    found = {(name, weight) for name, grid in ALL for weight in weights() if stored(name, grid, weight) is None}
+    assert found == set(REFUSED)
 
 
 @pytest.mark.parametrize("weight", weights())
