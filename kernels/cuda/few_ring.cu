@@ -32,7 +32,8 @@ constexpr int PRODUCER_THREADS = TRADE ? 128 : 32, ALL_WARPS = WARPS + PRODUCER_
 // This block's part of the work: its k tiles (a cluster's blocks share K), its row blocks.
 struct Share {
   int first_tile, end_tile, stages, row_blocks, row_step, row_start;
-  int readers;  // blocks that must have read a stage before it is filled again
+  int readers;   // blocks that must have read a stage before it is filled again
+  int rotation;  // the stage that comes first
 };
 INLINE Share share_of(const Arguments& p) {
   Share s;
@@ -50,7 +51,15 @@ INLINE Share share_of(const Arguments& p) {
   // As many as the cluster's first block: those that share x take turns together, if need be without rows.
   s.row_blocks = (all_blocks - s.row_start / X_SHARE * X_SHARE + s.row_step - 1) / s.row_step;
   s.readers = X_IN_STAGE || s.stages > p.stages ? X_SHARE : 1;
+  s.rotation = OUTLIERS || s.stages == 0 ? 0 : s.row_start / X_SHARE % s.stages;  // outliers wait for x in its order
   return s;
+}
+
+// Blocks go round along K from different stages on: else all would want the same lines of x at once, each of which one slice of the L2
+// cache has to give to all of them.
+INLINE int stage_of(const Share& share, int turn) {
+  const int stage = turn + share.rotation;
+  return stage < share.stages ? stage : stage - share.stages;
 }
 
 // Where things lie in shared memory.
@@ -106,7 +115,7 @@ INLINE bool with_x(int block) { return X_IN_STAGE || (X_RESIDENT && block == 0);
 
 // The weights of one turn into the stage in `slot` of the ring, whose barrier learns what to expect, tokens included.
 INLINE void fetch_turn(const Arguments& p, const Share& share, const Room& room, int block, int stage, int slot) {
-  const int tile = share.first_tile + stage * K_WARPS, tiles = min(K_WARPS, share.end_tile - tile);
+  const int tile = share.first_tile + stage_of(share, stage) * K_WARPS, tiles = min(K_WARPS, share.end_tile - tile);
   fetch_weights(p, shared_address(room.ring) + slot * STAGE_BYTES, room.full + 8 * slot,
                 share.row_start + block * share.row_step, tile, tiles, with_x(block) ? p.M * tiles * 256 : 0);
 }
@@ -122,7 +131,7 @@ struct Slot {
 
 // One token's columns for one stage: to where they stay, or into the stage in `slot` of the ring.
 INLINE void fetch_stage_token(const Arguments& p, const Share& share, const Room& room, int stage, int slot, int token) {
-  const int first = stage * K_WARPS;
+  const int first = stage_of(share, stage) * K_WARPS;
   const u32 bytes = min(K_WARPS, share.end_tile - share.first_tile - first) * 256, full = room.full + 8 * slot;
   const u32 to = X_RESIDENT ? room.x + token * room.x_stride + first * 256
                             : shared_address(room.ring) + slot * STAGE_BYTES + WEIGHT_BYTES + token * STAGE_TOKEN_BYTES;
@@ -206,7 +215,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
   const int total = share.row_blocks * share.stages;
   const float factor = factor_of(p);
   const u32 own = room.x + warp * 2 * p.M * TOKEN_BYTES, tables = shared_address(room.tables);
-  int fetched = 0, next_tile = share.first_tile + slice;
+  int fetched = 0, next_tile = share.first_tile + stage_of(share, 0) * K_WARPS + slice;
   auto fetch_own = [&] {  // this warp's columns of x for the next turn: round and round along K
     if (fetched < total && next_tile < share.end_tile) fetch_tokens(p, own + (fetched & 1) * p.M * TOKEN_BYTES, next_tile);
     copies_commit();
@@ -225,7 +234,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
     if (block == 0) ask_for_next_tables(p, share, room, 1);
     if constexpr (KEPT) kept.copy(first_row_tile + row_warp * ROW_TILES), copies_commit();
     for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {
-      const int tile = share.first_tile + stage * K_WARPS + slice;
+      const int tile = share.first_tile + stage_of(share, stage) * K_WARPS + slice;
       const u8* place = room.ring + slot.index * STAGE_BYTES;
       if (X_BY_WARPS) copies_wait<1>(), __syncwarp();
       mbarrier_wait(room.full + 8 * slot.index, slot.round);
