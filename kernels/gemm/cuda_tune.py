@@ -37,6 +37,9 @@ TOLERANCE = 1e-2
 """Relative Frobenius error against the product in float32; the outputs' own rounding to 16 bits is up to 2e-3."""
 SPILLED_BYTES = 64
 """A few registers spilled outside the loop cost nothing that can be measured; more are a sign of a cut that is too large."""
+LEAST_FILL = 0.8
+"""Of the best cut's share of the device in work. Others may win: while the last blocks end, those of the next launch fill their
+rings where a block has ended before, and memory does not rest."""
 FLOATS_OF_8 = {"e4m3": 3, "block": 3, "mxfp8": 3, "e5m2": 2}
 """Bits of mantissa."""
 _WARPS = ((1, 4), (1, 5), (1, 6), (1, 7), (1, 8), (1, 12), (1, 15), (1, 16), (2, 4), (2, 7), (2, 8))
@@ -150,13 +153,13 @@ def weight_copies(weight: TileWeight) -> list[TileWeight]:
 
 
 def candidates(weight: TileWeight, M: int, capability: tuple[int, int], multiprocessors: int) -> list[Config]:
-    """Configurations worth a measurement: they fit, keep enough warps busy, and fill the device's last wave.
+    """Configurations worth a measurement: they fit, keep enough warps busy, and leave little of the device's last wave empty.
 
     Of the depths of a ring two are kept: the deepest that leaves room for the next kernel's blocks, and the deepest of all.
     """
     found = [config for config in _cuts(weight, M) if fits(weight, config, M, capability, multiprocessors)]
     best = max((_fill(weight, config, multiprocessors) for config in found), default=0.0)
-    full = [config for config in found if _fill(weight, config, multiprocessors) >= 0.93 * best]
+    full = [config for config in found if _fill(weight, config, multiprocessors) >= LEAST_FILL * best]
     deepest: dict[tuple[Config, bool], Config] = {}
     for config in full:
         grid = grid_of(weight, config, multiprocessors)
@@ -169,8 +172,8 @@ def candidates(weight: TileWeight, M: int, capability: tuple[int, int], multipro
 
 
 def shortlist(weight: TileWeight, M: int, capability: tuple[int, int], multiprocessors: int, name: str) -> list[Config]:
-    """Of `candidates` those whose cut has won for some weight and as many tokens on the device `name`, a dozen; all of them
-    where none has."""
+    """Of `candidates` those whose cut has won for some weight and as many tokens on the device `name`, up to thirty; all
+    of them where none has."""
     few = M <= cuda_table.FEWEST
     won = {
         replace(Config(**entry["config"]), stages=0)
@@ -205,7 +208,7 @@ def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
             placed.append(replace(plain, x_in_stage=True))
         alone = [(1, 1)] if M > 4 else [(1, 1), (1, 2)]
         seated = [*alone, (2, 1)] if cluster == share == 1 and row_warps * k_warps <= 8 else alone
-        for config, (blocks, seats), stages in itertools.product(placed, seated, (2, 3, 4, 5, 6, 8, 12)):
+        for config, (blocks, seats), stages in itertools.product(placed, seated, range(2, 13)):
             yield replace(config, stages=stages, blocks=blocks, seats=seats)
 
 
