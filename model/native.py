@@ -28,7 +28,7 @@ from aerogel.pack.format import take
 from aerogel.pack.scheme import Scheme
 from aerogel.pack.source import Columns, Source
 
-VERSION = 2
+VERSION = 3
 """Of the layouts and of the words in config.json."""
 ALIGNMENT = 64
 """Bytes: a vector of the widest CPU, and a cache line."""

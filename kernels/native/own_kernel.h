@@ -16,10 +16,13 @@
 namespace aerogel {
 namespace UNIT {
 
+// Tokens of a block, whose sums stay in registers beside the decoding, and bytes of an activation.
 #if defined(__AVX512BF16__)
-constexpr int kOwnTokens = 16, kOwnElement = 2;  // of a block: their sums stay in registers beside the decoding; bytes of an activation
-#else
+constexpr int kOwnTokens = 16, kOwnElement = 2;
+#elif defined(__AVX2__) || defined(__aarch64__)
 constexpr int kOwnTokens = 4, kOwnElement = 4;
+#else
+constexpr int kOwnTokens = 1, kOwnElement = 4;  // a loop would take seconds to compile for a machine that hardly anyone has
 #endif
 constexpr int kOwnTogether = kNative == 16 ? 4 : 1;  // strips that a few tokens meet together
 constexpr int kOwnEight = 8 * kOwnElement, kOwnStep = 2 * kOwnEight;

@@ -59,7 +59,12 @@ void own_rows(const OwnPlan& plan, int64_t first, int64_t stop, int64_t token) {
 }
 
 // Rows of the block that begins with a token: the smallest size that holds all tokens left.
-inline int own_block_rows(int64_t left) { return left == 1 ? 1 : left <= 4 || kOwnTokens == 4 ? 4 : left <= 8 ? 8 : kOwnTokens; }
+inline int own_block_rows(int64_t left) {
+    for (int rows : {1, 4, 8}) {
+        if (left <= rows && rows <= kOwnTokens) return rows;
+    }
+    return kOwnTokens;
+}
 
 // One token among those of its block, zeros beyond the last column. As floats the even ones of eight come before the odd ones.
 inline void own_place(const OwnPlan& plan, int64_t token) {
@@ -101,7 +106,9 @@ template <int BITS, bool SHARED>
 OwnRows own_rows_for(int block_rows) {
     switch (block_rows) {
         case 1: return own_rows<BITS, SHARED, 1>;
+#if defined(__AVX2__) || defined(__aarch64__)
         case 4: return own_rows<BITS, SHARED, 4>;
+#endif
 #if defined(__AVX512BF16__)
         case 8: return own_rows<BITS, SHARED, 8>;
         case 16: return own_rows<BITS, SHARED, 16>;

@@ -14,11 +14,14 @@ uint64_t state = 1;
 uint32_t random_bits() { return static_cast<uint32_t>((state = state * 6364136223846793005ull + 1442695040888963407ull) >> 33); }
 float uniform() { return static_cast<float>(random_bits() % 20001) / 10000.0f - 1.0f; }
 
+// Where memory behind `from` begins that is aligned as codes must be.
+uint8_t* aligned(std::vector<uint8_t>& from) { return from.data() + (kVector - reinterpret_cast<uintptr_t>(from.data()) % kVector) % kVector; }
+
 // The layout of layout.h, one code at a time.
 std::vector<uint8_t> packed(const std::vector<int>& u, int64_t N, int64_t K, int bits, int64_t group, const Columns& columns) {
     const int64_t strips = ceil_div(N, kStrip), tiles = ceil_div(columns.count, kTile);
     std::vector<uint8_t> memory(static_cast<size_t>(strips * tiles * kVector * bits) + kVector);
-    uint8_t* codes = memory.data() + (kVector - reinterpret_cast<uintptr_t>(memory.data()) % kVector) % kVector;
+    uint8_t* codes = aligned(memory);
     for (int64_t n = 0; n < N; ++n) {
         for (int64_t column = 0; column < K; ++column) {
             const int64_t k = columns.groups > 1 ? column / group * columns.group + column % group : column;
@@ -50,7 +53,7 @@ double error_of(int path, int numerics, int bits, int64_t N, int64_t K, int64_t 
     for (float& each : scale) each = uniform() + 1.5f;
     for (float& each : x) each = uniform();
     for (int8_t& each : zero) each = static_cast<int8_t>(static_cast<int>(random_bits() % (1u << bits)) - (1 << (bits - 1)));
-    uint8_t* at = codes.data() + (kVector - reinterpret_cast<uintptr_t>(codes.data()) % kVector) % kVector;
+    uint8_t* at = aligned(codes);
     std::vector<float> table(static_cast<size_t>(kind) << bits);
     std::vector<uint8_t> pick(scale.size());
     for (float& each : table) each = static_cast<float>(static_cast<int>(random_bits() % 255) - 127);
@@ -84,6 +87,75 @@ double error_of(int path, int numerics, int bits, int64_t N, int64_t K, int64_t 
     return std::sqrt(wrong / all);
 }
 
+uint16_t bfloat(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+float number(uint16_t bits) {
+    const uint32_t wide = uint32_t{bits} << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+// Tables of each row and group (own.h), or where `shared` is not 0 of each run of rows and eight columns.
+double own_error_of(int path, int bits, int64_t N, int64_t K, int64_t group, int64_t shared, int64_t M) {
+    OwnTables weight{};
+    weight.rows = N, weight.columns = K, weight.group = group, weight.shared = shared, weight.bits = bits;
+    const int64_t strips = ceil_div(N, kLookupStrip), tiles = ceil_div(K, kLookupTile), groups = own_table_groups(weight);
+    const int64_t runs = shared ? ceil_div(N, shared) : strips, size = bits <= 3 ? 8 : 16;
+    std::vector<uint8_t> codes(static_cast<size_t>(strips * tiles * kVector * bits) + kVector);
+    std::vector<uint8_t> table(static_cast<size_t>(runs * groups * (shared ? shared_table_bytes(bits) : own_table_bytes(bits))));
+    for (size_t i = 0; i < table.size(); ++i) table[i] = random_bits() & 0xbf;  // finite as high bytes, too: codes behind the last column are 0
+    std::vector<uint16_t> x(static_cast<size_t>(M * K)), y(static_cast<size_t>(M * N));
+    for (uint16_t& each : x) each = bfloat(uniform());
+    std::vector<float> dense(static_cast<size_t>(N * K));
+    uint8_t* to = aligned(codes);
+    for (int64_t n = 0; n < N; ++n) {
+        for (int64_t k = 0; k < K; ++k) {
+            const int code = static_cast<int>(random_bits() % (1u << bits)), step = static_cast<int>(k % kLookupTile / kLookupStep);
+            uint8_t* tile = to + ((n / kLookupStrip) * tiles + k / kLookupTile) * kVector * bits;
+            int value = 0;
+            for (int width : {4, 2, 1}) {
+                if (!(bits & width)) continue;
+                const int per = 8 / width, part = code >> value & ((1 << width) - 1);
+                tile[kVector * (step / per) + 16 * (n % kLookupStrip) + k % kLookupStep] |= static_cast<uint8_t>(part << (width * (step % per)));
+                tile += kVector * width, value += width;
+            }
+            // Where the low byte of its number lies, and how far behind it the high one.
+            int64_t low, high;
+            if (shared) {
+                low = ((n / shared) * groups + k / kLookupStep) * shared_table_bytes(bits) + (k % kLookupStep / 8) * size + code, high = 2 * size;
+            } else {
+                low = ((n / kLookupStrip) * groups + (group ? k / group : 0)) * own_table_bytes(bits) + 16 * (n % kLookupStrip) + code;
+                high = bits <= 3 ? 8 : 16 * kLookupStrip;
+            }
+            // Exponents of random bytes would reach from nothing to infinity.
+            uint8_t& upper = table[static_cast<size_t>(low + high)];
+            upper = static_cast<uint8_t>((upper & 0x80) | 0x3f);
+            dense[static_cast<size_t>(n * K + k)] = number(static_cast<uint16_t>(table[static_cast<size_t>(low)] | upper << 8));
+        }
+    }
+    weight.codes = to, weight.codes_bytes = static_cast<int64_t>(codes.size()) - kVector;
+    weight.table = table.data(), weight.table_bytes = static_cast<int64_t>(table.size());
+    Call call{x.data(), nullptr, y.data(), M * K * 2, M * N * 2, 0, M, kBfloat16, 0, kExact, path, 1, nullptr};
+    if (aerogel_native_own(&weight, &call) != kDone) return INFINITY;
+    std::vector<uint16_t> again(y.size());
+    call.y = again.data(), call.threads = 3;
+    if (aerogel_native_own(&weight, &call) != kDone || memcmp(again.data(), y.data(), y.size() * 2) != 0) return INFINITY;
+    double wrong = 0, all = 0;
+    for (int64_t m = 0; m < M; ++m) {
+        for (int64_t n = 0; n < N; ++n) {
+            double sum = 0;
+            for (int64_t k = 0; k < K; ++k) sum += static_cast<double>(dense[static_cast<size_t>(n * K + k)]) * number(x[static_cast<size_t>(m * K + k)]);
+            const double found = number(y[static_cast<size_t>(m * N + n)]);
+            wrong += (found - sum) * (found - sum), all += sum * sum;
+        }
+    }
+    return std::sqrt(wrong / all);
+}
+
 }  // namespace
 
 int main() {
@@ -104,6 +176,20 @@ int main() {
                                         static_cast<int>(M), static_cast<int>(group), kind, error);
                         }
                     }
+                }
+            }
+        }
+    }
+    for (int path = 0; path < 7; ++path) {
+        if (!(aerogel_native_able() >> path & 1)) continue;
+        for (int bits = 1; bits <= 4; ++bits) {
+            for (int64_t M : {1, 3, 9, 17}) {
+                for (int64_t kind : {0, 1, 2}) {
+                    const double error = own_error_of(path, bits, 37, 200, kind == 1 ? 32 : 0, kind == 2 ? 8 : 0, M);
+                    ++ran;
+                    if (error <= 4e-3) continue;
+                    ++failed;
+                    std::printf("path %d own tables of %d bits M %d kind %d: %g\n", path, bits, static_cast<int>(M), static_cast<int>(kind), error);
                 }
             }
         }
