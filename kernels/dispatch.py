@@ -17,6 +17,7 @@ GEMM: dict[str, str] = {
     "cuda": "aerogel.kernels.gemm.cuda:Cuda",
     "cuda-int8": "aerogel.kernels.gemm.cuda_int8:CudaInt8",
     "cuda-fp8": "aerogel.kernels.gemm.cuda_fp8:CudaFp8",
+    "cuda-rounded": "aerogel.kernels.gemm.cuda_rounded:CudaRounded",
     "cuda-groups": "aerogel.kernels.gemm.cuda_groups:CudaGroups",
     "cuda-plane": "aerogel.kernels.gemm.cuda_plane:CudaPlane",
     "cuda-planes": "aerogel.kernels.gemm.cuda_planes:CudaPlanes",

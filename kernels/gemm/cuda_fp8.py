@@ -65,7 +65,7 @@ class CudaFp8(Kernel):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but e4m3 per channel or tensor with fp8 activations in bfloat16; sizes that the matmul cannot take."""
-        blocks = "runs e4m3 weights with a scale per output or tensor; blocks are decoded"
+        blocks = "runs e4m3 weights with a scale per output or tensor, not for each block"
         return (
             problem.needs_device("cuda")
             or problem.needs_activations("fp8", "fp8-static")
