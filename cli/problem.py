@@ -13,15 +13,15 @@ from aerogel.lazy import load, nearest
 if TYPE_CHECKING:
     from aerogel.kernels.problem import Problem
 
-EXAMPLE = "N=4096,K=4096,M=1,bits=4,group_size=128,symmetric=true,dtype=bfloat16,device=cuda,activations=none"
+EXAMPLE = "N=4096,K=4096,M=1,bits=4,group_size=128,symmetric=true,dtype=bfloat16,device=cuda,activations=none,outliers=false"
 """For integers, every key. N and K must be given; the others have the values of a usual 4-bit layer on the CPU."""
 
-DEFAULTS = {"N": "", "K": "", "M": "any", "dtype": "bfloat16", "device": "cpu"}
+DEFAULTS = {"N": "", "K": "", "M": "any", "dtype": "bfloat16", "device": "cpu", "outliers": "false"}
 INTEGERS = {"bits": "4", "group_size": "128"}
 """What integers are unless said; other formats have values of their own."""
 NUMBERS = ("format", "activations")
 """Keys of every stage that say what its numbers are."""
-DTYPES = ("bfloat16", "float16", "float32")
+CHOICES = {"dtype": ("bfloat16", "float16", "float32"), "outliers": ("true", "false")}
 
 
 def parse(text: str) -> Problem:
@@ -33,8 +33,9 @@ def parse(text: str) -> Problem:
 
     pairs = _pairs(text)
     given = {**DEFAULTS, **{key: value for key, value in pairs.items() if key in DEFAULTS}}
-    if given["dtype"] not in DTYPES:
-        raise BadInput(f"--problem dtype={given['dtype']}: write one of {', '.join(DTYPES)}")
+    for key, known in CHOICES.items():
+        if given[key] not in known:
+            raise BadInput(f"--problem {key}={given[key]}: write one of {', '.join(known)}")
     spec = _stage({key: value for key, value in pairs.items() if key not in DEFAULTS})
     grid = spec.at(given["dtype"]).stage.grid
     return Problem(
@@ -46,6 +47,7 @@ def parse(text: str) -> Problem:
         dtype=getattr(torch, given["dtype"]),
         device=given["device"],
         activations=spec.activations,
+        outliers=given["outliers"] == "true",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -66,6 +67,7 @@ def problems_of(model: str, device: str) -> list[Problem]:
     """The distinct matmuls of a compressed model as it is loaded for decoding. Raises `BadInput` where it has none."""
     from aerogel.errors import BadInput
     from aerogel.kernels.linear import Linear
+    from aerogel.kernels.sidecars import OutlierProduct
     from aerogel.model.loading import load
     from aerogel.model.pipeline import pick_device
     from aerogel.model.source import resolve
@@ -74,7 +76,8 @@ def problems_of(model: str, device: str) -> list[Problem]:
     layers = [module for module in loaded.modules() if isinstance(module, Linear)]
     if not layers:
         raise BadInput(f"{model} has no packed layers to tune for; give a checkpoint that was quantized")
-    return list(dict.fromkeys(layer.problem() for layer in layers))
+    beside = [any(isinstance(child, OutlierProduct) for child in layer.children()) for layer in layers]
+    return list(dict.fromkeys(replace(layer.problem(), outliers=here) for layer, here in zip(layers, beside, strict=True)))
 
 
 def _counts(text: str) -> list[int]:

@@ -44,6 +44,7 @@ class Problem:
     dtype: of the activations and the result. device: "cpu", "cuda", ...
     activations: how the input is rounded at run time.
     fast: whether a kernel may round the input to int8 although the checkpoint does not say so.
+    outliers: whether sparse outliers stand beside the weight; a kernel is chosen without asking, `tune` measures with them.
     """
 
     format: str
@@ -55,6 +56,7 @@ class Problem:
     device: str = "cpu"
     activations: Activations = "none"
     fast: bool = False
+    outliers: bool = False
 
     @property
     def integer(self) -> IntGrid | None:

@@ -97,6 +97,12 @@ FN void copy_bytes_once(u32 to, const void* from, u32 bytes, u32 barrier, u64 po
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
         "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
+// 16 bytes, by the thread itself; those copies that it committed together are a group.
+FN void copy_async(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+FN void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> FN void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 FN u64 policy_evict_first() {
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

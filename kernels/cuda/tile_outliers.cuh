@@ -1,171 +1,171 @@
 // Sparse outliers beside a packed weight, for many tokens: they are put where they belong in a sheet of numbers that is zero
 // elsewhere, and added to the fragments that the codes decode to.
 //
-// A warpgroup has two sheets in shared memory, of SHEET_STEPS steps each, in fragments: one vector load gives a lane what it adds
-// in a step. While the warpgroup reads one, a warp that decodes nothing, a filler, takes out of the other what stood there and
-// puts in what comes next. Those who multiply have nothing to do with outliers but that load and a barrier for each sheet. A filler
-// takes 300 cycles for the two sheets of a tile: what it can know before a sheet is free, it asks for before.
+// A sheet is 64 rows x 64 columns in fragments: one vector load gives a lane what it adds in a step. Each has a twin: while a
+// warpgroup reads one, a warp that decodes nothing, a filler, takes out of the other what stood there and puts in what comes next,
+// about 41 outliers where one weight in a hundred is one, two for each lane. Those who multiply have nothing to do with outliers
+// but that load and a barrier for each sheet. Were they to put them in themselves, it would be 20 instructions beside 68, but each
+// waits for the one before: 300 cycles of their 700 for two sheets.
 //
-// Four row tiles x 128 columns are a unit: its outliers are one list, in the order of steps, behind a head that says how many there
-// are up to the end of each step. Lists come with the codes of their stage. What is longer than the room there is read where it
-// lies.
+// The outliers of all sheets are one list, in their order, which a filler copies into a ring of LINES lines for each pair of sheets:
+// a line is asked for as soon as another one is used up, as far ahead as codes are, since memory that is busy with codes answers
+// late. (Not by the copy engine: it would take the lines after all the codes that wait for it.) Nothing says where a sheet's words end, so nothing is asked on the way: each has the number of its sheet modulo 8,
+// and every sheet has so many words at least (zeros, where it has fewer outliers) that of the 64 words that a filler looks at none
+// is taken for one of another sheet.
 //
-// OUTLIERS: words that a stage has room for in each list, a multiple of 4; 0 where there are none. Codes must be multiplied with
-// their scales, not the sums. A word: value << 16 | 2048 * step + 512 * (row tile % 4) + 16 * lane + 4 * register + 2 * half.
+// OUTLIERS: 0 or 1. LINES: 8 or more. Codes must be multiplied with their scales, not the sums.
+// A word: value | sheet % 8 << 16 | (2048 * (row tile % 4) + 512 * (step % 4) + 16 * lane + 4 * register + 2 * half) << 19.
 
 #pragma once
 #include "wgmma_work.cuh"
 
 #if OUTLIERS
-static_assert(!INT8 && STEPS == 2 * SHEET_STEPS, "a tile has two sheets");
+static_assert(!INT8, "bytes have no sheets");
 
+constexpr u32 SHEET_NUMBER = 7u << 16, NEXT_SHEET = 1u << 16;
 constexpr int EACH = (WARPGROUPS + FILLERS - 1) / FILLERS;  // warpgroups that a filler serves
-constexpr int SERVED = EACH * BLOCKS;                       // units
-constexpr int PASSES = larger(smaller(OUTLIERS / 64, 4 / SERVED), 1);  // of 32 lanes, for nearly every sheet
-constexpr u32 NONE = ~0u;                                   // no word: places have 14 bits
+constexpr int SERVED = EACH * BLOCKS;                       // pairs of sheets
 
-FN u8* sheet_of(int unit, int sheet) { return memory + AT_SHEETS + (sheet * UNITS + unit) * SHEET_BYTES; }
-// Where the lists of a block's unit begin along K, in words; rows beyond the last have the last one's.
-FN const int* starts_of(const Arguments& p, const Work& work, int index, int unit) {
-    return p.outlier_start + (size_t)min(work.tile(index).row_tile / 4 + unit, (p.row_tiles + 3) / 4 - 1) * p.k_tiles;
-}
-
-// ---- the copy engine's part, by one lane for each unit -----------------------------------------------------------------------
-
-struct Lists {
-    const int* starts;
-    int begin, end;
-
-    FN void begin_at(const Arguments& p, const Work& work, int index, int lane) {
-        starts = starts_of(p, work, index, lane);
-        begin = __ldg(starts + work.k_first), end = __ldg(starts + min(work.k_first + W_TILES, work.k_last));
-    }
-    // Those of the stage at `stage`, which begins with tile `k`.
-    FN void ask(const Arguments& p, const Work& work, u32 stage, int lane, int k, u32 full, u64 policy) {
-        const u32 bytes = 4 * min(end - begin, LIST_WORDS);
-        barrier_expect(full, bytes);
-        copy_bytes_once(stage + AT_LISTS + lane * LIST_WORDS * 4, p.outlier + begin, bytes, full, policy);
-        begin = end, end = __ldg(starts + min(k + 2 * W_TILES, work.k_last));
-    }
-};
-
-// ---- fillers ---------------------------------------------------------------------------------------------------------------
-
-FN void wipe(u8* sheet, int lane) {
-#pragma unroll 1
-    for (int i = lane; i < SHEET_BYTES / 16; i += 32) ((uint4*)sheet)[i] = make_uint4(0, 0, 0, 0);
-}
-FN void put(u8* sheet, u32 word, u16 value) {
-    if (word != NONE) *(u16*)(sheet + (word & (SHEET_BYTES - 1))) = value;
-}
-
-// What a list has up to the end of each step, in a vector of eight 16-bit numbers.
-struct Ends {
-    u32 first, all;  // up to the end of the first sheet, and of both
-    FN Ends(const u32* list) { first = list[SHEET_STEPS / 2 - 1] >> 16, all = list[STEPS / 2 - 1] >> 16; }
-    FN int begin(int sheet) const { return sheet > 0 ? first : 0; }
-    FN int end(int sheet) const { return sheet > 0 ? all : first; }
-};
-
-// A filler serves every FILLERS-th warpgroup. It remembers what stands in the two sheets of each unit.
+// A filler serves every FILLERS-th warpgroup.
 struct Filler {
     const Arguments& p;
     const Barriers& barriers;
     const Work& work;
     int filler, lane;
-    int index, k;  // the tile
-    u32 odd = 0;
-    u32 coming[SERVED][2][PASSES], held[SERVED][2][PASSES];
-    u32 longer = 0, overfull = 0;  // a bit for each sheet: more comes than that; more stands there
+    u32 odd = 1;                // which time the barriers of a pair of sheets are waited for
+    u32 next[SERVED];           // which word of the list is the first that no sheet has had
+    u32 end[SERVED];            // which is behind the tile's last
+    u32 words[SERVED][2];       // 64 from there on
+    u32 held[2][SERVED][2];     // those before, some of which stand in the two sheets
+    u32 number[SERVED];         // the sheet's, where words have it
+    u32 crowded = 0;            // a bit for each sheet: more stands there than that
 
-    // Unit `i` of the filler's, counted from the block's first, and the list of all its outliers.
-    FN int unit(int i) const { return smaller((filler + i / BLOCKS * FILLERS) * BLOCKS + i % BLOCKS, UNITS - 1); }
-    FN const u32* far(int i) const { return p.outlier + __ldg(starts_of(p, work, index, unit(i)) + k); }
-
-    // What comes into the sheets of unit `i`; its list lies at `place` + `before` if there was room. Returns its words.
-    FN int read(int i, const u32* place, int before) {
-        const u32* list = before + HEAD <= LIST_WORDS ? place + before : far(i);
-        const Ends ends(list);
-#pragma unroll
-        for (int sheet = 0; sheet < 2; sheet++) {
-            if (ends.end(sheet) - ends.begin(sheet) > 32 * PASSES) longer |= 1u << (2 * i + sheet);
-#pragma unroll
-            for (int pass = 0; pass < PASSES; pass++) {
-                const int e = ends.begin(sheet) + 32 * pass + lane;
-                coming[i][sheet][pass] = e < ends.end(sheet) && before + HEAD + e < LIST_WORDS ? place[before + HEAD + e] : NONE;
-            }
-        }
-        if (before + HEAD + (int)ends.all > LIST_WORDS)
-#pragma unroll
-            for (int n = 0; n < 2 * PASSES; n++) {
-                const int sheet = n / PASSES, e = ends.begin(sheet) + n % PASSES * 32 + lane;
-                if (e < ends.end(sheet)) coming[i][sheet][n % PASSES] = __ldg(far(i) + HEAD + e);
-            }
-        return HEAD + up_to(ends.all, 4);
-    }
-    FN void take_out(int i, int sheet) const {
-        u8* from = sheet_of(unit(i), sheet);
-#pragma unroll
-        for (int pass = 0; pass < PASSES; pass++) put(from, held[i][sheet][pass], 0);
-        if (overfull >> (2 * i + sheet) & 1) wipe(from, lane);
-    }
-    FN void put_in(int i, int sheet) {
-        u8* to = sheet_of(unit(i), sheet);
-#pragma unroll
-        for (int pass = 0; pass < PASSES; pass++) {
-            const u32 word = coming[i][sheet][pass];
-            put(to, word, word >> 16), held[i][sheet][pass] = word;
-        }
-        if (!(longer >> (2 * i + sheet) & 1)) return;
-        const u32* list = far(i);
-        const Ends ends(list);
+    // Sheets of the filler's number `i`, counted from the block's first, where there are any.
+    FN int unit(int i) const { return (filler + i / BLOCKS * FILLERS) * BLOCKS + i % BLOCKS; }
+    FN bool serves(int i) const { return WARPGROUPS % FILLERS == 0 || filler + i / BLOCKS * FILLERS < WARPGROUPS; }
+    FN u8* sheet(int which, int i) const { return memory + AT_SHEETS + (unit(i) * 2 + which) * SHEET_BYTES; }
+    FN u8* ring(int i) const { return memory + AT_SHEETS + UNITS * 2 * SHEET_BYTES + unit(i) * RING * 4; }
+    FN void wipe(u8* sheet) const {
 #pragma unroll 1
-        for (int e = ends.begin(sheet) + 32 * PASSES + lane; e < ends.end(sheet); e += 32) put(to, list[HEAD + e], list[HEAD + e] >> 16);
+        for (int i = lane; i < SHEET_BYTES / 16; i += 32) ((uint4*)sheet)[i] = make_uint4(0, 0, 0, 0);
     }
-    // Sheet `sheet` of the tile for warpgroup number `g` of the filler's.
-    FN void change(int sheet, int g) {
-        const int group = filler + g * FILLERS;
-        if (group >= WARPGROUPS) return;
-        barrier_wait(barriers.sheet_empty(group, sheet), odd ^ 1);
+
+    // Four words of the list, `word` the first, to their place in the ring; none of a line that nobody looks at.
+    FN void copy_four(int i, u32 word) const {
+        if (word < end[i] + LINE) copy_async(shared_address(ring(i)) + word % RING * 4, p.outlier + word);
+    }
+    // Words have been put in since `was` was next. A line of them makes room for another one.
+    FN void ask(int i, u32 was) const {
+        if ((next[i] ^ was) >= LINE && lane < LINE / 4) copy_four(i, was / LINE * LINE + RING + 4 * lane);
+    }
+    // What was asked for LINES - 3 times before is there: a line lasts longer, for no more of it is used up at a time.
+    FN void await() const { copies_commit(), copies_wait<LINES - 3>(), __syncwarp(); }
+    FN void look(int i) {
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++) take_out(g * BLOCKS + b, sheet);
+        for (int pass = 0; pass < 2; pass++) words[i][pass] = ((const u32*)ring(i))[(next[i] + 32 * pass + lane) % RING];
+    }
+
+    // Where the outliers of a tile begin and end; rows beyond the last have the last one's.
+    FN void find(int index) {
+        const int first = work.tile(index).row_tile / 4, last = (p.row_tiles + 3) / 4 - 1;
+#pragma unroll
+        for (int i = 0; i < SERVED; i++) {
+            const int* starts = p.outlier_start + (size_t)min(first + unit(i), last) * p.k_tiles;
+            next[i] = __ldg(starts + work.k_first), end[i] = __ldg(starts + work.k_last);
+        }
+    }
+    // Asks for the tile's first lines, where none is on its way any more.
+    FN void fill_rings() const {
+#pragma unroll
+        for (int i = 0; i < SERVED; i++)
+#pragma unroll
+            for (int four = 0; serves(i) && four < RING / 4; four += 32) copy_four(i, next[i] / LINE * LINE + 4 * (four + lane));
+        copies_commit();
+    }
+    // Before the tile's first sheet.
+    FN void begin() {
+        copies_wait<0>();
         __syncwarp();
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++) put_in(g * BLOCKS + b, sheet);
+        for (int i = 0; i < SERVED; i++) {
+            if (!serves(i)) continue;
+            look(i);
+            number[i] = __shfl_sync(~0u, words[i][0], 0);
+        }
+    }
+
+    // The number goes to the word's place, if that is in the sheet `number`. Which lanes' are.
+    FN u32 put(u8* sheet, u32 word, u32 number, u32 value) const {
+        const bool here = ((word ^ number) & SHEET_NUMBER) == 0;
+        if (here) *(u16*)(sheet + (word >> 19)) = (u16)value;
+        return __ballot_sync(~0u, here);
+    }
+    // The words go into the sheet, if they are in it. Whether all are, and there may be more.
+    FN bool put_in(int which, int i) {
+        const u32 first = put(sheet(which, i), words[i][0], number[i], words[i][0]);
+        const u32 second = put(sheet(which, i), words[i][1], number[i], words[i][1]);
+        next[i] += __popc(first) + __popc(second);
+        return second == ~0u;
+    }
+    FN void take_out(int which, int i) {
+        if (crowded >> (2 * i + which) & 1) wipe(sheet(which, i));
+#pragma unroll
+        for (int pass = 0; pass < 2; pass++) put(sheet(which, i), held[which][i][pass], number[i] - 2 * NEXT_SHEET, 0);
+    }
+    FN void change(int which) {
+        u32 was[SERVED];
+        bool more[SERVED];
+#pragma unroll
+        for (int g = 0; g < EACH; g++)
+            if (serves(g * BLOCKS)) barrier_wait(barriers.sheet_empty(filler + g * FILLERS, which), odd);
+#pragma unroll
+        for (int i = 0; i < SERVED; i++)
+            if (serves(i)) take_out(which, i);
+        crowded &= which ? 0x55555555 : 0xAAAAAAAA;
         __syncwarp();
-        if (lane == 0) barrier_arrive(barriers.sheet_full(group, sheet));
+#pragma unroll
+        for (int i = 0; i < SERVED; i++) {
+            was[i] = next[i], more[i] = serves(i) && put_in(which, i);
+            held[which][i][0] = words[i][0], held[which][i][1] = words[i][1];
+        }
+#pragma unroll
+        for (int i = 0; i < SERVED; i++)
+            while (more[i]) {
+                ask(i, was[i]), await(), look(i);
+                was[i] = next[i], more[i] = put_in(which, i), crowded |= 1 << (2 * i + which);
+            }
+        __syncwarp();
+#pragma unroll
+        for (int g = 0; g < EACH; g++)
+            if (serves(g * BLOCKS) && lane == 0) barrier_arrive(barriers.sheet_full(filler + g * FILLERS, which));
+#pragma unroll
+        for (int i = 0; i < SERVED; i++)
+            if (serves(i)) ask(i, was[i]);
+        await();
+#pragma unroll
+        for (int i = 0; i < SERVED; i++)
+            if (serves(i)) look(i), number[i] += NEXT_SHEET;
     }
     FN void run() {
+        fill_rings();
 #pragma unroll
-        for (int i = 0; i < 2 * SERVED * PASSES; i++) (&held[0][0][0])[i] = NONE;
-        for (int i = filler; i < 2 * UNITS; i += FILLERS) wipe(sheet_of(i, 0), lane);
-        meet_wait(8, 32 * FILLERS);
-        Ring<W_STAGES> w;
-        for (index = work.cluster; index < work.count(); index += work.clusters)
+        for (int i = 0; i < SERVED; i++) {
+            if (!serves(i)) continue;
+            wipe(sheet(0, i)), wipe(sheet(1, i));
+#pragma unroll
+            for (int n = 0; n < 4; n++) held[n / 2][i][n % 2] = 0;  // zeros of whichever sheet
+        }
+        for (int index = work.cluster; index < work.count(); index += work.clusters) {
+            begin();
 #pragma unroll 1
-            for (int k0 = work.k_first; k0 < work.k_last; k0 += W_TILES, w.advance()) {
-                const u32* lists = (const u32*)(memory + AT_W + w.slot * W_STAGE + AT_LISTS);
-                int before[SERVED] = {};
-                barrier_wait(barriers.w_full(w.slot), w.phase);
-#pragma unroll 1
-                for (k = k0; k < min(k0 + W_TILES, work.k_last); k++, odd ^= 1) {
-                    longer = 0;
-#pragma unroll
-                    for (int i = 0; i < SERVED; i++) before[i] += read(i, lists + unit(i) * LIST_WORDS, before[i]);
-                    if (k + 1 == min(k0 + W_TILES, work.k_last)) {
-                        __syncwarp();
-                        if (lane == 0) barrier_arrive(barriers.w_empty(w.slot));
-                    }
-#pragma unroll
-                    for (int i = 0; i < 2 * EACH; i++) change(i / EACH, i % EACH);
-                    overfull = longer;
-                }
-            }
-        __syncwarp();
+            for (int k = work.k_first; k < work.k_last; k++, odd ^= 1) change(0), change(1);
+            copies_wait<0>();
+            __syncwarp();
+            if (index + work.clusters < (u32)work.count()) find(index + work.clusters), fill_rings();
+            crowded = ~0u;  // what is held has other numbers than those to come
+        }
     }
 };
-
-// ---- consumers -------------------------------------------------------------------------------------------------------------
 
 // A warp's reading of its warpgroup's two sheets.
 struct Sheets {
@@ -174,21 +174,27 @@ struct Sheets {
     u32 odd = 0;  // the tile
 
     FN Sheets(const Barriers& barriers, int warp, int lane)
-        : full(barriers.sheet_full(warp / 4, 0)), at(AT_SHEETS + warp / 4 * BLOCKS * SHEET_BYTES + warp % 4 * 512 + lane * 16) {}
+        : full(barriers.sheet_full(warp / 4, 0)), at(AT_SHEETS + warp / 4 * BLOCKS * 2 * SHEET_BYTES + warp % 4 * 2048 + lane * 16) {}
 
     // Before a step's first look.
     FN void before(int step) const {
         if (step % SHEET_STEPS == 0) barrier_wait(full + 8 * (step / SHEET_STEPS), odd);
     }
     FN uint4 of_step(int b, int step) const {
-        return *(const uint4*)(memory + at + (step / SHEET_STEPS * UNITS + b) * SHEET_BYTES + step % SHEET_STEPS * 2048);
+        return *(const uint4*)(memory + at + (2 * b + step / SHEET_STEPS) * SHEET_BYTES + step % SHEET_STEPS * 512);
     }
-    // After a step's last look.
+    // When what was found in a step is in registers.
     FN void after(int step, int lane) {
         if ((step + 1) % SHEET_STEPS != 0) return;
         __syncwarp();
         if (lane == 0) barrier_arrive(full + 16 + 8 * (step / SHEET_STEPS));
         if (step == STEPS - 1) odd ^= 1;
     }
+};
+#else
+struct Sheets {
+    FN Sheets(const Barriers&, int, int) {}
+    FN void before(int) const {}
+    FN void after(int, int) const {}
 };
 #endif

@@ -59,9 +59,7 @@ struct Consumer {
     RowsAsked asked;
     Ring<X_STAGES> x;
     Ring<W_STAGES> w;
-#if OUTLIERS
     Sheets sheets;
-#endif
 
     FN int row_tile(int block) const { return row_tile_of(warp, block); }
 
@@ -119,9 +117,6 @@ struct Consumer {
     FN void decode_step(u32 (&a)[BLOCKS][BATCH][4], Codes (&codes)[BLOCKS], Group (&group)[BLOCKS], int k0, int k, int step,
                         bool there = true) {
         const u8* stage = memory + AT_W + w.slot * W_STAGE;
-#if OUTLIERS
-        if (there) sheets.before(step);
-#endif
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
             const int tile = row_tile(b);
@@ -134,14 +129,15 @@ struct Consumer {
                 read_group(group[b], scales, stage + AT_ZEROS + at * ZERO_BYTES, tables(), lane / 4,
                            true);
             }
-#if OUTLIERS
-            decode(a[b][step % BATCH], codes[b], step % HALF, group[b], GROUPED, sheets.of_step(b, step));
-#else
+#if !OUTLIERS
             decode(a[b][step % BATCH], codes[b], step % HALF, group[b], GROUPED);
 #endif
         }
 #if OUTLIERS
-        if (there) sheets.after(step, lane);
+        if (there) sheets.before(step);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+            decode(a[b][step % BATCH], codes[b], step % (STEPS / 2), group[b], GROUPED, sheets.of_step(b, step));
 #endif
     }
     // Operands in registers must be final before the fence that hands them to the tensor cores: steps s .. s + count.
@@ -197,6 +193,7 @@ struct Consumer {
 #pragma unroll
                     for (int s = 0; s < BATCH; s++) start(acc, a[part % 2], tokens, k, part * BATCH + s);
                     mma_commit();
+                    sheets.after(part * BATCH + BATCH - 1, lane);
                     mma_wait<1>();  // of the set before, whose registers come next
                     if (new_stage) next_x(before);
                 }
@@ -219,7 +216,7 @@ struct Consumer {
         u64 tokens = 0;
         wait_weights();
 #pragma unroll
-        for (int s = 0; s < BATCH; s++) decode_step(a[0], codes, group, k0, k0, s), settle(a[0], s, 1);
+        for (int s = 0; s < BATCH; s++) decode_step(a[0], codes, group, k0, k0, s), settle(a[0], s, 1), sheets.after(s, lane);
         for (int pair = work.k_first; pair < work.k_last; pair += TILES_A_TURN)
 #pragma unroll
             for (int turn = 0; turn < TILES_A_TURN * PARTS; turn++) {
@@ -241,16 +238,20 @@ struct Consumer {
                     }
                     if (INTERLEAVED) {
                         mma_wait<BATCH - 1>();  // step s of the set before is done with its registers
-                        decode_step(a[1 - turn % 2], codes, group, k0, next, (step + BATCH) % STEPS, there), settle(a[1 - turn % 2], s, 1);
+                        decode_step(a[1 - turn % 2], codes, group, k0, next, (step + BATCH) % STEPS, there);
+                        settle(a[1 - turn % 2], s, 1);
+                        if (there) sheets.after((step + BATCH) % STEPS, lane);
                     }
                 }
                 if (!INTERLEAVED) mma_wait<1>();
                 if (new_stage) next_x(before);
                 if (!INTERLEAVED)
 #pragma unroll
-                    for (int s = 0; s < BATCH; s++)
-                        decode_step(a[1 - turn % 2], codes, group, k0, next, ((part + 1) * BATCH + s) % STEPS, there),
-                            settle(a[1 - turn % 2], s, 1);
+                    for (int s = 0; s < BATCH; s++) {
+                        decode_step(a[1 - turn % 2], codes, group, k0, next, ((part + 1) * BATCH + s) % STEPS, there);
+                        settle(a[1 - turn % 2], s, 1);
+                        if (there) sheets.after(((part + 1) * BATCH + s) % STEPS, lane);
+                    }
             }
         mma_wait<0>();
         release_x(before);
@@ -259,11 +260,7 @@ struct Consumer {
 };
 
 FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, const RowsAsked& asked, int warp, int lane) {
-    Consumer self{p, barriers, work, warp, lane, {}, LEAD, asked, {}, {}
-#if OUTLIERS
-                  , Sheets(barriers, warp, lane)
-#endif
-    };
+    Consumer self{p, barriers, work, warp, lane, {}, LEAD, asked, {}, {}, Sheets(barriers, warp, lane)};
     if (EXPERTS && (int)work.cluster >= work.count()) return;
     if (LEAD > 0 && warp >= 4) meet_wait(warp / 4, 256);  // so that one warpgroup stores while another multiplies
     for (int index = work.cluster; index < work.count(); index += work.clusters) {
@@ -301,16 +298,20 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
     RowsAsked asked;
     if (BY_ROWS && warp < WARPS && (int)work.cluster < work.count()) asked.ask(p, work.tile(work.cluster), warp, lane);
     const Barriers barriers{shared_address(memory + AT_BARRIERS)};
+#if OUTLIERS
+    Filler filler{p, barriers, work, warp - WARPS - 2, lane};
+    if (warp >= WARPS + 2) filler.find(work.cluster);
+#endif
     if (threadIdx.x == 0) barriers.init(work.split);
     __syncthreads();
     if (CLUSTER > 1) cluster_meet();
     let_next_kernel_start();
     if (warp >= WARPS) {
         if constexpr (PRODUCER_REGISTERS > 0) registers_give<PRODUCER_REGISTERS>();
-        if (warp == WARPS && lane < (OUTLIERS ? UNITS : 1)) stream_weights(p, barriers, work, lane);
+        if (warp == WARPS && lane == 0) stream_weights(p, barriers, work);
         if (warp == WARPS + 1 && lane == 0) stream_activations(p, barriers, work);
 #if OUTLIERS
-        if (warp >= WARPS + 2) Filler{p, barriers, work, warp - WARPS - 2, lane}.run();
+        if (warp >= WARPS + 2) filler.run();
 #endif
         __syncwarp();
     } else {

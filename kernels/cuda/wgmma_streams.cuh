@@ -1,9 +1,9 @@
 // The producing side of `wgmma.cu`: two threads that keep the copy engine busy, one for each ring.
 
 #pragma once
-#include "tile_outliers.cuh"
+#include "wgmma_work.cuh"
 
-// The stage that begins with tile `k`, by lane 0.
+// The stage that begins with tile `k`.
 FN void copy_weights(const Arguments& p, const Barriers& barriers, const Tile& tile, int k, u32 slot, u64 policy) {
     const u32 full = barriers.w_full(slot), stage = shared_address(memory + AT_W) + slot * W_STAGE;
     const int row_tile = tile.expert * p.row_tiles + tile.row_tile;
@@ -13,29 +13,14 @@ FN void copy_weights(const Arguments& p, const Barriers& barriers, const Tile& t
     if (ZEROS_STAGE > 0) copy_box_once(stage + AT_ZEROS, &p.zeros, k * 128 / SPAN * 16, row_tile, full, policy);
 }
 
-// By lane 0, and beside outliers by a lane for each unit, the first of which is lane 0 again. Where lists lie must be read first, so
-// the first round of stages gets its codes before.
-FN void stream_weights(const Arguments& p, const Barriers& barriers, const Work& work, int lane) {
+FN void stream_weights(const Arguments& p, const Barriers& barriers, const Work& work) {
     Ring<W_STAGES> ring;
-    int early = 0;  // stages that have their codes
     for (int index = work.cluster; index < work.count(); index += work.clusters) {
         const Tile tile = work.tile(index);
         const u64 policy = tile.shared ? policy_evict_normal() : policy_evict_first();
-#if OUTLIERS
-        Lists lists;
-        lists.begin_at(p, work, index, lane);
-        for (int k = work.k_first; index == (int)work.cluster && early < W_STAGES && k < work.k_last; k += W_TILES, early++)
-            if (lane == 0) copy_weights(p, barriers, tile, k, early, policy);
-#endif
         for (int k = work.k_first; k < work.k_last; k += W_TILES, ring.advance()) {
-            if (early > 0) early--;
-            else {
-                barrier_wait(barriers.w_empty(ring.slot), ring.phase ^ 1);
-                if (lane == 0) copy_weights(p, barriers, tile, k, ring.slot, policy);
-            }
-#if OUTLIERS
-            lists.ask(p, work, shared_address(memory + AT_W) + ring.slot * W_STAGE, lane, k, barriers.w_full(ring.slot), policy);
-#endif
+            barrier_wait(barriers.w_empty(ring.slot), ring.phase ^ 1);
+            copy_weights(p, barriers, tile, k, ring.slot, policy);
         }
     }
 }

@@ -21,6 +21,9 @@
 #ifndef KEPT
 #define KEPT 0
 #endif
+#ifndef LINES
+#define LINES 0
+#endif
 
 constexpr int CONSUMERS = 128 * WARPGROUPS;
 constexpr int WARPS = 4 * WARPGROUPS;
@@ -46,12 +49,10 @@ constexpr int SCALES_STAGE = GROUPED ? ROW_TILES * WINDOW * SCALE_BYTES : 0;
 constexpr int ZEROS_STAGE = GROUPED ? ROW_TILES * WINDOW * ZERO_BYTES : 0;
 constexpr int AT_SCALES = CODES_STAGE, AT_ZEROS = AT_SCALES + up_to(SCALES_STAGE, 128);
 
-// Outliers (`tile_outliers.cuh`) are lists of units, four row tiles each, which come with a stage, and stand in two sheets.
+constexpr int W_STAGE = AT_ZEROS + up_to(ZEROS_STAGE, 128);
+// Outliers (`tile_outliers.cuh`) of four row tiles stand in a pair of sheets, behind which lie rings of words that come next.
 constexpr int UNITS = OUTLIERS ? ROW_TILES / 4 : 0, FILLERS = OUTLIERS ? 2 : 0;
-constexpr int SHEET_STEPS = 4, SHEET_BYTES = 2048 * SHEET_STEPS;
-constexpr int HEAD = 4, LIST_WORDS = (HEAD + OUTLIERS) * W_TILES;
-constexpr int AT_LISTS = AT_ZEROS + up_to(ZEROS_STAGE, 128);
-constexpr int W_STAGE = up_to(AT_LISTS + UNITS * LIST_WORDS * 4, 128);
+constexpr int SHEET_STEPS = 4, SHEET_BYTES = 2048 * SHEET_STEPS, LINE = 64, RING = LINES * LINE;
 
 constexpr int PIECES = BLOCKS * TOKENS / 16;  // of a warp's sums: 16 rows x 16 tokens
 constexpr int SUMS = SPLIT > 1 ? up_to(PIECES, SPLIT) * CONSUMERS * 32 : 0;
@@ -63,7 +64,7 @@ constexpr int AT_W = X_STAGES * X_STAGE;
 constexpr int AT_OUT = larger(AT_W + W_STAGES * W_STAGE, SUMS);
 constexpr int AT_TABLES = AT_OUT + 2 * WARPGROUPS * OUT_PART;
 constexpr int AT_SHEETS = AT_TABLES + (MANY_MADE ? ROW_TILES * MADE_BYTES : 0) + (TABLE == UNIFORM ? 0 : TABLE == TABLE_PER_ROW ? ROW_TILES * 16 : TABLES) * TABLE_SIZE;
-constexpr int AT_BARRIERS = AT_SHEETS + 2 * UNITS * SHEET_BYTES;
+constexpr int AT_BARRIERS = AT_SHEETS + UNITS * (2 * SHEET_BYTES + 4 * RING);
 
 // A warpgroup ahead holds stages that the others have not read. Those of bytes are twice as long and the rings half as deep: too
 // short at 3, and at 1 and 2 nothing was won.
@@ -120,7 +121,7 @@ struct Barriers {
     FN u32 sheet_empty(int group, int sheet) const { return sheet_full(group, sheet + 2); }
     FN void init(u32 split) const {
         for (int i = 0; i < X_STAGES; i++) barrier_init(x_full(i), 1), barrier_init(x_empty(i), WARPS * SHARE);
-        for (int i = 0; i < W_STAGES; i++) barrier_init(w_full(i), 1 + UNITS), barrier_init(w_empty(i), WARPS + FILLERS);
+        for (int i = 0; i < W_STAGES; i++) barrier_init(w_full(i), 1), barrier_init(w_empty(i), WARPS);
         for (int i = 0; OUTLIERS && i < 4 * WARPGROUPS; i++) barrier_init(sheet_full(i / 4, i % 4), i % 4 < 2 ? 1 : 4);
         barrier_init(rings_idle(), WARPS * SPLIT), barrier_init(sums_full(), 1);
         barrier_init_done();

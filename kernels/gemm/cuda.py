@@ -242,8 +242,7 @@ class Cuda(Kernel):
 
     @staticmethod
     def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:
-        """Times the configurations for up to 16 tokens on a random weight of the problem's shape and kind; more tokens
-        go by a cost model and have nothing to choose."""
+        """Times configurations on a random weight of the problem's shape and kind."""
         from aerogel.kernels.gemm import cuda_tune
 
         return cuda_tune.tune_and_keep(lambda: cuda_tune.like(problem), tokens)

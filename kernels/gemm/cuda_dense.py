@@ -57,7 +57,7 @@ class Dequantizer:
             "pick": None if weight.pick is None else weight.pick.data_ptr(),
             "factor": None if weight.factor is None else weight.factor.data_ptr(),
             "outlier_start": None if weight.outliers is None else weight.outliers.start_T1.data_ptr(),
-            "outlier": None if weight.outliers is None else weight.outliers.by_unit_E.data_ptr(),
+            "outlier": None if weight.outliers is None else weight.outliers.by_sheet_E.data_ptr(),
             "K": weight.K,
             "k_tiles": self._k_tiles,
             "groups": weight.groups,

@@ -1,20 +1,20 @@
 """Sparse outliers as the CUDA kernels take them: by row for a few tokens, by tile for many. 4 bytes an outlier either way.
 
     by row     column k in the lower 16 bits, the value in the upper ones; in quads (`by_rows`)  `outliers.cuh`
-    by unit    its place in the unit as the matrix instruction wants it, and the value            `tile_outliers.cuh`
+    by sheet   the value, and its place in the sheet as the matrix instruction wants it          `tile_outliers.cuh`
 
 A few tokens look their inputs up, which costs no more than the bytes; with many tokens an outlier is put where its code says
-nothing, and multiplied with it. A unit is four row tiles, one below the other; a place counts bytes of its 64 x 128 numbers of
-16 bits in fragments, step by step:
+nothing, and multiplied with it. A sheet is 64 rows x 64 columns; a place counts bytes of its numbers of 16 bits in fragments:
 
-    place = 2048 * s + 512 * (row tile % 4) + 16 * (4 * g + t) + 4 * i + 2 * e           the letters as in `pack/tiles.py`
+    word = value | sheet % 8 << 16 | place << 19
+    place = 2048 * (row tile % 4) + 512 * (s % 4) + 16 * (4 * g + t) + 4 * i + 2 * e      the letters as in `pack/tiles.py`
 
-Shape legend: N out features, K in features, E outliers, C k tiles, T units of 64 rows x 128 columns, row by row.
+Shape legend: N out features, K in features, E outliers, C k tiles, T pairs of sheets (64 rows x 128 columns), row by row,
+S sheets, F of them with few outliers.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
@@ -28,15 +28,13 @@ from aerogel.pack import tiles
 
 MOST_COLUMNS = (1 << 16) - tiles.COLUMNS
 QUAD = 4
-UNIT_ROWS = 4 * tiles.ROWS
-UNIT_BYTES = 2 * UNIT_ROWS * tiles.COLUMNS
-STEPS = tiles.COLUMNS // 16
-HEAD = 4
-"""Words in front of a list."""
-PIECE = 4
-"""Words of 16 bytes, which the copy engine takes: lists begin at multiples of so many."""
-ROOM_STEP, MOST_ROOM = 32, 512
-NAMES = ("tile_outlier_rows", "tile_outlier_by_row", "tile_outlier_units", "tile_outlier_by_unit")
+SHEET_ROWS = SHEET_COLUMNS = 64
+SHEET_BYTES = 2 * SHEET_ROWS * SHEET_COLUMNS
+LINE, MOST_LINES = 64, 16
+"""Words that are copied at once, and how many times that ahead. Those of two lines are looked at beyond the last sheet's."""
+SHEET_NUMBERS, LEAST = 8, 10
+"""Words know their sheets modulo so many, and every sheet has so many: of 64 in a row none is taken for another's."""
+NAMES = ("tile_outlier_rows", "tile_outlier_by_row", "tile_outlier_tiles", "tile_outlier_by_sheet")
 """Under which the tensors stand beside a layout's, in the order of `TileOutliers`."""
 
 
@@ -45,16 +43,14 @@ class TileOutliers:
     """Outliers of one weight, on its device.
 
     start_H1: int32 [2 N + 1], at which quad the outliers of each row's two halves begin. by_row_E: int32 [4 * quads].
-    start_T1: int32 [T + 1], where each unit's list begins. by_unit_E: int32, the lists: HEAD words that say how many outliers a
-    unit has up to the end of each step, as 16-bit numbers; the outliers; and zeros up to a whole piece.
-    room: words that hold nearly every list where outliers stand at random; in steps, so that few kernels are compiled.
+    start_T1: int32 [T + 1], which word is each pair's first. by_sheet_E: int32, the words sheet by sheet, and two
+    lines more.
     """
 
     start_H1: Tensor
     by_row_E: Tensor
     start_T1: Tensor
-    by_unit_E: Tensor
-    room: int
+    by_sheet_E: Tensor
 
     @classmethod
     def of(cls, beside: Beside, N: int, K: int, dtype: torch.dtype, place_K: Tensor | None = None) -> Self | None:
@@ -70,13 +66,9 @@ class TileOutliers:
         if K > MOST_COLUMNS or not bool(torch.isfinite(value_E).all()):
             return None
         row_E, column_E = key_E // K, key_E % K
-        bits_E, C = value_E.view(torch.int16).int() << 16, tiles.tile_counts(N, K)[1]
-        unit_E = row_E // UNIT_ROWS * C + column_E // tiles.COLUMNS
-        place_E = places(row_E % UNIT_ROWS, column_E % tiles.COLUMNS)
-        by_unit = (unit_E * UNIT_BYTES + place_E).argsort()
-        T = -(-N // UNIT_ROWS) * C
-        lists = lists_of(unit_E[by_unit], (bits_E | place_E.int())[by_unit], heads(unit_E, place_E, T))
-        return cls.given([*by_rows(row_E, column_E, bits_E | column_E.int(), N, K), *lists])
+        bits_E = value_E.view(torch.int16).int()
+        quads = by_rows(row_E, column_E, bits_E << 16 | column_E.int(), N, K)
+        return cls.given([*quads, *by_sheets(row_E, column_E, bits_E, N, K)])
 
     @classmethod
     def among(cls, tensors: Mapping[str, Tensor]) -> Self | None:
@@ -88,24 +80,22 @@ class TileOutliers:
         """From the list that an operator is called with; None for None."""
         if tensors is None:
             return None
-        start_H1, by_row_E, start_T1, by_unit_E = tensors
-        each = max(by_unit_E.numel() // max(start_T1.numel() - 1, 1) - HEAD - PIECE + 1, 0)
-        room = min(-(-(each + 5 * math.isqrt(each) + 1) // ROOM_STEP) * ROOM_STEP, MOST_ROOM)
-        return cls(start_H1=start_H1, by_row_E=by_row_E, start_T1=start_T1, by_unit_E=by_unit_E, room=room)
+        start_H1, by_row_E, start_T1, by_sheet_E = tensors
+        return cls(start_H1=start_H1, by_row_E=by_row_E, start_T1=start_T1, by_sheet_E=by_sheet_E)
 
     def tensors(self) -> list[Tensor]:
         """What an operator is called with; `given` takes it back."""
-        return [self.start_H1, self.by_row_E, self.start_T1, self.by_unit_E]
+        return [self.start_H1, self.by_row_E, self.start_T1, self.by_sheet_E]
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by `NAMES`."""
         return dict(zip(NAMES, self.tensors(), strict=True))
 
     def rows(self, start: int, stop: int, C: int) -> Self:
-        """Those of rows start..stop as views; `start` is a multiple of UNIT_ROWS."""
-        if start % UNIT_ROWS:
-            raise BadInput(f"rows with outliers are cut at multiples of {UNIT_ROWS}, found {start}")
-        first, last = start // UNIT_ROWS, -(-stop // UNIT_ROWS)
+        """Those of rows start..stop as views; `start` is a multiple of SHEET_ROWS."""
+        if start % SHEET_ROWS:
+            raise BadInput(f"rows with outliers are cut at multiples of {SHEET_ROWS}, found {start}")
+        first, last = start // SHEET_ROWS, -(-stop // SHEET_ROWS)
         return replace(
             self,
             start_H1=self.start_H1[2 * start : 2 * stop + 1],
@@ -129,29 +119,37 @@ def entries(beside: Beside) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def places(row: Tensor, column: Tensor) -> Tensor:
-    """Where in its unit a number is, in bytes."""
+    """Where in its sheet a number is, in bytes."""
     lane = row % 8 * 4 + column % 8 // 2
     register = row // 8 % 2 + column // 8 % 2 * 2
-    return column // 16 * 2048 + row // tiles.ROWS * 512 + lane * 16 + register * 4 + column % 2 * 2
+    return row // tiles.ROWS % 4 * 2048 + column // 16 % 4 * 512 + lane * 16 + register * 4 + column % 2 * 2
 
 
-def lists_of(unit_E: Tensor, word_E: Tensor, head_TH: Tensor) -> tuple[Tensor, Tensor]:
-    """`TileOutliers.start_T1` and `by_unit_E` from words in the order of their units, and heads."""
-    T, device = len(head_TH), unit_E.device
-    length_T = torch.bincount(unit_E, minlength=T)
-    start_T1 = torch.zeros(T + 1, dtype=torch.int64, device=device)
-    start_T1[1:] = (HEAD + (length_T + PIECE - 1) // PIECE * PIECE).cumsum(0)
-    inside_E = torch.arange(len(unit_E), device=device) - (length_T.cumsum(0) - length_T)[unit_E]
-    filled = torch.zeros(len(unit_E) + (HEAD + PIECE - 1) * T, dtype=torch.int32, device=device)
-    filled[start_T1[:-1, None] + torch.arange(HEAD, device=device)] = head_TH
-    filled[start_T1[unit_E] + HEAD + inside_E] = word_E
-    return start_T1.int(), filled
+def by_sheets(row_E: Tensor, column_E: Tensor, bits_E: Tensor, N: int, K: int) -> tuple[Tensor, Tensor]:
+    """`start_T1` and the words, which ascend by sheet and place; sheets of fewer than LEAST get zeros where no outlier is."""
+    C = tiles.tile_counts(N, K)[1]
+    S = 2 * -(-N // SHEET_ROWS) * C
+    sheet_E, place_E = row_E // SHEET_ROWS * 2 * C + column_E // SHEET_COLUMNS, places(row_E, column_E)
+    few_F, free_FP = free_places(sheet_E, place_E, S)
+    added = (torch.arange(LEAST, device=row_E.device) < LEAST - torch.bincount(sheet_E, minlength=S)[few_F, None]).nonzero()
+    sheet_E, place_E = torch.cat([sheet_E, few_F[added[:, 0]]]), torch.cat([place_E, free_FP[added[:, 0], added[:, 1]]])
+    bits_E = torch.cat([bits_E, bits_E.new_zeros(len(added))])
+    word_E = bits_E & 0xFFFF | (place_E << 3 | sheet_E % SHEET_NUMBERS).int() << 16
+    start_T1 = torch.zeros(S // 2 + 1, dtype=torch.int64, device=row_E.device)
+    start_T1[1:] = torch.bincount(sheet_E // 2, minlength=S // 2).cumsum(0)
+    beyond = word_E.new_full((2 * LINE,), S % SHEET_NUMBERS << 16)
+    return start_T1.int(), torch.cat([word_E[(sheet_E * SHEET_BYTES + place_E).argsort()], beyond])
 
 
-def heads(unit_E: Tensor, place_E: Tensor, T: int) -> Tensor:
-    """How many outliers each unit has up to the end of each step, two in a word: int32 [T, HEAD]."""
-    ends_TS = torch.bincount(unit_E * STEPS + place_E // (UNIT_BYTES // STEPS), minlength=T * STEPS).reshape(T, STEPS).cumsum(1)
-    return ends_TS.to(torch.int16).view(torch.int32)
+def free_places(sheet_E: Tensor, place_E: Tensor, S: int) -> tuple[Tensor, Tensor]:
+    """Sheets with fewer than LEAST outliers, and LEAST places in each where none is, int64 [F, LEAST]."""
+    few_F = (torch.bincount(sheet_E, minlength=S) < LEAST).nonzero()[:, 0]
+    which_S = torch.full((S,), -1, device=sheet_E.device)
+    which_S[few_F] = torch.arange(len(few_F), device=sheet_E.device)
+    near_E = (which_S[sheet_E] >= 0) & (place_E < 4 * LEAST)
+    taken = torch.zeros(len(few_F), 2 * LEAST, dtype=torch.int8, device=sheet_E.device)
+    taken[which_S[sheet_E[near_E]], place_E[near_E] // 2] = 1
+    return few_F, 2 * taken.argsort(stable=True, dim=1)[:, :LEAST]
 
 
 def by_rows(row_E: Tensor, column_E: Tensor, outlier_E: Tensor, N: int, K: int) -> tuple[Tensor, Tensor]:

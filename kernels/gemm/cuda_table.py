@@ -48,8 +48,8 @@ def kind_of(weight: TileWeight) -> str:
 
 
 def key_of(weight: TileWeight, M: int) -> str:
-    """`4/g128/4096x14336/m4`: width, decoder and group class, shape, token class."""
-    return f"{places(weight)[0]}/m{token_class(M)}"
+    """`4/g128/4096x14336/m4`: width, decoder and group class, shape, token class; `o/` in front beside outliers."""
+    return f"{'' if weight.outliers is None else 'o/'}{places(weight)[0]}/m{token_class(M)}"
 
 
 def places(weight: TileWeight) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""The search for a configuration: every cut of a weight that fills the device, compiled, checked, timed.
+"""The search for a configuration: every cut of a weight that fills the device, compiled, checked, timed. Here those of up to 16
+tokens; `cuda_wgmma_tune` has those of more.
 
 Whole sets of configurations are compiled at once on the CPU's cores, then each is compared with a dense product in float32
 and timed as a model would use it (`cuda.timing`). One that is wrong raises: a table must never hold a broken kernel.
@@ -10,33 +11,33 @@ Shape legend: M tokens, N out features, K in features, R row tiles, C k tiles, G
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aerogel.errors import RunFailed
+from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.cuda import sources
-from aerogel.kernels.cuda.timing import copies, graph_microseconds
-from aerogel.kernels.gemm import cuda_table
-from aerogel.kernels.gemm.block_scales import E5M3, E8M0
-from aerogel.kernels.gemm.cuda_dense import dequantize
-from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
+from aerogel.kernels.cuda.timing import copies
+from aerogel.kernels.gemm import cuda_table, cuda_wgmma_table
+from aerogel.kernels.gemm.block_scales import BYTES, E5M3, E8M0
+from aerogel.kernels.gemm.cuda import choose
+from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, Few, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
 from aerogel.kernels.gemm.cuda_few_plan import Plan
+from aerogel.kernels.gemm.cuda_outliers import TileOutliers
+from aerogel.kernels.gemm.cuda_ranked import ranked
 from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.kernels.gemm.cuda_wgmma import ManyTokens
 from aerogel.kernels.gemm.mirrored_tables import SIGN
 from aerogel.kernels.gemm.plane_tables import numbers_of_rows, tables_of_blocks
 from aerogel.kernels.gemm.small_floats import mantissa_bits
 from aerogel.kernels.problem import Problem, Tuned
-from aerogel.pack.tiles import tile_counts
+from aerogel.pack.tiles import COLUMNS, tile_counts
 from aerogel.quantize.tables import TableGrid
 
-TOLERANCE = 1e-2
-"""Relative Frobenius error against the product in float32; the outputs' own rounding to 16 bits is up to 2e-3."""
-SPILLED_BYTES = 64
-"""A few registers spilled outside the loop cost nothing that can be measured; more are a sign of a cut that is too large."""
 LEAST_FILL = 0.8
 """Of the best cut's share of the device in work. Others may win: while the last blocks end, those of the next launch fill their
 rings where a block has ended before, and memory does not rest."""
@@ -108,8 +109,27 @@ def random_planes(
     return replace(plain, scale=laid["tile_scale"], zero=laid.get("tile_zero"))
 
 
+def with_outliers(weight: TileWeight, share: float = 0.01, *, seed: int = 0) -> TileWeight:
+    """The weight with random outliers beside it, as many of its numbers as `share` says or a few less."""
+    N, K, device = weight.N, weight.K, weight.codes.device
+    generator = torch.Generator(device).manual_seed(seed)
+    place_E = torch.unique(torch.randint(N * K, (round(share * N * K),), device=device, generator=generator))
+    start_N1 = torch.zeros(N + 1, dtype=torch.int64, device=device)
+    start_N1[1:] = torch.bincount(place_E // K, minlength=N).cumsum(0)
+    value_E = torch.randn(len(place_E), device=device, generator=generator).bfloat16()
+    laid = TileOutliers.of(Beside(start_N1, place_E % K, value_E), N, K, torch.bfloat16)
+    return replace(weight, outliers=laid, group_size=weight.group_size or tile_counts(N, K)[1] * COLUMNS)
+
+
 def like(problem: Problem) -> TileWeight | None:
-    """A random weight of a problem's shape and kind on the GPU; None for kinds that are not made here."""
+    """A random weight of a problem's shape and kind on the GPU, with outliers where it has some and scales are no bytes; None
+    for kinds that are not made here."""
+    weight = _without_outliers(problem)
+    bytes_of_scale = weight is not None and weight.scale.dtype in BYTES
+    return with_outliers(weight) if weight is not None and problem.outliers and not bytes_of_scale else weight
+
+
+def _without_outliers(problem: Problem) -> TileWeight | None:
     grid, size = problem.grid, problem.grid.group_size or 0
     if problem.integer is not None:
         zero = "none" if problem.integer.symmetric else "integer"
@@ -123,13 +143,27 @@ def like(problem: Problem) -> TileWeight | None:
 
 def tune_and_keep(made: Callable[[], TileWeight | None], tokens: Sequence[int]) -> Tuned | None:
     """What `Kernel.tune` gives for the weight that `made` makes; None where it makes none, or nothing is to be chosen."""
-    few = sorted({cuda_table.token_class(M) for M in tokens if cuda_table.TOKEN_CLASSES[-1] >= M})
-    weight = made() if few else None
+    from aerogel.kernels.gemm import cuda_wgmma_tune
+
+    weight = made()
     if weight is None:
         return None
-    entries = tune(weight, few)
-    kept = cuda_table.save(torch.cuda.get_device_name(), entries)
-    found = {M: entries[cuda_table.key_of(weight, M)] for M in few}
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    served = {M: choose(weight, M, torch.bfloat16, capability) for M in tokens}
+    found: dict[int, Mapping[str, Any]] = {}
+    kept: Path | None = None
+    most = cuda_table.TOKEN_CLASSES[-1]
+    if few := sorted({cuda_table.token_class(M) for M, by in served.items() if by is Few and most >= M}):
+        entries = tune(weight, few)
+        kept = cuda_table.save(name, entries)
+        found |= {M: entries[cuda_table.key_of(weight, M)] for M in few}
+    if many := sorted({cuda_wgmma_table.token_class(M) for M, by in served.items() if by is ManyTokens}):
+        entries = cuda_wgmma_tune.tune(weight, many)
+        path = cuda_wgmma_table.save(name, cuda_wgmma_table.place_of(weight), entries)
+        kept = path if kept is None else path.parent
+        found |= {M: entries[str(M)] for M in many}
+    if kept is None:
+        return None
     return Tuned(found={M: f"{entry['us']} us, {entry['config']}" for M, entry in found.items()}, kept=kept)
 
 
@@ -147,6 +181,7 @@ def weight_copies(weight: TileWeight) -> list[TileWeight]:
             zero=copy(weight.zero),
             table=copy(weight.table),
             pick=copy(weight.pick),
+            outliers=None if weight.outliers is None else TileOutliers.given([t.clone() for t in weight.outliers.tensors()]),
         )
         for _ in range(copies(weight.nbytes) - 1)
     ]
@@ -229,24 +264,7 @@ def measure(
         torch.cuda.get_device_capability(weight.codes.device),
         workers=16,
     )
-    x_MK = torch.randn(M, weight.K, device=weight.codes.device).to(dtype)
-    wanted = x_MK.float() @ dequantize(weight, dtype).float().T
-    found = []
-    for config in configs:
-        plans = [Plan(held, config, M, dtype) for held in weights]
-        if plans[0].function.attribute("local_bytes") > SPILLED_BYTES:
-            continue
-        y_MN = torch.full((M, weight.N), torch.nan, dtype=dtype, device=weight.codes.device)
-        plans[0](x_MK, None, y_MN)
-        error = ((y_MN.float() - wanted).norm() / wanted.norm()).item()
-        if not error < TOLERANCE:
-            raise RunFailed(f"{config} is wrong for {cuda_table.key_of(weight, M)}: relative error {error:.1e}")
-        found.append((config, graph_microseconds([_bound(plan, x_MK, y_MN) for plan in plans])))
-    return sorted(found, key=lambda pair: pair[1])
-
-
-def _bound(plan: Plan, x_MK: Tensor, y_MN: Tensor) -> Callable[[], None]:
-    return lambda: plan(x_MK, None, y_MN)
+    return ranked(weights, configs, M, dtype, Plan)
 
 
 def tune(

@@ -112,11 +112,7 @@ class TileWeight:
         """All that a choice of kernels may depend on: shapes and types, not where the tensors lie."""
         held = (self.codes, self.scale, self.zero, self.table, self.pick)
         facts = (None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in held)
-        return (self.N, self.K, self.group_size, self.floats, self._outlier_room, self.kept is not None, *facts)
-
-    @property
-    def _outlier_room(self) -> int | None:
-        return None if self.outliers is None else self.outliers.room
+        return (self.N, self.K, self.group_size, self.floats, self.outliers is not None, self.kept is not None, *facts)
 
     def check(self) -> None:
         """Raises `BadInput` where shapes or dtypes contradict each other."""

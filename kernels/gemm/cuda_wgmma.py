@@ -33,7 +33,7 @@ from aerogel.kernels.gemm.cuda_decoder import (
     table_kind,
 )
 from aerogel.kernels.gemm.cuda_few import most_outlier_tokens
-from aerogel.kernels.gemm.cuda_outliers import HEAD
+from aerogel.kernels.gemm.cuda_outliers import LINE, MOST_LINES, SHEET_BYTES
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 
 SOURCE = "wgmma.cu"
@@ -41,10 +41,10 @@ FEW_TOKENS = 16
 WIDE_BYTES = 192 << 20
 """Up to FEW_TOKENS the few-token kernels are faster, except for codes of more than four bits and of WIDE_BYTES and more."""
 SHARED_LIMIT = 227 << 10
-SHEET_BYTES = 8192
-"""Half of a unit's outliers, and zeros between them."""
 REGISTERS = {(2, 1): (40, 232), (3, 1): (40, 152), (4, 1): (32, 112), (2, 2): (40, 96)}
 """Registers of a producing and of a consuming thread, by warpgroups and blocks on a multiprocessor; others do not trade."""
+REGISTERS_BESIDE = {(2, 1): (56, 224), (3, 1): (56, 152), (4, 1): (64, 104), (2, 2): (48, 96)}
+"""The same where producers put outliers into sheets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +103,9 @@ def side_bytes(weight: TileWeight) -> tuple[int, int]:
 
 def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str, int]:
     """The macros that specialise wgmma.cu."""
-    producer, consumer = REGISTERS.get((config.warpgroups, config.resident), (0, 0))
-    if config.split > 1 and config.resident == 1:  # of whose blocks a producer has more to know
+    plain = weight.outliers is None
+    producer, consumer = (REGISTERS if plain else REGISTERS_BESIDE).get((config.warpgroups, config.resident), (0, 0))
+    if plain and config.split > 1 and config.resident == 1:  # of whose blocks a producer has more to know
         producer, consumer = producer + 8, consumer - 8
     zero = 0 if weight.zero is None else 1 if weight.zero.dtype == torch.uint8 else 2
     return {
@@ -131,7 +132,8 @@ def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str,
         "PRODUCER_REGISTERS": producer,
         "CONSUMER_REGISTERS": consumer,
         "SHARED_BYTES": shared_bytes(weight, config),
-        "OUTLIERS": 0 if weight.outliers is None else weight.outliers.room,
+        "OUTLIERS": int(weight.outliers is not None),
+        "LINES": list_lines(config),
     }
 
 
@@ -159,28 +161,29 @@ def table_room(weight: TileWeight, row_tiles: int) -> int:
     return paired(weight) * PAIR_BYTES or table_bytes(weight, row_tiles)
 
 
-def outlier_room(weight: TileWeight, config: Config) -> tuple[int, int]:
-    """Bytes that outliers take: their lists of a stage of weights; and beside the rings sheets and barriers."""
-    if weight.outliers is None:
-        return 0, 0
-    units = config.row_tiles // 4
-    lists = units * config.w_tiles * 4 * (HEAD + weight.outliers.room)
-    return ceil_divide(lists, 128) * 128, 2 * units * SHEET_BYTES + 32 * config.warpgroups
+def list_lines(config: Config) -> int:
+    """Lines of outliers that are on their way: nearly as far ahead as codes are; of a part of the columns nearly all."""
+    return MOST_LINES // 2 if config.split == 1 and config.blocks * config.resident > 1 else MOST_LINES
+
+
+def sheet_room(config: Config) -> int:
+    """Bytes of the sheets of outliers, the lists that go into them, and barriers."""
+    lists = list_lines(config) * 4 * LINE
+    return config.row_tiles // 4 * (2 * SHEET_BYTES + lists) + 32 * config.warpgroups
 
 
 def space(weight: TileWeight, config: Config) -> Space:
     """What a launch needs, whatever the number of stages."""
     scale, zero = side_bytes(weight)
     touched = config.row_tiles * window(weight.group_size, config.w_tiles) if weight.group_size else 0
-    lists, sheets = outlier_room(weight, config)
+    sheets = 0 if weight.outliers is None else sheet_room(config)
     threads, pieces = 128 * config.warpgroups, config.blocks * config.tokens // 16
     out = 2 * config.warpgroups * 128 * (32 if config.tokens > 32 and config.tokens % 32 == 0 else 16)
     return Space(
         x_stage=config.tokens * (256 if config.batch == 8 else 128),
         w_stage=config.row_tiles * config.w_tiles * 256 * weight.bits
         + ceil_divide(touched * scale, 128) * 128
-        + ceil_divide(touched * zero, 128) * 128
-        + lists,
+        + ceil_divide(touched * zero, 128) * 128,
         sums=ceil_divide(pieces, config.split) * config.split * threads * 32 if config.split > 1 else 0,
         beside=out + table_room(weight, config.row_tiles) + sheets + 16,
     )

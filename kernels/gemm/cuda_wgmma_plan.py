@@ -79,6 +79,13 @@ def in_pieces(x_MK: Tensor) -> Tensor:
     return x_MK.clone() if x_MK.data_ptr() % 16 else x_MK
 
 
+def macros_of(
+    weight: TileWeight, config: Config, dtype: torch.dtype, *, int8: bool = False, experts: bool = False, kept: bool = False
+) -> dict[str, int]:
+    """All macros of a plan's kernel."""
+    return defines(weight, config, dtype) | {"INT8": int(int8), "EXPERTS": int(experts), "KEPT": int(kept)}
+
+
 class Plan:
     """One weight, one number of tokens, one configuration: compiled, described and ready to be called as a `Runner`.
 
@@ -103,8 +110,8 @@ class Plan:
     ) -> None:
         device = weight.codes.device
         self.config = config
-        macros = defines(weight, config, dtype) | {"INT8": int(row_scale is not None), "EXPERTS": int(runs is not None)}
-        macros["KEPT"] = int(kept is not None)
+        kinds = {"int8": row_scale is not None, "experts": runs is not None, "kept": kept is not None}
+        macros = macros_of(weight, config, dtype, **kinds)
         self.function = function(SOURCE, KERNEL, macros, device)
         self._sixteen = str(dtype).removeprefix("torch.")
         self._element = self._sixteen if row_scale is None else "uint8"
@@ -120,7 +127,7 @@ class Plan:
             factor=None if weight.factor is None else weight.factor.data_ptr(),
             row_scale=None if row_scale is None else row_scale.data_ptr(),
             outlier_start=None if weight.outliers is None else weight.outliers.start_T1.data_ptr(),
-            outlier=None if weight.outliers is None else weight.outliers.by_unit_E.data_ptr(),
+            outlier=None if weight.outliers is None else weight.outliers.by_sheet_E.data_ptr(),
             kept=None if kept is None else kept.data_ptr(),
             kept_steps=0 if kept is None else kept.shape[1],
             M=M,

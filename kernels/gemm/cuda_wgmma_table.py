@@ -1,11 +1,11 @@
 """Measured configurations of the many-token kernel, by device family, weight and number of tokens.
 
 `wgmma_NAME.json` beside this module holds what was measured on NAME: for each weight the fastest configuration at some
-numbers of tokens, with its time. Other numbers of tokens use the next larger one; tables those of other groups too, since what
-decoding takes decides there, and what has no entries of its own but no table those of integers in as large groups. Weights with
-outliers have entries of their own where they want another cut (`4o/g128/4096x4096`). A weight
-that no entry suits, or a number of tokens beyond them, is served by the cost model of `cuda_wgmma`: the cut of other groups can
-be half as fast, where two blocks share a multiprocessor.
+numbers of tokens, with its time; what `aerogel tune` measured on this machine lies in the cache folder, and wins. Other numbers
+of tokens use the next larger one; tables those of other groups too, since what decoding takes decides there, and what has no
+entries of its own but no table those of integers in as large groups. Weights with outliers have entries of their own where they
+want another cut (`4o/g128/4096x4096`). A weight that no entry suits, or a number of tokens beyond them, is served by the cost
+model of `cuda_wgmma`: the cut of other groups can be half as fast, where two blocks share a multiprocessor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aerogel.kernels.gemm.cuda_table import family_slug, places
+import torch
+
+from aerogel.kernels.cuda.nvrtc import cache_folder, keep
+from aerogel.kernels.gemm.cuda_table import device_slug, family_slug, places
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import Config, deepest, fits
 
@@ -26,12 +29,47 @@ TOKEN_CLASSES = (16, 32, 64, 128, 256, 512, 1024, 4096)
 
 @functools.cache
 def table(name: str) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
-    """Place (`cuda_table.places`) to number of tokens to entry (`config`, `us`) for device `name`; empty if not measured."""
-    path = FOLDER / f"wgmma_{family_slug(name)}.json"
-    found: Mapping[str, Mapping[str, Mapping[str, Any]]] = (
-        json.loads(path.read_text("utf-8"))["entries"] if path.is_file() else {}
-    )
+    """Place (`cuda_table.places`) to number of tokens to entry (`config`, `us`) for device `name`: the shipped ones of its
+    family, then the machine's own."""
+    found: dict[str, Mapping[str, Mapping[str, Any]]] = {}
+    for path in (FOLDER / f"wgmma_{family_slug(name)}.json", tuned_path(name)):
+        for place, entries in _entries(path).items():
+            found[place] = {**found.get(place, {}), **entries}
     return found
+
+
+def tuned_path(name: str) -> Path:
+    """Where `save` keeps what was measured on the device `name`."""
+    return cache_folder() / "tuned" / f"wgmma_{device_slug(name)}.json"
+
+
+def _entries(path: Path) -> dict[str, dict[str, Any]]:
+    return dict(json.loads(path.read_text("utf-8"))["entries"]) if path.is_file() else {}
+
+
+def save(name: str, place: str, entries: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Adds a weight's entries, by number of tokens, to the machine's own table for the device `name`."""
+    path = tuned_path(name)
+    held = _entries(path)
+    held[place] = {**held.get(place, {}), **entries}
+    content = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "entries": held}
+    keep(path, json.dumps(content, indent=1, sort_keys=True).encode())
+    table.cache_clear()
+    return path
+
+
+def token_class(M: int) -> int:
+    """The number of tokens that is measured for M of them."""
+    return next((size for size in TOKEN_CLASSES if size >= M), TOKEN_CLASSES[-1])
+
+
+def place_of(weight: TileWeight) -> str:
+    """Where a weight's own entries are."""
+    return places(weight)[0] if weight.outliers is None else _beside_outliers(places(weight)[0])
+
+
+def _beside_outliers(place: str) -> str:
+    return place.replace("/", "o/", 1)
 
 
 def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
@@ -39,10 +77,10 @@ def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
 
     An entry with `rows` and `rest` serves that many rows with `config` and the others with `rest`.
     """
-    tokens = next((size for size in TOKEN_CLASSES if size >= M), TOKEN_CLASSES[-1])
+    tokens = token_class(M)
     integers = f"{weight.bits}/g{weight.group_size}/{weight.N}x{weight.K}"
     own = places(weight)[:-1] if weight.table is not None or weight.planes else places(weight)[:1]
-    beside = () if weight.outliers is None else (integers.replace("/", "o/", 1),)
+    beside = () if weight.outliers is None else map(_beside_outliers, (*own, integers))
     known = [table(name).get(place, {}) for place in (*beside, *own, integers)]
     entry = next((entries[str(tokens)] for entries in known if str(tokens) in entries), None)
     if entry is None:

@@ -28,12 +28,13 @@ from aerogel.kernels.gemm.cuda_few import (
     trades,
 )
 from aerogel.kernels.gemm.cuda_few_plan import Plan
-from aerogel.kernels.gemm.cuda_outliers import NAMES, TileOutliers
-from aerogel.kernels.gemm.cuda_tune import SPILLED_BYTES
+from aerogel.kernels.gemm.cuda_outliers import LEAST, LINE, NAMES, TileOutliers
+from aerogel.kernels.gemm.cuda_ranked import SPILLED_BYTES
 from aerogel.kernels.gemm.cuda_wgmma import Config as ManyConfig
 from aerogel.kernels.gemm.cuda_wgmma import candidates, deepest
 from aerogel.kernels.gemm.cuda_wgmma import defines as many_defines
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan as ManyPlan
+from aerogel.kernels.gemm.cuda_wgmma_plan import macros_of
 from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.pack import tiles
 from aerogel.quantize.codes import quantized
@@ -101,6 +102,26 @@ def by_rows(laid: TileOutliers, N: int, K: int) -> Tensor:
     return dense[:, :K]
 
 
+def by_sheets(laid: TileOutliers, N: int, K: int) -> Tensor:
+    """What the words of the sheets hold, whose places are those of the same numbers in fragments: [N, K] bfloat16."""
+    C = tiles.tile_counts(N, K)[1]
+    T = -(-N // 64) * C
+    flat = torch.zeros(T, 2, 4096, dtype=torch.bfloat16)
+    for pair in range(T):
+        words = laid.by_sheet_E[laid.start_T1[pair] : laid.start_T1[pair + 1]].long() & 0xFFFFFFFF
+        sheet = words >> 16 & 7
+        assert (sheet // 2 == pair % 4).all() and (sheet.diff() >= 0).all() and (sheet.bincount()[-2:] >= LEAST).all()
+        place = (sheet % 2, words >> 20)
+        assert len(torch.stack(place).unique(dim=1)[0]) == len(words) and (words >> 19 & 1 == 0).all()
+        flat[pair][place] = (words & 0xFFFF).int().short().view(torch.bfloat16)
+    beyond = laid.by_sheet_E[laid.start_T1[-1] :]
+    assert len(beyond) == 2 * LINE and (beyond == T % 4 * 2 << 16).all()
+    h, r, s, g, t, i1, i0, e = (2, 4, 4, 8, 4, 2, 2, 2)
+    back = flat.reshape(-1, C, h, r, s, g, t, i1, i0, e).permute(0, 3, 8, 5, 1, 2, 4, 7, 6, 9).reshape(-1, C * 128)
+    assert not back[N:].any() and not back[:, K:].any()
+    return back[:N, :K]
+
+
 @pytest.mark.parametrize("kinds", ["o", "c", "oc"])
 @pytest.mark.parametrize("shape", [(1, 8), (33, 300), (48, 128)])
 def test_both_orders_are_the_outliers(shape: tuple[int, int], kinds: str) -> None:
@@ -113,21 +134,7 @@ def test_both_orders_are_the_outliers(shape: tuple[int, int], kinds: str) -> Non
         wanted_NK = dense_of(beside, N, K).float().bfloat16()
         wanted_NK = wanted_NK if place is None else wanted_NK[:, place.argsort()]
         assert torch.equal(by_rows(laid, N, K), wanted_NK)
-        # The place of a number in a unit is that of the same number in its steps' fragments.
-        C = tiles.tile_counts(N, K)[1]
-        T = len(laid.start_T1) - 1
-        flat = torch.zeros(T, 8192, dtype=torch.bfloat16)
-        for unit in range(T):
-            begin, end = map(int, laid.start_T1[unit : unit + 2])
-            ends_S = laid.by_unit_E[begin : begin + 4].view(torch.int16).long()
-            words = laid.by_unit_E[begin + 4 : begin + 4 + int(ends_S[-1])]
-            assert begin % 4 == 0 and end - begin == 4 + -(-len(words) // 4) * 4
-            place = words.long() & 0xFFFF
-            assert torch.equal(torch.bincount(place // 2048, minlength=8).cumsum(0), ends_S)
-            flat[unit, place // 2] = (words >> 16).short().view(torch.bfloat16)
-        s, r, g, t, i1, i0, e = (8, 4, 8, 4, 2, 2, 2)
-        back = flat.reshape(-1, C, s, r, g, t, i1, i0, e).permute(0, 3, 7, 4, 1, 2, 6, 5, 8).reshape(-1, C * 128)
-        assert torch.equal(back[:N, :K], wanted_NK)
+        assert torch.equal(by_sheets(laid, N, K), wanted_NK)
 
 
 def test_what_does_not_fit_is_left_to_others() -> None:
@@ -205,7 +212,7 @@ def test_rows_are_cut_where_units_begin() -> None:
     laid = TileOutliers.of(beside_of(200, 300), 200, 300, torch.bfloat16)
     assert laid is not None
     part = laid.rows(64, 200, 3)
-    assert torch.equal(part.start_T1, laid.start_T1[3:]) and part.room == laid.room
+    assert torch.equal(part.start_T1, laid.start_T1[3:])
     with pytest.raises(BadInput, match="multiples of 64"):
         laid.rows(80, 200, 3)
 
@@ -260,8 +267,7 @@ def test_kept_columns_alone_and_compiled() -> None:
 
 def compiled_ahead(weight: Any, cuts: Sequence[ManyConfig]) -> None:
     """All kernels at once, as a plan wants them."""
-    plain = {"INT8": 0, "EXPERTS": 0, "KEPT": 0}
-    sources.compile_ahead([("wgmma.cu", many_defines(weight, cut, torch.bfloat16) | plain) for cut in cuts], (9, 0))
+    sources.compile_ahead([("wgmma.cu", macros_of(weight, cut, torch.bfloat16)) for cut in cuts], (9, 0))
 
 
 @pytest.mark.gpu
@@ -319,7 +325,7 @@ UNEVEN: dict[str, Any] = {
     "a row": (399, ALL),
     "a third": (ALL, slice(None, None, 3)),
 }
-"""Where outliers stand: lists that are empty, that are longer than the room for them, that have all in one step."""
+"""Where outliers stand: sheets that are empty, that have more outliers than a warp has lanes, or all in one step."""
 MANY = (
     ManyConfig(tokens=16),
     ManyConfig(tokens=32, blocks=2, split=3, w_tiles=2),

@@ -23,12 +23,12 @@ from aerogel.quantize.outliers import Outliers
 def weight_of(N: int, K: int, bits: int) -> TileWeight:
     """A weight with outliers on no device, of which shapes alone count."""
     R, C = tiles.tile_counts(N, K)
-    nothing = {name: torch.empty(0, dtype=torch.int32) for name in TileOutliers.__slots__ if name != "room"}
+    nothing = {name: torch.empty(0, dtype=torch.int32) for name in TileOutliers.__slots__}
     return TileWeight(
         codes=torch.empty(R, C, 256 * bits, dtype=torch.uint8, device="meta"),
         scale=torch.empty(R, -(-K // 128), 16, dtype=torch.bfloat16, device="meta"),
         zero=None, table=None, pick=None, group_size=128, N=N, K=K,
-        outliers=TileOutliers(**nothing, room=32),
+        outliers=TileOutliers(**nothing),
     )  # fmt: skip
 
 

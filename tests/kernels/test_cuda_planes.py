@@ -212,6 +212,7 @@ def test_tuning_keeps_what_planes_look_for(grid: PlaneGrid, key: str, tmp_path: 
     monkeypatch.setattr(cuda_tune, "tune", tune)
     monkeypatch.setattr(cuda_tune, "random_planes", lambda *what, **how: draw(*what[:4], "cpu", **how))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 1GB")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     cuda_table.table.cache_clear()
     problem = problem_of(grid, 64, 256, torch.bfloat16)
     tuned = CudaPlanes.tune(problem, [1, 16, 300])

@@ -19,7 +19,16 @@ import torch
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.cuda import launch, nvrtc, sources
-from aerogel.kernels.gemm import cuda, cuda_dense, cuda_few, cuda_few_plan, cuda_table, cuda_tune
+from aerogel.kernels.gemm import (
+    cuda,
+    cuda_dense,
+    cuda_few,
+    cuda_few_plan,
+    cuda_table,
+    cuda_tune,
+    cuda_wgmma_table,
+    cuda_wgmma_tune,
+)
 from aerogel.kernels.gemm.cuda_few import Config, default_config, defines, fits, shared_bytes
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
@@ -495,9 +504,9 @@ def test_the_shipped_table_holds_configurations_that_fit() -> None:
                 held.check()
             held = replace(held, floats={4: 1, 8: 3}[bits] if found[2] == "f" else 0)
             if key.startswith("o/"):
-                nothing = {name: torch.empty(0, dtype=torch.int32) for name in TileOutliers.__slots__ if name != "room"}
-                held = replace(held, outliers=TileOutliers(**nothing, room=32))
-            assert cuda_table.key_of(held, M) == key.removeprefix("o/")
+                nothing = {name: torch.empty(0, dtype=torch.int32) for name in TileOutliers.__slots__}
+                held = replace(held, outliers=TileOutliers(**nothing))
+            assert cuda_table.key_of(held, M) == key
             assert fits(held, Config(**entry["config"]), M, (9, 0), 132), key
 
 
@@ -593,6 +602,7 @@ def test_tune_measures_token_classes_once_and_keeps_them(monkeypatch: pytest.Mon
         cuda_tune, "random_weight", lambda N, K, bits, group, device, zero: draw(N, K, bits, group, "cpu", zero=zero)
     )
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA Test 1GB")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
     monkeypatch.setenv("AEROGEL_CACHE", str(tmp_path))
     grid = IntGrid(bits=4, group_size=64, symmetric=False)
     problem = Problem(format="pack-quantized", grid=grid, N=48, K=256, device="cuda", dtype=torch.bfloat16)
@@ -602,3 +612,39 @@ def test_tune_measures_token_classes_once_and_keeps_them(monkeypatch: pytest.Mon
     assert sorted(tuned.found) == [1, 4, 16] and "4.5 us" in tuned.found[1]
     assert "4z/g64/48x256/m4" in tuned.kept.read_text()
     assert cuda.Cuda.tune(problem, [512]) is None
+    tuned = cuda.Cuda.tune(replace(problem, outliers=True), [2])
+    assert tuned is not None and list(tuned.found) == [2] and '"o/4z/g64/48x256/m2"' in tuned.kept.read_text()
+    cuda_table.table.cache_clear()
+
+
+def test_tune_keeps_cuts_of_many_tokens_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is kept is what a plan finds, with outliers and without, and wins over what is shipped."""
+    name, given = "NVIDIA H100 80GB HBM3", []
+
+    def tune(weight: TileWeight, tokens: list[int]) -> dict[str, Any]:
+        found = [cuda_wgmma_tune.candidates(weight, M, 132, name) for M in tokens]
+        given.append([configs[-1] for configs in found])
+        return {
+            str(M): {"config": cuda_wgmma_tune.as_data(configs[-1]), "us": 9.5}
+            for M, configs in zip(tokens, found, strict=True)
+        }
+
+    draw = cuda_tune.random_weight
+    monkeypatch.setattr(cuda_wgmma_tune, "tune", tune)
+    monkeypatch.setattr(cuda_tune, "random_weight", lambda *what, zero: draw(*what[:4], "cpu", zero=zero))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setenv("AEROGEL_CACHE", str(tmp_path))
+    cuda_wgmma_table.table.cache_clear()
+    shipped = cuda_wgmma_table.table(name)["4/g128/4096x4096"]
+    problem = Problem(format="pack-quantized", grid=IntGrid(bits=4), N=4096, K=4096, device="cuda", dtype=torch.bfloat16)
+    for outliers in (False, True):
+        tuned = cuda.Cuda.tune(replace(problem, outliers=outliers), [20, 64, 60])
+        assert tuned is not None and sorted(tuned.found) == [32, 64] and "9.5 us" in tuned.found[32]
+    for outliers, best in zip((False, True), given, strict=True):
+        weight = cuda_tune.like(replace(problem, outliers=outliers))
+        assert weight is not None and (weight.outliers is not None) is outliers
+        for M, config in zip((30, 64), best, strict=True):
+            assert cuda_wgmma_table.cuts_for(weight, M, name) == [(4096, config)]
+        assert cuda_wgmma_table.table(name)["4/g128/4096x4096"]["128"] == shipped["128"]
+    cuda_wgmma_table.table.cache_clear()

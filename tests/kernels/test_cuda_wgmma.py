@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.gemm import cuda_table, cuda_wgmma, cuda_wgmma_table
-from aerogel.kernels.gemm.cuda_outliers import UNIT_ROWS, TileOutliers
+from aerogel.kernels.gemm.cuda_outliers import SHEET_ROWS, TileOutliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import CUTS, SOURCE, Config, ManyTokens, choose_config, deepest, defines, fits
 from aerogel.kernels.gemm.cuda_wgmma_plan import Parts, Plan
@@ -46,8 +46,8 @@ def meta_weight(N: int, K: int, bits: int = 4, group_size: int = 128, **more: An
 
 def meta_outliers(N: int, K: int, E: int) -> TileOutliers:
     """So many outliers without data."""
-    T = -(-N // UNIT_ROWS) * tiles.tile_counts(N, K)[1]
-    made = TileOutliers.given([torch.empty(size, dtype=torch.int32, device="meta") for size in (N + 1, E, T + 1, E + 7 * T)])
+    T = -(-N // SHEET_ROWS) * tiles.tile_counts(N, K)[1]
+    made = TileOutliers.given([torch.empty(size, dtype=torch.int32, device="meta") for size in (2 * N + 1, E, T + 1, E)])
     assert made is not None
     return made
 
@@ -77,7 +77,7 @@ def test_chooses_a_cut_that_fits_for_any_weight(N: int, K: int, bits: int, group
 
 def test_every_measured_configuration_fits() -> None:
     entries = cuda_wgmma_table.table("NVIDIA H100 80GB HBM3")
-    assert len(entries) == 69
+    assert len(entries) == 70
     for key, by_tokens in entries.items():
         kind, group, shape = key.split("/")
         N, K = (int(size) for size in shape.split("x"))
@@ -179,7 +179,7 @@ def test_measured_layers_get_what_was_measured(fake: FakeDriver) -> None:
     plain = meta_weight(4096, 4096)
     beside = replace(plain, outliers=meta_outliers(4096, 4096, 4096 * 41))
     found = [cuda_wgmma_table.cuts_for(weight, 64, "NVIDIA H100 80GB HBM3")[0][1] for weight in (plain, beside)]
-    assert [config.resident for config in found] == [2, 1]
+    assert [config.x_stages for config in found] == [8, 3]
 
 
 def ptxas_log(defined: nvrtc.Defines) -> str:
