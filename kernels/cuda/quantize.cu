@@ -177,7 +177,8 @@ UNROLL
     for (int c = 0; c < CHUNKS; c++)
         held[c] = made(p, first + c * STEP, make, held[c]), largest = largest_of(held[c], largest);
     for REST(p.K) largest = largest_of(made(p, column, make, read16(row, column, p.K)), largest);
-    const float scale = p.fixed ? *p.fixed : scale_of(largest_of_block<WARPS>(largest));
+    const float own = scale_of(largest_of_block<WARPS>(largest));
+    const float scale = p.fixed && own - own == 0 ? *p.fixed : own;  // a stored scale hides no infinity and no NaN
     if (threadIdx.x == 0) p.scale[blockIdx.x] = scale;
 
     const Divisor by(scale, !p.fixed);

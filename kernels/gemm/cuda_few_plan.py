@@ -86,8 +86,8 @@ class Plan:
         if self._pad or x_MK.data_ptr() % 16 or not x_MK.is_contiguous():
             x_MK = torch.nn.functional.pad(x_MK, (0, self._pad)).contiguous()
             x_MK = x_MK.clone() if x_MK.data_ptr() % 16 else x_MK
-        if bias_N is not None and bias_N.dtype != self._dtype:
-            bias_N = bias_N.to(self._dtype)
+        if bias_N is not None and (bias_N.dtype != self._dtype or not bias_N.is_contiguous()):
+            bias_N = bias_N.to(self._dtype).contiguous()
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         with self._lock:
             arguments = self._arguments

@@ -33,12 +33,15 @@ def fp8_linear(x: Tensor | Made, weight: Tensor, scale_N: Tensor, bias: Tensor |
         return like.new_zeros(M, weight.shape[0]) if bias is None else bias.expand(M, -1).to(like.dtype).contiguous()
     with torch.cuda.device(like.device):
         codes, scale_M = Quantizer(dtype=like.dtype, device=like.device, output=E4M3, columns=K)(x, fixed)
+    if bias is not None:
+        bias = bias.to(like.dtype).contiguous()
+        bias = bias.clone() if bias.data_ptr() % 16 else bias  # cuBLAS has no kernel for others
     y: Tensor = torch._scaled_mm(
         codes,
         weight.T,
         scale_a=scale_M[:, None],
         scale_b=scale_N[None],
-        bias=None if bias is None else bias.to(like.dtype),
+        bias=bias,
         out_dtype=like.dtype,
     )
     return y

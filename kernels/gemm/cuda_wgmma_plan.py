@@ -164,8 +164,8 @@ class Plan:
         chosen: Tensor | None = None,
     ) -> None:
         """Queues the kernel for activations that the copy engine can take as they are: whole rows at multiples of 16 bytes."""
-        if bias_N is not None and bias_N.dtype != self._dtype:
-            bias_N = bias_N.to(self._dtype)
+        if bias_N is not None and (bias_N.dtype != self._dtype or not bias_N.is_contiguous()):
+            bias_N = bias_N.to(self._dtype).contiguous()
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         with self._lock:
             arguments = self._arguments

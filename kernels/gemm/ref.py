@@ -67,18 +67,19 @@ def round_input(x_MK: Tensor, problem: Problem, fixed: Tensor | None = None) -> 
 
 def quantize_int8(x: Tensor, fixed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """int8 values and float32 scales [..., 1] over the last dimension: x ~ values * scale; an all-zero row has scale 1.
-    fixed: float32 [1], the scale of every row."""
-    scale = _scales(x, INT8_MAX) if fixed is None else fixed.expand(*x.shape[:-1], 1)
+    fixed: float32 [1], the scale of every row. A row with an infinity or a NaN has a scale that is not finite, fixed or not."""
+    scale = _scales(x, INT8_MAX, fixed)
     return (x.float() / scale).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale
 
 
 def quantize_fp8(x: Tensor, fixed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """e4m3 values and float32 scales [..., 1] over the last dimension, as `quantize_int8`."""
-    scale = _scales(x, E4M3_MAX) if fixed is None else fixed.expand(*x.shape[:-1], 1)
+    scale = _scales(x, E4M3_MAX, fixed)
     return (x.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
-def _scales(x: Tensor, largest: float) -> Tensor:
+def _scales(x: Tensor, largest: float, fixed: Tensor | None) -> Tensor:
     peak = x.abs().amax(-1, keepdim=True).float()
     # By a tensor: on CUDA torch multiplies by the rounded reciprocal of a plain number, one bit off the quotient.
-    return torch.where(peak > 0, peak / torch.full_like(peak, largest), torch.ones_like(peak))
+    own = torch.where(peak == 0, torch.ones_like(peak), peak / torch.full_like(peak, largest))
+    return own if fixed is None else torch.where(peak.isfinite(), fixed, own)

@@ -74,6 +74,7 @@ def route_experts(expert: Tensor, experts: int, run: int) -> tuple[Tensor, Tenso
     """order int32 [S], the pair at each place; place int32 [S], where each pair is, -1 for experts that do not exist; runs
     int32 [1 + P, 4]: how many there are, then expert, first place, end, and how many runs this expert has."""
     pairs = expert.shape[0]
+    expert = expert.contiguous()
     order, place, runs = _empty_routes(expert, experts, run)
     if pairs == 0:
         return order, place, runs.zero_()
@@ -85,7 +86,7 @@ def route_experts(expert: Tensor, experts: int, run: int) -> tuple[Tensor, Tenso
         block=32 * warps,
         shared_bytes=4 * (warps + 3) * (experts + 1),
         arguments={
-            "expert": expert.contiguous().data_ptr(),
+            "expert": expert.data_ptr(),
             "order": order.data_ptr(),
             "place": place.data_ptr(),
             "runs": runs.data_ptr(),
@@ -127,6 +128,8 @@ def spread_tokens(x: Tensor, order: Tensor) -> Tensor:
 def add_experts(rows: Tensor, place: Tensor, weight: Tensor) -> Tensor:
     """rows [S, N] bf16 or fp16 in sorted order, weight [M, k] bf16, fp16 or fp32 -> [M, N]."""
     (M, each), N = weight.shape, rows.shape[1]
+    rows, weight = rows.contiguous(), weight.contiguous()
+    rows = rows.clone() if rows.data_ptr() % 16 else rows  # read 16 bytes at a time
     y = rows.new_empty(M, N)
     if y.numel():
         _run(
@@ -135,7 +138,7 @@ def add_experts(rows: Tensor, place: Tensor, weight: Tensor) -> Tensor:
             grid=(-(-N // (8 * THREADS)), M),
             arguments={
                 "rows": rows.data_ptr(),
-                "weight": weight.contiguous().data_ptr(),
+                "weight": weight.data_ptr(),
                 "place": place.data_ptr(),
                 "y": y.data_ptr(),
                 "each": each,

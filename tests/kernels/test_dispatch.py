@@ -97,6 +97,15 @@ def test_dynamic_rounding_of_inputs() -> None:
         assert relative_error(values.float() * scale, big) < 0.03
 
 
+@pytest.mark.parametrize("fixed", [None, torch.tensor([0.5])], ids=["of each token", "stored"])
+def test_rounding_hides_no_infinity_and_no_nan(fixed: torch.Tensor | None) -> None:
+    x = torch.tensor([[1.0, -2.0], [torch.nan, 1.0], [1.0, -torch.inf]])
+    for function in (quantize_int8, quantize_fp8):
+        scale = function(x, fixed)[1].flatten()
+        assert scale.isfinite().tolist() == [True, False, False] and scale[1].isnan()
+        assert fixed is None or scale[0] == 0.5
+
+
 def test_choice_and_explanation() -> None:
     grid = IntGrid(bits=4, group_size=64, scale_dtype=HALF)
     problem = Problem(format="pack-quantized", grid=grid, N=64, K=128, dtype=HALF)
