@@ -29,6 +29,9 @@ register i of step s is number c = 4 (s % 2) + i there, and c to the left brings
 
 PAIRS, any 16 numbers: byte i holds both codes of register i, the lower half's in its low nibble: a byte looks up a pair.
 
+ROWS, any 16 numbers that each row has for itself: two steps share two words, one of row g and one of row g + 8, a half
+word each, of which a byte has both codes of a register, as in PAIRS.
+
 BYTES, any 256 numbers: codes are whole bytes, half e of register i is byte 2 (i % 2) + e of word i / 2.
 
 Cost: a mask and a rotation for each line of an order, at packing.
@@ -47,7 +50,8 @@ from aerogel.pack.tiles import pack_tiles, row_tiles_at_once, unpack_tiles
 
 
 class Move(NamedTuple):
-    """Some bits of a word of `pack_tiles` and how far they turn to the left. Words of the lower limb are 0, of the upper 1."""
+    """Some bits of a word of `pack_tiles` and how far they turn to the left. Words of the lower limb are 0, of the upper 1; of
+    four bits, which have one limb, those of an even step are 0 and of an odd one 1."""
 
     mask: int
     turn: int
@@ -83,6 +87,12 @@ E4M3: Order = tuple(
 PAIRS: Order = (
     *(Move(0xF << 4 * i, 4 * i) for i in range(4)),
     *(Move(0xF0000 << 4 * i, (4 * i - 12) % 32) for i in range(4)),
+)
+ROWS: Order = tuple(
+    Move(0xF << 4 * i + 16 * e, (16 * step + 8 * (i // 2) + 4 * e - 4 * i - 16 * e) % 32, step, i % 2)
+    for step in range(2)
+    for i in range(4)
+    for e in range(2)
 )
 # Of register i its halves' nibbles lie at bits 4 i and 4 i + 16, the lower four bits in one word and the upper four in another.
 BYTES: Order = tuple(
@@ -132,7 +142,8 @@ def _moved(packed: Tensor, bits: int, order: Order) -> Tensor:
         return packed
     C, first_byte = packed.shape[1], 1024 if bits == 6 else 0  # six bits: the narrow limb alone
     out = packed.clone() if first_byte else torch.empty_like(packed)
-    limbs, held = (1, 128) if first_byte else (bits // 4, 256)  # words of a limb
+    steps = bits == 4 and any(move.source or move.target for move in order)
+    limbs, held = (1, 128) if first_byte else (2, 1) if steps else (bits // 4, 256)  # words of a limb, or of a step
     step = row_tiles_at_once(packed, C)
     for first in range(0, packed.shape[0], step):
         words = packed[first : first + step, :, first_byte:].contiguous().view(torch.int32).reshape(-1, limbs, held)
@@ -149,7 +160,7 @@ def _moved(packed: Tensor, bits: int, order: Order) -> Tensor:
                 target |= (source & _signed(low)) << move.turn
             if high:
                 target |= (source >> right) & (high >> right)
-        out[first : first + step, :, first_byte:] = moved.reshape(-1, C, limbs * held).view(torch.uint8)
+        out[first : first + step, :, first_byte:] = moved.reshape(-1, C, 128 if first_byte else 64 * bits).view(torch.uint8)
     return out
 
 

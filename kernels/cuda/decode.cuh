@@ -164,15 +164,16 @@ INLINE void decode_floats(const u32* words, int s, u32 upper, u32 lower, u32* a)
 }
 
 // The A fragment of step s through a table of 16-bit numbers in shared memory: `upper` for row g, `lower` for row g + 8.
-// Codes of four bits lie in pairs: byte i of a word is register i. Codes of eight are bytes, their entries STEP bytes apart.
+// Codes of four bits lie in pairs: byte i of a word is register i, or where rows have tables (TABLE 2), of the words of two steps the
+// first is row g and the second row g + 8 (ROWS in pack/tile_orders.py). Codes of eight are bytes, their entries STEP bytes apart.
 template <int STEP = 2> INLINE void decode_table(const u32* words, int s, u32 upper, u32 lower, u32* a) {
   UNROLL for (int i = 0; i < 4; i++) {
     u32 pair[2];
     UNROLL for (int e = 0; e < 2; e++) {
       const u32 table = i & 1 ? lower : upper;
       if constexpr (BITS == 4) {
-        const int bit = 8 * i + 4 * e;
-        const u32 low = bit ? words[s] >> (bit - 1) : words[s] << 1;
+        const int bit = (TABLE == 2 ? s % 2 * 16 + i / 2 * 8 : 8 * i) + 4 * e;
+        const u32 word = words[TABLE == 2 ? (s & ~1) + i % 2 : s], low = bit ? word >> (bit - 1) : word << 1;
         pair[e] = load_shared_u16(and_or(low, 0x1E, table));  // tables of 32 bytes begin at multiples of that
       } else {
         pair[e] = load_shared_u16(place_of_entry<STEP>(words[s], words[8 + s], i, e, table));
@@ -192,8 +193,8 @@ INLINE void decode_pairs(u32 word, u32 upper, u32 lower, u32* a) {
   UNROLL for (int i = 0; i < 4; i++) a[i] = load_shared_u32(place_of_pair<PAIR_STEP>(word, i, i & 1 ? lower : upper));
 }
 INLINE void decode_by_rows(const u32* words, int s, const RowTable& upper, u32 lower, u32* a) {
-  UNROLL for (int i = 1; i < 4; i += 2) a[i] = load_shared_u32(place_of_pair<EIGHT_STEP>(words[s], i, lower));
-  look_up_row(words[s & ~1], words[s | 1], s & 1, upper, a[0], a[2]);
+  UNROLL for (int j = 0; j < 2; j++) a[1 + 2 * j] = load_shared_u32(place_of_pair<EIGHT_STEP>(words[s | 1], s % 2 * 2 + j, lower));
+  look_up_row(words[s & ~1], s & 1, upper, a[0], a[2]);
 }
 INLINE RowTable load_row_table(u32 room) {
   RowTable table;

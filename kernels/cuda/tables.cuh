@@ -7,9 +7,10 @@
 // themselves, and a load takes three turns on average; two where there are two copies.
 //
 // In registers: a byte permutation looks up four codes among eight bytes, so 16 entries take two for their low and two for their
-// high bytes, the codes' upper bits choose between them, and two put the bytes together. Ten and a half instructions for two
-// registers, where what two steps have in common is counted by halves; shared memory takes four. Loads and permutations do not
-// hinder each other: with a table for each row, row g is looked up this way and row g + 8 the other.
+// high bytes, the codes' upper bits choose between them, and two put the bytes together. Ten instructions for two registers, where
+// what two steps have in common is counted by halves; shared memory takes four. Permutations are slow: with all four registers looked
+// up this way a step takes twice as long. Loads and permutations do not hinder each other: with a table for each row, row g is looked
+// up this way and row g + 8 the other.
 
 #pragma once
 
@@ -32,10 +33,10 @@ static __device__ __forceinline__ u32 choose_bytes(u32 a, u32 b, u32 selector) {
   return d;
 }
 
-// The registers of row g in step `odd` of a pair of steps, whose words these are: `first` of columns 2t and 2t + 1, `second` of the
-// two that lie 8 further. What both steps take, the compiler finds.
-static __device__ __forceinline__ void look_up_row(u32 even_word, u32 odd_word, int odd, const RowTable& own, u32& first, u32& second) {
-  const u32 eight = __byte_perm(even_word, odd_word, 0x6420), places = select_bits(0x77777777u, eight, 0);  // once for both steps
+// The registers of a row in step `odd` of a pair of steps, of which `eight` are its codes (ROWS in pack/tile_orders.py): `first` of columns
+// 2t and 2t + 1, `second` of the two that lie 8 further. What both steps take, the compiler finds.
+static __device__ __forceinline__ void look_up_row(u32 eight, int odd, const RowTable& own, u32& first, u32& second) {
+  const u32 places = select_bits(0x77777777u, eight, 0);  // once for both steps
   const u32 codes = odd ? places >> 16 : places, upper = choose_bytes(eight << 4, eight, odd ? 0xFBEA : 0xD9C8);
   const u32 low = select_bits(upper, choose_bytes(own.low[2], own.low[3], codes), choose_bytes(own.low[0], own.low[1], codes));
   const u32 high = select_bits(upper, choose_bytes(own.high[2], own.high[3], codes), choose_bytes(own.high[0], own.high[1], codes));

@@ -36,7 +36,7 @@ from aerogel.kernels.gemm.small_floats import ORDERS, mantissa_bits, names, own_
 from aerogel.pack import bits as stream
 from aerogel.pack import tiles
 from aerogel.pack.tile_orders import BYTES as WHOLE_BYTES
-from aerogel.pack.tile_orders import PAIRS, Order, pack_in_order, unpack_in_order
+from aerogel.pack.tile_orders import PAIRS, ROWS, Order, pack_in_order, unpack_in_order
 from aerogel.quantize.grids import Codes, Fp8Grid, Grid, IntGrid
 from aerogel.quantize.tables import TableGrid
 
@@ -88,7 +88,8 @@ class TileWeight:
     @property
     def order(self) -> Order | None:
         """How the bits of words are ordered; None as `pack/tiles.py` has it."""
-        return order_of(self.bits, self.floats, self.table is not None)
+        tables = 0 if self.table is None else len(self.table)
+        return order_of(self.bits, self.floats, tables > 0, rows=tables > 1 and self.pick is None)
 
     @property
     def planes(self) -> bool:
@@ -181,11 +182,11 @@ def e4m3_table(device: torch.device) -> Tensor:
     return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).half()[None]
 
 
-def order_of(bits: int, floats: int, table: bool) -> Order | None:
-    """The order of a word's bits for a kind of codes; None for that of `pack/tiles.py`."""
+def order_of(bits: int, floats: int, table: bool, *, rows: bool = False) -> Order | None:
+    """The order of a word's bits for a kind of codes; None for that of `pack/tiles.py`. rows: each row has a table."""
     if floats:
         return ORDERS.get((bits, floats))
-    return {4: PAIRS, 8: WHOLE_BYTES}[bits] if table else None
+    return {4: ROWS if rows else PAIRS, 8: WHOLE_BYTES}[bits] if table else None
 
 
 def tensors_of(codes: Codes, pack: Callable[[Tensor, int], Tensor] = tiles.pack_tiles) -> dict[str, Tensor]:
@@ -233,7 +234,7 @@ def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[
         values, pick_NG = to_kept(codes.grid, values, pick_NG, codes.grid.group_size or values.shape[1])
         table_TE = table_TE[mirrored(codes.grid).kept]
     layout["tile_table"] = torch.nn.functional.pad(table_TE, (0, (1 << bits) - table_TE.shape[1], 0, rows))
-    order = order_of(bits, 0, True) if ours else None
+    order = order_of(bits, 0, True, rows=codes.table_per_row) if ours else None
     layout["tile_codes"] = pack(values, bits) if order is None else pack_in_order(values, bits, order)
     if pick_NG is not None:
         layout["tile_pick"] = tiles.pack_rows_of_tiles(pick_NG)
@@ -324,7 +325,8 @@ def codes_of(
     table = "tile_table" in layout
     ours, packed = unpack is tiles.unpack_tiles, layout["tile_codes"]
     bits = packed.shape[2] // 256
-    order = order_of(bits, 0 if table else mantissa_bits(grid), table) if ours else None
+    rows = table and "tile_pick" not in layout and len(layout["tile_table"]) > 1
+    order = order_of(bits, 0 if table else mantissa_bits(grid), table, rows=rows) if ours else None
     values = unpack(packed, bits, N, K) if order is None else unpack_in_order(packed, bits, order, N, K)
     if not isinstance(grid, IntGrid | Fp8Grid):
         return _table_codes(layout, values, grid, ours)

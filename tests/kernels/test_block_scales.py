@@ -9,7 +9,7 @@ from aerogel.errors import BadInput
 from aerogel.kernels.gemm.block_scales import E5M3, E8M0, MOST_E8M0, UE5M3, stored_bytes, tile_bytes, tile_numbers
 from aerogel.kernels.gemm.cuda_weight import codes_of, order_of, tensors_of
 from aerogel.kernels.gemm.small_floats import INSIDE, KINDS, float_kind, mantissa_bits, names, pack_floats
-from aerogel.pack.tile_orders import BYTES, E2M1, PAIRS, pack_in_order, unpack_in_order
+from aerogel.pack.tile_orders import BYTES, E2M1, PAIRS, ROWS, pack_in_order, unpack_in_order
 from aerogel.pack.tiles import unpack_tiles
 from aerogel.quantize.codes import Codes, quantized
 from aerogel.quantize.formats.bitmod import Bitmod
@@ -145,6 +145,16 @@ def test_a_byte_holds_a_pair() -> None:
     s, g, t, i = torch.meshgrid(torch.arange(8), torch.arange(8), torch.arange(4), torch.arange(4), indexing="ij")
     row, column = g + 8 * (i % 2), 16 * s + 8 * (i // 2) + 2 * t
     assert torch.equal(pairs[s // 4, g, t, s % 4, i], codes[row, column] | codes[row, column + 1] << 4)
+
+
+def test_two_steps_share_a_word_of_each_row() -> None:
+    codes = torch.randint(0, 16, (48, 256), dtype=torch.uint8)
+    packed = pack_in_order(codes, 4, ROWS)
+    assert torch.equal(unpack_in_order(packed, 4, ROWS, 48, 256), codes)
+    words = packed[1, 1].reshape(2, 8, 4, 2, 2, 2, 2)  # piece, g, t, pair of steps, row half, step of the pair, register
+    s, g, t, h, j = torch.meshgrid(*(torch.arange(n) for n in (8, 8, 4, 2, 2)), indexing="ij")
+    row, column = 16 + g + 8 * h, 128 + 16 * s + 8 * j + 2 * t
+    assert torch.equal(words[s // 4, g, t, s // 2 % 2, h, s % 2, j], codes[row, column] | codes[row, column + 1] << 4)
 
 
 def test_a_byte_is_a_code() -> None:

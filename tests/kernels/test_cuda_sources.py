@@ -35,7 +35,7 @@ from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
 from aerogel.kernels.gemm.plane_tables import MOST_PLANES, OF_ROWS
 from aerogel.kernels.problem import Problem
 from aerogel.pack import tiles
-from aerogel.pack.tile_orders import PAIRS, pack_in_order
+from aerogel.pack.tile_orders import ROWS, pack_in_order
 from aerogel.quantize.formats.bitmod import Bitmod
 from aerogel.quantize.formats.mx import Mx
 from aerogel.quantize.formats.nf4 import Nf4
@@ -197,20 +197,20 @@ def permuted(low: int, high: int, selector: int) -> int:
 
 
 def test_a_table_of_each_row_is_looked_up_by_byte_permutations() -> None:
-    """`decode_by_rows` of decode.cuh on a packed word: every register holds its row's entries for its two codes."""
+    """`look_up_row` of tables.cuh on packed words: every register holds its row's entries for its two codes."""
     codes = torch.randint(0, 16, (16, 128), dtype=torch.uint8)
     table = torch.randint(0, 1 << 16, (16, 16))
-    words = pack_in_order(codes, 4, PAIRS).flatten().view(torch.int32).reshape(2, 8, 4, 4).permute(1, 2, 0, 3).reshape(8, 4, 8)
+    words = pack_in_order(codes, 4, ROWS).flatten().view(torch.int32).reshape(2, 8, 4, 4).permute(1, 2, 0, 3).reshape(8, 4, 8)
     for g, t, s in itertools.product(range(8), range(4), range(8)):
-        word = int(words[g, t, s]) & 0xFFFFFFFF
-        below8, even = word & 0x77777777, word << 4 & 0xFFFFFFFF
         for h in range(2):
+            eight = int(words[g, t, (s & ~1) + h]) & 0xFFFFFFFF
+            taken, shifted = (eight & 0x77777777) >> 16 * (s % 2) & 0xFFFF, eight << 4 & 0xFFFFFFFF
             entries = [int(entry) for entry in table[g + 8 * h]]
             quads = [
                 [sum((e >> 8 * byte & 0xFF) << 8 * i for i, e in enumerate(entries[q : q + 4])) for q in (0, 4, 8, 12)]
                 for byte in range(2)
             ]
-            taken, upper = permuted(below8, 0, (0x4420, 0x4431)[h]), permuted(even, word, (0xEAC8, 0xFBD9)[h])
+            upper = permuted(shifted, eight, (0xD9C8, 0xFBEA)[s % 2])
             low, high = (upper & permuted(q[2], q[3], taken) | ~upper & permuted(q[0], q[1], taken) for q in quads)
             for i1, selector in enumerate((0x5140, 0x7362)):
                 pair = permuted(low & 0xFFFFFFFF, high & 0xFFFFFFFF, selector)

@@ -41,7 +41,7 @@ def check(codes: Codes) -> None:
     g = torch.arange(K) // (codes.grid.group_size or K)
     table, packed = "tile_table" in layout, layout["tile_codes"]
     bits = packed.shape[2] // 256
-    order = order_of(bits, 0 if table else mantissa_bits(codes.grid), table)
+    order = order_of(bits, 0 if table else mantissa_bits(codes.grid), table, rows=codes.table_per_row)
     values = tiles.unpack_tiles(packed, bits, N, K) if order is None else unpack_in_order(packed, bits, order, N, K)
     values = values.long()
     kind = float_kind(codes.grid)

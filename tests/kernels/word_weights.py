@@ -49,7 +49,7 @@ def weight_of(
         "pick": None if pick is None else rows(pick),
     }
     facts = {"group_size": size, "N": N, "K": K}
-    order = order_of(bits, floats=0, table=table is not None)
+    order = order_of(bits, floats=0, table=table is not None, rows=what == "table per row")
     tiled = tiles.pack_tiles(codes, bits) if order is None else pack_in_order(codes, bits, order)
     dense = dense64(TileWeight(codes=tiled, **made, **facts))
     placed = {name: tensor if tensor is None else tensor.to(device) for name, tensor in made.items()}
