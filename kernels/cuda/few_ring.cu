@@ -25,9 +25,12 @@ constexpr int STAGE_BYTES = WEIGHT_BYTES + (X_IN_STAGE ? (TOKEN_TILES * 8 * STAG
 static_assert(!OUTLIER_SHARE || (X_RESIDENT && CLUSTER == 1), "outliers find all inputs where the whole of x stays");
 constexpr bool SIDES = GROUP != 0 || ZERO != 0 || TABLE == 3;
 
-// Warps beside the multiplying ones: the one that produces, and with 8 multiplying warps three more that only give up registers, which
-// a multiprocessor hands out by warpgroups. Many row tiles of 16 tokens are too much for the 168 that 9 warps could have.
-constexpr int PRODUCER_THREADS = TRADE ? 128 : 32, ALL_WARPS = WARPS + PRODUCER_THREADS / 32;
+// Warps beside the multiplying ones: the one that produces, with BESIDE another (few_beside.cuh), and with 8 multiplying warps three
+// more that only give up registers, which a multiprocessor hands out by warpgroups. Many row tiles of 16 tokens are too much for the 168 that 9 warps could have.
+#ifndef BESIDE
+#define BESIDE 0
+#endif
+constexpr int PRODUCER_THREADS = TRADE ? 128 : BESIDE ? 64 : 32, ALL_WARPS = WARPS + PRODUCER_THREADS / 32;
 
 // This block's part of the work: its k tiles (a cluster's blocks share K), its row blocks.
 struct Share {
@@ -65,6 +68,7 @@ INLINE int stage_of(const Share& share, int turn) {
 // Where things lie in shared memory.
 struct Room {
   u32 full, empty, bell;  // barriers: a stage is filled, a stage is read, all of a cluster's sums are here
+  u32 laid_out, looked_up, sums, added;  // BESIDE: tables lie there, are done with (two places); partial sums are there, added up
   u8 *tables, *inbox, *ring;
   OutlierRoom outliers;
   u32 kept;
@@ -74,8 +78,9 @@ struct Room {
 INLINE Room room_of(const Arguments& p, bool single) {
   Room r;
   r.full = shared_address(shared), r.empty = r.full + 8 * p.stages, r.bell = r.full + 248;
+  r.laid_out = r.full + 200, r.looked_up = r.full + 216, r.sums = r.full + 232, r.added = r.full + 240;
   r.tables = shared + 256;
-  u8* beside = shared + 256 + ((table_room(p.tables) + 127) & ~127);
+  u8* beside = shared + 256 + ((table_room(p.tables) * (BESIDE && !single ? 2 : 1) + 127) & ~127);
   r.outliers = outlier_room(p, beside);
   r.kept = shared_address(beside) + outlier_bytes(p);
   r.inbox = beside + ((outlier_bytes(p) + kept_bytes(p) + 127) & ~127);
@@ -191,13 +196,16 @@ INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
 // multiply, and laid out between the two barriers at a row block's end: behind the first every warp is done with the last ones, and
 // what all threads asked for is here.
 INLINE void ask_for_next_tables(const Arguments& p, const Share& share, const Room& room, int block) {
-  if constexpr (BY_ROWS) {
+  if constexpr (BY_ROWS && !BESIDE) {
     if (block < share.row_blocks) ask_for_row_tables(p, room.tables, (share.row_start + block * share.row_step) * BLOCK_TILES);
     if (!X_BY_WARPS) copies_commit();  // else with the tokens that are asked for next
   }
 }
+#include "few_beside.cuh"
+
 // Other tables of rows, at the start of a row block. Behind a barrier the first ones lie there for all.
 INLINE void renew_tables(const Arguments& p, const Room& room, int block, int first_tile) {
+  if (BESIDE && block > 0) return mbarrier_wait(room.laid_out + 8 * (block & 1), (block - 1) / 2 & 1);
   if (TABLE == 0 || (block > 0 && (TABLE != 2 || BY_ROWS))) return;
   if (block > 0) barrier_of(1, THREADS), lay_out_tables(p, room.tables, first_tile, 0);
   barrier_of(1, THREADS);
@@ -214,7 +222,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, row_warp = warp / K_WARPS, slice = warp % K_WARPS;
   const int total = share.row_blocks * share.stages;
   const float factor = factor_of(p);
-  const u32 own = room.x + warp * 2 * p.M * TOKEN_BYTES, tables = shared_address(room.tables);
+  const u32 own = room.x + warp * 2 * p.M * TOKEN_BYTES;
   int fetched = 0, next_tile = share.first_tile + stage_of(share, 0) * K_WARPS + slice;
   auto fetch_own = [&] {  // this warp's columns of x for the next turn: round and round along K
     if (fetched < total && next_tile < share.end_tile) fetch_tokens(p, own + (fetched & 1) * p.M * TOKEN_BYTES, next_tile);
@@ -232,6 +240,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
     prefetch_row_scales(p, first_row_tile, threadIdx.x);
     renew_tables(p, room, block, first_row_tile);
     if (block == 0) ask_for_next_tables(p, share, room, 1);
+    const u32 tables = shared_address(tables_of_block(room, block));
     if constexpr (KEPT) kept.copy(first_row_tile + row_warp * ROW_TILES), copies_commit();
     for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {
       const int tile = share.first_tile + stage_of(share, stage) * K_WARPS + slice;
@@ -266,13 +275,22 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
       if (X_BY_WARPS) fetch_own();
     }
     if constexpr (KEPT) copies_wait<0>(), kept.add(first_row_tile + row_warp * ROW_TILES, acc);
-    if constexpr (BY_ROWS) copies_wait<0>();
+    if constexpr (BESIDE) {
+      mbarrier_arrive(room.looked_up + 8 * (block & 1));
+      if (block > 0) mbarrier_wait(room.added, (block - 1) & 1);
+      if (block + 1 < share.row_blocks) {
+        store_partials(room.partials, p, row_warp, slice, acc);
+        mbarrier_arrive(room.sums);
+        continue;
+      }
+    }
+    if constexpr (BY_ROWS && !BESIDE) copies_wait<0>();
     barrier_of(1, THREADS);  // all have read the ring, and used the last partial sums
     store_partials(room.partials, p, row_warp, slice, acc);
-    if (BY_ROWS && block + 1 < share.row_blocks) lay_out_row_tables(BLOCK_TILES, room.tables, threadIdx.x, THREADS);
+    if (BY_ROWS && !BESIDE && block + 1 < share.row_blocks) lay_out_row_tables(BLOCK_TILES, room.tables, threadIdx.x, THREADS);
     barrier_of(OUTLIERS ? 2 : 1, THREADS + OUTLIER_THREADS);
     ask_for_next_tables(p, share, room, block + 2);
-    if (block == 0) wait_for_previous_kernel();
+    if (block == 0 || BESIDE) wait_for_previous_kernel();
 #if CLUSTER > 1
     finish_in_cluster(room.partials, (const float2*)room.inbox, room.bell, p, factor, first_row_tile, threadIdx.x,
                       sums_of_outliers(room.outliers, block));
@@ -296,6 +314,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
 #if CLUSTER > 1
     if (warp == 0) mbarrier_init(room.bell, 1), mbarrier_expect(room.bell, p.M * BLOCK_ROWS * 4);
 #endif
+    if (BESIDE && warp == 0) {
+      for (int i = 0; i < 2; i++) mbarrier_init(room.laid_out + 8 * i, 32), mbarrier_init(room.looked_up + 8 * i, THREADS);
+      mbarrier_init(room.sums, THREADS), mbarrier_init(room.added, 32);
+    }
     if (OUTLIERS && warp == 0) mbarrier_init(room.outliers.here, 1), mbarrier_init(room.outliers.here + 8, 1);
     mbarrier_init_done();
   }
@@ -317,6 +339,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
   } else {
     if constexpr (TRADE) registers_give<40>();
     if (warp == WARPS) produce(p, share, room);
+    if (BESIDE && warp == WARPS + 1) work_beside(p, share, room);
     if (beside)
       sum_outliers(p, room.outliers, threadIdx.x - THREADS - PRODUCER_THREADS, share.row_start * BLOCK_ROWS,
                    share.row_step * BLOCK_ROWS, share.row_blocks, [&](int half) {

@@ -342,8 +342,9 @@ INLINE float2 sum_of_slices(const float* partials, int M, int pair) {
 INLINE void store_pair(const Arguments& p, int first_tile, int pair, float factor, float2 sum, const float* outliers) {
   store_outputs(p, first_tile, pair % (BLOCK_ROWS / 2) * 2, pair / (BLOCK_ROWS / 2), factor, sum, outliers + 2 * pair);
 }
-INLINE void finish(const float* partials, const Arguments& p, float factor, int first_tile, int thread, const float* outliers) {
-  for (int pair = thread; pair < p.M * BLOCK_ROWS / 2; pair += THREADS)
+INLINE void finish(const float* partials, const Arguments& p, float factor, int first_tile, int thread, const float* outliers,
+                   int threads = THREADS) {
+  for (int pair = thread; pair < p.M * BLOCK_ROWS / 2; pair += threads)
     store_pair(p, first_tile, pair, factor, sum_of_slices(partials, p.M, pair), outliers);
 }
 

@@ -41,6 +41,11 @@ def table_kind(weight: TileWeight) -> int:
     return 3 if weight.pick is not None else 1 if weight.table.shape[0] == 1 else 2
 
 
+def by_rows(weight: TileWeight) -> bool:
+    """Whether each row has a table of 16 numbers."""
+    return weight.bits == 4 and table_kind(weight) == 2
+
+
 def table_bytes(weight: TileWeight, row_tiles: int) -> int:
     """Bytes of the tables that a block of so many row tiles needs, as numbers of 16 bits."""
     kind = table_kind(weight)
@@ -60,7 +65,7 @@ def paired(weight: TileWeight) -> int:
 
 def table_room(weight: TileWeight, row_tiles: int) -> int:
     """Bytes of the tables that a block of so many row tiles keeps, laid out for looking up."""
-    if weight.bits == 4 and table_kind(weight) == 2:
+    if by_rows(weight):
         return row_tiles * (row_copies(row_tiles) * EIGHT_BYTES + ROW_NUMBERS_BYTES)
     return paired(weight) * PAIR_BYTES or table_bytes(weight, row_tiles)
 

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.gemm.cuda import Runner
-from aerogel.kernels.gemm.cuda_decoder import decoder_defines, made_room, row_copies, side_bytes, table_bytes, table_room
+from aerogel.kernels.gemm.cuda_decoder import (
+    by_rows,
+    decoder_defines,
+    made_room,
+    row_copies,
+    side_bytes,
+    table_bytes,
+    table_room,
+)
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
 TOKENS = 16
@@ -49,6 +57,8 @@ class Config:
     blocks: row blocks resident on a multiprocessor at once.
     seats: blocks that a multiprocessor has registers for. More than `blocks` let those of the next launch move in early,
         which is worth much for small weights.
+    beside: a warp lays out the tables of rows of the next row block, in a second place, and adds up the sums of the last one
+        (ring only, tables of rows only).
     """
 
     ring: bool
@@ -62,6 +72,7 @@ class Config:
     share: int = 1
     blocks: int = 1
     seats: int = 1
+    beside: bool = False
 
     @property
     def block_tiles(self) -> int:
@@ -107,6 +118,7 @@ def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> d
         **outlier_defines(weight, config, M),
         "KEPT": int(weight.kept is not None),
         "ROW_COPIES": row_copies(config.block_tiles),
+        "BESIDE": int(config.beside),
     }
 
 
@@ -179,7 +191,7 @@ def trades(config: Config, M: int) -> bool:
 def threads_of(config: Config, M: int, outliers: bool = False) -> int:
     """Threads of a block."""
     beside = outlier_warps(config, M) if outliers else 0
-    return 32 * (config.warps + (4 if trades(config, M) else int(config.ring)) + beside)
+    return 32 * (config.warps + (4 if trades(config, M) else int(config.ring) + int(config.beside)) + beside)
 
 
 def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
@@ -192,7 +204,8 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
         tokens = 0 if weight.outliers is not None else M * 272
         slots = config.warps * 2 * (tokens + config.row_tiles * side_bytes(weight, 128))
         return (tables + 15) // 16 * 16 + beside_bytes(weight, config, M) + max(slots, partials)
-    tables = (tables + 127) // 128 * 128
+    single = grid // config.cluster >= ceil_divide(weight.codes.shape[0], config.block_tiles)
+    tables = (tables * (2 if config.beside and not single else 1) + 127) // 128 * 128
     stage = config.block_tiles * (config.k_warps * 256 * weight.bits + side_bytes(weight, config.k_warps * 128))
     stage = (stage + 127) // 128 * 128
     if config.stages_hold_x:
@@ -204,7 +217,6 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     elif not config.stages_hold_x:
         ring += config.warps * 2 * M * 272
     inbox = (M * rows * 4 + 127) // 128 * 128 if config.cluster > 1 else 0
-    single = grid // config.cluster >= ceil_divide(weight.codes.shape[0], config.block_tiles)
     return 256 + tables + beside_bytes(weight, config, M) + inbox + (max(ring, partials) if single else ring + partials)
 
 
@@ -226,6 +238,8 @@ def fits(weight: TileWeight, config: Config, M: int, capability: tuple[int, int]
     if config.cluster not in (1, 2, 4, 8) or config.share > 8:  # a cluster's blocks divide 8 pairs of rows
         return False
     if config.share > 1 and (config.cluster > 1 or not config.ring):
+        return False
+    if config.beside and not (config.ring and config.cluster == 1 and by_rows(weight) and weight.outliers is None):
         return False
     if weight.outliers is not None and M > 8 and (trades(config, M) or not shares_inputs(config)):
         return False  # registers are all spoken for, or inputs are there twice

@@ -25,6 +25,7 @@ from aerogel.kernels.cuda.timing import copies
 from aerogel.kernels.gemm import cuda_table, cuda_wgmma_table
 from aerogel.kernels.gemm.block_scales import BYTES, E5M3, E8M0
 from aerogel.kernels.gemm.cuda import choose
+from aerogel.kernels.gemm.cuda_decoder import by_rows
 from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, Few, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
 from aerogel.kernels.gemm.cuda_few_plan import Plan
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
@@ -245,6 +246,8 @@ def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
         seated = [*alone, (2, 1)] if cluster == share == 1 and row_warps * k_warps <= 8 else alone
         for config, (blocks, seats), stages in itertools.product(placed, seated, range(2, 13)):
             yield replace(config, stages=stages, blocks=blocks, seats=seats)
+            if by_rows(weight) and cluster == 1:
+                yield replace(config, stages=stages, blocks=blocks, seats=seats, beside=True)
 
 
 def measure(

@@ -27,6 +27,7 @@ from aerogel.kernels.gemm.cuda_decoder import (
     EIGHT_BYTES,
     PAIR_BYTES,
     SCALE_NUMBER,
+    by_rows,
     made_room,
     paired,
     table_bytes,
@@ -154,7 +155,7 @@ class Space(NamedTuple):
 def table_room(weight: TileWeight, row_tiles: int) -> int:
     """Bytes of tables in shared memory: those of 16 numbers for each row for half of the rows, those of bit planes where a tile
     has several groups."""
-    if weight.bits == 4 and table_kind(weight) == 2:
+    if by_rows(weight):
         return row_tiles * EIGHT_BYTES
     if weight.planes:
         return made_room(weight, row_tiles) if weight.group_size % 128 else 0

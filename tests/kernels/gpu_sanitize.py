@@ -54,7 +54,7 @@ MANY = (
 )
 MANY_INT8 = ((128, 1, 1, 2), (64, 1, 1, 4), (256, 1, 2, 4))
 """As `cuda_int8.CUTS`."""
-SECTIONS = ("scales", "tables", "floats", "planes", "outliers", "kept", "rounded", "grouped")
+SECTIONS = ("scales", "tables", "floats", "planes", "outliers", "kept", "rounded", "grouped", "blocks")
 Case = tuple[str, cuda.Runner, int]
 
 
@@ -146,7 +146,7 @@ def main() -> int:
             if not error < 1e-2:
                 wrong += 1
                 print(f"{what}: {name} is off by {error:.2g}", flush=True)
-    for section, run_all in (("kept", kept), ("rounded", rounded), ("grouped", grouped)):
+    for section, run_all in (("kept", kept), ("rounded", rounded), ("grouped", grouped), ("blocks", blocks)):
         if section in asked:
             found = run_all()
             wrong += found
@@ -207,6 +207,21 @@ def kept() -> int:
         for M, y in found:
             wanted = wanted_of(layer, x[:M].bfloat16(), columns)
             wrong += not float((y.double() - wanted).norm() / wanted.norm()) < 1e-2
+    return wrong
+
+
+def blocks() -> int:
+    """Tables over three row blocks of a block of threads, which lays those of rows out in two places in turn: how many results
+    are wrong."""
+    wrong, columns = 0, 256
+    rows = 3 * 16 * torch.cuda.get_device_properties(0).multi_processor_count
+    few = FewConfig(ring=True, row_tiles=1, k_warps=2, stages=2)
+    for (name, group, beside), M in itertools.product((("rows", 0, False), ("rows", 0, True), ("groups", 64, False)), (3, 16)):
+        config, weight = replace(few, beside=beside), random_numbers(rows, columns, name, group, "cuda")
+        x, y = torch.randn(M, columns, device="cuda").bfloat16(), torch.full((M, rows), torch.nan, device="cuda").bfloat16()
+        FewPlan(weight, config, M, torch.bfloat16)(x, None, y)
+        wanted = (x @ dequantize(weight, torch.bfloat16).T).float()
+        wrong += not float((y.float() - wanted).norm() / wanted.norm()) < 1e-2
     return wrong
 
 

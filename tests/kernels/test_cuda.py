@@ -160,7 +160,9 @@ def test_tables_over_several_row_blocks(name: str, dtype: torch.dtype) -> None:
         weight = random_numbers(N, 640, name, 0 if name == "rows" else 64, "cuda")
         weight = replace(weight, table=None if weight.table is None else weight.table.to(dtype))
         dense = dense64(weight)
-        for config, M in itertools.product(configs(), (3, 16)):
+        tall = [replace(config, row_tiles=1) for config in configs()]  # three row blocks of a block of threads
+        beside = [replace(config, beside=True) for config in (*configs(), *tall) if config.ring]
+        for config, M in itertools.product((*configs(), *beside), (3, 16)):
             if fits(weight, config, M, capability(), facts.multi_processor_count):
                 check(weight, dense, config, M, dtype)
 
