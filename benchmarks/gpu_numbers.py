@@ -1,6 +1,6 @@
 """Numbers that are no integers, on a GPU, against integers that read as many bytes.
 
-    python benchmarks/gpu_numbers.py --out benchmarks/results/gpu_numbers.json            (about a minute of an H100)
+    python benchmarks/gpu_numbers.py --out benchmarks/results/gpu_numbers.json            (a minute of an H100)
     python benchmarks/gpu_numbers.py --which bytes --out benchmarks/results/gpu_bytes.json
 
 Measured per shape (the linears of Llama-3-8B and 70B, N out x K in features) and number of tokens M, all in one run, bfloat16
@@ -10,7 +10,8 @@ tokens, where power can be the limit, each after a pause):
     nvfp4   e2m1 floats, groups of 16, e4m3 scales and a factor, against int4 in groups of 32: 0.5625 bytes a weight
     mxfp4   e2m1 floats, groups of 32, e8m0 scales, against int4 in groups of 64: 0.53125 bytes
     table   any 16 numbers, groups of 64, bfloat16 scales, against the same int4
-    rows    a table for each row and no groups, as a codebook is fitted, against int4 in groups of 128: up to 0.5156 bytes
+    rows    a table for each row and no groups, as a codebook is fitted: 34 bytes a row beside the codes, against int4 in groups
+            that cost as much (256 of 4096 inputs, 2048 of 28672)
     groups  as `table`, but each group of a row picks one of two tables and a sign, as BitMoD's do (a byte a group more);
             `groups beside zeros`: against int4 in groups of 64 with zero points, a byte each, which reads as many bytes
 
@@ -35,9 +36,7 @@ import itertools
 import json
 import math
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,7 +46,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.cuda import nvrtc
-from aerogel.kernels.cuda.timing import graph_microseconds
+from aerogel.kernels.cuda.timing import in_turn
 from aerogel.kernels.gemm import cuda
 from aerogel.kernels.gemm.cuda import Runner
 from aerogel.kernels.gemm.cuda_dense import dequantize
@@ -59,7 +58,7 @@ AGAINST = {
         "nvfp4": ("int4 g32", 16),
         "mxfp4": ("int4 g64", 32),
         "table": ("int4 g64", 64),
-        "rows": ("int4 g128", 0),
+        "rows": ("int4 as rows", 0),
         "groups": ("int4 g64", 64),
         "groups beside zeros": ("int4z g64", 64),
     },
@@ -75,8 +74,10 @@ AGAINST = {
     },
 }
 """Name, which begins with that of the numbers -> the integers of equal bytes (z: with zero points), and the group size."""
+ROW_BYTES = 34
+"""A table of 16 numbers and a scale, of 16 bits each."""
 PLANES = {"plane": 1, "planes3": 3, "nested": 4}
-TOKENS = (1, 4, 16, 64)
+TOKENS = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS, WARM_TOKENS, PAUSE = 3, 64, 0.05
 """How often contenders take turns, from how many tokens on after a pause, and its seconds."""
 SHAPES = ("4096x4096", "6144x4096", "28672x4096", "4096x14336", "57344x8192", "8192x28672")
@@ -84,6 +85,9 @@ SHAPES = ("4096x4096", "6144x4096", "28672x4096", "4096x14336", "57344x8192", "8
 
 def weight_of(name: str, size: int, N: int, K: int) -> TileWeight:
     """A random weight of one of the names above, on the GPU."""
+    if name == "int4 as rows":
+        group = min((128 << i for i in range(8) if K % (128 << i) == 0), key=lambda size: abs(2 * K / size - ROW_BYTES))
+        return random_weight(N, K, 4, group, "cuda")
     if name.startswith("int"):
         width, _, own = name.removeprefix("int").partition(" g")
         zero = "integer" if width.endswith("z") else "none"
@@ -117,27 +121,18 @@ class Contender:
         dense = dequantize(weight, torch.bfloat16)
         self.wanted = {M: (x @ dense.T).float() for M, x in x_of.items()}
 
-    def at(self, x: Tensor) -> tuple[dict[str, Any], Callable[[], float]]:
-        """Which kernel runs, with which relative error against the decoded weight, and what times it."""
+    def at(self, x: Tensor) -> tuple[dict[str, Any], list[Callable[[], object]]]:
+        """Which kernel runs, with which relative error against the decoded weight, and the calls that are timed."""
         M, weight = len(x), self.weights[0]
         y = torch.full((M, weight.N), torch.nan, device="cuda", dtype=torch.bfloat16)
         by = cuda.choose(weight, M, torch.bfloat16, torch.cuda.get_device_capability()).name
         runners = [chosen(copy, M) for copy in self.weights]
         runners[0](x, None, y)
         error = ((y.float() - self.wanted[M]).norm() / self.wanted[M].norm()).item()
-        calls = [lambda run=run: run(x, None, y) for run in runners]
-        facts = {"by": by, "config": str(getattr(runners[0], "config", "")), "error": error, "bytes": weight.nbytes}
-        return facts, lambda: graph_microseconds(calls)
-
-
-def in_turn(timers: dict[str, Callable[[], float]], pause: float) -> dict[str, float]:
-    """Microseconds of each, the median of rounds in which all take their turn: all find the device in the same states."""
-    found: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(ROUNDS):
-        for name, timer in timers.items():
-            time.sleep(pause)
-            found[name].append(timer())
-    return {name: statistics.median(times) for name, times in found.items()}
+        calls: list[Callable[[], object]] = [lambda run=run: run(x, None, y) for run in runners]
+        read = weight.nbytes - (0 if weight.table is None else weight.table.nbytes - 2 * weight.table.numel())
+        facts = {"by": by, "config": str(getattr(runners[0], "config", "")), "error": error, "bytes": read}
+        return facts, calls
 
 
 def rows_of(shape: str, sizes: dict[str, int], tokens: Sequence[int]) -> list[dict[str, Any]]:
@@ -148,7 +143,8 @@ def rows_of(shape: str, sizes: dict[str, int], tokens: Sequence[int]) -> list[di
     rows = []
     for M, x in x_of.items():
         made = {name: contender.at(x) for name, contender in contenders.items()}
-        us = in_turn({name: timer for name, (_, timer) in made.items()}, PAUSE if M >= WARM_TOKENS else 0.0)
+        calls = {name: calls for name, (_, calls) in made.items()}
+        us = in_turn(calls, rounds=ROUNDS, pause=PAUSE if M >= WARM_TOKENS else 0.0)
         rows += [{"shape": shape, "numbers": name, "M": M, "us": us[name], **facts} for name, (facts, _) in made.items()]
     return rows
 
@@ -169,7 +165,7 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     ratios: dict[str, dict[str, float]] = {name: {} for name in against}
-    bytes_over: dict[str, float] = {}
+    bytes_over: dict[str, dict[str, float]] = {name: {} for name in against}
     for shape in asked.shapes:
         rows += rows_of(shape, sizes, asked.tokens)
         found = {(row["numbers"], row["M"]): row for row in rows if row["shape"] == shape}
@@ -177,7 +173,7 @@ def main() -> None:
             for M in asked.tokens:
                 one, other = found[name.split()[0], M], found[plain, M]
                 ratios[name][f"{shape} M={M}"] = round(one["us"] / other["us"], 3)
-                bytes_over[name] = round(one["bytes"] / other["bytes"], 3)
+                bytes_over[name][shape] = round(one["bytes"] / other["bytes"], 3)
         print(shape, {name: [ratios[name][f"{shape} M={M}"] for M in asked.tokens] for name in against}, flush=True)
     mean = {name: math.exp(sum(map(math.log, held.values())) / len(held)) for name, held in ratios.items()}
     facts = torch.cuda.get_device_properties(0)

@@ -3,9 +3,10 @@
 `wgmma_NAME.json` beside this module holds what was measured on NAME: for each weight the fastest configuration at some
 numbers of tokens, with its time; what `aerogel tune` measured on this machine lies in the cache folder, and wins. Other numbers
 of tokens use the next larger one; tables those of other groups too, since what decoding takes decides there, and what has no
-entries of its own but no table those of integers in as large groups. Weights with outliers have entries of their own where they
-want another cut (`4o/g128/4096x4096`). A weight that no entry suits, or a number of tokens beyond them, is served by the cost
-model of `cuda_wgmma`: the cut of other groups can be half as fast, where two blocks share a multiprocessor.
+entries of its own but no table those of integers in as large groups, or in groups of 128 where its own are multiples of that.
+Weights with outliers have entries of their own where they want another cut (`4o/g128/4096x4096`). A weight that no entry suits,
+or a number of tokens beyond them, is served by the cost model of `cuda_wgmma`: the cut of other groups can be half as fast,
+where two blocks share a multiprocessor.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
     integers = f"{weight.bits}/g{weight.group_size}/{weight.N}x{weight.K}"
     own = places(weight)[:-1] if weight.table is not None or weight.planes else places(weight)[:1]
     beside = () if weight.outliers is None else map(_beside_outliers, (*own, integers))
-    known = [table(name).get(place, {}) for place in (*beside, *own, integers)]
+    whole = weight.group_size > 128 and weight.group_size % 128 == 0
+    larger = (integers.replace(f"/g{weight.group_size}/", "/g128/"),) if whole else ()
+    known = [table(name).get(place, {}) for place in (*beside, *own, integers, *larger)]
     entry = next((entries[str(tokens)] for entries in known if str(tokens) in entries), None)
     if entry is None:
         return []
