@@ -3,9 +3,9 @@
 #pragma once
 
 constexpr int OUTLIER_THREADS = 32 * OUTLIER_WARPS;
-// In shared memory: two barriers, for inputs that are here (of shared ones, for each half); the inputs, behind each token's 16 bytes of
-// zeros, and the bytes from token to token; the sums of a row block and of the one before; what is on its way. A cluster's blocks
-// each have all of this.
+// In shared memory: a barrier for inputs that are here, or two for each stage of those that are shared and turned, that it is here and
+// that it is turned; the inputs, behind each token's 16 bytes of zeros, and the bytes from token to token; the sums of a row block
+// and of the one before; what is on its way. A cluster's blocks each have all of this.
 struct OutlierRoom {
   u32 here, x, x_stride, queue;
   float* sums;
@@ -13,17 +13,32 @@ struct OutlierRoom {
 INLINE int outlier_sums_bytes() { return 2 * OUTLIERS * BLOCK_ROWS * 4; }
 INLINE int outlier_x_stride(const Arguments& p) { return p.k_tiles * 256 + 16; }
 INLINE int outlier_x_bytes(const Arguments& p) { return OUTLIER_SHARE ? 0 : (OUTLIERS * outlier_x_stride(p) + 127) & ~127; }
+INLINE int outlier_stages(const Arguments& p) { return (p.k_tiles + K_WARPS - 1) / K_WARPS; }
+INLINE int outlier_barrier_bytes(const Arguments& p) { return (OUTLIERS_TURNED && OUTLIER_SHARE ? outlier_stages(p) * 16 + 127 : 128) & ~127; }
 INLINE int outlier_bytes(const Arguments& p) {
-  return OUTLIERS ? 128 + outlier_x_bytes(p) + outlier_sums_bytes() + OUTLIER_WARPS * OUTLIER_ROUNDS * OUTLIER_ROUND : 0;
+  return OUTLIERS ? outlier_barrier_bytes(p) + outlier_x_bytes(p) + outlier_sums_bytes() + OUTLIER_WARPS * OUTLIER_ROUNDS * OUTLIER_ROUND : 0;
 }
 INLINE OutlierRoom outlier_room(const Arguments& p, u8* room) {
-  const u32 here = shared_address(room), sums = 128 + outlier_x_bytes(p);
-  return {here, here + 128, (u32)outlier_x_stride(p), here + sums + outlier_sums_bytes(), (float*)(room + sums)};
+  const u32 here = shared_address(room), inputs = outlier_barrier_bytes(p), sums = inputs + outlier_x_bytes(p);
+  return {here, here + inputs, (u32)outlier_x_stride(p), here + sums + outlier_sums_bytes(), (float*)(room + sums)};
 }
 INLINE const float* sums_of_outliers(const OutlierRoom& room, int block) { return room.sums + block % 2 * OUTLIERS * BLOCK_ROWS; }
+// Of every 8 tokens x 8 columns of a tile the numbers across the diagonal, in place, by one warp: then 16 bytes are a column. Absent
+// tokens are whatever lay there, here and where they are multiplied.
+INLINE void turn_tokens(u32 address, int stride) {
+  const int lane = threadIdx.x & 31;
+  u32 pairs[TOKEN_TILES][16];
+  UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int i = 0; i < 16; i += 4)
+    load_matrices_across(pairs[n] + i, address + (n * 8 + (lane & 7)) * stride + ((lane >> 3) + i) * 16);
+  __syncwarp();
+  UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int i = 0; i < 16; i++)
+    store_shared_u32(address + (n * 8 + (lane >> 2)) * stride + i * 16 + (lane & 3) * 4, pairs[n][i]);
+  __syncwarp();
+}
+
 // What OUTLIER_WARPS warps of a block do, of which `thread` is one: the sums of its row blocks. The warps that multiply meet them
 // at the end of each, at barrier 2; they may then already begin the next one, whose sums have a place of their own.
-// wait(half): for the inputs.
+// wait(): for the inputs, turned if they are many.
 template <typename Wait>
 INLINE void sum_outliers(const Arguments& p, const OutlierRoom& room, int thread, int first_row, int row_step, int row_blocks, const Wait& wait) {
 #if OUTLIERS
@@ -35,10 +50,8 @@ INLINE void sum_outliers(const Arguments& p, const OutlierRoom& room, int thread
   if (thread < p.M) store_shared_u32x4(room.x + thread * room.x_stride + p.k_tiles * 256, 0);
   barrier_of(3, OUTLIER_THREADS);
   for (int block = 0; block < row_blocks; block++) {
-    for (int half = 0; half < outliers.HALVES; half++) {
-      if (block == 0) wait(half);
-      while (!outliers.done(block, half)) outliers.step(room.x, room.x_stride, p.M, room.sums + warp * ROWS, BLOCK_ROWS);
-    }
+    if (block == 0) wait();
+    while (!outliers.done(block)) outliers.step(room.x, room.x_stride, p.M, room.sums + warp * ROWS, BLOCK_ROWS);
     barrier_of(2, THREADS + OUTLIER_THREADS);
   }
   copies_wait<0>();

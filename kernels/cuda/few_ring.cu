@@ -23,6 +23,7 @@ constexpr bool X_BY_WARPS = !X_RESIDENT && !X_IN_STAGE;
 constexpr int STAGE_TOKEN_BYTES = K_WARPS * 256 + 16;  // of one token in a stage
 constexpr int STAGE_BYTES = WEIGHT_BYTES + (X_IN_STAGE ? (TOKEN_TILES * 8 * STAGE_TOKEN_BYTES + 127) & ~127 : 0);
 static_assert(!OUTLIER_SHARE || (X_RESIDENT && CLUSTER == 1), "outliers find all inputs where the whole of x stays");
+constexpr bool X_TURNED = OUTLIERS_TURNED && OUTLIER_SHARE;
 constexpr bool SIDES = GROUP != 0 || ZERO != 0 || TABLE == 3;
 
 // Warps beside the multiplying ones: the one that produces, with BESIDE another (few_beside.cuh), and with 8 multiplying warps three
@@ -92,7 +93,7 @@ INLINE Room room_of(const Arguments& p, bool single) {
   r.x = shared_address(r.ring) + p.stages * STAGE_BYTES;
   r.x_stride = (((p.k_tiles + K_WARPS - 1) / K_WARPS + CLUSTER - 1) / CLUSTER) * K_WARPS * 256 + 16;
   if (OUTLIER_SHARE) r.outliers.x = r.x, r.outliers.x_stride = r.x_stride;
-  const int x_bytes = X_RESIDENT ? p.M * r.x_stride : X_BY_WARPS ? WARPS * 2 * p.M * TOKEN_BYTES : 0;
+  const int x_bytes = X_RESIDENT ? (X_TURNED ? OUTLIERS : p.M) * r.x_stride : X_BY_WARPS ? WARPS * 2 * p.M * TOKEN_BYTES : 0;
   r.partials = (float*)(single ? r.ring : r.ring + p.stages * STAGE_BYTES + x_bytes);
   return r;
 }
@@ -115,14 +116,16 @@ INLINE void fetch_weights(const Arguments& p, u32 stage, u32 full, int row_block
   }
 }
 
-// Whether tokens come with a row block's stages.
+// Whether tokens come with a row block's stages. Those that are turned have barriers of their own.
 INLINE bool with_x(int block) { return X_IN_STAGE || (X_RESIDENT && block == 0); }
+INLINE u32 x_is_here(const Room& room, int stage) { return room.outliers.here + 16 * stage; }
+INLINE u32 x_is_turned(const Room& room, int stage) { return x_is_here(room, stage) + 8; }
 
 // The weights of one turn into the stage in `slot` of the ring, whose barrier learns what to expect, tokens included.
 INLINE void fetch_turn(const Arguments& p, const Share& share, const Room& room, int block, int stage, int slot) {
   const int tile = share.first_tile + stage_of(share, stage) * K_WARPS, tiles = min(K_WARPS, share.end_tile - tile);
   fetch_weights(p, shared_address(room.ring) + slot * STAGE_BYTES, room.full + 8 * slot,
-                share.row_start + block * share.row_step, tile, tiles, with_x(block) ? p.M * tiles * 256 : 0);
+                share.row_start + block * share.row_step, tile, tiles, with_x(block) && !X_TURNED ? p.M * tiles * 256 : 0);
 }
 
 // A place in the ring: the stage that is next, and how often (modulo 2) the ring has come round to it.
@@ -137,7 +140,8 @@ struct Slot {
 // One token's columns for one stage: to where they stay, or into the stage in `slot` of the ring.
 INLINE void fetch_stage_token(const Arguments& p, const Share& share, const Room& room, int stage, int slot, int token) {
   const int first = stage_of(share, stage) * K_WARPS;
-  const u32 bytes = min(K_WARPS, share.end_tile - share.first_tile - first) * 256, full = room.full + 8 * slot;
+  const u32 bytes = min(K_WARPS, share.end_tile - share.first_tile - first) * 256;
+  const u32 full = X_TURNED ? x_is_here(room, stage) : room.full + 8 * slot;
   const u32 to = X_RESIDENT ? room.x + token * room.x_stride + first * 256
                             : shared_address(room.ring) + slot * STAGE_BYTES + WEIGHT_BYTES + token * STAGE_TOKEN_BYTES;
   const u16* from = p.x + (size_t)token * p.x_stride + (share.first_tile + first) * 128;
@@ -211,11 +215,37 @@ INLINE void renew_tables(const Arguments& p, const Room& room, int block, int fi
   barrier_of(1, THREADS);
 }
 
-// Outliers of many tokens wait for the halves of the inputs, which come with the stages of the first row block. The barriers of those
-// will not do: by then they may be in use for other stages.
-INLINE void tell_outliers(const Arguments& p, const Share& share, const Room& room, int stage) {
-  if (stage == ((p.k_tiles + 1) / 2 - 1) / K_WARPS) mbarrier_arrive(room.outliers.here);
-  if (stage == share.stages - 1) mbarrier_arrive(room.outliers.here + 8);
+// Where outliers find the inputs of a few tokens, these come with the stages of the first row block. The barriers of those will not
+// do: by then they may be in use for other stages.
+INLINE void tell_outliers(const Share& share, const Room& room, int stage) {
+  if (OUTLIER_SHARE && !X_TURNED && threadIdx.x == 0 && stage == share.stages - 1) mbarrier_arrive(room.outliers.here);
+}
+// Inputs of more tokens are turned by the outliers' warps, of which `thread` is one: shared ones stage by stage, and the warps that
+// multiply wait for that.
+INLINE void wait_for_inputs(const Arguments& p, const Room& room, int thread) {
+  const OutlierRoom& inputs = room.outliers;
+  auto turn = [&](int first, int end) {
+    for (int tile = first + thread / 32; tile < end; tile += OUTLIER_WARPS) turn_tokens(inputs.x + tile * 256, inputs.x_stride);
+  };
+  if constexpr (X_TURNED) {
+    const int stages = outlier_stages(p);
+    for (int stage = 0; stage < stages; stage++) {
+      mbarrier_wait(x_is_here(room, stage), 0);
+      turn(stage * K_WARPS, min((stage + 1) * K_WARPS, p.k_tiles));
+      if ((thread & 31) == 0) mbarrier_arrive(x_is_turned(room, stage));
+    }
+    mbarrier_wait(x_is_turned(room, stages - 1), 0);
+  } else {
+    mbarrier_wait(inputs.here, 0);
+    if (OUTLIERS_TURNED) turn(0, p.k_tiles), barrier_of(3, OUTLIER_THREADS);
+  }
+}
+INLINE void init_barriers_of_outliers(const Arguments& p, const Share& share, const Room& room) {
+  if (!X_TURNED) return mbarrier_init(room.outliers.here, 1);
+  for (int stage = 0; stage < share.stages; stage++) {
+    mbarrier_init(x_is_here(room, stage), 1), mbarrier_init(x_is_turned(room, stage), OUTLIER_WARPS);
+    mbarrier_expect(x_is_here(room, stage), p.M * min(K_WARPS, p.k_tiles - stage * K_WARPS) * 256);
+  }
 }
 
 INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
@@ -247,12 +277,13 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
       const u8* place = room.ring + slot.index * STAGE_BYTES;
       if (X_BY_WARPS) copies_wait<1>(), __syncwarp();
       mbarrier_wait(room.full + 8 * slot.index, slot.round);
-      if (OUTLIER_SHARE && block == 0 && threadIdx.x == 0) tell_outliers(p, share, room, stage);
+      if (block == 0) tell_outliers(share, room, stage);
+      if (X_TURNED && block == 0) mbarrier_wait(x_is_turned(room, stage), 0);
       if (KEPT && turn == 0) wait_for_previous_kernel(), kept.begin();
       if (tile < share.end_tile) {
         Tokens x;
         if constexpr (X_RESIDENT)
-          load_tokens(room.x + (tile - share.first_tile) * 256, room.x_stride, p.M, x);
+          load_tokens<X_TURNED>(room.x + (tile - share.first_tile) * 256, room.x_stride, p.M, x);
         else if constexpr (X_IN_STAGE)
           load_tokens(shared_address(place) + WEIGHT_BYTES + slice * 256, STAGE_TOKEN_BYTES, p.M, x);
         else
@@ -318,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
       for (int i = 0; i < 2; i++) mbarrier_init(room.laid_out + 8 * i, 32), mbarrier_init(room.looked_up + 8 * i, THREADS);
       mbarrier_init(room.sums, THREADS), mbarrier_init(room.added, 32);
     }
-    if (OUTLIERS && warp == 0) mbarrier_init(room.outliers.here, 1), mbarrier_init(room.outliers.here + 8, 1);
+    if (OUTLIERS && warp == WARPS) init_barriers_of_outliers(p, share, room);
     mbarrier_init_done();
   }
   __syncthreads();
@@ -340,11 +371,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
     if constexpr (TRADE) registers_give<40>();
     if (warp == WARPS) produce(p, share, room);
     if (BESIDE && warp == WARPS + 1) work_beside(p, share, room);
+    const int thread = threadIdx.x - THREADS - PRODUCER_THREADS;
     if (beside)
-      sum_outliers(p, room.outliers, threadIdx.x - THREADS - PRODUCER_THREADS, share.row_start * BLOCK_ROWS,
-                   share.row_step * BLOCK_ROWS, share.row_blocks, [&](int half) {
-                     mbarrier_wait(room.outliers.here + 8 * (OUTLIER_SHARE ? half + 2 - OUTLIER_HALVES : 0), 0);
-                   });
+      sum_outliers(p, room.outliers, thread, share.row_start * BLOCK_ROWS, share.row_step * BLOCK_ROWS, share.row_blocks,
+                   [&] { wait_for_inputs(p, room, thread); });
   }
 #if X_SHARE > 1
   if (share.readers > 1) cluster_meet();  // nobody leaves while another still arrives here

@@ -34,7 +34,7 @@ constexpr int PARTIAL_STRIDE = BLOCK_ROWS + 4;  // of one token: four tokens of 
 
 // How numbers of one to three bits are multiplied: single bits with up to 8 tokens as places (below), else with their powers of two.
 // With more tokens the sparse instruction, which takes two thirds longer, costs more than the decoding that it saves.
-constexpr bool CHOSEN = FOLDED && BITS == 1 && TOKEN_TILES == 1, FOLDS = FOLDED && !CHOSEN;
+constexpr bool CHOSEN = FOLDED && BITS == 1 && TOKEN_TILES == 1 && !OUTLIERS_TURNED, FOLDS = FOLDED && !CHOSEN;
 
 // Offsets of four planes go through the sums of x, as zero points do, where enough row tiles share these; fewer would pay more for them
 // than four additions a step, and in registers.
@@ -59,7 +59,7 @@ struct Arguments {
   const u16* x;      // [M][x_stride], 16-byte aligned, x_stride a multiple of 8; zero in the columns from K to x_columns
   const u16* bias;   // [N] in the activations' type, or null
   u16* y;            // [M][N]
-  const int* outlier_start;  // [2 N + 1], and the outliers themselves: see outliers.cuh
+  const int* outlier_start;  // [N + 1], and the outliers themselves: see outliers.cuh
   const u32* outlier;
   const uint4* kept;  // [row tiles][kept_steps][32 lanes], and the inputs of these columns, [M][16 * kept_steps]: see few_kept.cuh
   const u16* chosen;
@@ -119,16 +119,18 @@ INLINE void fetch_tokens(const Arguments& p, u32 slot, int tile, int stride = TO
     if (first + 2 * i < p.M) copy_async(to + 2 * i * stride, from, valid);
 }
 
-// From rows of `stride` bytes in shared memory, natural order of columns. Absent tokens read token 0, whose products then
+// From rows of `stride` bytes in shared memory, natural order of columns, or TURNED. Absent tokens read token 0, whose products then
 // land in columns of y^T that nobody stores.
-INLINE void load_tokens(u32 address, int stride, int M, Tokens& x) {
+template <bool TURNED = false> INLINE void load_tokens(u32 address, int stride, int M, Tokens& x) {
   const int lane = threadIdx.x & 31;
   UNROLL for (int n = 0; n < TOKEN_TILES; n++) {
     const int token = n * 8 + (CHOSEN ? lane >> 2 : lane & 7);
-    const u32 row = address + (token < M ? token : 0) * stride + (CHOSEN ? lane & 3 : lane >> 3) * 16;
+    const u32 row = address + (TURNED || token < M ? token : 0) * stride + (CHOSEN ? lane & 3 : lane >> 3) * 16;
     UNROLL for (int quarter = 0; quarter < 4; quarter++) {
       if constexpr (CHOSEN)
         load_shared_u32x4(x.fragments[n] + 4 * quarter, row + 64 * quarter);
+      else if constexpr (TURNED)
+        load_matrices_across(x.fragments[n] + 4 * quarter, row + 64 * quarter);
       else
         load_matrices(x.fragments[n] + 4 * quarter, row + 64 * quarter);
     }

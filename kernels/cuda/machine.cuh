@@ -58,6 +58,14 @@ INLINE void load_matrices(u32* r, u32 address) {
                : "memory");
 }
 
+// The same, each matrix across its diagonal.
+INLINE void load_matrices_across(u32* r, u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
 // ---- 16-bit numbers --------------------------------------------------------------------------------------------------
 // (v & mask) | bits in one instruction; written in C++ it becomes two.
 INLINE u32 and_or(u32 v, u32 mask, u32 bits) {
@@ -161,9 +169,13 @@ INLINE u32 load_shared_u32(u32 address) {
 INLINE void load_shared_u32x4(u32* v, u32 address) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
 }
+INLINE void load_shared_u32x2(u32* v, u32 address) {
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(address) : "memory");
+}
 INLINE void store_shared_u32x4(u32 address, u32 v) {  // the same four times
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(v) : "memory");
 }
+INLINE void store_shared_u32(u32 address, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"); }
 INLINE u16 load_shared_u16(u32 address) {
   u16 v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
@@ -206,7 +218,12 @@ INLINE void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
                : "memory");
 }
 
-// The same to every block of a cluster of COUNT, at the same place of each and counted by the barrier there.
+// `bytes` (a multiple of 16) into the second-level cache.
+INLINE void bulk_prefetch(const void* global, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
+// A copy to every block of a cluster of COUNT, at the same place of each and counted by the barrier there.
 template <int COUNT> INLINE void bulk_copy_to_all(u32 shared, const void* global, u32 bytes, u32 barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(

@@ -7,15 +7,18 @@
 // wait for was asked for long before, since memory that is busy with weights answers late. A warp takes some of the block's rows
 // and reads the outliers of several at a time in rounds: each lane copies quads of four outliers into shared memory, some lanes
 // for each row; ROUNDS rounds are on their way, the first ones before the previous kernel has ended. Where rows begin is known
-// two row blocks ahead.
+// a row block ahead of what is copied, early enough to have the outliers brought into the second-level cache.
 //
-// Up to 4 tokens each lane multiplies its own quads, for all tokens, and a row's lanes add up; with more, a lane has one token or
-// two and walks through the quads of a row, so that the lanes of a row read one outlier and the inputs of all tokens.
-// The inputs lie in shared memory, all of them. Every sum has a fixed order.
+// The inputs lie in shared memory, all of them; they are those of the matmul, since fetching them twice takes longer than all else
+// here. Rows are filled up to quads with 0 times a column of zeros behind the last input; so are rounds that have nothing for a lane.
+// Every sum has a fixed order.
 //
-// The inputs are those of the matmul: fetching them twice takes longer than all else here. A row's outliers lie in two runs, of the
-// first half of the inputs and of the second: inputs of many tokens can be used when their half is there. Runs are filled up to quads, with 0 times a column of
-// zeros behind the last input; so are rounds that have nothing for a lane.
+// Up to 4 tokens each lane looks up the inputs of its own quads, number by number, and a row's lanes add up. For more tokens those
+// would be too many look-ups, and the inputs are turned (turn_tokens): of every 8 tokens x 8 columns the first row becomes the first
+// column, so that the 8 numbers of a column lie side by side, where those of one token did. That is a row of the matrices that
+// ldmatrix loads, each from wherever it is told: so 16 outliers and the columns that they want are a matrix product, rows x tokens,
+// whose left factor has one number in a column. What is not finite in a column then makes the sums of three other rows NaN as well,
+// for that token; these are not finite anyway, since the codes of every row meet the same column.
 //
 // OUTLIERS: tokens that sums are kept for, 1, 2, 4, 8 or 16, at least M; 0 where a weight has no outliers.
 // OUTLIER_SHARE: 1 where few_ring shares the inputs; else they have a place of their own.
@@ -31,26 +34,23 @@
 #define OUTLIER_ROUNDS 1
 #endif
 
-// Rows that a warp reads at once, and each lane's quads of a round.
-constexpr bool OUTLIERS_BY_TOKEN = OUTLIERS > 4;
-constexpr int OUTLIER_HALVES = OUTLIERS_BY_TOKEN && OUTLIER_SHARE ? 2 : 1;  // of the inputs, one after the other
-constexpr int OUTLIER_ROWS = OUTLIERS_BY_TOKEN ? 4 : 8, OUTLIER_QUADS = OUTLIERS_BY_TOKEN ? 1 : 4;
+constexpr bool OUTLIERS_TURNED = OUTLIERS > 4;
+// Rows that a warp reads at once, and each lane's quads of a round: 64 outliers of a row, which are enough for 1 % of 4096 inputs.
+constexpr int OUTLIER_ROWS = 8, OUTLIER_QUADS = 4;
 constexpr int OUTLIER_ROUND = 32 * 16 * OUTLIER_QUADS;  // bytes
 
 // The outliers of ROWS rows, a multiple of OUTLIER_ROWS and at most 32, of every row block, for one warp.
 template <int ROWS> struct OutlierSums {
   static constexpr int TOKENS = OUTLIERS ? OUTLIERS : 1, AT_ONCE = OUTLIER_ROWS, LANES = 32 / AT_ONCE, ROUNDS = OUTLIER_ROUNDS;
-  static constexpr bool BY_TOKEN = OUTLIERS_BY_TOKEN;
-  static constexpr int SUMS = BY_TOKEN ? TOKENS / LANES : TOKENS;  // of a lane
-  static constexpr int HALVES = OUTLIER_HALVES;  // of the inputs, one after the other
-  static constexpr int BATCHES = ROWS / AT_ONCE, TURNS = HALVES * BATCHES;  // rows at once; those of a row block, a half after the other
+  static constexpr int TILES = TOKENS > 8 ? 2 : 1;
+  static constexpr int TURNS = ROWS / AT_ONCE;        // rows at once, of a row block
   static constexpr int MOST = LANES * OUTLIER_QUADS;  // quads of a row in a round
   static_assert(ROWS % AT_ONCE == 0 && ROWS <= 32 && ROUNDS <= 8, "a warp takes whole batches of rows, and knows of 32 rows");
 
   struct Bounds {
-    int of[HALVES + 1];  // where the runs of row `lane` begin, and where the last one ends, in quads
+    int begin, end;  // where the outliers of row `lane` are, in quads
   };
-  const int* start;   // [2 N + 1]
+  const int* start;   // [N + 1]
   const u32* quads;   // [][4]: column in the lower half, value in the upper
   u32 queue;          // [ROUNDS][MOST][AT_ONCE] quads in shared memory
   u32 nothing;        // 0 times what lies behind the last input
@@ -60,95 +60,123 @@ template <int ROWS> struct OutlierSums {
   u64 ahead = 0;     // eight bits a round, the oldest one lowest: quads of its longest row that were left, at most MOST + 1
   int slot = 0;      // of the oldest round
   int added = 0;     // turns that are added up
-  float sums[SUMS] = {};
+  float sums[TOKENS] = {};           // of the lane's quads
+  float products[2][TILES][4] = {};  // instead, of the first four rows and of the others, in tiles of 8 tokens
 
   INLINE static int lane() { return threadIdx.x & 31; }
   INLINE static int row_of() { return lane() / LANES; }    // of those at once
-  INLINE static int place_of() { return lane() % LANES; }  // among the lanes of a row: also the first of a lane's tokens
+  INLINE static int place_of() { return lane() % LANES; }  // among the lanes of a row
   INLINE Bounds bounds_of(int row_block) const {
-    const int row = row_block < row_blocks ? min(first_row + row_block * row_step + min(lane(), ROWS), N) : N;
-    Bounds found;
-    UNROLL for (int i = 0; i <= HALVES; i++) found.of[i] = __ldg(start + min(2 * row + i * (2 / HALVES), 2 * N));
-    return found;
+    const int row = row_block < row_blocks ? first_row + row_block * row_step + min(lane(), ROWS - 1) : N;
+    return {__ldg(start + min(row, N)), __ldg(start + min(row + 1, N))};
   }
   INLINE void find() {
-    const int row = turn % BATCHES * AT_ONCE + row_of();
-    UNROLL for (int half = 0; half < HALVES; half++) {
-      const int begin = __shfl_sync(~0u, here.of[half], row), behind_it = __shfl_sync(~0u, here.of[half + 1], row);
-      if (turn / BATCHES == half) at = begin + place_of(), end = behind_it;
-    }
+    const int row = turn * AT_ONCE + row_of();
+    at = __shfl_sync(~0u, here.begin, row) + place_of(), end = __shfl_sync(~0u, here.end, row);
+  }
+  // All of a row block's into the second-level cache.
+  INLINE void prefetch(const Bounds& rows) const {
+    const int begin = __shfl_sync(~0u, rows.begin, 0), bytes = 16 * (__shfl_sync(~0u, rows.end, ROWS - 1) - begin);
+#if __CUDA_ARCH__ >= 900
+    if (lane() == 0 && bytes > 0) bulk_prefetch(quads + 4 * begin, bytes);
+#endif
   }
   INLINE u32 place_in_queue(int i) const { return queue + slot * OUTLIER_ROUND + ((i * LANES + place_of()) * AT_ONCE + row_of()) * 16; }
   INLINE void fetch() {
-    UNROLL for (int i = 0; i < OUTLIER_QUADS; i++) {
-      if (at + i * LANES < end)
-        copy_async(place_in_queue(i), quads + 4 * (at + i * LANES), 16);
-      else
-        store_shared_u32x4(place_in_queue(i), nothing);  // no lanes of all multiprocessors ask for the same bytes, which would take long
+    int left = 0;
+    if (block < row_blocks) {
+      UNROLL for (int i = 0; i < OUTLIER_QUADS; i++) {
+        if (at + i * LANES < end)
+          copy_async(place_in_queue(i), quads + 4 * (at + i * LANES), 16);
+        else
+          store_shared_u32x4(place_in_queue(i), nothing);  // no lanes of all multiprocessors ask for the same bytes, which would take long
+      }
+      left = __reduce_max_sync(~0u, max(end - at + place_of(), 0));
     }
     copies_commit();
-    const int left = __reduce_max_sync(~0u, max(end - at + place_of(), 0));
     ahead = ahead >> 8 | (u64)min(left, MOST + 1) << 8 * (ROUNDS - 1);
     slot = slot + 1 == ROUNDS ? 0 : slot + 1;
     at += MOST;
-    if (left > MOST) return;
-    if (++turn == TURNS) turn = 0, block++, here = behind, behind = bounds_of(block + 1);
+    if (left > MOST || block >= row_blocks) return;
+    if (++turn == TURNS) {
+      turn = 0, block++, here = behind, behind = bounds_of(block + 1);
+      if (OUTLIERS_TURNED) prefetch(here);
+    }
     find();
   }
-  INLINE void begin(const int* start_H, const u32* outlier_E, u32 room, int columns, int rows, int first, int step, int blocks) {
-    start = start_H, quads = outlier_E, queue = room, nothing = columns;
+  INLINE void begin(const int* start_N1, const u32* outlier_E, u32 room, int columns, int rows, int first, int step, int blocks) {
+    start = start_N1, quads = outlier_E, queue = room, nothing = columns;
     N = rows, first_row = first, row_step = step, row_blocks = blocks;
     here = bounds_of(0), behind = bounds_of(1);
     find();
 #pragma unroll 1
     for (int i = 0; i < ROUNDS; i++) fetch();
   }
-  // Whether the outliers of row block `of` are all added up, as far as the end of a half.
-  INLINE bool done(int of, int half) const { return added >= of * TURNS + (half + 1) * BATCHES; }
+  // Whether the outliers of row block `of` are all added up.
+  INLINE bool done(int of) const { return added >= (of + 1) * TURNS; }
 
   // x: where the inputs lie in shared memory, `stride` bytes from token to token, `tokens` of them.
-  INLINE void multiply(u32 x, int stride, int tokens, int quads_of_row) {
-    u32 words[4], from[SUMS];
-    UNROLL for (int m = 0; m < SUMS; m++) from[m] = x + min(BY_TOKEN ? place_of() + m * LANES : m, tokens - 1) * stride;
-    if constexpr (BY_TOKEN) {
-#pragma unroll 4
-      for (int q = 0; q < quads_of_row; q++) {
-        load_shared_u32x4(words, queue + slot * OUTLIER_ROUND + (q * AT_ONCE + row_of()) * 16);
-        add(words, from);
+  INLINE void look_up(u32 x, int stride, int tokens) {
+    u32 words[OUTLIER_QUADS][4], from[TOKENS];
+    UNROLL for (int m = 0; m < TOKENS; m++) from[m] = x + min(m, tokens - 1) * stride;
+    UNROLL for (int i = 0; i < OUTLIER_QUADS; i++) load_shared_u32x4(words[i], place_in_queue(i));
+    UNROLL for (int i = 0; i < OUTLIER_QUADS; i++) UNROLL for (int j = 0; j < 4; j++) UNROLL for (int m = 0; m < TOKENS; m++)
+      sums[m] += high_of(words[i][j]) * from_half(load_shared_u16(from[m] + 2 * column_of(words[i][j])));
+  }
+  // `count` quads of each row with turned inputs. A product takes a quad of each of four rows: its 16 slots are the columns of A, where
+  // lane 4 g + t has row g of slots 2 t, 2 t + 1 and 2 t + 8, 2 t + 9; so of row g's quad it has two numbers, or none.
+  INLINE void multiply(u32 x, int stride, int count) {
+    const int g = lane() >> 2, t = lane() & 3;
+    const u32 round = queue + slot * OUTLIER_ROUND;
+    u32 mask[2][2];  // of the lane's two numbers of row g, where they are in A
+    UNROLL for (int group = 0; group < 2; group++) UNROLL for (int i = 0; i < 2; i++)
+      mask[group][i] = (t >> 1) == (g & 1) && g >> 1 == 2 * group + i ? ~0u : 0;
+#pragma unroll 1
+    for (int first = 0; first < count; first += 4) {  // what lies behind the rows' last quads is nothing
+      u32 pair[4][2], column[4][TILES], b[4][TILES][4];
+      UNROLL for (int q = 0; q < 4; q++) {
+        const u32 from = round + (first + q) * 128;
+        UNROLL for (int i = 0; i < TILES; i++) column[q][i] = load_shared_u32(from + (TILES == 1 ? lane() : i * 16 + (lane() & 15)) * 4);
+        load_shared_u32x2(pair[q], from + g * 16 + (t & 1) * 8);
       }
-    } else {
-      UNROLL for (int i = 0; i < OUTLIER_QUADS; i++) {
-        load_shared_u32x4(words, place_in_queue(i));
-        add(words, from);
+      UNROLL for (int q = 0; q < 4; q++) UNROLL for (int i = 0; i < TILES; i++) {
+        const u32 k = column_of(column[q][i]);
+        load_matrices_across(b[q][i], x + (k & 7) * stride + k / 8 * 16 + (TILES == 1 ? 0 : (lane() >> 4) * 8 * stride));
+      }
+      UNROLL for (int q = 0; q < 4; q++) UNROLL for (int group = 0; group < 2; group++) {
+        const u32 values = __byte_perm(pair[q][0], pair[q][1], 0x7632), a[4] = {values & mask[group][0], 0, values & mask[group][1], 0};
+        UNROLL for (int n = 0; n < TILES; n++) {
+          const u32* of = TILES == 1 ? b[q][0] + 2 * group : b[q][group] + 2 * n;
+          matrix_multiply(products[group][n], a, of[0], of[1], products[group][n]);
+        }
       }
     }
-  }
-  INLINE void add(const u32* words, const u32* x) {
-    UNROLL for (int i = 0; i < 4; i++) UNROLL for (int m = 0; m < SUMS; m++)
-      sums[m] += high_of(words[i]) * from_half(load_shared_u16(x[m] + 2 * column_of(words[i])));
   }
   INLINE static u32 column_of(u32 outlier) { return __byte_perm(outlier, 0, 0x4410); }  // as a mask it would be a third instruction
 
   // A round. rows: where the warp's sums of each of two row blocks go, [2][TOKENS][width].
   INLINE void step(u32 x, int stride, int tokens, float* rows, int width) {
     copies_wait<ROUNDS - 1>();
-    if (BY_TOKEN) __syncwarp();
     const int left = ahead & 255;
-    multiply(x, stride, tokens, min(left, MOST));
-    if (BY_TOKEN) __syncwarp();
+    if constexpr (OUTLIERS_TURNED)
+      __syncwarp(), multiply(x, stride, min(left, MOST)), __syncwarp();
+    else
+      look_up(x, stride, tokens);
+    if (left <= MOST) store(rows + added / TURNS % 2 * TOKENS * width + added % TURNS * AT_ONCE, width), added++;
     fetch();
-    if (left <= MOST) store(rows + added / TURNS % 2 * TOKENS * width + added % BATCHES * AT_ONCE, width, added % TURNS >= BATCHES), added++;
   }
-  INLINE void store(float* to, int width, bool second_half) {
-    UNROLL for (int m = 0; m < SUMS; m++) {
-      if constexpr (BY_TOKEN) {
-        float& sum = to[(place_of() + m * LANES) * width + row_of()];
-        sum = second_half ? sum + sums[m] : sums[m];
-      } else {
+  INLINE void store(float* to, int width) {
+    if constexpr (OUTLIERS_TURNED) {
+      const int g = lane() >> 2, t = lane() & 3;
+      UNROLL for (int n = 0; n < TILES; n++) UNROLL for (int e = 0; e < 2; e++)
+        to[(n * 8 + 2 * t + e) * width + g] = g < 4 ? products[0][n][e] : products[1][n][e];
+      UNROLL for (int n = 0; n < TILES; n++) UNROLL for (int e = 0; e < 2; e++) products[0][n][e] = products[1][n][e] = 0;
+    } else {
+      UNROLL for (int m = 0; m < TOKENS; m++) {
         UNROLL for (int far = LANES / 2; far; far /= 2) sums[m] += __shfl_xor_sync(~0u, sums[m], far);
         if (place_of() == 0) to[m * width + row_of()] = sums[m];
       }
-      sums[m] = 0;
     }
+    UNROLL for (int m = 0; m < TOKENS; m++) sums[m] = 0;
   }
 };

@@ -33,9 +33,7 @@ TOKENS = 16
 OUTLIER_TOKENS = (1, 2, 4, 8, TOKENS)
 """For so many tokens sums of outliers are kept."""
 LANE_TOKENS = 4
-"""Up to so many tokens a lane adds up outliers for all of them; with more each has its own."""
-LOOKED_UP_ROWS = 8192
-"""Look-ups of more tokens than these take longer than what the kernel for many tokens does, where there are more rows."""
+"""With more, the inputs that outliers are multiplied with are turned: a column's lie side by side."""
 MOST_TOKENS = 96
 """Above this, decoding the whole weight and multiplying densely is faster than passing over it every 16 tokens."""
 MOST_TABLE_BYTES = 48 << 10
@@ -144,26 +142,32 @@ def shares_inputs(config: Config) -> bool:
     return config.ring and config.x_resident and config.cluster == 1
 
 
+def x_rows(weight: TileWeight, M: int) -> int:
+    """Tokens that there is room for where the whole of x stays: inputs are turned in squares."""
+    return M if weight.outliers is None or M <= LANE_TOKENS else outlier_tokens(M)
+
+
 def outlier_warps(config: Config, M: int) -> int:
     """Warps that add outliers: several for a row tile, where that is not too many for a block, else one for 16 or 32 rows."""
     tiles = config.block_tiles
-    if tiles <= 2:
-        return tiles * (2 if M <= LANE_TOKENS else 4)
+    if tiles <= (2 if M <= LANE_TOKENS else 4):
+        return tiles * 2
     return tiles if tiles <= 8 else tiles // 2
 
 
 def most_outlier_tokens(weight: TileWeight, capability: tuple[int, int]) -> int:
     """For how many tokens outliers are added here: as many as leave room for weights beside their inputs in shared memory."""
     most, each = SHARED_LIMIT.get(capability[0], 99 << 10) * 4 // 7, weight.codes.shape[1] * 256 + 16
-    useful = LANE_TOKENS if weight.codes.shape[0] * 16 > LOOKED_UP_ROWS else TOKENS if capability >= (9, 0) else 8
+    useful = TOKENS if capability >= (9, 0) else 8
     return max((M for M in OUTLIER_TOKENS if useful >= M and M * each <= most), default=0)
 
 
 def outlier_rounds(config: Config, M: int) -> int:
-    """Rounds of such a warp that are on their way: a block of one row block has no use for many."""
-    if M <= LANE_TOKENS:
-        return 4 if config.ring else 2
-    return 8 if M <= 8 else 3
+    """Rounds of such a warp that are on their way: a block of one row block has no use for many, inputs of 16 tokens leave no
+    room for them."""
+    if config.ring and M <= LANE_TOKENS:
+        return 4
+    return 2 if M <= 8 else 1
 
 
 def outlier_bytes(weight: TileWeight, config: Config, M: int) -> int:
@@ -172,8 +176,9 @@ def outlier_bytes(weight: TileWeight, config: Config, M: int) -> int:
         return 0
     tokens = outlier_tokens(M)
     inputs = 0 if shares_inputs(config) else ceil_divide(tokens * (weight.codes.shape[1] * 256 + 16), 128) * 128
-    rounds = outlier_warps(config, M) * outlier_rounds(config, M) * (2048 if M <= LANE_TOKENS else 512)
-    return 128 + inputs + 2 * tokens * config.block_tiles * 16 * 4 + rounds
+    rounds = outlier_warps(config, M) * outlier_rounds(config, M) * 2048
+    stages = ceil_divide(weight.codes.shape[1], config.k_warps) if shares_inputs(config) and M > LANE_TOKENS else 1
+    return ceil_divide(16 * stages, 128) * 128 + inputs + 2 * tokens * config.block_tiles * 16 * 4 + rounds
 
 
 def beside_bytes(weight: TileWeight, config: Config, M: int) -> int:
@@ -213,7 +218,7 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     ring = config.stages * stage
     stages_each = ceil_divide(ceil_divide(k_tiles, config.k_warps), config.cluster)
     if config.x_resident:
-        ring += M * (stages_each * config.k_warps * 256 + 16)
+        ring += (x_rows(weight, M) if shares_inputs(config) else M) * (stages_each * config.k_warps * 256 + 16)
     elif not config.stages_hold_x:
         ring += config.warps * 2 * M * 272
     inbox = (M * rows * 4 + 127) // 128 * 128 if config.cluster > 1 else 0

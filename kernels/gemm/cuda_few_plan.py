@@ -58,7 +58,7 @@ class Plan:
             table=None if self._table is None else self._table.data_ptr(),
             pick=None if weight.pick is None else weight.pick.data_ptr(),
             factor=None if weight.factor is None else weight.factor.data_ptr(),
-            outlier_start=None if weight.outliers is None else weight.outliers.start_H1.data_ptr(),
+            outlier_start=None if weight.outliers is None else weight.outliers.start_N1.data_ptr(),
             outlier=None if weight.outliers is None else weight.outliers.by_row_E.data_ptr(),
             kept=None if weight.kept is None else weight.kept.data_ptr(),
             kept_steps=0 if weight.kept is None else weight.kept.shape[1],

@@ -3,8 +3,9 @@
     by row     column k in the lower 16 bits, the value in the upper ones; in quads (`by_rows`)  `outliers.cuh`
     by sheet   the value, and its place in the sheet as the matrix instruction wants it          `tile_outliers.cuh`
 
-A few tokens look their inputs up, which costs no more than the bytes; with many tokens an outlier is put where its code says
-nothing, and multiplied with it. A sheet is 64 rows x 64 columns; a place counts bytes of its numbers of 16 bits in fragments:
+A few tokens look up or gather their inputs, which costs little more than the bytes; with many tokens an outlier is put where
+its code says nothing, and multiplied with it. A sheet is 64 rows x 64 columns; a place counts bytes of its numbers of 16 bits
+in fragments:
 
     word = value | sheet % 8 << 16 | place << 19
     place = 2048 * (row tile % 4) + 512 * (s % 4) + 16 * (4 * g + t) + 4 * i + 2 * e      the letters as in `pack/tiles.py`
@@ -42,12 +43,12 @@ NAMES = ("tile_outlier_rows", "tile_outlier_by_row", "tile_outlier_tiles", "tile
 class TileOutliers:
     """Outliers of one weight, on its device.
 
-    start_H1: int32 [2 N + 1], at which quad the outliers of each row's two halves begin. by_row_E: int32 [4 * quads].
+    start_N1: int32 [N + 1], at which quad the outliers of each row begin. by_row_E: int32 [4 * quads].
     start_T1: int32 [T + 1], which word is each pair's first. by_sheet_E: int32, the words sheet by sheet, and two
     lines more.
     """
 
-    start_H1: Tensor
+    start_N1: Tensor
     by_row_E: Tensor
     start_T1: Tensor
     by_sheet_E: Tensor
@@ -80,12 +81,12 @@ class TileOutliers:
         """From the list that an operator is called with; None for None."""
         if tensors is None:
             return None
-        start_H1, by_row_E, start_T1, by_sheet_E = tensors
-        return cls(start_H1=start_H1, by_row_E=by_row_E, start_T1=start_T1, by_sheet_E=by_sheet_E)
+        start_N1, by_row_E, start_T1, by_sheet_E = tensors
+        return cls(start_N1=start_N1, by_row_E=by_row_E, start_T1=start_T1, by_sheet_E=by_sheet_E)
 
     def tensors(self) -> list[Tensor]:
         """What an operator is called with; `given` takes it back."""
-        return [self.start_H1, self.by_row_E, self.start_T1, self.by_sheet_E]
+        return [self.start_N1, self.by_row_E, self.start_T1, self.by_sheet_E]
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by `NAMES`."""
@@ -98,7 +99,7 @@ class TileOutliers:
         first, last = start // SHEET_ROWS, -(-stop // SHEET_ROWS)
         return replace(
             self,
-            start_H1=self.start_H1[2 * start : 2 * stop + 1],
+            start_N1=self.start_N1[start : stop + 1],
             start_T1=self.start_T1[first * C : last * C + 1],
         )
 
@@ -153,33 +154,14 @@ def free_places(sheet_E: Tensor, place_E: Tensor, S: int) -> tuple[Tensor, Tenso
 
 
 def by_rows(row_E: Tensor, column_E: Tensor, outlier_E: Tensor, N: int, K: int) -> tuple[Tensor, Tensor]:
-    """`start_H1` and the outliers, which ascend by row and column, in quads: each row's in the first half of the k tiles,
-    and in the second, filled up with 0 times the column behind the last k tile, where the kernels see zeros.
-
-    Inputs of eight tokens lie four banks of shared memory apart, so those of the four rows that a warp reads at once are in
-    different banks if their pairs of columns differ modulo 4. What is at place j of row n has n + j there, where there is such.
-    """
-    C, device = tiles.tile_counts(N, K)[1], row_E.device
-    half_E = 2 * row_E + (column_E >= -(-C // 2) * tiles.COLUMNS)
-    count_H = torch.bincount(half_E, minlength=2 * N)
-    start_H1 = torch.zeros(2 * N + 1, dtype=torch.int64, device=device)
-    start_H1[1:] = ((count_H + QUAD - 1) // QUAD).cumsum(0)
-    bank_E = column_E // 2 % 4
-    place_E = 4 * _ranks(4 * half_E + bank_E, 8 * N) + (bank_E - row_E) % 4
-    kept_E = place_E < count_H[half_E]
-    place_E = QUAD * start_H1[half_E] + place_E
-    free = torch.zeros(QUAD * int(start_H1[-1]), dtype=torch.bool, device=device)
-    free[QUAD * start_H1[half_E] + _ranks(half_E, 2 * N)] = True
-    free[place_E[kept_E]] = False
-    place_E[~kept_E] = free.nonzero()[:, 0]  # as many of each run, in the same order
-    quads_E = torch.full((len(free),), C * tiles.COLUMNS, dtype=torch.int32, device=device)
-    quads_E[place_E] = outlier_E
-    return start_H1.int(), quads_E
-
-
-def _ranks(which_E: Tensor, count: int) -> Tensor:
-    """How many of the same come before each."""
-    order, count_W = which_E.argsort(stable=True), torch.bincount(which_E, minlength=count)
-    rank_E = torch.empty_like(which_E)
-    rank_E[order] = torch.arange(len(which_E), device=which_E.device) - (count_W.cumsum(0) - count_W)[which_E[order]]
-    return rank_E
+    """`start_N1` and the outliers, which ascend by row and column, in quads: each row filled up with 0 times the column behind
+    the last k tile, where the kernels see zeros."""
+    device = row_E.device
+    count_N = torch.bincount(row_E, minlength=N)
+    start_N1 = torch.zeros(N + 1, dtype=torch.int64, device=device)
+    start_N1[1:] = ((count_N + QUAD - 1) // QUAD).cumsum(0)
+    inside_E = torch.arange(len(row_E), device=device) - (count_N.cumsum(0) - count_N)[row_E]
+    nothing = tiles.tile_counts(N, K)[1] * tiles.COLUMNS
+    quads_E = torch.full((QUAD * int(start_N1[-1]),), nothing, dtype=torch.int32, device=device)
+    quads_E[QUAD * start_N1[row_E] + inside_E] = outlier_E
+    return start_N1.int(), quads_E

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -87,15 +86,14 @@ def dense_of(beside: Beside, N: int, K: int) -> Tensor:
 
 def by_rows(laid: TileOutliers, N: int, K: int) -> Tensor:
     """What the quads of the rows hold, where they fill up with nothing behind the last k tile: [N, K] bfloat16."""
-    C, start_H1, quads = tiles.tile_counts(N, K)[1], laid.start_H1.long(), laid.by_row_E.reshape(-1, 4)
-    assert start_H1[0] == 0 and start_H1[-1] == len(quads)
+    C, start_N1, quads = tiles.tile_counts(N, K)[1], laid.start_N1.long(), laid.by_row_E.reshape(-1, 4)
+    assert start_N1[0] == 0 and start_N1[-1] == len(quads)
     dense = torch.zeros(N, C * 128 + 1, dtype=torch.bfloat16)
-    for n, half in itertools.product(range(N), range(2)):
-        run = quads[start_H1[2 * n + half] : start_H1[2 * n + half + 1]].flatten()
+    for n in range(N):
+        run = quads[start_N1[n] : start_N1[n + 1]].flatten()
         column, value = run & 0xFFFF, (run >> 16).short().view(torch.bfloat16)
         here = column < C * 128
-        first = (C + 1) // 2 * 128
-        assert ((column[here] >= first) == bool(half)).all() and len(column[here].unique()) == here.sum()
+        assert len(column[here].unique()) == here.sum()
         assert (~here).sum() < 4 and (value[~here] == 0).all() and (column[~here] == C * 128).all()
         dense[n, column] = value
     assert not dense[:, K:].any()

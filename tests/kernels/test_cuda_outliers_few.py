@@ -12,7 +12,15 @@ from torch import Tensor
 
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.cuda_dense import dequantize
-from aerogel.kernels.gemm.cuda_few import SHARED_LIMIT, Few, default_config, fits, most_outlier_tokens, outlier_tokens
+from aerogel.kernels.gemm.cuda_few import (
+    LANE_TOKENS,
+    SHARED_LIMIT,
+    Few,
+    default_config,
+    fits,
+    most_outlier_tokens,
+    outlier_tokens,
+)
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_tune import random_weight
 from aerogel.kernels.gemm.cuda_weight import TileWeight
@@ -42,7 +50,7 @@ def test_there_is_a_cut_for_all_tokens_that_are_taken(capability: tuple[int, int
             assert fits(weight, default_config(weight, M, capability, 132), M, capability, 132), (N, K, bits, M)
         assert Few.refuses(weight, most + 1, torch.bfloat16, capability) is not None
         assert most in (4, 8, 16) or outlier_tokens(most + 1) * K * 2 > SHARED_LIMIT[capability[0]] // 2
-    assert [most_outlier_tokens(weight_of(N, 4096, 4), (9, 0)) for N in (8192, 28672)] == [16, 4]
+    assert [most_outlier_tokens(weight_of(28672, K, 4), (9, 0)) for K in (4096, 8192, 14336)] == [16, 8, 4]
 
 
 def few_outliers(N: int, K: int, mask_NK: Tensor) -> tuple[TileWeight, Tensor]:
@@ -85,6 +93,8 @@ def test_wherever_few_outliers_are(which: str) -> None:
                 run(other_MK, None, other_MN)
                 without(other_MK, None, plain_MN)
                 assert torch.equal(other_MN[1:], y_MN[1:]) and not other_MN[0].isfinite().any()
+                if M > LANE_TOKENS:  # products of four rows' outliers with 0 beside them, as those of the codes
+                    continue
                 same = [found[0].cpu()[~mask_NK[:, K // 2]].nan_to_num(0.5) for found in (other_MN, plain_MN)]
                 assert torch.equal(*same)
 
