@@ -61,12 +61,19 @@ def packed(stage: dict[str, Any], N: int, K: int, device: str) -> Linear:
     """A random weight in the stage's format, ready to run in bfloat16: some rows, fitted once, again and again."""
     recipe = Recipe.load({"aerogel": 1, "stages": [{"quantize": stage}]})
     method = recipe.stages[0].at("bfloat16").stage
-    weight_nK = torch.randn(min(N, FITTED_ROWS), K, device=device, generator=torch.Generator(device).manual_seed(0)) * 0.02
-    part = method(Layer(name="weight", weight_NK=weight_nK)).codes
-    times = N // len(weight_nK)
+
+    def fitted(rows: int) -> Codes:
+        generator = torch.Generator(device).manual_seed(0)
+        weight_nK = torch.randn(rows, K, device=device, generator=generator) * 0.02
+        return method(Layer(name="weight", weight_NK=weight_nK)).codes
+
+    part = fitted(min(N, FITTED_ROWS))
+    if part.grid.shared_rows is None:  # what all rows share is no row's own: nothing can be repeated
+        return Linear.from_codes(fitted(N), dtype=torch.bfloat16)
+    times = N // len(part.values_NK)
     params = stacked([part] * times)
-    if params is None or part.grid.shared_rows is None or times * len(weight_nK) != N:
-        raise BadInput(f"{N} rows cannot be made of {len(weight_nK)} that repeat; give a shape of whole multiples")
+    if params is None or times * len(part.values_NK) != N:
+        raise BadInput(f"{N} rows cannot be made of {len(part.values_NK)} that repeat; give a shape of whole multiples")
     codes = Codes.of(part.values_NK.repeat(times, 1), params, part.grid)
     return Linear.from_codes(codes, dtype=torch.bfloat16)
 

@@ -83,7 +83,7 @@ def test_packed_embeddings_heads_and_layouts(tmp_path: Path, layout: str, tied: 
     model = zoo.build("llama")
     model.config.tie_word_embeddings = tied
     model.tie_weights() if tied else None
-    model.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "dense")  # float32: rounding to int8 makes large differences of bfloat16's small ones
     target = "Embedding" if tied else "lm_head"
     head = {"quantize": {"method": "rtn", "bits": 8, "group_size": 16, "targets": [target], "ignore": []}}
     compress(tmp_path / "dense", recipe(None, RTN, head), tmp_path / "out")
