@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.beside.ref import Beside
+from aerogel.kernels.gemm.small_floats import mantissa_bits
 from aerogel.pack.config import format_of
 from aerogel.pack.format import Activations, Format, Grid, Shapes
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
@@ -45,6 +46,8 @@ class Problem:
     activations: how the input is rounded at run time.
     fast: whether a kernel may round the input to int8 although the checkpoint does not say so.
     outliers: whether sparse outliers stand beside the weight; a kernel is chosen without asking, `tune` measures with them.
+    mantissa: bits of mantissa of the small float that holds the codes (`gemm/small_floats.py`); 0 where numbers are looked up.
+    It follows from the grid, and is found here because a graph that is being compiled cannot look for it.
     """
 
     format: str
@@ -57,6 +60,10 @@ class Problem:
     activations: Activations = "none"
     fast: bool = False
     outliers: bool = False
+    mantissa: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mantissa", mantissa_bits(self.grid))
 
     @property
     def integer(self) -> IntGrid | None:

@@ -25,7 +25,6 @@ from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.cuda_outliers import NAMES as OUTLIERS
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
-from aerogel.kernels.gemm.small_floats import mantissa_bits
 from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
 from aerogel.lazy import load
 from aerogel.pack import tiles
@@ -260,7 +259,7 @@ class Cuda(Kernel):
             bias_N,
             _group_size(layout, problem),
             problem.N,
-            mantissa_bits(problem.grid),
+            problem.mantissa,
             layout.get("tile_factor"),
             [layout[name] for name in OUTLIERS] if OUTLIERS[0] in layout else None,
         )
@@ -284,7 +283,7 @@ def tile_weight(layout: Layout, problem: Problem) -> TileWeight:
         group_size=_group_size(layout, problem),
         N=problem.N,
         K=problem.K,
-        floats=mantissa_bits(problem.grid),
+        floats=problem.mantissa,
         factor=layout.get("tile_factor"),
         outliers=TileOutliers.among(layout),
     )

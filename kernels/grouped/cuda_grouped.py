@@ -28,7 +28,6 @@ from aerogel.kernels.gemm import cuda, cuda_wgmma
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 from aerogel.kernels.gemm.cuda_wgmma import Config, ceil_divide, deepest, microseconds_of_tiles
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan, in_pieces
-from aerogel.kernels.gemm.small_floats import mantissa_bits
 from aerogel.kernels.grouped import cuda_routes
 from aerogel.kernels.grouped.kernel import Grouped, Routes
 from aerogel.kernels.problem import Kernel, Layout, Problem
@@ -219,7 +218,7 @@ class Cuda(Grouped):
             bias_EN,
             problem.grid.group_size or 0,
             problem.N,
-            mantissa_bits(problem.grid),
+            problem.mantissa,
             layout.get("tile_factor"),
         )
         return y_SN

@@ -224,7 +224,7 @@ def same_when_compiled(call: Callable[..., Tensor], *calls: tuple[Tensor, ...]) 
         assert found.isfinite().all() and torch.equal(found, wanted), len(one[0])
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8", "planes", "signs", "outliers"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4", "mxfp4", "planes", "signs", "outliers"])
 def test_a_layer_stands_in_a_whole_graph(kind: str) -> None:
     layer = layer_of(kind, 144, 544)
     same_when_compiled(layer, (inputs(1, 544),), (inputs(40, 544),))
