@@ -12,7 +12,6 @@ Shape legend: M tokens, N out features, K in features, G groups along K, L colum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -21,32 +20,37 @@ from torch import Tensor
 
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.cuda import Cuda
+from aerogel.kernels.gemm.cuda_around import AroundCuda
 from aerogel.kernels.gemm.cuda_spread import STEP, Spread, filled
-from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
+from aerogel.kernels.problem import Layout, Problem
 from aerogel.pack import tiles
 from aerogel.quantize.codes import Codes
 from aerogel.quantize.grids import IntGrid
 from aerogel.quantize.tables import TableGrid
 
 
-class CudaGroups(Kernel):
+class CudaGroups(AroundCuda):
     """Integers and tables in groups that are filled up, in the tile layout."""
 
-    rows: ClassVar[int] = tiles.ROWS
-    shared: ClassVar[frozenset[str]] = Cuda.shared
     about: ClassVar[str] = "groups of any size, filled up to multiples of 16, on the CUDA kernels compiled at run time"
+
+    @staticmethod
+    def inner(problem: Problem) -> Problem:
+        """The matmul of the laid out weight."""
+        grid: Any = problem.grid
+        return replace(problem, grid=replace(grid, group_size=filled(grid.group_size)), K=_spread(problem).columns)
 
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Other grids, groups that need no filling, and what the kernels refuse."""
         if problem.needs_groups(STEP) is None:
             return f"fills up groups that are no multiple of {STEP}"
-        return problem.needs_numbers(IntGrid, TableGrid) or Cuda.refuses(_inner(problem))
+        return problem.needs_numbers(IntGrid, TableGrid) or Cuda.refuses(CudaGroups.inner(problem))
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """The tensors of the laid out weight [N, L], see `Cuda.pack`."""
-        inner, spread = _inner(problem), _spread(problem)
+        inner, spread = CudaGroups.inner(problem), _spread(problem)
         device = codes.values_NK.device
         rest = spread.columns - spread.stretch
         columns = torch.nn.functional.pad(spread.sources(device), (0, rest))
@@ -56,29 +60,19 @@ class CudaGroups(Kernel):
     @staticmethod
     def lay_beside(beside: Beside, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
         """As `Cuda`, where the columns lie now."""
-        return Cuda.lay_beside(beside, _inner(problem), _spread(problem).moved(place_K, beside.device))
+        return Cuda.lay_beside(beside, CudaGroups.inner(problem), _spread(problem).moved(place_K, beside.device))
 
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:
         """The inverse of `pack`, exactly."""
-        spread, codes = _spread(problem), Cuda.unpack(layout, _inner(problem))
+        spread, codes = _spread(problem), Cuda.unpack(layout, CudaGroups.inner(problem))
         device = codes.values_NK.device
         return _cut(codes, spread.places(device), torch.arange(spread.groups, device=device), problem.grid)
 
     @staticmethod
-    def warm(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int]) -> None:
-        """See `Kernel.warm`."""
-        Cuda.warm([(layout, _inner(problem)) for layout, problem in weights], tokens)
-
-    @staticmethod
-    def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:
-        """See `Kernel.tune`; x as it is spread counts for nothing here."""
-        return Cuda.tune(_inner(problem), tokens)
-
-    @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """x spread, then one call of the operator."""
-        return Cuda.run(_spread(problem)(x_MK), layout, _inner(problem), bias_N)
+        return Cuda.run(_spread(problem)(x_MK), layout, CudaGroups.inner(problem), bias_N)
 
 
 def _spread(problem: Problem) -> Spread:
@@ -86,12 +80,6 @@ def _spread(problem: Problem) -> Spread:
     group = problem.grid.group_size or problem.K
     columns = -(-problem.K // group) * filled(group)
     return Spread(K=problem.K, group=group, copies=1, columns=-(-columns // tiles.COLUMNS) * tiles.COLUMNS)
-
-
-def _inner(problem: Problem) -> Problem:
-    """The matmul of the laid out weight."""
-    grid: Any = problem.grid
-    return replace(problem, grid=replace(grid, group_size=filled(grid.group_size)), K=_spread(problem).columns)
 
 
 def _cut(codes: Codes, columns: Tensor, groups: Tensor, grid: Any) -> Codes:

@@ -12,59 +12,50 @@ Shape legend: M tokens, N out features, K in features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from aerogel.kernels.gemm.cuda import Cuda
+from aerogel.kernels.gemm.cuda_around import AroundCuda
 from aerogel.kernels.gemm.ref import round_input
-from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
-from aerogel.pack import tiles
+from aerogel.kernels.problem import Layout, Problem
 from aerogel.quantize.codes import Codes
 from aerogel.quantize.grids import Fp8Grid
 
 
-class CudaRounded(Kernel):
+class CudaRounded(AroundCuda):
     """e4m3 weights with e4m3 inputs, multiplied in 16 bits."""
 
-    rows: ClassVar[int] = tiles.ROWS
-    shared: ClassVar[frozenset[str]] = Cuda.shared
     about: ClassVar[str] = "inputs rounded to e4m3, then the weight-only CUDA kernels: FP8 in blocks, and what cuda-fp8 refuses"
+
+    @staticmethod
+    def inner(problem: Problem) -> Problem:
+        """The matmul of inputs that are rounded already."""
+        return replace(problem, activations="none")
 
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but e4m3 weights with fp8 activations, and what the weight-only kernels refuse."""
-        return problem.needs_activations("fp8", "fp8-static") or problem.needs_numbers(Fp8Grid) or Cuda.refuses(_inner(problem))
+        return (
+            problem.needs_activations("fp8", "fp8-static")
+            or problem.needs_numbers(Fp8Grid)
+            or Cuda.refuses(CudaRounded.inner(problem))
+        )
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """See `Cuda.pack`."""
-        return Cuda.pack(codes, _inner(problem))
+        return Cuda.pack(codes, CudaRounded.inner(problem))
 
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:
         """The inverse of `pack`, exactly."""
-        return Cuda.unpack(layout, _inner(problem))
-
-    @staticmethod
-    def warm(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int]) -> None:
-        """See `Kernel.warm`."""
-        Cuda.warm([(layout, _inner(problem)) for layout, problem in weights], tokens)
-
-    @staticmethod
-    def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:
-        """See `Kernel.tune`."""
-        return Cuda.tune(_inner(problem), tokens)
+        return Cuda.unpack(layout, CudaRounded.inner(problem))
 
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """x rounded, then one call of the operator."""
         rounded_MK = round_input(x_MK.float(), problem, layout.get("input_scale")).to(x_MK.dtype)
-        return Cuda.run(rounded_MK.contiguous(), layout, _inner(problem), bias_N)
-
-
-def _inner(problem: Problem) -> Problem:
-    """The matmul of inputs that are rounded already."""
-    return replace(problem, activations="none")
+        return Cuda.run(rounded_MK.contiguous(), layout, CudaRounded.inner(problem), bias_N)

@@ -10,7 +10,7 @@ import torch
 from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.dispatch import choose
 from aerogel.kernels.gemm.cuda import Cuda
-from aerogel.kernels.gemm.cuda_groups import CudaGroups, _inner, _spread
+from aerogel.kernels.gemm.cuda_groups import CudaGroups, _spread
 from aerogel.kernels.gemm.cuda_spread import Spread
 from aerogel.kernels.problem import Problem
 from aerogel.quantize.codes import Codes, quantized
@@ -49,7 +49,7 @@ def problem_of(grid: Any, N: int, K: int, dtype: torch.dtype = torch.bfloat16) -
 def test_the_laid_out_weight_is_the_weight(grid: Any, shape: tuple[int, int]) -> None:
     N, K = shape
     codes, problem = weight_of(grid, N, K), problem_of(grid, N, K)
-    layout, inner = CudaGroups.pack(codes, problem), _inner(problem)
+    layout, inner = CudaGroups.pack(codes, problem), CudaGroups.inner(problem)
     back = CudaGroups.unpack(layout, problem)
     assert torch.equal(back.values_NK, codes.values_NK) and torch.equal(back.decode(), codes.decode())
     assert back.scale_NG.dtype == codes.scale_NG.dtype and back.scale_NG.shape == codes.scale_NG.shape
