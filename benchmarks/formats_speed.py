@@ -120,7 +120,7 @@ def calls_of(linear: Linear, M: int, device: str) -> list[Callable[[], object]]:
 
 
 def in_turns(running: dict[str, list[Callable[[], object]]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of every contender in every round, in which each runs once, in an order that changes. The first is not counted."""
+    """Microseconds of every contender in every round but the first; in a round each runs once, in an order that changes."""
     taken: dict[str, list[float]] = {name: [] for name in running}
     for number in range(rounds + 1):
         order = list(running)

@@ -1,7 +1,7 @@
 """The layout of the CPU's kernel for tables: sixteen codes of one row lie together. Exactly invertible, 2 to 4 bits.
 
     codes   uint8 [strips, tiles, 64 * bits]    strips = ceil(N / 4), tiles = ceil(K / 128); see `pack/native.py`
-    scale   [strips, G, 4]                      in the stored type (ue5m3 as the bfloat16 of the same value)
+    scale   [strips, G, 4]                      in the stored type, in bfloat16 where `scales.readable` says so
     pick    uint8 [strips, G, 4]                where tables are chosen per group
     number  uint8 [T, 4, 16]                    byte p of the float32 number of each code; T as in the codes, or the rows
                                                 filled up to whole strips
@@ -24,7 +24,7 @@ from torch import Tensor
 from aerogel.errors import BadInput
 from aerogel.pack import native
 from aerogel.quantize.codes import Codes, Grid
-from aerogel.quantize.scales import as_stored, scale_values
+from aerogel.quantize.scales import readable, unread
 
 STRIP, ENTRIES, LARGEST = 4, 16, 16383
 FEW_TABLES = 64
@@ -41,7 +41,7 @@ def tensors_of(codes: Codes) -> dict[str, Tensor]:
     N = codes.values_NK.shape[0]
     filled_TE = torch.nn.functional.pad(table_TE, (0, ENTRIES - table_TE.shape[1], 0, -N % STRIP if codes.table_per_row else 0))
     integers_TE, unit_T = integers_of(filled_TE, alike=codes.pick_NG is not None)
-    scale_NG = codes.scale_NG if codes.scale_NG.dtype != torch.uint8 else scale_values(codes.scale_NG).bfloat16()
+    scale_NG = readable(codes.scale_NG)
     byte = scale_NG.element_size() == 1  # torch knows few operations on such types
     scale = native.pack_factors(scale_NG.view(torch.uint8) if byte else scale_NG, STRIP).view(scale_NG.dtype)
     signed_NK = (codes.values_NK.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
@@ -69,7 +69,7 @@ def codes_of(layout: dict[str, Tensor], grid: Grid, N: int, K: int, per_row: boo
     signed_NK = native.unpack_codes(layout["codes"], grid.bits, N, K, STRIP)
     return Codes(
         values_NK=(signed_NK.to(torch.int16) + (1 << (grid.bits - 1))).to(torch.uint8),
-        scale_NG=as_stored(scale_NG.float(), grid.scale_dtype) if grid.scale_dtype == torch.uint8 else scale_NG,
+        scale_NG=unread(scale_NG, grid.scale_dtype),
         table_TE=(table_TE[:N] if per_row else table_TE).contiguous(),
         pick_NG=None if pick is None else native.unpack_factors(pick, N),
         factor=layout["factor"][0] if has_factor else None,

@@ -137,6 +137,18 @@ def pack_factors(factors_NG: Tensor, strip: int = STRIP) -> Tensor:
     return padded.reshape(-1, strip, G).transpose(1, 2).contiguous()
 
 
+def pack_bits(bit_NG: Tensor) -> Tensor:
+    """Zeros and ones [N, G] -> int16 [strips, G], bit i that of row i of a strip."""
+    lanes = pack_factors(bit_NG).to(torch.int32) << torch.arange(STRIP, dtype=torch.int32, device=bit_NG.device)
+    return lanes.sum(2, dtype=torch.int32).to(torch.int16)
+
+
+def unpack_bits(packed: Tensor, N: int) -> Tensor:
+    """The inverse of `pack_bits`: uint8 [N, G]."""
+    bits = packed[..., None].to(torch.int32) >> torch.arange(STRIP, dtype=torch.int32, device=packed.device) & 1
+    return unpack_factors(bits.to(torch.uint8), N)
+
+
 def unpack_factors(packed: Tensor, N: int) -> Tensor:
     """The inverse of `pack_factors`: [N, G]."""
     return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:N].contiguous()

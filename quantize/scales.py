@@ -82,6 +82,28 @@ def scale_values(scale: Tensor) -> Tensor:
     return scale.float()
 
 
+def readable(scale: Tensor, signed: bool = False) -> Tensor:
+    """Stored scales for a reader that decodes eight bits by shifts, which take NaN for a number.
+
+    The same tensor, or the same values in bfloat16 where one is NaN, and where eight bits have no sign but should have one.
+    """
+    if scale.dtype in WIDE:
+        return scale
+    nan = LARGEST_CODE[scale.dtype] + 1
+    has_sign = scale.dtype == torch.float8_e4m3fn
+    byte = scale.view(torch.uint8)
+    found = bool(((byte & 127 if has_sign else byte) == nan).any())
+    return scale_values(scale).bfloat16() if found or (signed and not has_sign) else scale
+
+
+def unread(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `readable`, of scales that have no sign: in the stored type."""
+    if scale.dtype == dtype or dtype in WIDE:
+        return scale
+    numbers, value = numbers_of_byte(dtype)[: LARGEST_CODE[dtype] + 1], scale.float()
+    return torch.bucketize(value.nan_to_num(nan=torch.inf), numbers).to(torch.uint8).view(dtype)
+
+
 def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales that `rounded` has seen in the stored type; exact."""
     if dtype in WIDE:

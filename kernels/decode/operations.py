@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.embedding import PackedEmbedding, wanted
 from aerogel.kernels.gemm import cpu_lookup, cpu_own, cpu_tables
 from aerogel.kernels.gemm.cpu import Native, structs
@@ -92,27 +93,30 @@ class Operations:
         beside = found if found is not None and found.operands() else None
         layout, rows, group = module.held(), x.view(-1, problem.K), problem.grid.group_size or 0
         if issubclass(kernel, cpu_lookup.NativeLookup):
-            self._lookup(rows, layout, module.bias, y, group)
+            self._lookup(rows, layout, module.bias, y, group, beside)
             return
         if issubclass(kernel, cpu_own.NativeOwn):
             own = cpu_own.struct_of(layout, problem.N, problem.K, *cpu_own.tables_of(problem.grid, problem.K))
             library.check(library.library().aerogel_native_own_check(ctypes.byref(own)), "a weight of tables for each row")
-            self.add("own", own, cpu_lookup.call_of(rows, module.bias, y, "exact"), layout, module.bias, rows, y)
+            call = cpu_lookup.call_of(rows, module.bias, y, "exact", beside=beside)
+            self.add("own", own, call, layout, module.bias, rows, y, beside)
             return
         if issubclass(kernel, Native):
             tensors = layout["codes"], layout["scale"], layout.get("zero"), module.bias
             numerics = library.NUMERICS[kernel.numerics]
             weight, call = structs(rows, *tensors, y.view(-1, problem.N), problem.N, group, numerics, beside=beside)
         else:
-            weight, call = cpu_tables.structs(rows, layout, module.bias, y.view(-1, problem.N), problem.N, group)
+            weight, call = cpu_tables.structs(rows, layout, module.bias, y.view(-1, problem.N), problem.N, group, beside=beside)
         library.check(library.library().aerogel_native_check(ctypes.byref(weight)), "a packed weight")
         self.add("gemm", weight, call, layout, module.bias, rows, y, beside)
 
-    def _lookup(self, rows: Tensor, layout: dict[str, Tensor], bias: Tensor | None, y: Tensor, group: int) -> None:
+    def _lookup(
+        self, rows: Tensor, layout: dict[str, Tensor], bias: Tensor | None, y: Tensor, group: int, beside: Beside | None
+    ) -> None:
         weight = cpu_lookup.struct_of(layout, y.shape[-1], rows.shape[1], group)
-        call = cpu_lookup.call_of(rows, bias, y, cpu_lookup.numerics_of(rows.dtype))
+        call = cpu_lookup.call_of(rows, bias, y, cpu_lookup.numerics_of(rows.dtype), beside=beside)
         library.check(library.library().aerogel_native_lookup_check(ctypes.byref(weight)), "a weight of tables")
-        self.add("lookup", weight, call, layout, bias, rows, y)
+        self.add("lookup", weight, call, layout, bias, rows, y, beside)
 
     def rows(self, module: PackedEmbedding, ids: Tensor, y: Tensor) -> bool:
         """y [..., K] = module(ids). False, and nothing added, where no compiled operation does it."""

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
+from aerogel.kernels.beside import cpu as beside_cpu
+from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.cpu_operators import operator
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem
@@ -44,6 +46,7 @@ class NativeLookup(Kernel):
     """Compiled CPU kernel for codes of 2 to 4 bits that point into tables."""
 
     about: ClassVar[str] = "compiled for the CPU: codes of 2 to 4 bits into any tables, by lookups of bytes"
+    adds_beside: ClassVar[bool] = True
 
     @staticmethod
     def refuses(problem: Problem) -> str | None:
@@ -111,7 +114,8 @@ def linear(
 
     Args:
         x_MK: float32, float16 or bfloat16 [M, K], contiguous.
-        layout: the tensors of `aerogel.pack.lookup`, whose picks `NativeLookup.pack` has checked.
+        layout: the tensors of `aerogel.pack.lookup`, whose picks `NativeLookup.pack` has checked, and what is added
+            (`beside.ref.NAMES`).
         bias_N: [N] of any of the three types, or None.
         N, group: out features; columns that share a scale, 0 for all.
         numerics: "exact" (float32 products) or "fixed" (15-bit integers).
@@ -124,7 +128,7 @@ def linear(
     M, K = x_MK.shape
     y_MN = torch.empty(M, N, dtype=x_MK.dtype)
     weight = struct_of(layout, N, K, group)
-    call = call_of(x_MK, bias_N, y_MN, numerics, path, threads)
+    call = call_of(x_MK, bias_N, y_MN, numerics, path, threads, Beside.among(layout))
     status = library.library().aerogel_native_lookup(ctypes.byref(weight), ctypes.byref(call))
     library.check(status, f"a weight of tables [{N}, {K}]")
     return y_MN
@@ -150,7 +154,8 @@ def decoded(x_MK: Tensor, layout: Layout, bias_N: Tensor | None, N: int, group: 
 
 def _product(x_MK: Tensor, layout: Layout, bias_N: Tensor | None, N: int, group: int) -> Tensor:
     if len(x_MK) > MOST_TOKENS:
-        return decoded(x_MK, layout, bias_N, N, group)
+        y_MN, beside = decoded(x_MK, layout, bias_N, N, group), Beside.among(layout)
+        return y_MN if beside is None else beside_cpu.add(y_MN, x_MK, beside)
     return linear(x_MK, layout, bias_N, N, group, numerics_of(x_MK.dtype))
 
 
@@ -175,9 +180,19 @@ def struct_of(layout: Layout, N: int, K: int, group: int) -> library.Lookup:
 
 
 def call_of(
-    x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor, numerics: str, path: int = -1, threads: int | None = None
+    x_MK: Tensor,
+    bias_N: Tensor | None,
+    y_MN: Tensor,
+    numerics: str,
+    path: int = -1,
+    threads: int | None = None,
+    beside: Beside | None = None,
 ) -> library.Call:
-    """Activations, bias and result as the library takes them, valid while the tensors live. Raises `BadInput` for others."""
+    """Activations, bias, result and what is added (`beside.cpu.fits`) as the library takes them, valid while the tensors live.
+
+    Raises:
+        BadInput: tensors that are not contiguous in main memory, or of other types than they must be.
+    """
     kinds = library.TYPES
     for tensor in (x_MK, y_MN, *([] if bias_N is None else [bias_N])):
         if tensor.dtype not in kinds or not tensor.is_contiguous() or tensor.device.type != "cpu":
@@ -195,4 +210,5 @@ def call_of(
         NUMERICS[numerics],
         path,
         threads or library.threads(),
+        None if beside is None else ctypes.pointer(beside_cpu.part_of_weight(beside)),
     )

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
+from aerogel.kernels.beside import cpu as beside_cpu
+from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.cpu_lookup import call_of
 from aerogel.kernels.gemm.cpu_operators import operator
 from aerogel.kernels.native import library
@@ -35,6 +37,7 @@ class NativeOwn(Kernel):
     """Compiled CPU kernel for codes into tables of each row and group."""
 
     about: ClassVar[str] = "compiled for the CPU, activations in bfloat16: codebooks of each row, and bit planes"
+    adds_beside: ClassVar[bool] = True
 
     @staticmethod
     def refuses(problem: Problem) -> str | None:
@@ -64,8 +67,11 @@ class NativeOwn(Kernel):
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """One call of the library."""
         grid, columns = own_tables.laid(problem.grid, problem.K)
-        x = x_MK if columns == problem.K else own_tables.twice(x_MK, columns)
-        return product(x, layout, bias_N, problem.N, *tables_of(grid, columns))
+        if columns == problem.K:
+            return product(x_MK, layout, bias_N, problem.N, *tables_of(grid, columns))
+        held, beside = {name: layout[name] for name in TENSORS}, Beside.among(layout)
+        y_MN = product(own_tables.twice(x_MK, columns), held, bias_N, problem.N, *tables_of(grid, columns))
+        return y_MN if beside is None else beside_cpu.add(y_MN, x_MK, beside)
 
 
 def _refuses_table(grid: Grid) -> str | None:
@@ -103,7 +109,7 @@ def linear(
 
     Args:
         x_MK: bfloat16 [M, K], contiguous; K the columns that are laid out.
-        layout: the tensors of `aerogel.pack.own_tables`.
+        layout: the tensors of `aerogel.pack.own_tables`, and what is added (`beside.ref.NAMES`).
         bias_N: [N] of any of the three types, or None.
         N, group: out features; columns that share a table, 0 for all.
         shared: outputs that share tables, which hold for eight columns then (and `group` is 0); 0: each has its own.
@@ -115,7 +121,8 @@ def linear(
     """
     M, K = x_MK.shape
     y_MN = torch.empty(M, N, dtype=x_MK.dtype)
-    weight, call = struct_of(layout, N, K, group, shared), call_of(x_MK, bias_N, y_MN, "exact", path, threads)
+    weight = struct_of(layout, N, K, group, shared)
+    call = call_of(x_MK, bias_N, y_MN, "exact", path, threads, Beside.among(layout))
     status = library.library().aerogel_native_own(ctypes.byref(weight), ctypes.byref(call))
     library.check(status, f"a weight of tables for each row [{N}, {K}]")
     return y_MN

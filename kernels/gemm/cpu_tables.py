@@ -2,6 +2,7 @@
 
     W[n, k] = table[pick[n, g]][code[n, k]] * (s[n, g] * factor)        1 to 8 bits, any group size
 
+One table, or two and those that are their negatives, as BitMoD's are.
 The loops for exact integers look their numbers up in registers anyway where the processor multiplies bfloat16; here the numbers
 are a table's. FP8 (e4m3 per channel, tensor or block), e5m2, RF8, FP6, FP5, FP4, FP3, MX and NVFP4 are numbers that bfloat16
 holds exactly, so their products are exact like those of integers. NF4 and the like are rounded to it (about 1e-3 of the
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
+from aerogel.kernels.beside import cpu as beside_cpu
+from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm import cpu_lookup
 from aerogel.kernels.gemm.cpu_operators import operator
 from aerogel.kernels.gemm.ref import round_input
@@ -34,8 +37,8 @@ from aerogel.quantize.grids import Fp8Grid
 from aerogel.quantize.scales import TYPES
 from aerogel.quantize.tables import TableGrid
 
-MOST_PICKED = 4
-"""Tables of a weight that picks among several (kernels/native/layout.h)."""
+MOST_PICKED = 2
+"""Tables of a weight that picks among several, their mirrors aside (kernels/native/layout.h)."""
 FLOAT32_PATHS = {"avx512bf16": "avx512", "amx": "avx512"}
 """For a path that multiplies bfloat16, the one of the same machine that multiplies float32."""
 
@@ -45,6 +48,7 @@ class NativeTables(Kernel):
 
     about: ClassVar[str] = "compiled for the CPU: floats of 3 to 8 bits and other tables, in the loops of integers"
     rows: ClassVar[int] = native.STRIP
+    adds_beside: ClassVar[bool] = True
     shared: ClassVar[frozenset[str]] = frozenset({"number", "table", "unit", "factor"})
 
     @staticmethod
@@ -54,11 +58,8 @@ class NativeTables(Kernel):
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
-        """See `aerogel.pack.native_tables`; the picks are checked here, and never again."""
-        layout = native_tables.tensors_of(codes)
-        weight = struct_of(layout, problem.N, problem.K, problem.grid.group_size or 0)
-        library.check(library.library().aerogel_native_check_picks(ctypes.byref(weight)), "a weight of tables")
-        return layout
+        """See `aerogel.pack.native_tables`."""
+        return native_tables.tensors_of(codes)
 
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:
@@ -68,9 +69,18 @@ class NativeTables(Kernel):
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """One call of the library."""
-        if problem.activations != "none":
-            x_MK = round_input(x_MK.float(), problem, layout.get("input_scale")).to(x_MK.dtype).contiguous()
-        return product(x_MK, layout, bias_N, problem.N, problem.grid.group_size or 0)
+        group = problem.grid.group_size or 0
+        if problem.activations == "none":
+            return product(x_MK, layout, bias_N, problem.N, group)
+        # What stands beside the weight meets inputs as they are, and kept columns' are no part of what is rounded.
+        beside = Beside.among(layout)
+        seen_MK = x_MK.float()
+        if beside is not None and beside.index_C is not None:
+            seen_MK = seen_MK.index_fill(1, beside.index_C.long(), 0)
+        rounded_MK = round_input(seen_MK, problem, layout.get("input_scale")).to(x_MK.dtype).contiguous()
+        held = {name: layout[name] for name in TENSORS if name in layout}
+        y_MN = product(rounded_MK, held, bias_N, problem.N, group)
+        return y_MN if beside is None else beside_cpu.add(y_MN, x_MK, beside)
 
 
 def refused(problem: Problem) -> str | None:
@@ -90,8 +100,8 @@ def _refuses_table(grid: Grid) -> str | None:
     if getattr(grid, "learned", False):
         return "runs tables that all outputs share, and these are fitted to each"
     tables = len(native_tables.table_of(grid))
-    if tables > 1 and (grid.bits > 4 or tables > MOST_PICKED):
-        return f"picks among at most {MOST_PICKED} tables of at most 4 bits"
+    if tables > 1 and (grid.bits > 4 or tables != MOST_PICKED):
+        return f"picks among {MOST_PICKED} tables of at most 4 bits and those that are their negatives"
     if grid.scale_dtype not in TYPES.values():
         return f"knows no scales in {grid.scale_dtype}"
     return None
@@ -112,7 +122,7 @@ def linear(
 
     Args:
         x_MK: float32, float16 or bfloat16 [M, K], contiguous.
-        layout: the tensors of `aerogel.pack.native_tables`, whose picks `NativeTables.pack` has checked.
+        layout: the tensors of `aerogel.pack.native_tables`, and what is added (`beside.ref.NAMES`).
         bias_N: [N] of any of the three types, or None.
         N, group: out features; columns that share a scale, 0 for all.
         path: an index of `library.PATHS`, -1 for the best this machine has for these numbers.
@@ -123,7 +133,7 @@ def linear(
     """
     M, K = x_MK.shape
     y_MN = torch.empty(M, N, dtype=x_MK.dtype)
-    weight, call = structs(x_MK, layout, bias_N, y_MN, N, group, path, threads)
+    weight, call = structs(x_MK, layout, bias_N, y_MN, N, group, path, threads, Beside.among(layout))
     status = library.library().aerogel_native_gemm(ctypes.byref(weight), ctypes.byref(call))
     library.check(status, f"a weight of tables [{N}, {K}]")
     return y_MN
@@ -143,13 +153,14 @@ def structs(
     group: int,
     path: int = -1,
     threads: int | None = None,
+    beside: Beside | None = None,
 ) -> tuple[library.Weight, library.Call]:
     """What `linear` hands over, valid while the tensors live. Raises `BadInput` for tensors that no kernel reads."""
     weight = struct_of(layout, N, x_MK.shape[1], group)
     if path < 0 and x_MK.dtype != torch.bfloat16 and float(layout["unit"]) != 1.0:
         best = library.best("exact")
         path = library.PATHS.index(FLOAT32_PATHS.get(best, best))
-    return weight, cpu_lookup.call_of(x_MK, bias_N, y_MN, "exact", path, threads)
+    return weight, cpu_lookup.call_of(x_MK, bias_N, y_MN, "exact", path, threads, beside)
 
 
 def struct_of(layout: Layout, N: int, K: int, group: int) -> library.Weight:

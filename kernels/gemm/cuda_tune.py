@@ -32,10 +32,10 @@ from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_ranked import ranked
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import ManyTokens
-from aerogel.kernels.gemm.mirrored_tables import SIGN
 from aerogel.kernels.gemm.plane_tables import numbers_of_rows, tables_of_blocks
 from aerogel.kernels.gemm.small_floats import mantissa_bits
 from aerogel.kernels.problem import Problem, Tuned
+from aerogel.pack.mirrored_tables import SIGN
 from aerogel.pack.tiles import COLUMNS, tile_counts
 from aerogel.quantize.tables import TableGrid
 

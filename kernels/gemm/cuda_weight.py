@@ -30,11 +30,11 @@ from torch import Tensor
 from aerogel.errors import BadInput
 from aerogel.kernels.gemm.block_scales import BYTES, STORED, UE5M3, stored_bytes, tile_bytes
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
-from aerogel.kernels.gemm.mirrored_tables import from_kept, mirrored, to_kept
 from aerogel.kernels.gemm.plane_tables import MOST_PLANES, OF_BLOCKS, OF_ROWS
 from aerogel.kernels.gemm.small_floats import ORDERS, mantissa_bits, names, own_names, pack_floats
 from aerogel.pack import bits as stream
 from aerogel.pack import tiles
+from aerogel.pack.mirrored_tables import from_kept, mirrored, to_kept
 from aerogel.pack.tile_orders import BYTES as WHOLE_BYTES
 from aerogel.pack.tile_orders import PAIRS, ROWS, Order, pack_in_order, unpack_in_order
 from aerogel.quantize.grids import Codes, Fp8Grid, Grid, IntGrid

@@ -16,13 +16,13 @@ bool known_type(int32_t type) { return type == kFloat32 || type == kFloat16 || t
 int64_t type_size(int32_t type) { return type == kFloat32 ? 4 : 2; }
 bool misaligned(const void* at, int64_t to) { return reinterpret_cast<uintptr_t>(at) % static_cast<uintptr_t>(to) != 0; }
 
-// The size of tables and picks; not which table a pick is, see aerogel_native_check_picks.
 Status check_tables(const Weight& w, int64_t factors) {
     if (!w.table) return w.pick ? kBadTable : kDone;
     const int64_t entries = int64_t{1} << w.bits, count = w.table_bytes / 4;
     if (w.zero || w.table_bytes % 4 != 0 || misaligned(w.table, 4)) return kBadTable;
     if (!w.pick) return count == entries ? kDone : kBadTable;
-    return count > 0 && count % entries == 0 && count <= kPickedTables * entries && w.bits <= 4 && w.pick_bytes == factors ? kDone : kBadTable;
+    if (misaligned(w.pick, 2) || w.pick_bytes * 8 != factors || w.bits > 4) return kBadTable;
+    return count == kPickedTables * entries ? kDone : kBadTable;
 }
 
 Status check_weight(const Weight& w) {
@@ -30,7 +30,7 @@ Status check_weight(const Weight& w) {
     constexpr int64_t kMost = int64_t{1} << 31;
     if (w.rows < 1 || w.columns < 1 || w.rows > kMost || w.columns > kMost) return kBadShape;
     if (w.group < 0) return kBadGroup;
-    const bool small = w.table && (w.scale_type == kFloat8E4m3 || w.scale_type == kFloat8E8m0);
+    const bool small = w.table && w.scale_type >= kFloat8E4m3 && w.scale_type <= kFloat8Ue5m3;
     if (!known_type(w.scale_type) && !small) return kBadType;
     const int64_t scale_size = small ? 1 : type_size(w.scale_type);
     const Columns columns = columns_of(w);
@@ -55,7 +55,7 @@ Status check_call(const Weight& w, const Call& c) {
     return kDone;
 }
 
-Status check_beside(const Beside& b) {
+Status check_added(const Beside& b) {
     constexpr int64_t kMost = int64_t{1} << 31;
     if (b.tokens < 0 || b.tokens > (int64_t{1} << 28)) return kBadShape;
     if (b.rows < 1 || b.columns < 1 || b.rows > kMost || b.columns > kMost) return kBadShape;
@@ -70,9 +70,9 @@ Status check_beside(const Beside& b) {
 }
 
 // What is added to one call's product.
-Beside beside_of(const Weight& w, const Call& c) {
+Beside beside_of(const Call& c, int64_t rows, int64_t columns) {
     Beside b = *c.beside;
-    b.x = c.x, b.y = c.y, b.out = c.y, b.tokens = c.tokens, b.rows = w.rows, b.columns = w.columns, b.type = c.x_type, b.threads = c.threads;
+    b.x = c.x, b.y = c.y, b.out = c.y, b.tokens = c.tokens, b.rows = rows, b.columns = columns, b.type = c.x_type, b.threads = c.threads;
     return b;
 }
 
@@ -88,7 +88,15 @@ thread_local volatile uint64_t kept_sum;  // what a reader found: without a use 
 
 }  // namespace
 
-int32_t aerogel_native_version() { return 14; }
+Status aerogel::check_beside(const Call& call, int64_t rows, int64_t columns) {
+    return call.beside ? check_added(beside_of(call, rows, columns)) : kDone;
+}
+
+Status aerogel::add_beside(const Call& call, int64_t rows, int64_t columns, int32_t path) {
+    return call.beside ? path_entry(path).step.beside(beside_of(call, rows, columns)) : kDone;
+}
+
+int32_t aerogel_native_version() { return 15; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });
@@ -104,20 +112,10 @@ void aerogel_native_choose_among(uint32_t paths) { choose_among(paths); }
 
 int32_t aerogel_native_check(const Weight* weight) { return check_weight(*weight); }
 
-int32_t aerogel_native_check_picks(const Weight* weight) {
-    const Status status = check_weight(*weight);
-    const uint8_t* pick = static_cast<const uint8_t*>(weight->pick);
-    const int64_t tables = weight->table_bytes / 4 >> weight->bits;
-    for (int64_t i = 0; status == kDone && pick && i < weight->pick_bytes; ++i) {
-        if (pick[i] >= tables) return kBadTable;
-    }
-    return status;
-}
-
 int32_t aerogel_native_gemm(const Weight* weight, const Call* call) {
     Status status = check_weight(*weight);
     if (status == kDone) status = check_call(*weight, *call);
-    if (status == kDone && call->beside) status = check_beside(beside_of(*weight, *call));
+    if (status == kDone) status = check_beside(*call, weight->rows, weight->columns);
     if (status != kDone) return status;
     if (call->tokens == 0) return kDone;
     const int32_t path = call->path < 0 ? best_path(call->numerics) : call->path;
@@ -127,7 +125,7 @@ int32_t aerogel_native_gemm(const Weight* weight, const Call* call) {
     if (!run || !entry.able) return kNoSuchPath;
     Call bounded = *call;
     bounded.threads = bounded_threads(call->threads), bounded.path = path;
-    const Beside beside = call->beside ? beside_of(*weight, bounded) : Beside{};
+    const Beside beside = call->beside ? beside_of(bounded, weight->rows, weight->columns) : Beside{};
     if (call->beside) bounded.beside = &beside;
     return run(*weight, bounded);
 }
@@ -198,7 +196,7 @@ int32_t aerogel_native_gate(const Gate* g) {
 }
 
 int32_t aerogel_native_beside(const Beside* b) {
-    const Status status = check_beside(*b);
+    const Status status = check_added(*b);
     if (status != kDone || b->tokens == 0) return status;
     Beside bounded = *b;
     bounded.threads = bounded_threads(b->threads);

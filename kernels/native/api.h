@@ -7,6 +7,15 @@
 
 #define PUBLIC __attribute__((visibility("default")))
 
+namespace aerogel {
+
+// What a call wants added to the product of a weight [rows, columns], `call.beside`: whether it may be read, and adding it to y, by
+// `path`. For products that do not add it on their way.
+Status check_beside(const Call& call, int64_t rows, int64_t columns);
+Status add_beside(const Call& call, int64_t rows, int64_t columns, int32_t path);
+
+}  // namespace aerogel
+
 extern "C" {
 
 // Raised whenever a struct, a code or the layout changes, so that an old library is not called with new arguments.
@@ -28,9 +37,6 @@ PUBLIC int32_t aerogel_native_gemm(const aerogel::Weight* weight, const aerogel:
 
 // One weight's view of the same, for callers that keep structs: returns a Status without reading the weight.
 PUBLIC int32_t aerogel_native_check(const aerogel::Weight* weight);
-
-// The same, and every pick is looked at, once when a weight is made: `gemm` relies on it.
-PUBLIC int32_t aerogel_native_check_picks(const aerogel::Weight* weight);
 
 // The same for weights that are tables, see lookup.h; `check` also looks at every pick, which `lookup` relies on. `decode`
 // writes rows first .. first + count - 1 as float32 [count, columns]: whole strips, or up to the last row.

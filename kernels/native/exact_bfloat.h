@@ -39,14 +39,15 @@ struct Exact : FloatSums {
     static constexpr bool kTerms = true, kOnlyOneRow = false, kTiles = false, kFolds = true;
     // Whether scales are multiplied into the decoded numbers of a weight that meets `rows`, so that sums need not end with a group.
     // It has to be exact: bfloat16 must hold all products, which have no more than its eight digits and are normal numbers.
-    // Scales other than e4m3 have to be read for that, which takes as long as some rows.
+    // Scales but for e4m3 and ue5m3 have to be read for that, which takes as long as some rows.
     static bool folds(const Weight& weight, int64_t rows) {
-        const bool known = weight.scale_type == kFloat8E4m3;
+        const bool known = weight.scale_type == kFloat8E4m3 || weight.scale_type == kFloat8Ue5m3;
         if (!weight.table || weight.group == 0 || weight.scale_type < kBfloat16 || rows <= (known ? 16 : 64)) return false;
         const float* table = static_cast<const float*>(weight.table);
         Extent numbers, scales;
         for (int64_t i = 0; i < weight.table_bytes / 4; ++i) numbers.add(float_to_bits(table[i]));
-        if (known) scales.add(0x3f900000u), scales.add(0x3b000000u), scales.add(0x43f00000u);  // 1.125, 2^-9, 480
+        if (weight.scale_type == kFloat8E4m3) scales.add(0x3f900000u), scales.add(0x3b000000u), scales.add(0x43f00000u);   // 1.125, 2^-9, 480
+        if (weight.scale_type == kFloat8Ue5m3) scales.add(0x3f900000u), scales.add(0x37000000u), scales.add(0x47f00000u);  // 2^-17, 122880
         if (!known) read_scales(weight, 8 - numbers.digits(), scales);
         return numbers.digits() + scales.digits() <= 8 && numbers.lowest + scales.lowest > 127 && numbers.highest + scales.highest <= 380;
     }
@@ -76,7 +77,7 @@ struct Exact : FloatSums {
     // Entries of the table that registers hold: indices are of five bits at least, and codes of fewer bits repeat in them.
     template <int BITS, Form FORM>
     static constexpr int entries() {
-        return (FORM == kTables && BITS == 4) || BITS == 6 ? 64 : BITS <= 5 ? 32 : 256;
+        return BITS == 6 ? 64 : BITS <= 5 ? 32 : 256;
     }
     // Numbers of 16 bits; of 256 first all their low bytes, then all high ones.
     struct Decoder {
@@ -103,12 +104,8 @@ struct Exact : FloatSums {
         unroll<entries<BITS, FORM>() / 32>([&](auto i) ALWAYS { d.part[i] = _mm512_loadu_si512(written + 64 * i); });
         return d;
     }
-    // What picks, one in a lane, add to the codes.
-    template <int BITS>
-    static INLINE NativeU added(const NativeU& pick) {
-        const __m512i low = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0x00000000);
-        return reinterpret_cast<NativeU>(_mm512_shuffle_epi8(reinterpret_cast<__m512i>(pick << BITS), low));
-    }
+    // A lane's picked table is added to four codes.
+    static constexpr uint32_t kPickedBytes = 0x01010101u;
 
     // Byte BYTE, 0 low and 1 high, of the numbers of 64 codes.
     template <int BYTE>

@@ -76,10 +76,8 @@ struct Exact : NothingFolded, FloatSums {
     // Fewer bits have lookups of bytes (lookup_kernel.h).
     template <int BITS, Form FORM>
     static constexpr bool kArithmetic = FORM == kTables && BITS > 4;
-    template <int BITS>
-    static INLINE NativeU added(const NativeU& pick) {
-        return pick << BITS;
-    }
+    // A lane's picked table is added to each code when it is alone in a lane.
+    static constexpr uint32_t kPickedBytes = 1u;
     template <int BITS, Form FORM, int STEP>
     static INLINE void weights(const Decoder& d, const uint8_t* tile, const U16& pick, Operand (&out)[kOperands]) {
         const U16 u = quad<BITS, STEP>(tile);

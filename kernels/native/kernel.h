@@ -25,17 +25,12 @@ INLINE Factors factors_of(const Plan& plan, int64_t strip, int64_t group, float 
     return f;
 }
 
-// What the picks of a strip in a group add to the indices of its codes.
+// What the picks of a strip in a group add to the indices of its codes: of two tables, the second lies behind the first.
 template <class P, int BITS, Form FORM>
 INLINE U16 picks_of(const Plan& plan, int64_t strip, int64_t group) {
     if constexpr (FORM == kTables) {
-        const uint8_t* pick = static_cast<const uint8_t*>(plan.weight->pick);
-        if (pick) {
-            const U16 byte = load_lanes(pick + (strip * plan.columns.groups + group) * kStrip);
-            U16 added;
-            repeat<kParts>([&](int p) ALWAYS { added.part[p] = P::template added<BITS>(byte.part[p]); });
-            return added;
-        }
+        const uint16_t* pick = static_cast<const uint16_t*>(plan.weight->pick);
+        if (pick) return lanes_of(pick[strip * plan.columns.groups + group], P::kPickedBytes << BITS);
     }
     return spread<U16>(0u);
 }

@@ -18,7 +18,8 @@
 //
 //     W[n, k] = (u - 2^(bits-1) - zero) * scale        or        table[pick][u] * (scale * factor)
 //
-// with one table for the whole weight, or one of a few picked for each scale. Groups of any size: the columns of one that is no
+// with one table for the whole weight, or one of two picked for each scale: bit i of a strip and group is the pick of row i. Scales
+// have a sign, which makes four of two (BitMoD's). Groups of any size: the columns of one that is no
 // multiple of 8, an octet, are filled up to it, so that two steps have one scale; what fills them meets activations that are zero.
 #pragma once
 #include <cstddef>
@@ -33,8 +34,9 @@ constexpr int kVector = 64;
 
 enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
-// Types of the scales of tables beyond those: bytes, a float of 4 exponent and 3 mantissa bits, and a power of two.
-enum ScaleType : int32_t { kFloat8E4m3 = 3, kFloat8E8m0 = 4 };
+// Types of the scales of tables beyond those: bytes, a float of 4 exponent and 3 mantissa bits, a power of two, and a float of 5 and 3
+// bits without a sign. What is no number in them is decoded as one: such scales have another type.
+enum ScaleType : int32_t { kFloat8E4m3 = 3, kFloat8E8m0 = 4, kFloat8Ue5m3 = 5 };
 
 enum Numerics : int32_t {
     kExact = 0,  // activations as they are, products and sums in float32
@@ -65,7 +67,7 @@ struct Weight {
     const void* scale;
     const void* zero;   // null when symmetric, and with tables
     const void* table;  // float32 [tables][2^bits], or null: codes are integers
-    const void* pick;   // one byte per scale, in their order: its table; or null: there is one
+    const void* pick;   // uint16 [strips][groups], a bit for each row: its table; or null: there is one
     int64_t codes_bytes, scale_bytes, zero_bytes, table_bytes, pick_bytes;
     int64_t rows, columns;  // N, K
     int64_t group;          // columns that share a scale; 0 for all of them
@@ -94,15 +96,15 @@ struct Call {
     int64_t tokens;
     int32_t x_type, bias_type;  // y has x's type
     int32_t numerics, path, threads;
-    // Added to the product, or null: a Beside of which only the weight's part counts. Where activations are rounded, the product
+    // Added to the product, whatever the weight is, or null: a Beside of which only the weight's part counts. Where activations are rounded, the product
     // does not see the inputs of its kept columns.
     const Beside* beside;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Tables of a weight that picks among several: of 4 bits, what two registers of 16-bit numbers hold, of fewer bits one.
-constexpr int64_t kPickedTables = 4;
+// Tables of a weight that picks among them: of 4 bits, what a register of 16-bit numbers holds.
+constexpr int64_t kPickedTables = 2;
 
 // The columns of a weight as they are stored, groups filled up.
 struct Columns {

@@ -19,11 +19,11 @@ import torch
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.native.build import FOLDER, LIBRARY
 
-VERSION = 14
+VERSION = 15
 """Of the C interface: structs, codes and layout."""
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-SCALES = {**TYPES, torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4}
+SCALES = {**TYPES, torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4, torch.uint8: 5}
 """Types of the scales of tables."""
 NUMERICS = {"exact": 0, "int8": 1, "int8-token": 2}
 PATHS = ("portable", "avx2", "avxvnni", "avx512", "avx512bf16", "amx", "neon")
@@ -154,7 +154,7 @@ def _load() -> ctypes.CDLL | str:
     library.aerogel_native_beside.argtypes = [ctypes.POINTER(Beside)]
     library.aerogel_native_outlier_tiles.argtypes = [ctypes.POINTER(Beside), ctypes.c_void_p, ctypes.c_int64]
     library.aerogel_native_outlier_tiles.restype = ctypes.c_int64
-    library.aerogel_native_check.argtypes = library.aerogel_native_check_picks.argtypes = [ctypes.POINTER(Weight)]
+    library.aerogel_native_check.argtypes = [ctypes.POINTER(Weight)]
     library.aerogel_native_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     library.aerogel_native_read.restype = ctypes.c_double
     library.aerogel_native_program.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]

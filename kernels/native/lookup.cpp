@@ -18,7 +18,7 @@ Status check(const Lookup& w) {
     constexpr int64_t kMost = int64_t{1} << 31;
     if (w.rows < 1 || w.columns < 1 || w.rows > kMost || w.columns > kMost) return kBadShape;
     if (w.group < 0 || (w.group % kLookupStep != 0 && w.group < w.columns)) return kBadGroup;
-    if (w.scale_type < kFloat32 || w.scale_type > kFloat8E8m0) return kBadType;
+    if (w.scale_type < kFloat32 || w.scale_type > kFloat8Ue5m3) return kBadType;
     const int64_t strips = ceil_div(w.rows, kLookupStrip), groups = w.group ? ceil_div(w.columns, w.group) : 1;
     const int64_t factors = strips * groups * kLookupStrip;
     if (w.tables < 1 || (w.pick ? w.tables > 256 : w.tables != 1 && w.tables != strips * kLookupStrip)) return kBadTable;
@@ -64,13 +64,15 @@ int32_t aerogel_native_lookup_check(const Lookup* weight) {
 int32_t aerogel_native_lookup(const Lookup* weight, const Call* call) {
     Status status = check(*weight);
     if (status == kDone) status = check(*weight, *call);
+    if (status == kDone) status = check_beside(*call, weight->rows, weight->columns);
     if (status != kDone || call->tokens == 0) return status;
     const int32_t path = call->path < 0 ? best_path(kExact) : call->path;
     if (path >= kPaths || !path_entry(path).able || !path_entry(path).exact) return kNoSuchPath;
     const LookupRuns& runs = path_entry(path).step.lookup;
     Call bounded = *call;
     bounded.threads = threads_of(call->threads);
-    return (call->numerics == kFixed ? runs.fixed : runs.real)(*weight, bounded);
+    status = (call->numerics == kFixed ? runs.fixed : runs.real)(*weight, bounded);
+    return status == kDone ? add_beside(bounded, weight->rows, weight->columns, path) : status;
 }
 
 int32_t aerogel_native_lookup_decode(const Lookup* weight, int64_t first, int64_t count, int32_t threads, void* to, int64_t bytes) {

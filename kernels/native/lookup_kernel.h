@@ -77,6 +77,7 @@ INLINE float read_scale(const void* from, int64_t at, int32_t type) {
     const uint32_t byte = static_cast<const uint8_t*>(from)[at];
     if (type == kFloat8E8m0) return bits_to_float(byte ? byte << 23 : 0x00400000u);
     // The exponent is moved by a multiplication, which takes subnormal numbers along.
+    if (type == kFloat8Ue5m3) return bits_to_float(uint32_t{byte} << 20) * 0x1p112f;
     return bits_to_float((byte & 0x80u) << 24 | (byte & 0x7fu) << 20) * 0x1p120f;
 }
 
@@ -99,6 +100,8 @@ INLINE F16 scales_of_strip(const Lookup& weight, int64_t at) {
         const __m128i bytes = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(word));
         if (weight.scale_type == kFloat8E8m0) {
             four = _mm_castsi128_ps(_mm_max_epi32(_mm_slli_epi32(bytes, 23), _mm_set1_epi32(0x00400000)));
+        } else if (weight.scale_type == kFloat8Ue5m3) {
+            four = _mm_mul_ps(_mm_castsi128_ps(_mm_slli_epi32(bytes, 20)), _mm_set1_ps(0x1p112f));
         } else {
             const __m128i sign = _mm_slli_epi32(_mm_and_si128(bytes, _mm_set1_epi32(0x80)), 24);
             const __m128i rest = _mm_slli_epi32(_mm_and_si128(bytes, _mm_set1_epi32(0x7f)), 20);

@@ -98,29 +98,42 @@ INLINE F16 load_bytes(const int8_t* from) {
     return v;
 }
 
-// Sixteen bytes as lanes.
-INLINE U16 load_lanes(const uint8_t* from) {
-    U16 byte;
+// Sixteen signed bytes as lanes.
+INLINE I16 load_lanes(const uint8_t* from) {
+    I16 byte;
 #if defined(__AVX512F__)
-    byte.part[0] = reinterpret_cast<NativeU>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    byte.part[0] = reinterpret_cast<NativeI>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
-    for (int lane = 0; lane < 16; ++lane) byte.part[lane / kNative][lane % kNative] = from[lane];
+    for (int lane = 0; lane < 16; ++lane) byte.part[lane / kNative][lane % kNative] = static_cast<int8_t>(from[lane]);
 #endif
     return byte;
 }
 
+// `value` in the lanes whose bit is set, zeros in the others.
+INLINE U16 lanes_of(uint32_t bits, uint32_t value) {
+    U16 v;
+#if defined(__AVX512F__)
+    v.part[0] = reinterpret_cast<NativeU>(_mm512_maskz_set1_epi32(static_cast<__mmask16>(bits), static_cast<int>(value)));
+#else
+    for (int lane = 0; lane < 16; ++lane) v.part[lane / kNative][lane % kNative] = bits >> lane & 1u ? value : 0u;
+#endif
+    return v;
+}
+
 // Sixteen scales of eight bits as floats, of a type of ScaleType.
 INLINE F16 load_small(const uint8_t* from, int32_t type) {
-    const U16 byte = load_lanes(from);
+    const I16 byte = load_lanes(from);
     F16 v;
     unroll<kParts>([&](auto p) ALWAYS {
-        const NativeU b = byte.part[p];
+        const NativeU b = reinterpret_cast<NativeU>(byte.part[p]);
         if (type == kFloat8E8m0) {
-            const NativeU bits = b << 23;
-            v.part[p] = reinterpret_cast<NativeF>(bits | (reinterpret_cast<NativeU>(b == 0u) & 0x00400000u));  // 2^-127 is subnormal
-        } else {
+            const NativeU bits = b << 24 >> 1;
+            v.part[p] = reinterpret_cast<NativeF>(bits | (reinterpret_cast<NativeU>(bits == 0u) & 0x00400000u));  // 2^-127 is subnormal
+        } else if (type == kFloat8E4m3) {
             // The exponent is moved by a multiplication, which takes subnormal numbers along.
-            v.part[p] = reinterpret_cast<NativeF>((b & 0x80u) << 24 | (b & 0x7fu) << 20) * 0x1p120f;
+            v.part[p] = reinterpret_cast<NativeF>(b << 20 & 0x87f00000u) * 0x1p120f;
+        } else {
+            v.part[p] = reinterpret_cast<NativeF>(b << 20 & 0x0ff00000u) * 0x1p112f;
         }
     });
     return v;

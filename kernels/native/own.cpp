@@ -29,9 +29,10 @@ int32_t aerogel_native_own_check(const OwnTables* weight) {
 }
 
 int32_t aerogel_native_own(const OwnTables* weight, const Call* call) {
-    const int32_t status = aerogel_native_own_check(weight);
-    if (status != kDone) return status;
     const Call& c = *call;
+    int32_t status = aerogel_native_own_check(weight);
+    if (status == kDone) status = check_beside(c, weight->rows, weight->columns);
+    if (status != kDone) return status;
     if (c.tokens < 0 || c.tokens > (int64_t{1} << 28)) return kBadShape;
     if (c.x_type != kBfloat16 || c.numerics != kExact || c.bias_type < kFloat32 || c.bias_type > kBfloat16) return kBadType;
     if (c.x_bytes != c.tokens * weight->columns * 2 || c.y_bytes != c.tokens * weight->rows * 2) return kTruncatedActivations;
@@ -41,5 +42,7 @@ int32_t aerogel_native_own(const OwnTables* weight, const Call* call) {
     if (path >= kPaths || !path_entry(path).able || !path_entry(path).exact) return kNoSuchPath;
     Call bounded = c;
     bounded.threads = c.threads < 1 ? 1 : c.threads > kMostThreads ? kMostThreads : c.threads;
-    return c.tokens == 0 ? kDone : path_entry(path).own(*weight, bounded);
+    if (c.tokens == 0) return kDone;
+    status = path_entry(path).own(*weight, bounded);
+    return status == kDone ? add_beside(bounded, weight->rows, weight->columns, path) : status;
 }

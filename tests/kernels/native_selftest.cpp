@@ -55,15 +55,15 @@ double error_of(int path, int numerics, int bits, int64_t N, int64_t K, int64_t 
     for (int8_t& each : zero) each = static_cast<int8_t>(static_cast<int>(random_bits() % (1u << bits)) - (1 << (bits - 1)));
     uint8_t* at = aligned(codes);
     std::vector<float> table(static_cast<size_t>(kind) << bits);
-    std::vector<uint8_t> pick(scale.size());
+    std::vector<uint16_t> pick(static_cast<size_t>(strips * G));
     for (float& each : table) each = static_cast<float>(static_cast<int>(random_bits() % 255) - 127);
-    for (uint8_t& each : pick) each = kind == 2 ? static_cast<uint8_t>(random_bits() % 2) : 0;
+    for (uint16_t& each : pick) each = kind == 2 ? static_cast<uint16_t>(random_bits()) : 0;
     weight.codes = at, weight.codes_bytes = strips * ceil_div(columns.count, kTile) * kVector * bits;
     weight.scale = scale.data(), weight.scale_bytes = static_cast<int64_t>(scale.size() * 4);
     if (kind == 0) weight.zero = zero.data(), weight.zero_bytes = static_cast<int64_t>(zero.size());
     if (kind > 0) weight.table = table.data(), weight.table_bytes = static_cast<int64_t>(table.size() * 4);
-    if (kind == 2) weight.pick = pick.data(), weight.pick_bytes = static_cast<int64_t>(pick.size());
-    if (aerogel_native_check_picks(&weight) != kDone) return INFINITY;
+    if (kind == 2) weight.pick = pick.data(), weight.pick_bytes = static_cast<int64_t>(2 * pick.size());
+    if (aerogel_native_check(&weight) != kDone) return INFINITY;
     Call call{x.data(), nullptr, y.data(), M * K * 4, M * N * 4, 0, M, kFloat32, 0, numerics, path, 1, nullptr};
     if (aerogel_native_gemm(&weight, &call) != kDone) return INFINITY;
     std::vector<float> again(y.size());
@@ -76,7 +76,7 @@ double error_of(int path, int numerics, int bits, int64_t N, int64_t K, int64_t 
             for (int64_t k = 0; k < K; ++k) {
                 const int64_t factor = ((n / kStrip) * G + (group ? k / group : 0)) * kStrip + n % kStrip;
                 const int code = u[static_cast<size_t>(n * K + k)];
-                const double q = kind > 0 ? 0.5 * table[(static_cast<size_t>(pick[static_cast<size_t>(factor)]) << bits) + static_cast<size_t>(code)]
+                const double q = kind > 0 ? 0.5 * table[((pick[static_cast<size_t>(factor / kStrip)] >> (n % kStrip) & 1u) << bits) + static_cast<size_t>(code)]
                                           : code - (1 << (bits - 1)) - zero[static_cast<size_t>(factor)];
                 sum += q * scale[static_cast<size_t>(factor)] * x[static_cast<size_t>(m * K + k)];
             }

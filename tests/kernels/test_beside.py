@@ -13,11 +13,20 @@ from aerogel.errors import BadInput
 from aerogel.kernels.beside import choose, cpu, ref
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.cpu import Native, linear
+from aerogel.kernels.gemm.cpu_lookup import NativeLookup
+from aerogel.kernels.gemm.cpu_own import NativeOwn
+from aerogel.kernels.gemm.cpu_tables import NativeTables
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Problem
+from aerogel.quantize.codes import quantized
 from aerogel.quantize.columns import Columns
-from aerogel.quantize.grids import Codes, IntGrid
+from aerogel.quantize.formats.bitmod import Bitmod
+from aerogel.quantize.formats.floats import Float
+from aerogel.quantize.formats.kmeans import KMeans
+from aerogel.quantize.formats.nf4 import Nf4
+from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
 from aerogel.quantize.outliers import Outliers
+from aerogel.quantize.planes import PlaneGrid
 
 needs_library = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
@@ -142,3 +151,49 @@ def test_sizes_that_do_not_belong_together_are_refused() -> None:
     made.outliers += 1
     with pytest.raises(Exception, match="shape"):
         library.check(library.library().aerogel_native_beside(made), "outliers")
+
+
+@needs_library
+@pytest.mark.parametrize("kinds", ["o", "c", "oc"])
+@pytest.mark.parametrize(
+    ("grid", "kernel"),
+    [
+        (Bitmod(group_size=24), NativeTables),
+        (Float(kind="e4m3"), NativeTables),
+        (Nf4(group_size=32), NativeLookup),
+        (KMeans(rounds=3), NativeOwn),
+        (PlaneGrid(bits=3, group_size=32), NativeOwn),
+        (PlaneGrid(bits=6, group_size=32), NativeOwn),
+    ],
+    ids=str,
+)
+def test_after_every_product_of_tables(kinds: str, grid: Any, kernel: Any) -> None:
+    """The product of the codes and then the addition, for few tokens and for many."""
+    N, K = 72, 160
+    weight_NK = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
+    codes, beside = quantized(grid, weight_NK, grid.fit(weight_NK)), beside_of(N, K, kinds, torch.bfloat16)
+    problem = Problem(format="any", grid=grid, N=N, K=K, dtype=torch.bfloat16)
+    layout = kernel.pack(codes, problem)
+    assert kernel.adds_beside
+    for M in (1, 3, 16, 40):
+        x_MK = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16()
+        plain_MN = kernel.run(x_MK, layout, problem)
+        found_MN = kernel.run(x_MK, layout | beside.operands(), problem)
+        close(found_MN, ref.add(plain_MN.float(), x_MK.float(), beside))
+        assert not torch.equal(found_MN, plain_MN)
+
+
+@needs_library
+def test_what_stands_beside_tables_does_not_meet_rounded_inputs() -> None:
+    """Inputs in FP8: kept columns are no part of them, outliers and columns see them as they are."""
+    grid = Fp8Grid()
+    weight_NK = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    codes, beside = quantized(grid, weight_NK, grid.fit(weight_NK)), beside_of(48, 64, "oc", torch.bfloat16)
+    problem = Problem(format="float-quantized", grid=grid, N=48, K=64, dtype=torch.bfloat16, activations="fp8")
+    layout = NativeTables.pack(codes, problem)
+    x_MK = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert beside.index_C is not None
+    x_MK[:, beside.index_C.long()] *= 100
+    quiet_MK = x_MK.index_fill(1, beside.index_C.long(), 0)
+    wanted_MN = ref.add(NativeTables.run(quiet_MK, layout, problem).float(), x_MK.float(), beside)
+    close(NativeTables.run(x_MK, layout | beside.operands(), problem), wanted_MN)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,12 +11,13 @@ from tests.quantize.test_tables import GRIDS, weight
 
 from aerogel.errors import BadInput
 from aerogel.kernels.dispatch import choose
-from aerogel.kernels.gemm.cpu_tables import NativeTables, linear, struct_of
+from aerogel.kernels.gemm.cpu_lookup import linear as look_up
+from aerogel.kernels.gemm.cpu_tables import NativeTables, linear
 from aerogel.kernels.gemm.ref import Reference
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Problem
-from aerogel.pack import native_tables
+from aerogel.pack import lookup, native_tables
 from aerogel.quantize.codes import Codes, Grid, quantized
 from aerogel.quantize.formats.bitmod import Bitmod
 from aerogel.quantize.formats.floats import Float
@@ -26,6 +26,7 @@ from aerogel.quantize.formats.nf4 import Nf4
 from aerogel.quantize.formats.nvfp4 import Nvfp4
 from aerogel.quantize.formats.rf8 import Rf8
 from aerogel.quantize.grids import Fp8Grid
+from aerogel.quantize.scales import as_stored, numbers_of_byte
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
@@ -101,6 +102,68 @@ def test_the_layout_inverts(grid: Grid) -> None:
             if a is not None:
                 assert a.dtype == b.dtype and a.shape == b.shape, name
                 assert torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8, torch.float8_e8m0fnu, torch.float16], ids=str)
+def test_two_tables_and_their_mirrors_are_all_four(dtype: torch.dtype) -> None:
+    """What comes back is the same weight, and the same tensors where no scale was below zero."""
+    for bits in (3, 4):
+        grid = Bitmod(bits=bits, group_size=24, scale_dtype=dtype)
+        random = torch.Generator().manual_seed(bits)
+        values_NK = torch.randint(1 << bits, (37, 72), generator=random).to(torch.uint8)
+        pick_NG = torch.arange(37 * 3).reshape(37, 3).remainder(4).to(torch.uint8)
+        scale_NG = as_stored(torch.rand(37, 3, generator=random) + 0.5, dtype)
+        codes = Codes(values_NK=values_NK, scale_NG=scale_NG, table_TE=grid.tables, pick_NG=pick_NG, grid=grid)
+        if dtype == torch.float16:
+            codes = replace(codes, scale_NG=torch.where(pick_NG == 2, -scale_NG, scale_NG))
+        layout = native_tables.tensors_of(codes)
+        assert layout["pick"].shape == (3, 3) and len(layout["table"]) == 2
+        back = native_tables.codes_of(layout, grid, 37, 72)
+        assert torch.equal(back.decode(), codes.decode())
+        if dtype != torch.float16:
+            assert torch.equal(back.values_NK, values_NK)
+            assert torch.equal(back.pick_NG if back.pick_NG is not None else values_NK, pick_NG)
+        dense_NK = codes.decode()
+        for path in library.paths():
+            found_MN = linear(torch.eye(72), layout, None, 37, 24, library.PATHS.index(path))
+            assert torch.equal(found_MN, dense_NK.T), (bits, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8, torch.float8_e8m0fnu], ids=str)
+@pytest.mark.parametrize("pack", [native_tables.tensors_of, lookup.tensors_of])
+def test_a_scale_that_is_no_number_is_none(dtype: torch.dtype, pack: Any) -> None:
+    grid = Nf4(group_size=32, scale_dtype=dtype)
+    w_NK = weight(20, 64)
+    codes = quantized(grid, w_NK, grid.fit(w_NK))
+    byte_NG = codes.scale_NG.clone().view(torch.uint8)
+    byte_NG[7, 1] = 0x7F if dtype == torch.float8_e4m3fn else 0xFF
+    codes = replace(codes, scale_NG=byte_NG.view(dtype))
+    layout = pack(codes)
+    assert layout["scale"].dtype == torch.bfloat16
+    x_MK = torch.randn(2, 64)
+    if pack is native_tables.tensors_of:
+        found_MN, back = linear(x_MK, layout, None, 20, 32), native_tables.codes_of(layout, grid, 20, 64)
+    else:
+        found_MN, back = look_up(x_MK, layout, None, 20, 32, "exact"), lookup.codes_of(layout, grid, 20, 64, False, True)
+    assert found_MN[:, 7].isnan().all() and found_MN.isnan().sum() == 2
+    assert torch.equal(back.scale_NG.view(torch.uint8), byte_NG)
+
+
+@pytest.mark.parametrize("path", library.PATHS)
+def test_all_bytes_of_ue5m3(path: str) -> None:
+    if path not in library.paths():
+        pytest.skip(f"{path}: not built, or this machine has not its instructions")
+    grid = Float(kind="e2m1", group_size=32, scale_dtype=torch.uint8)
+    byte_NG = torch.arange(254, dtype=torch.uint8)[:, None] + 1
+    codes = Codes(values_NK=torch.full((254, 32), 2, dtype=torch.uint8), scale_NG=byte_NG, table_TE=grid.tables, grid=grid)
+    assert float(grid.tables[0, 2]) == 1.0
+    layout = native_tables.tensors_of(codes)
+    assert layout["scale"].dtype == torch.uint8
+    for M in (1, 20, 70):
+        x = torch.zeros(M, 32, dtype=torch.bfloat16)
+        x[:, 5] = 1
+        found_MN = linear(x, layout, None, 254, 32, library.PATHS.index(path))
+        assert torch.equal(found_MN.float(), numbers_of_byte(torch.uint8)[1:255].expand(M, 254)), M
 
 
 def test_rounding_to_bfloat16_costs_less_than_rounding_the_result() -> None:
@@ -214,9 +277,17 @@ def test_what_is_refused() -> None:
     refused("tables have another size", pick=layout["pick"][:-1].contiguous())
     refused("tables have another size", table=torch.zeros(5, 16))
     refused("tables have another size", table=torch.zeros(63))
+    refused("tables have another size", table=torch.zeros(4, 16))
     refused("contiguous", codes=layout["codes"].transpose(0, 1))
-    layout["pick"][2, 0, 1] = len(layout["number"])
-    assert library.library().aerogel_native_check_picks(ctypes.byref(struct_of(layout, 40, 256, 128))) == 12
+    assert "their negatives" in (NativeTables.refuses(Problem(format="any", grid=Lopsided(), N=4, K=32)) or "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lopsided(Bitmod):
+    """Three tables, none of which is another with the other sign."""
+
+    def numbers(self) -> tuple[tuple[float, ...], ...]:
+        return tuple((0.0, *(float(x + shift) for x in range(1, 16))) for shift in (1, 2, 3))
 
 
 def _per_row() -> Codes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Problem
 from aerogel.kernels.sidecars import SidecarLinear
+from aerogel.quantize.formats.kmeans import KMeans
 from aerogel.quantize.formats.nf4 import Nf4
 from aerogel.quantize.grids import IntGrid, quantized
 from aerogel.quantize.outliers import Outliers
@@ -120,6 +122,24 @@ def test_rows_of_more_bits_are_operations(dtype: torch.dtype, outliers: bool) ->
     assert (operations.count, operations.calls) == (3, 1)
     assert torch.equal(y, layer(x))
     assert not torch.equal(y[..., index_R], Linear.from_codes(codes, dtype=dtype)(x)[..., index_R])
+
+
+@pytest.mark.parametrize(
+    "grid", [KMeans(rounds=3), Nf4(group_size=32), Nf4(group_size=40), PlaneGrid(bits=2, group_size=32)], ids=str
+)
+def test_outliers_beside_tables_are_no_operation_of_their_own(grid: Any) -> None:
+    weight_NK = torch.randn(80, 64)
+    layer = SidecarLinear.from_codes(quantized(grid, weight_NK, grid.fit(weight_NK)), dtype=torch.bfloat16)
+    plain = layer(torch.ones(1, 64).bfloat16())
+    layer.keep(Outliers.of(weight_NK, torch.rand(80, 64) < 0.02).tensors())
+    assert not torch.equal(layer(torch.ones(1, 64).bfloat16()), plain)
+    for tokens in (1, 6):
+        x, y = torch.randn(tokens, 1, 64).bfloat16(), torch.empty(tokens, 1, 80, dtype=torch.bfloat16)
+        operations = Operations()
+        assert operations.linear(layer, x, y)
+        operations.run()
+        assert (operations.count, operations.calls) == (1, 1)
+        assert torch.equal(y, layer(x))
 
 
 def test_sums_for_rows_that_are_not_there_are_refused() -> None:

@@ -10,9 +10,9 @@ from tests.quantize.test_tables import GRIDS, weight
 
 from aerogel.kernels.gemm.block_scales import tile_numbers
 from aerogel.kernels.gemm.cuda_weight import SCALE_DTYPES, codes_of, order_of, tensors_of
-from aerogel.kernels.gemm.mirrored_tables import SIGN
 from aerogel.kernels.gemm.small_floats import float_kind, mantissa_bits
 from aerogel.pack import tiles, words
+from aerogel.pack.mirrored_tables import SIGN
 from aerogel.pack.tile_orders import unpack_in_order
 from aerogel.quantize.codes import Codes, quantized
 from aerogel.quantize.formats.bitmod import Bitmod

@@ -6,9 +6,9 @@ import torch
 
 from aerogel.kernels.gemm.block_scales import BYTES, tile_numbers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
-from aerogel.kernels.gemm.mirrored_tables import SIGN
 from aerogel.kernels.gemm.small_floats import kind_of
 from aerogel.pack import tiles
+from aerogel.pack.mirrored_tables import SIGN
 from aerogel.pack.tile_orders import unpack_in_order
 from aerogel.quantize.formats.floats import float_numbers
 

@@ -2,8 +2,9 @@
 
     {.., +5, ..} and {.., -5, ..} around the same symmetric numbers:   T_1[u] = -T_0[name(u)]
 
-A kernel that looks up pairs of numbers holds 256 of them for each table and lane, 32 KB; two tables fit where four do not. So a
-group that picks T_1 has its codes renamed and picks T_0 with the sign taken back, by its scale: SIGN beside the table's number.
+A kernel that looks up pairs of numbers holds 256 of them for each table and lane, 32 KB; two tables fit where four do not. In a
+register there is room for 32 numbers, two tables of 4 bits. So a group that picks T_1 has its codes renamed and picks T_0 with
+the sign taken back, by its scale: SIGN beside the table's number.
 
 Shape legend: N out features, K in features, G groups along K, T tables of E numbers.
 """
