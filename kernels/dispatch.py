@@ -26,6 +26,7 @@ GEMM: dict[str, str] = {
     "cpu-int8": "aerogel.kernels.gemm.cpu:NativeInt8",
     "cpu": "aerogel.kernels.gemm.cpu:Native",
     "cpu-tables": "aerogel.kernels.gemm.cpu_tables:NativeTables",
+    "cpu-complex": "aerogel.kernels.gemm.cpu_complex:NativeComplex",
     "cpu-own-tables": "aerogel.kernels.gemm.cpu_own:NativeOwn",
     "cpu-lookup": "aerogel.kernels.gemm.cpu_lookup:NativeLookup",
     "cpu-planes": "aerogel.kernels.gemm.plane_rows:PlaneRows",

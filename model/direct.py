@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from aerogel.errors import BadInput
 from aerogel.kernels.decode.direct import Block, DenseHead, Direct, Sizes
 from aerogel.kernels.decode.merge import whole_of
+from aerogel.kernels.decode.operations import KERNELS
 from aerogel.kernels.embedding import PackedEmbedding
-from aerogel.kernels.gemm.cpu import Native
-from aerogel.kernels.gemm.cpu_lookup import NativeLookup
 from aerogel.kernels.linear import Linear, stored_shapes
 from aerogel.kernels.native import library
 from aerogel.model.native import Native as NativeSource
@@ -301,7 +300,7 @@ def _ready(layer: Linear) -> Linear:
 
 
 def _served(layer: Linear) -> Linear:
-    if not issubclass(layer._kernel, Native | NativeLookup):
+    if not issubclass(layer._kernel, KERNELS):
         raise NotDirect(f"a weight [{layer.out_features}, {layer.in_features}] is run by the kernel '{layer.kernel_name}'")
     return layer
 

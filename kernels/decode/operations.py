@@ -25,6 +25,8 @@ from aerogel.kernels.native import library
 from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.pack import own_tables
 
+KERNELS = (Native, cpu_lookup.NativeLookup, cpu_tables.NativeTables, cpu_own.NativeOwn)
+"""Whose products compiled operations are."""
 KINDS = {"gemm": 0, "attend": 1, "norm": 2, "gate": 3, "lookup": 4, "rows": 5, "prompt": 6, "own": 7, "row_sums": 8}
 
 
@@ -156,4 +158,4 @@ def _compiled(module: Linear, x: Tensor) -> bool:
         return problem.activations == "none"  # others are rounded before
     if issubclass(kernel, cpu_own.NativeOwn):
         return own_tables.laid(problem.grid, problem.K)[1] == problem.K  # others want their inputs twice
-    return issubclass(kernel, Native)
+    return issubclass(kernel, KERNELS)

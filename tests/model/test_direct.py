@@ -29,6 +29,8 @@ from aerogel.model.direct import load as load_directly
 from aerogel.model.loading import load
 from aerogel.model.stored_bits import at_bits
 from aerogel.pack.export import export_layout
+from aerogel.quantize.formats.floats import Float
+from aerogel.quantize.formats.kmeans import KMeans
 from aerogel.quantize.formats.nf4 import Nf4
 from aerogel.quantize.grids import IntGrid
 
@@ -38,6 +40,8 @@ GRIDS: dict[str, Any] = {
     "int4": IntGrid(bits=4, group_size=16),
     "int3 with zero points": IntGrid(bits=3, group_size=16, symmetric=False),
     "nf4": Nf4(group_size=16),
+    "fp8": Float(kind="e4m3"),
+    "codebooks": KMeans(rounds=3),
 }
 
 
@@ -62,9 +66,10 @@ def test_the_same_tokens_as_through_transformers(tmp_path: Path, name: str, grid
     assert steps(direct, "direct", PROMPTS, temperature=0.8, seed=3) == steps(usual, "fused", PROMPTS, temperature=0.8, seed=3)
 
 
+@pytest.mark.parametrize("grid", list(GRIDS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_logits_of_prompts_are_those_of_the_model(tmp_path: Path, dtype: torch.dtype) -> None:
-    packed = make(tmp_path, "qwen2", dtype=dtype).packed
+def test_logits_of_prompts_are_those_of_the_model(tmp_path: Path, dtype: torch.dtype, grid: str) -> None:
+    packed = make(tmp_path, "qwen2", dtype=dtype, grid_of=lambda m: GRIDS[grid]).packed
     direct, usual = load_directly(packed), load(packed)
     assert direct.dtype == usual.dtype == dtype
     ids = torch.stack([PROMPTS[0], PROMPTS[0].flip(0)])

@@ -44,6 +44,8 @@ def test_pairs_of_a_real_weight_are_stored_in_two_bits_and_compute_the_same(shap
     assert torch.equal(quantized(Complex(), codes.decode(), codes).values_NK, codes.values_NK)
     layer = Linear.from_codes(codes)
     assert layer.scheme.format == "complex-packed" and torch.equal(layer.dequantize(torch.float32), codes.decode())
+    layer.restore()
+    assert torch.equal(layer.dequantize(torch.float32), codes.decode())
     x_MK = torch.randn(3, shape[1], dtype=torch.complex64)
     wanted = x_MK.conj() @ complex_codes.decode().T
     found = torch.view_as_complex(layer(torch.view_as_real(x_MK).flatten(1)).unflatten(1, (-1, 2)))
