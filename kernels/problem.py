@@ -22,6 +22,7 @@ from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.small_floats import mantissa_bits
 from aerogel.pack.config import format_of
 from aerogel.pack.format import Activations, Format, Grid, Shapes
+from aerogel.quantize.formats.complex import Complex
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
 from aerogel.quantize.planes import PlaneGrid
 from aerogel.quantize.tables import TableGrid
@@ -31,6 +32,7 @@ NUMBERS: dict[type, str] = {
     Fp8Grid: "e4m3 floats",
     TableGrid: "codes into tables",
     PlaneGrid: "bit planes",
+    Complex: "complex codes",
 }
 """What a refusal calls the numbers of a grid."""
 
