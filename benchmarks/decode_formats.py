@@ -42,7 +42,7 @@ def stage_of(stage: dict[str, Any]) -> dict[str, Any]:
     method = stage.get("method", "gptq")
     if method in ("bcq", "nested", "shift"):
         return {**stage, "method": "bcq"} if method == "nested" else stage
-    plain = {key: value for key, value in stage.items() if not key.startswith("gptaq")}
+    plain = {key: value for key, value in stage.items() if not key.startswith(("gptaq", "refit"))}
     if plain.get("outliers") == "sensitivity":
         plain["outliers"] = "sigma"
     return {**plain, "method": "rtn", "clip": "none"}

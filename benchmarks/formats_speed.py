@@ -37,6 +37,7 @@ import torch
 from aerogel.errors import BadInput
 from aerogel.eval.machine import machine, versions
 from aerogel.kernels.linear import Linear
+from aerogel.kernels.native import library
 from aerogel.model.layer import Layer
 from aerogel.quantize.codes import Codes, stacked
 from aerogel.recipes.schema import Recipe
@@ -178,7 +179,9 @@ def timed(linears: dict[str, Linear], given: argparse.Namespace) -> Iterator[tup
     for M in given.tokens:
         calls = {name: calls_of(linear, M, given.device) for name, linear in linears.items()}
         rounds = max(min(FEWEST_ROUNDS, given.rounds), round(given.rounds / math.sqrt(M)))
-        yield str(M), in_turns(calls, rounds) if given.device == "cpu" else graphs(calls, 3)
+        with library.own_pool():  # as whole models run; torch's threads hold each other up where the machine is busy elsewhere
+            taken = in_turns(calls, rounds) if given.device == "cpu" else graphs(calls, 3)
+        yield str(M), taken
 
 
 def ratio(taken: dict[str, list[float]], name: str, other: str) -> float:
