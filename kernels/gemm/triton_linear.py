@@ -100,6 +100,7 @@ def words_linear(
     from aerogel.kernels.gemm.triton_words import linear
 
     with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+        bias = None if bias is None else bias.contiguous()
         return linear(x.contiguous(), codes, scale, zero, table, pick, bias, group_size, N)
 
 

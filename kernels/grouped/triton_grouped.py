@@ -116,6 +116,7 @@ def linear(
     if pairs == 0 or N == 0:
         return y
     config = config or config_of(pairs, experts, bool(routes))
+    expert, bias = expert.contiguous(), None if bias is None else bias.contiguous()
     order, of_block, first, end = routes or (expert, expert, expert, expert)
     with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
         grouped_kernel[-(-N // config.rows), of_block.shape[0]](

@@ -8,6 +8,7 @@ import sys
 import torch
 from tests.kernels.expert_weights import BOUND as GROUPED_BOUND
 from tests.kernels.expert_weights import FP8, GRIDS, experts_of, routing, wanted_of
+from tests.kernels.places import PLACES
 from tests.kernels.rounding_cases import failures, force
 from tests.kernels.word_weights import KINDS, applies, bound, error, weight_of
 
@@ -76,6 +77,34 @@ def not_numbers() -> list[str]:
     return [] if right else [f"infinities and NaN do not propagate: {y}"]
 
 
+def anywhere() -> list[str]:
+    """Inputs and biases that are misaligned or strided give the same bits, without experts and with."""
+    weight, _ = weight_of(37, 200, 4, KINDS[0])
+    given = (weight.codes, weight.scale, None, None, None)
+    call, x, bias = torch.ops.aerogel.words_linear.default, torch.randn(3, 200), torch.randn(1, 37)
+    wanted = call(x, *given, bias[0], weight.group_size, 37)
+    failed = [
+        f"words {place.__name__}"
+        for place in PLACES
+        if not torch.equal(call(place(x), *given, place(bias)[0], weight.group_size, 37), wanted)
+    ]
+    layer, expert, x, bias = (
+        experts_of(GRIDS[0], 5, 21, 150, torch.float32),
+        routing(11, 3, 5),
+        torch.randn(11, 150),
+        torch.randn(5, 21),
+    )
+    problem = layer.problem(torch.float32)
+    packed = stacked(lambda e: GroupedTriton.base.pack(layer.codes_of(e), problem), 5)
+    wanted = GroupedTriton.run(x, expert, GroupedTriton.route(expert, 5), packed, problem, bias)
+    for place in PLACES:
+        placed = place(expert[None].double()).long()[0]
+        y = GroupedTriton.run(place(x), placed, GroupedTriton.route(placed, 5), packed, problem, place(bias))
+        if not torch.equal(y, wanted):
+            failed.append(f"grouped words {place.__name__}")
+    return failed
+
+
 def compiled() -> list[str]:
     """`torch.compile` traces through the operator without a break."""
     weight, _ = weight_of(20, 128, 4, KINDS[0])
@@ -110,7 +139,7 @@ def rounding() -> list[str]:
 
 def main() -> int:
     torch.manual_seed(0)
-    failed = [*widths(), *shapes(), *not_numbers(), *compiled(), *grouped(), *rounding()]
+    failed = [*widths(), *shapes(), *not_numbers(), *anywhere(), *compiled(), *grouped(), *rounding()]
     print("\n".join(failed) or "as float64 says")
     return int(bool(failed))
 

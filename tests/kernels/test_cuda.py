@@ -6,15 +6,20 @@ must still give what a single launch gives. Builds are made side by side.
 
 from __future__ import annotations
 
+import ast
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tests.kernels.tile_weights import dense64
 
+from aerogel.kernels.cuda import nvrtc
 from aerogel.kernels.dispatch import choose
 from aerogel.kernels.gemm import cuda
 from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
@@ -339,3 +344,33 @@ def test_layouts_of_the_class_and_the_function_agree() -> None:
     )  # fmt: skip
     torch.testing.assert_close(dense64(weight).float(), codes.decode())
     assert cuda.choose(weight, 1, torch.bfloat16, capability()) is Few
+
+
+def test_matmuls_without_a_toolkit(tmp_path: Path) -> None:
+    """With every trace of a toolkit hidden and nothing compiled yet, kernels for few and many tokens compile and run;
+    the compiler is the one beside torch."""
+    if not Path(nvrtc.candidates()[0]).is_absolute():
+        pytest.skip("NVRTC comes from the system here, not from a wheel")
+    hidden = {"CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "CUDACXX", "LD_LIBRARY_PATH"}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"PATH": "/nowhere", "AEROGEL_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = """
+import torch
+from aerogel.kernels.gemm import cuda
+from aerogel.kernels.gemm.cuda_dense import dequantize
+from aerogel.kernels.gemm.cuda_tune import random_weight
+
+weight = random_weight(200, 712, 4, 128, "cuda")
+for M in (3, 70):
+    x_MK, y_MN = torch.randn(M, 712, device="cuda").bfloat16(), torch.empty(M, 200, device="cuda", dtype=torch.bfloat16)
+    cuda.choose(weight, M, x_MK.dtype, torch.cuda.get_device_capability()).plan(weight, M, x_MK.dtype)(x_MK, None, y_MN)
+    wanted = (x_MK @ dequantize(weight, torch.bfloat16).T).float()
+    assert (y_MN.float() - wanted).norm() < 1e-2 * wanted.norm()
+print({line.split()[-1] for line in open("/proc/self/maps") if "nvrtc" in line})
+"""
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    beside = str(Path(nvrtc.candidates()[0]).resolve().parent)
+    mapped = ast.literal_eval(result.stdout)
+    assert mapped and all(path.startswith(beside) for path in mapped), mapped
+    assert len(list(tmp_path.rglob("*.cubin"))) >= 3

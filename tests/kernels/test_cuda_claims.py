@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kernels.expert_weights import experts_of, routing
+from tests.kernels.places import PLACES
 from tests.kernels.test_cuda import BOUND, capability
 from tests.kernels.test_cuda_outliers import INT4
 from tests.kernels.test_cuda_outliers import layer_of as layer_with_outliers
@@ -126,27 +127,6 @@ def test_a_stored_scale_hides_no_damage(kind: str) -> None:
 
 
 # ---- inputs that lie anywhere ----------------------------------------------------------------------------------------
-def one_number_late(x_MK: Tensor) -> Tensor:
-    held = x_MK.new_full((x_MK.numel() + 1,), torch.nan)
-    held[1:] = x_MK.flatten()
-    return held[1:].view(x_MK.shape)
-
-
-def part_of_a_wider(x_MK: Tensor) -> Tensor:
-    return torch.nn.functional.pad(x_MK, (3, 2), value=torch.nan)[:, 3:-2]
-
-
-def column_by_column(x_MK: Tensor) -> Tensor:
-    return x_MK.T.contiguous().T
-
-
-def every_other(x_MK: Tensor) -> Tensor:
-    return torch.stack([x_MK, torch.full_like(x_MK, torch.nan)], -1).flatten(-2)[:, ::2]
-
-
-PLACES = (one_number_late, part_of_a_wider, column_by_column, every_other)
-
-
 @pytest.mark.parametrize("kind", ["int8", "fp8", "nf4", "planes", "outliers"])
 def test_inputs_lie_anywhere(kind: str) -> None:
     N, K = 144, 544

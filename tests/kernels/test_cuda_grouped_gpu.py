@@ -182,3 +182,32 @@ def test_damage_stays_in_its_token() -> None:
     Plan(weight, config, 40, torch.bfloat16, runs=most_runs(40, E, 16)).launch(x, None, None, y, runs=runs)
     wanted = torch.einsum("sk,snk->sn", x.double(), dense[expert[order.long()]])
     assert torch.equal(y.isfinite(), wanted.isfinite()) and torch.equal(y.isnan(), wanted.isnan())
+
+
+@pytest.mark.parametrize("M", [4, 64])
+def test_replays_of_overlapping_launches(M: int) -> None:
+    """Eight layers of experts, each of which reads what the last one wrote, in a graph replayed three hundred times."""
+    grid, experts, each, columns = IntGrid(bits=4, group_size=32, scale_dtype=torch.bfloat16), 6, 2, 512
+    layer, expert = experts_of(grid, experts, columns, columns, torch.bfloat16, "cuda"), routing(M, each, experts, "cuda")
+    first, share = torch.randn(M, columns, device="cuda").bfloat16(), torch.full((M, each), 0.04, device="cuda")
+
+    def chain() -> list[torch.Tensor]:
+        held = [first]
+        for _ in range(8):
+            routes = layer.routes(expert)
+            held.append(layer.add(layer(layer.spread(held[-1], routes), expert, routes), share, routes))
+        return held[1:]
+
+    with torch.no_grad():
+        wanted = chain()
+        assert all(y.isfinite().all() and y.any() for y in wanted)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = chain()
+    wrong = torch.zeros((), device="cuda", dtype=torch.int64)
+    for _ in range(300):
+        for y in found:
+            y.fill_(torch.nan)
+        graph.replay()
+        wrong += torch.stack([(y != right).any() for y, right in zip(found, wanted, strict=True)]).any()
+    assert wrong.item() == 0, f"{wrong.item()} of 300 replays differ"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.kernels.places import PLACES
 from tests.kernels.word_weights import KINDS, applies, bound, error, weight_of
 
 from aerogel.errors import BadInput
@@ -134,3 +135,19 @@ def test_graphs_on_the_gpu() -> None:
     held.copy_(x)
     graph.replay()
     assert torch.equal(y, wanted)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("M", [3, 100])
+def test_inputs_lie_anywhere_on_the_gpu(M: int) -> None:
+    weight, _ = weight_of(150, 544, 4, KINDS[0], "cuda")
+    given = (weight.codes, weight.scale, None, None, None)
+    call, x, bias = (
+        torch.ops.aerogel.words_linear.default,
+        torch.randn(M, 544).bfloat16().cuda(),
+        torch.randn(1, 150).bfloat16().cuda(),
+    )
+    wanted = call(x, *given, bias[0], weight.group_size, 150)
+    for place in PLACES:
+        assert torch.equal(call(place(x), *given, place(bias)[0], weight.group_size, 150), wanted), place

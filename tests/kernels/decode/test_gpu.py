@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from tests.kernels.decode.cases import ATTENTION, attention, distance, textbook
+from tests.kernels.decode.test_loop import theirs
 from tests.zoo import build
+from torch import nn
 
 from aerogel.kernels.decode import ops
 from aerogel.kernels.decode.loop import Decoder
@@ -17,6 +19,8 @@ from aerogel.kernels.decode.reading import parts_of
 from aerogel.kernels.decode.sample import Sampling
 from aerogel.kernels.gemm.cuda_tune import random_weight
 from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.kernels.linear import Linear
+from aerogel.quantize.grids import IntGrid, quantized
 
 pytestmark = pytest.mark.gpu
 BUDGET = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -88,6 +92,42 @@ def test_tokens_are_those_of_transformers(name: str) -> None:
     for _ in range(2):
         assert list(decoder.stream(list(ids), 12)) == expected[:, 7:].T.tolist(), decoder.facts()
     assert decoder.facts()["graph"] == (decoder.way != "plain")
+
+
+def packed(model: Any) -> Any:
+    """The same model with weights of 4 bits, but its head."""
+    grid = IntGrid(bits=4, group_size=16, scale_dtype=torch.bfloat16)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            dense = module.weight.detach().float()
+            layer = Linear.from_codes(quantized(grid, dense, grid.fit(dense)), bias=module.bias, dtype=torch.bfloat16)
+            assert layer.kernel_name == "cuda"
+            model.set_submodule(name, layer)
+    return model
+
+
+@pytest.mark.parametrize("batch", [32, 64])
+def test_large_batches(batch: int) -> None:
+    """Prompts of many lengths. In float32 the tokens are those of transformers; with packed weights in bfloat16, where last
+    bits depend on how many tokens there are, the model, reading it all at once, likes every token best or nearly so."""
+    generator = torch.Generator().manual_seed(batch)
+    prompts = [torch.randint(3, 100, (3 + row * 5 % 17,), generator=generator) for row in range(batch)]
+    dense = build("llama").cuda()
+    expected = theirs(dense, prompts, 10)
+    merge(dense)
+    decoder = Decoder(dense)
+    assert list(decoder.stream(prompts, 10)) == expected, decoder.facts()
+    assert decoder.facts()["graph"]
+    plain, merged = packed(build("llama").cuda().bfloat16()), packed(build("llama").cuda().bfloat16())
+    merge(merged)
+    decoder = Decoder(merged)
+    made = torch.tensor(list(decoder.stream(prompts, 10))).T
+    assert decoder.facts()["graph"]
+    with torch.no_grad():
+        for prompt, new in zip(prompts, made, strict=True):
+            logits = plain(torch.cat([prompt, new])[None].cuda()).logits[0, len(prompt) - 1 : -1].float()
+            behind = logits.amax(1) - logits.gather(1, new[:, None].cuda())[:, 0]
+            assert bool((behind <= 0.05 * logits.std(1)).all()), behind
 
 
 def test_draws_repeat_with_the_seed() -> None:

@@ -34,7 +34,7 @@ def padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
 def theirs(model: Any, prompts: list[Tensor], new: int) -> list[list[int]]:
     """transformers' greedy tokens, by step."""
     model.generation_config.eos_token_id = None
-    ids, mask = padded(prompts)
+    ids, mask = (tensor.to(model.device) for tensor in padded(prompts))
     found = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
     return found[:, ids.shape[1] :].T.tolist()
 
