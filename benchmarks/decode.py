@@ -228,7 +228,8 @@ def our_row(model: Any, name: str, batch: int, args: argparse.Namespace, profile
 
 def prefill_row(model: Any, kind: str, args: argparse.Namespace) -> dict[str, Any]:
     call = partial(ours, model, 1, args.prefill, 1, Decoder(model))
-    call()
+    first = call()[0]  # plans and compiles
+    again = call()[0]  # captures
     samples = [call()[0] for _ in range(args.repeats)]
     print(f"{kind} prefill {args.prefill}: {1e3 * statistics.median(samples):.1f} ms", flush=True)
     return {
@@ -237,6 +238,8 @@ def prefill_row(model: Any, kind: str, args: argparse.Namespace) -> dict[str, An
         "tokens": args.prefill,
         "seconds": statistics.median(samples),
         "samples": samples,
+        "first_seconds": first,
+        "capture_seconds": again,
     }
 
 

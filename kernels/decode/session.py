@@ -34,6 +34,7 @@ from aerogel.kernels.decode.fuse import fuse
 from aerogel.kernels.decode.lower import lower, straight
 from aerogel.kernels.decode.merge import Part
 from aerogel.kernels.decode.prompt_attention import reading
+from aerogel.kernels.decode.prompt_graphs import PromptGraphs
 from aerogel.kernels.decode.reading import Parts, parts_of
 from aerogel.kernels.decode.sample import Sampling, pick
 from aerogel.kernels.decode.slots import Mode, SlotCache
@@ -80,23 +81,35 @@ class Session:
         self._program: Any = None
         self._compiled: set[int] = set()
         self._parts: Parts | None = None
+        self._prompts = PromptGraphs(model)
         self._dense: tuple[bool, bool] | None = None
         self._graphs: dict[Sampling, tuple[torch.cuda.CUDAGraph, torch.Generator]] = {}
         self._generator = torch.Generator(model.device)
 
     def fill(self, ids_BT: Tensor, start_B: Tensor) -> Tensor:
         """Reads the prompts into the slots; logits of their last tokens [B, V]."""
-        compile_ahead(self.model, {self.batch, ids_BT.numel()} - self._compiled)
-        self._compiled |= {self.batch, ids_BT.numel()}
-        self.cache.mode = "fill"
         padded = bool(start_B.any())
-        valid_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None] >= start_B[:, None]
-        positions = (valid_BT.long().cumsum(-1) - 1).clamp_min(0)
+        read = self.batch * (ids_BT.shape[1] if padded else self._prompts.length(*ids_BT.shape))
+        compile_ahead(self.model, {self.batch, read} - self._compiled)
+        self._compiled |= {self.batch, read}
+        self.cache.mode = "fill"
         if self._parts is None:
             self._parts = parts_of(self.model) if ops.missing(self.model.device) is None else Parts()
         on_cpu = self.model.device.type == "cpu"
         with self._parts.replaced(), reading() if on_cpu else nullcontext(), self._pool(with_head=False):
-            return self._forward(ids_BT, positions, valid_BT if padded else None, self.cache)
+            logits_BV = self._read_padded(ids_BT, start_B) if padded else self._prompts.read(ids_BT, self._read)
+        if not on_cpu and self._prompts.reason:
+            self.reasons["prompt graph"] = self._prompts.reason
+        return logits_BV
+
+    def _read(self, ids_BT: Tensor, keep: int | Tensor) -> Tensor:
+        """Prompts that all begin at the first slot."""
+        positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        return self._forward(ids_BT, positions_BT, None, self.cache, keep)
+
+    def _read_padded(self, ids_BT: Tensor, start_B: Tensor) -> Tensor:
+        valid_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None] >= start_B[:, None]
+        return self._forward(ids_BT, (valid_BT.long().cumsum(-1) - 1).clamp_min(0), valid_BT, self.cache)
 
     def _pool(self, with_head: bool) -> AbstractContextManager[None]:
         """The compiled library's own threads where all products are its own; the head has but one row when a prompt is read."""
@@ -108,8 +121,8 @@ class Session:
             self._dense = bool(dense - {head}), bool(dense)
         return nullcontext() if self._dense[with_head] else library.own_pool()
 
-    def _forward(self, ids: Tensor, positions: Tensor, valid: Tensor | None, cache: Any) -> Tensor:
-        given: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
+    def _forward(self, ids: Tensor, positions: Tensor, valid: Tensor | None, cache: Any, keep: int | Tensor = 1) -> Tensor:
+        given: dict[str, Any] = {"position_ids": positions, "logits_to_keep": keep}
         given = {name: value for name, value in given.items() if name in self.names}
         if valid is not None:
             given["attention_mask"] = valid

@@ -15,6 +15,7 @@ from torch import nn
 from aerogel.kernels.decode import ops
 from aerogel.kernels.decode.loop import Decoder
 from aerogel.kernels.decode.merge import merge
+from aerogel.kernels.decode.prompt_graphs import unfit
 from aerogel.kernels.decode.reading import parts_of
 from aerogel.kernels.decode.sample import Sampling
 from aerogel.kernels.gemm.cuda_tune import random_weight
@@ -128,6 +129,45 @@ def test_large_batches(batch: int) -> None:
             logits = plain(torch.cat([prompt, new])[None].cuda()).logits[0, len(prompt) - 1 : -1].float()
             behind = logits.amax(1) - logits.gather(1, new[:, None].cuda())[:, 0]
             assert bool((behind <= 0.05 * logits.std(1)).all()), behind
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_prompts_of_rounded_lengths_are_read_as_transformers_reads_them(name: str) -> None:
+    """37 and 45 tokens are both read as 48: the first time as the model is, then by one graph."""
+    model = build(name).cuda()
+    model.generation_config.eos_token_id = None
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, 100, (2, tokens), generator=generator) for tokens in (37, 45, 37, 19)]
+    expected = [
+        model.generate(ids.cuda(), max_new_tokens=8, do_sample=False, pad_token_id=0)[:, ids.shape[1] :] for ids in prompts
+    ]
+    merge(model)
+    decoder = Decoder(model)
+    for _ in range(2):
+        for ids, wanted in zip(prompts, expected, strict=True):
+            assert list(decoder.stream(list(ids), 8)) == wanted.T.tolist(), decoder.facts()
+    assert set(decoder.session._prompts._captured) == {48, 32}
+    assert "prompt graph" not in decoder.facts().get("not", {})
+    uneven = [prompts[0][0], prompts[1][1]]
+    assert list(decoder.stream(uneven, 8)) == list(Decoder(model).stream(uneven, 8))
+
+
+def test_a_prompt_is_the_same_work_each_time() -> None:
+    model = build("llama").to("cuda", torch.bfloat16)
+    decoder, ids = Decoder(model), torch.arange(3, 100)[None]
+    list(decoder.stream(list(ids), 2))
+    logits = [decoder.session.fill(ids.cuda(), torch.zeros(1, dtype=torch.int64, device="cuda")) for _ in range(4)]
+    assert all(torch.equal(found, logits[0]) for found in logits)
+    assert decoder.session._prompts._captured
+
+
+@pytest.mark.parametrize("factor", [None, 4.0])
+def test_a_rotation_that_depends_on_the_length_gets_no_graph(factor: float | None) -> None:
+    model = build("llama")
+    kind = {"rope_type": "default"} if factor is None else {"rope_type": "dynamic", "factor": factor}
+    model.config.rope_parameters = {**model.config.rope_parameters, **kind}
+    reason = unfit(model.cuda())
+    assert reason is None if factor is None else "dynamic" in str(reason)
 
 
 def test_draws_repeat_with_the_seed() -> None:
