@@ -222,9 +222,27 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def write(asked: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """What was measured so far, with where and how."""
+    from gpu_peers import PEERS, version_of
+
+    if not asked.out or not rows:
+        return
+    facts = torch.cuda.get_device_properties(0)
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": {"gpu": facts.name, "multiprocessors": facts.multi_processor_count, "cpu": platform.processor()},
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "nvrtc": nvrtc.compiler().version}
+        | {name: version_of(PEERS[name][0]) for name in asked.peers},
+        "summary": summary(rows),
+        "rows": rows,
+    }
+    asked.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
-    from gpu_peers import PEERS, compile_humming, version_of
+    from gpu_peers import PEERS, compile_humming
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -269,18 +287,8 @@ def main() -> None:
                 print(f"{shape} W{bits} M={M:<5}{row['us']:8.2f} us {row['by']:6}{floor}"
                       f" dense/ours {row['dense'] / row['us']:.2f}{peer} err {row['error']:.1e}", flush=True)  # fmt: skip
             rows += found
-    facts = torch.cuda.get_device_properties(0)
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": {"gpu": facts.name, "multiprocessors": facts.multi_processor_count, "cpu": platform.processor()},
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "nvrtc": nvrtc.compiler().version}
-        | {name: version_of(PEERS[name][0]) for name in asked.peers},
-        "summary": summary(rows),
-        "rows": rows,
-    }
-    if asked.out:
-        asked.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps({key: value for key, value in result["summary"].items() if key.startswith("peer")}), flush=True)
+        write(asked, rows)  # after each shape: a run that is cut off has measured what it has measured
+    print(json.dumps({key: value for key, value in summary(rows).items() if key.startswith("peer")}), flush=True)
 
 
 if __name__ == "__main__":
