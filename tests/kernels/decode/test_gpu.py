@@ -156,7 +156,8 @@ def test_a_prompt_is_the_same_work_each_time() -> None:
     model = build("llama").to("cuda", torch.bfloat16)
     decoder, ids = Decoder(model), torch.arange(3, 100)[None]
     list(decoder.stream(list(ids), 2))
-    logits = [decoder.session.fill(ids.cuda(), torch.zeros(1, dtype=torch.int64, device="cuda")) for _ in range(4)]
+    with torch.inference_mode():
+        logits = [decoder.session.fill(ids.cuda(), torch.zeros(1, dtype=torch.int64, device="cuda")) for _ in range(4)]
     assert all(torch.equal(found, logits[0]) for found in logits)
     assert decoder.session._prompts._captured
 
