@@ -211,6 +211,8 @@ COMMAND_LINES = {
     "unknown export": (["export", "{tiny}", "-o", "{folder}/x", "--to", "gguf"], ["'gguf'", "dense"]),
     "export without out": (["export", "{tiny}"], ["--out", "--help"]),
     "empty prompt": (["generate", "{tiny}", "  "], ["prompt", "empty"]),
+    "one empty prompt of two": (["generate", "{tiny}", "w1", " "], ["prompt", "empty"]),
+    "stdin twice": (["generate", "{tiny}", "-", "-"], ["stdin", "once"]),
     "too much to generate": (["generate", "{tiny}", "w1", "--raw", "-n", "128"], ["128 positions", "at most 127 new tokens"]),
     "unknown loop": (["generate", "{tiny}", "w1", "--loop", "fast"], ["'fast'", "fused"]),
     "top-p of zero": (["generate", "{tiny}", "w1", "--temperature", "1", "--top-p", "0"], ["top_p", "above 0"]),

@@ -79,6 +79,19 @@ def test_generate(aerogel, tiny: Path) -> None:
     assert sampled["text"] == repeated["text"]
 
 
+def test_generate_answers_several_prompts_as_it_answers_each(aerogel, tiny: Path, tmp_path: Path) -> None:
+    alone = [aerogel("generate", tiny, prompt, "-n", 4, "--raw").stdout.rstrip("\n") for prompt in ("w1 w2", "w3")]
+    found = aerogel("generate", tiny, "w1 w2", "w3", "-n", 4, "--raw")
+    assert found.stdout == f"> w1 w2\n{alone[0]}\n\n> w3\n{alone[1]}\n\n", found.stderr
+    assert "for 2 prompts" in found.stderr
+    lines = json.loads(aerogel("generate", tiny, "w1 w2\n\nw3\n", "--lines", "-n", 4, "--raw", "--json", "-").stdout)
+    assert [(one["prompt"], one["text"]) for one in lines["answers"]] == [("w1 w2", alone[0]), ("w3", alone[1])]
+    assert lines["tokens"] == sum(one["tokens"] for one in lines["answers"])
+    stopped = alone[0].split()[-1]
+    ended = json.loads(aerogel("generate", tiny, "w1 w2", "w3", "-n", 4, "--raw", "--stop", stopped, "--json", "-").stdout)
+    assert ended["answers"][0]["text"] == alone[0].split(stopped)[0]
+
+
 def test_eval_and_bench_use_the_recipe_of_the_checkpoint(aerogel, recipe: Path, tiny: Path) -> None:
     assert aerogel("compress", tiny, "-r", recipe, "-o", "out", "--quiet", "--threads", 1).code == 0
     found = aerogel("eval", "out", "--against", tiny, "--json", "eval.json", "--threads", 1)
