@@ -146,8 +146,9 @@ def test_prompts_of_rounded_lengths_are_read_as_transformers_reads_them(name: st
     for _ in range(2):
         for ids, wanted in zip(prompts, expected, strict=True):
             assert list(decoder.stream(list(ids), 8)) == wanted.T.tolist(), decoder.facts()
-    assert set(decoder.session._prompts._captured) == {48, 32}
-    assert "prompt graph" not in decoder.facts().get("not", {})
+    reason = decoder.facts().get("not", {}).get("prompt graph")  # masks and routes may talk to the host
+    assert set(decoder.session._prompts._captured) == (set() if reason else {48, 32})
+    assert name != "llama" or reason is None
     uneven = [prompts[0][0], prompts[1][1]]
     assert list(decoder.stream(uneven, 8)) == list(Decoder(model).stream(uneven, 8))
 
