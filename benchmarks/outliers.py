@@ -4,14 +4,16 @@
     python benchmarks/outliers.py --columns --out benchmarks/results/columns.json
     python benchmarks/outliers.py --rows --shares 0.1 --out benchmarks/results/rows.json
 
-    python benchmarks/outliers.py --device cuda --shapes 4096x4096 28672x4096 --tokens 1 16 --shares 0.01 --out ...
+    python benchmarks/outliers.py --device cuda --shapes 4096x4096 28672x4096 --tokens 1 16 --shares 0.01 \
+        --formats int4 nvfp4 mxfp4 --out ...
 
-Columns stand beside int8 weights with int8 activations, outliers and rows (of 8 bits) beside 4 bits; a share counts weights,
-inputs or outputs.
+Columns stand beside int8 weights with int8 activations, outliers beside the format asked for, rows (of 8 bits) beside
+int4; a share counts weights, inputs or outputs.
 
 On a CPU: medians; within a round the linear runs once without and once with its outliers, on weights that rotate over more
 than the last-level cache, and the ratio is the median of the rounds' ratios. On a GPU: replays of CUDA graphs that go round
-over copies of the weight, with and without in turns, three times each, and the ratio of the medians.
+over copies of the weight, with and without in turns, three times each, and the ratio of the medians. `--compile` only compiles
+what that needs, several kernels at once.
 
 # make bench: --seconds 1 --shapes 1024x1024
 """
@@ -19,11 +21,13 @@ over copies of the weight, with and without in turns, three times each, and the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +37,52 @@ from aerogel.eval.machine import machine, versions
 from aerogel.kernels.cuda.timing import copies, graph_microseconds
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.sidecars import SidecarLinear
+from aerogel.pack.format import Activations
+from aerogel.quantize.codes import quantized
 from aerogel.quantize.columns import Columns
+from aerogel.quantize.formats.mx import Mx
+from aerogel.quantize.formats.nf4 import Nf4
+from aerogel.quantize.formats.nvfp4 import Nvfp4
 from aerogel.quantize.grids import Codes, IntGrid
 from aerogel.quantize.outliers import Outliers
 from aerogel.quantize.rows import Rows
+from aerogel.quantize.tables import TableGrid
 
 Maker = Callable[[int, int, float, int, str], tuple[Linear, SidecarLinear]]
 CACHE = 96 << 20
 GRID = IntGrid(bits=4, group_size=128, scale_dtype=torch.bfloat16)
+FORMATS: dict[str, IntGrid | TableGrid] = {
+    "int4": GRID,
+    "nf4": Nf4(group_size=64),
+    "mxfp4": Mx(),
+    "nvfp4": Nvfp4(),
+    "w8a8": IntGrid(bits=8, scale_dtype=torch.bfloat16),
+}
+"""What outliers stand beside; `w8a8` rounds its inputs too."""
 
 
-def pair(N: int, K: int, share: float, seed: int, device: str = "cpu") -> tuple[Linear, SidecarLinear]:
+def codes_of(name: str, N: int, K: int, random: torch.Generator, device: str) -> Codes:
+    """Random codes in a format."""
+    grid = FORMATS[name]
+    if isinstance(grid, IntGrid):
+        most = 1 << grid.bits - 1
+        values = torch.randint(-most, most, (N, K), dtype=torch.int8, generator=random, device=device)
+        scale = torch.rand(N, grid.groups(K), generator=random, device=device).bfloat16()
+        return Codes(values_NK=values, scale_NG=scale, grid=grid)
+    weight_NK = torch.randn(N, K, generator=random, device=device)
+    return quantized(grid, weight_NK, grid.fit(weight_NK))
+
+
+def pair(name: str, N: int, K: int, share: float, seed: int, device: str = "cpu") -> tuple[Linear, SidecarLinear]:
     """The same codes without outliers and with."""
     random = torch.Generator(device).manual_seed(seed)
-    values = torch.randint(-8, 8, (N, K), dtype=torch.int8, generator=random, device=device)
-    codes = Codes(values_NK=values, scale_NG=torch.rand(N, K // 128, generator=random, device=device).bfloat16(), grid=GRID)
+    codes = codes_of(name, N, K, random, device)
     weight_NK = torch.randn(N, K, generator=random, device=device).bfloat16()  # as checkpoints have them
     outliers = Outliers.of(weight_NK, torch.rand(N, K, generator=random, device=device) < share)
-    kept = SidecarLinear.from_codes(codes, dtype=torch.bfloat16)
+    activations: Activations = "int8" if name == "w8a8" else "none"
+    kept = SidecarLinear.from_codes(codes, activations=activations, dtype=torch.bfloat16)
     kept.keep(outliers.tensors())
-    return Linear.from_codes(codes, dtype=torch.bfloat16), kept
+    return Linear.from_codes(codes, activations=activations, dtype=torch.bfloat16), kept
 
 
 def pair_of_columns(N: int, K: int, share: float, seed: int, device: str = "cpu") -> tuple[Linear, SidecarLinear]:
@@ -105,18 +135,27 @@ def measure(N: int, K: int, M: int, share: float, seconds: float, make: Maker) -
     return {**row, "ratio": round(ratio, 3), "kernel": pairs[0][0].kernel_name, "rounds": len(times)}
 
 
-def measure_cuda(N: int, K: int, M: int, share: float, make: Maker) -> dict[str, Any]:
-    """The same on a GPU."""
+def compiled(N: int, K: int, tokens: Sequence[int], share: float, make: Maker) -> tuple[Linear, SidecarLinear]:
+    """The first pair, with all that running it needs."""
     first = make(N, K, share, 0, "cuda")
+    for kernel, weights in Linear.by_kernel(torch.nn.ModuleList(first)).items():
+        kernel.warm(weights, tokens)
+    return first
+
+
+def measure_cuda(N: int, K: int, tokens: Sequence[int], share: float, make: Maker) -> Iterator[dict[str, Any]]:
+    """The same on a GPU, for several numbers of tokens."""
+    first = compiled(N, K, tokens, share, make)
     pairs = [first, *(make(N, K, share, seed, "cuda") for seed in range(1, copies(first[0].packed_bytes)))]
-    x_MK = torch.randn(M, K, generator=torch.Generator("cuda").manual_seed(M), device="cuda").bfloat16()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(3):
-        for which, found in enumerate(times):
-            found.append(graph_microseconds([lambda module=pair[which]: module(x_MK) for pair in pairs]))
-    plain, kept = map(statistics.median, times)
-    row = {"N": N, "K": K, "M": M, "share": share, "plain_us": round(plain, 2), "with_us": round(kept, 2)}
-    return {**row, "ratio": round(kept / plain, 3), "kernel": first[0].kernel_name, "copies": len(pairs)}
+    for M in tokens:
+        x_MK = torch.randn(M, K, generator=torch.Generator("cuda").manual_seed(M), device="cuda").bfloat16()
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(3):
+            for which, found in enumerate(times):
+                found.append(graph_microseconds([partial(pair[which], x_MK) for pair in pairs]))
+        plain, kept = map(statistics.median, times)
+        row = {"N": N, "K": K, "M": M, "share": share, "plain_us": round(plain, 2), "with_us": round(kept, 2)}
+        yield {**row, "ratio": round(kept / plain, 3), "kernel": first[0].kernel_name, "copies": len(pairs)}
 
 
 def main() -> None:
@@ -126,21 +165,30 @@ def main() -> None:
     options.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128])
     options.add_argument("--shares", nargs="+", type=float, default=[0.0045, 0.01])
     options.add_argument("--seconds", type=float, default=4)
+    options.add_argument("--formats", nargs="+", choices=FORMATS, default=["int4"])
     options.add_argument("--columns", action="store_true")
     options.add_argument("--rows", action="store_true")
     options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    options.add_argument("--compile", action="store_true")
     options.add_argument("--out", type=Path)
     chosen = options.parse_args()
-    make = pair_of_rows if chosen.rows else pair_of_columns if chosen.columns else pair
+    makers: dict[str, Maker] = {name: partial(pair, name) for name in chosen.formats}
+    if chosen.rows or chosen.columns:
+        makers = {"int4": pair_of_rows} if chosen.rows else {"int8": pair_of_columns}
     rows = []
     with torch.inference_mode():
-        for shape in chosen.shapes:
+        for (name, make), shape, share in itertools.product(makers.items(), chosen.shapes, chosen.shares):
             N, K = map(int, shape.split("x"))
-            for M in chosen.tokens:
-                for share in chosen.shares:
-                    cuda = chosen.device == "cuda"
-                    rows.append(measure_cuda(N, K, M, share, make) if cuda else measure(N, K, M, share, chosen.seconds, make))
-                    print(rows[-1], flush=True)
+            if chosen.compile:
+                compiled(N, K, chosen.tokens, share, make)
+                continue
+            if chosen.device == "cuda":
+                found = measure_cuda(N, K, chosen.tokens, share, make)
+            else:
+                found = (measure(N, K, M, share, chosen.seconds, make) for M in chosen.tokens)
+            for row in found:
+                rows.append({"format": name, **row})
+                print(rows[-1], flush=True)
     if chosen.out:
         held = {"command": " ".join(sys.argv), "machine": machine(), "versions": versions(), "rows": rows}
         chosen.out.write_text(json.dumps(held, indent=1) + "\n", "utf-8")

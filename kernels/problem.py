@@ -182,7 +182,7 @@ class Kernel(ABC):
         return None
 
     @staticmethod
-    def lay_beside(beside: Beside, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
+    def lay_beside(beside: Beside, layout: Layout, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
         """What stands beside the weight as `run` takes it together with the layout, made once; None where it does not add
         it, the default. place_K: which of the kernel's columns each input is; None for its own."""
         return None

@@ -189,7 +189,8 @@ class SidecarLinear(Linear):
         self._adds = self._kernel.adds_beside and order is None and fits(self.out_features, stored)
         self._laid = None
         if stored.operands() and not self._looks():
-            self._laid = self._kernel.lay_beside(stored, problem, None if order is None else order.argsort())
+            place_K = None if order is None else order.argsort()
+            self._laid = self._kernel.lay_beside(stored, super().operands(), problem, place_K)
         for product in self._products():
             if isinstance(product, RowProduct):
                 product.ready(self)

@@ -85,13 +85,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize(const __grid
   __syncwarp();
   if (p.outlier) {
     const int* start = p.outlier_start + row_tile / 4 * p.k_tiles + tile;
+    const float unit = factor * (SCALED ? 1 << SCALED_SHRINK : 1);  // in which they stand among codes that other kernels have not scaled yet
     for (int i = start[0] + lane; i < start[1]; i += 32) {
       // value | sheet % 8 << 16 | (2048 (row tile % 4) + 512 step + 16 (4 row + t) + 4 register + 2 half) << 19; a tile has two sheets of four steps
       const u32 outlier = p.outlier[i], place = outlier >> 19, step = (place >> 9 & 3) + (outlier >> 16 & 1) * 4;
       if (place >> 11 != row_tile % 4) continue;
       const int row = (place >> 6 & 7) + 8 * (place >> 2 & 1), column = step * 16 + (place >> 3 & 1) * 8 + (place >> 3 & 6) + (place >> 1 & 1);
       u16* to = (u16*)(turned + row * ROW_BYTES + column * 2);
-      *to = to_half(from_half(*to) + from_half((u16)outlier));
+      *to = to_half(from_half(*to) + from_half((u16)outlier) * unit);
     }
     __syncwarp();
   }

@@ -34,6 +34,8 @@ STORED = (torch.float8_e4m3fn, torch.float8_e8m0fnu, UE5M3)
 BIAS, UE5M3_BIAS = 10, 15
 MOST_EXPONENT = 18
 """Of a byte of `E5M3`: that of 448. The kernels have room for one more."""
+SHRINK = 8
+"""Floats times such scales are smaller by 2^SHRINK inside the kernels (`SCALED` in decode.cuh), to stay inside their type."""
 MOST_E8M0 = 136
 """Scales up to 2^9 leave room in a bfloat16 for what the kernels multiply them with; a trained weight's are below 1."""
 
@@ -87,6 +89,17 @@ def stored_bytes(scale: Tensor, dtype: torch.dtype, power: int) -> Tensor:
     if dtype == UE5M3:
         return scale + 8 * (power + UE5M3_BIAS - BIAS)
     return scale if dtype == E8M0 else _tables(scale.device)[1][scale.long()].view(torch.float8_e4m3fn)
+
+
+def unit_of_sums(scale: Tensor, floats: bool, factor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What the kernels multiply sums with after the last product, float32 scalar; None where that is nothing.
+
+    scale: of a tile layout. floats: whether codes are small floats. factor: of all scales. dtype: of the activations.
+    """
+    if scale.dtype not in BYTES:
+        return None
+    shrunk = floats and (scale.dtype == E5M3 or dtype == torch.bfloat16)
+    return (torch.ones((), device=scale.device) if factor is None else factor) * (2.0**SHRINK if shrunk else 1.0)
 
 
 def tile_numbers(scale: Tensor) -> Tensor:

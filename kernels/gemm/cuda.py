@@ -22,6 +22,7 @@ from torch import Tensor
 from aerogel.errors import BadInput
 from aerogel.kernels import gpu_here
 from aerogel.kernels.beside.ref import Beside
+from aerogel.kernels.gemm.block_scales import unit_of_sums
 from aerogel.kernels.gemm.cuda_outliers import NAMES as OUTLIERS
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
@@ -209,11 +210,10 @@ class Cuda(Kernel):
         return tensors_of(codes)
 
     @staticmethod
-    def lay_beside(beside: Beside, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
-        """Outliers in the orders of the kernels; not beside scales of a byte, which are multiplied into the sums at the end."""
-        if problem.grid.scale_dtype.itemsize == 1:
-            return None
-        laid = TileOutliers.of(beside, problem.N, problem.K, problem.dtype, place_K)
+    def lay_beside(beside: Beside, layout: Layout, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
+        """Outliers in the orders of the kernels."""
+        unit = unit_of_sums(layout["tile_scale"], problem.mantissa > 0, layout.get("tile_factor"), problem.dtype)
+        laid = TileOutliers.of(beside, problem.N, problem.K, problem.dtype, place_K, unit)
         return None if laid is None else laid.named()
 
     @staticmethod

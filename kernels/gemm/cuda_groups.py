@@ -58,9 +58,9 @@ class CudaGroups(AroundCuda):
         return Cuda.pack(_cut(codes, columns, groups, inner.grid), inner)
 
     @staticmethod
-    def lay_beside(beside: Beside, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
+    def lay_beside(beside: Beside, layout: Layout, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
         """As `Cuda`, where the columns lie now."""
-        return Cuda.lay_beside(beside, CudaGroups.inner(problem), _spread(problem).moved(place_K, beside.device))
+        return Cuda.lay_beside(beside, layout, CudaGroups.inner(problem), _spread(problem).moved(place_K, beside.device))
 
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:

@@ -281,7 +281,7 @@ class CudaInt8(Kernel):
         return {**layout, "tile_row_scale": row_scale(_weight(layout, problem))}
 
     @staticmethod
-    def lay_beside(beside: Beside, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
+    def lay_beside(beside: Beside, layout: Layout, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
         """Kept columns; outliers want their inputs as they are, which only the weight-only kernels see."""
         kept = KeptOperand.of(beside, problem.N, problem.K, problem.dtype, place_K)
         return None if kept is None else dict(zip(KEPT, kept.tensors(), strict=True))

@@ -5,9 +5,10 @@
 
 A few tokens look up or gather their inputs, which costs little more than the bytes; with many tokens an outlier is put where
 its code says nothing, and multiplied with it. A sheet is 64 rows x 64 columns; a place counts bytes of its numbers of 16 bits
-in fragments:
+in fragments; `unit` is what sums of codes are multiplied with in the end, 1 but beside scales of a byte
+(`block_scales.unit_of_sums`):
 
-    word = value | sheet % 8 << 16 | place << 19
+    word = value / unit | sheet % 8 << 16 | place << 19
     place = 2048 * (row tile % 4) + 512 * (s % 4) + 16 * (4 * g + t) + 4 * i + 2 * e      the letters as in `pack/tiles.py`
 
 Shape legend: N out features, K in features, E outliers, C k tiles, T pairs of sheets (64 rows x 128 columns), row by row,
@@ -54,22 +55,31 @@ class TileOutliers:
     by_sheet_E: Tensor
 
     @classmethod
-    def of(cls, beside: Beside, N: int, K: int, dtype: torch.dtype, place_K: Tensor | None = None) -> Self | None:
+    def of(
+        cls,
+        beside: Beside,
+        N: int,
+        K: int,
+        dtype: torch.dtype,
+        place_K: Tensor | None = None,
+        unit: Tensor | None = None,
+    ) -> Self | None:
         """What stands beside a weight, kept columns among the outliers: they are as many bytes as in that form. None where a
         column does not fit 16 bits or a value not `dtype`, the activations' type, to which values are rounded.
 
-        N, K: of the weight that the kernels see. place_K: which of its columns each input is; None for its own.
+        N, K: of the weight that the kernels see. place_K: which of its columns each input is; None for its own. unit: what sums
+        of codes are multiplied with in the end, float32 scalar; None for 1.
         """
         row_E, column_E, value_E = entries(beside)
         column_E = column_E if place_K is None else place_K[column_E]
         key_E, which_E = torch.unique(row_E * K + column_E, return_inverse=True)
-        value_E = torch.zeros(len(key_E), device=key_E.device).index_add_(0, which_E, value_E).to(dtype)
-        if K > MOST_COLUMNS or not bool(torch.isfinite(value_E).all()):
+        exact_E = torch.zeros(len(key_E), device=key_E.device).index_add_(0, which_E, value_E)
+        value_E, among_codes_E = exact_E.to(dtype), (exact_E if unit is None else exact_E / unit).to(dtype)
+        if K > MOST_COLUMNS or not bool((value_E.isfinite() & among_codes_E.isfinite()).all()):
             return None
         row_E, column_E = key_E // K, key_E % K
-        bits_E = value_E.view(torch.int16).int()
-        quads = by_rows(row_E, column_E, bits_E << 16 | column_E.int(), N, K)
-        return cls.given([*quads, *by_sheets(row_E, column_E, bits_E, N, K)])
+        quads = by_rows(row_E, column_E, value_E.view(torch.int16).int() << 16 | column_E.int(), N, K)
+        return cls.given([*quads, *by_sheets(row_E, column_E, among_codes_E.view(torch.int16).int(), N, K)])
 
     @classmethod
     def among(cls, tensors: Mapping[str, Tensor]) -> Self | None:

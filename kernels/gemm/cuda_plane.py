@@ -49,9 +49,9 @@ class CudaPlane(Kernel):
         return {"tile_codes": tiles.pack_tiles(codes.values_NK, 1), "tile_scale": tiles.pack_rows_of_tiles(scale)}
 
     @staticmethod
-    def lay_beside(beside: Beside, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
+    def lay_beside(beside: Beside, layout: Layout, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
         """As `Cuda`."""
-        return Cuda.lay_beside(beside, _inner(problem), place_K)
+        return Cuda.lay_beside(beside, layout, _inner(problem), place_K)
 
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:

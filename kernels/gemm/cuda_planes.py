@@ -77,10 +77,12 @@ class CudaPlanes(Kernel):
         return layout
 
     @staticmethod
-    def lay_beside(beside: Beside, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
+    def lay_beside(beside: Beside, layout: Layout, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
         """As `Cuda`, among the columns of the first copy."""
         spread = _spread(problem)
-        return Cuda.lay_beside(beside, _inner(problem), place_K if spread is None else spread.moved(place_K, beside.device))
+        return Cuda.lay_beside(
+            beside, layout, _inner(problem), place_K if spread is None else spread.moved(place_K, beside.device)
+        )
 
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:

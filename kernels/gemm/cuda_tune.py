@@ -23,7 +23,7 @@ from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.cuda import sources
 from aerogel.kernels.cuda.timing import copies
 from aerogel.kernels.gemm import cuda_table, cuda_wgmma_table
-from aerogel.kernels.gemm.block_scales import BYTES, E5M3, E8M0
+from aerogel.kernels.gemm.block_scales import E5M3, E8M0, unit_of_sums
 from aerogel.kernels.gemm.cuda import choose
 from aerogel.kernels.gemm.cuda_decoder import by_rows
 from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, Few, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
@@ -118,16 +118,15 @@ def with_outliers(weight: TileWeight, share: float = 0.01, *, seed: int = 0) -> 
     start_N1 = torch.zeros(N + 1, dtype=torch.int64, device=device)
     start_N1[1:] = torch.bincount(place_E // K, minlength=N).cumsum(0)
     value_E = torch.randn(len(place_E), device=device, generator=generator).bfloat16()
-    laid = TileOutliers.of(Beside(start_N1, place_E % K, value_E), N, K, torch.bfloat16)
+    unit = unit_of_sums(weight.scale, weight.floats > 0, weight.factor, torch.bfloat16)
+    laid = TileOutliers.of(Beside(start_N1, place_E % K, value_E), N, K, torch.bfloat16, unit=unit)
     return replace(weight, outliers=laid, group_size=weight.group_size or tile_counts(N, K)[1] * COLUMNS)
 
 
 def like(problem: Problem) -> TileWeight | None:
-    """A random weight of a problem's shape and kind on the GPU, with outliers where it has some and scales are no bytes; None
-    for kinds that are not made here."""
+    """A random weight of a problem's shape and kind on the GPU, with outliers where it has some; None for other kinds."""
     weight = _without_outliers(problem)
-    bytes_of_scale = weight is not None and weight.scale.dtype in BYTES
-    return with_outliers(weight) if weight is not None and problem.outliers and not bytes_of_scale else weight
+    return with_outliers(weight) if weight is not None and problem.outliers else weight
 
 
 def _without_outliers(problem: Problem) -> TileWeight | None:

@@ -129,9 +129,8 @@ class TileWeight:
             "table": self.table is None or self._table_fits(R),
             "pick": self.pick is None or (self.pick.dtype == torch.uint8 and tuple(self.pick.shape) == per_group),
             "floats": not self.floats or (self.bits in (1, 4, 5, 6, 8) and self.zero is None and self.table is None),
-            # Their sums are not scaled: scales stand in the loop, none at its end.
-            "outliers": self.outliers is None
-            or (self.group_size > 0 and self.scale.dtype not in BYTES and self.outliers.start_T1.numel() == -(-R // 4) * C + 1),
+            # Their sums are not scaled by rows: scales stand in the loop, none at its end.
+            "outliers": self.outliers is None or (self.group_size > 0 and self.outliers.start_T1.numel() == -(-R // 4) * C + 1),
             "kept": self.kept is None or (self.group_size > 0 and self.scale.dtype not in BYTES and self.kept.shape[0] == R),
             "factor": self.factor is None or (self.factor.dtype == torch.float32 and self.factor.numel() == 1),
         }

@@ -19,6 +19,7 @@ from tests.kernels.test_cuda_kept import GRIDS, layer_of, wanted_of
 from tests.kernels.test_cuda_outliers import beside_of
 
 from aerogel.kernels.gemm import cuda, cuda_int8
+from aerogel.kernels.gemm.block_scales import unit_of_sums
 from aerogel.kernels.gemm.cuda_dense import dequantize
 from aerogel.kernels.gemm.cuda_few import Config as FewConfig
 from aerogel.kernels.gemm.cuda_few import fits
@@ -117,10 +118,14 @@ def planes() -> Iterator[tuple[str, TileWeight, bool]]:
 
 
 def outliers() -> Iterator[tuple[str, TileWeight, bool]]:
-    """Two in a hundred weights, and a tile of nothing else."""
+    """Two in a hundred weights, and a tile of nothing else; beside scales of a byte too."""
     for rows, bits, group in ((N, 4, 128), (ODD, 3, 32)):
         laid = TileOutliers.of(beside_of(rows, K, device="cuda", kinds="o"), rows, K, torch.bfloat16)
         yield f"{bits} bits with outliers", replace(random_weight(rows, K, bits, group, "cuda"), outliers=laid), True
+    plain = random_numbers(N, K, "nvfp4", 16, "cuda")
+    unit = unit_of_sums(plain.scale, True, plain.factor, torch.bfloat16)
+    laid = TileOutliers.of(beside_of(N, K, device="cuda", kinds="o"), N, K, torch.bfloat16, unit=unit)
+    yield "nvfp4 with outliers", replace(plain, outliers=laid), True
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ from aerogel.errors import BadInput
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.gemm import cuda
+from aerogel.kernels.gemm.block_scales import BYTES, UE5M3
 from aerogel.kernels.gemm.cuda import Cuda, tile_weight
 from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
 from aerogel.kernels.gemm.cuda_few import (
@@ -34,11 +35,14 @@ from aerogel.kernels.gemm.cuda_wgmma import candidates, deepest
 from aerogel.kernels.gemm.cuda_wgmma import defines as many_defines
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan as ManyPlan
 from aerogel.kernels.gemm.cuda_wgmma_plan import macros_of
+from aerogel.kernels.problem import Problem
 from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.pack import tiles
 from aerogel.quantize.codes import quantized
 from aerogel.quantize.columns import Columns
+from aerogel.quantize.formats.mx import Mx
 from aerogel.quantize.formats.nf4 import Nf4
+from aerogel.quantize.formats.nvfp4 import Nvfp4
 from aerogel.quantize.grids import IntGrid
 from aerogel.quantize.outliers import Outliers
 from aerogel.quantize.planes import PlaneGrid
@@ -52,6 +56,11 @@ GRIDS: list[Any] = [
     IntGrid(bits=2, group_size=64),
     IntGrid(bits=4, group_size=72),
     Nf4(group_size=64),
+    Nf4(group_size=32, scale_dtype=torch.float8_e4m3fn),
+    Mx(),
+    Mx(kind="e4m3"),
+    Nvfp4(),
+    Nvfp4(scale_dtype=UE5M3),
     PlaneGrid(bits=1, group_size=64),
     PlaneGrid(bits=3, group_size=40, offset="scale"),
 ]
@@ -84,14 +93,14 @@ def dense_of(beside: Beside, N: int, K: int) -> Tensor:
     return dense_NK
 
 
-def by_rows(laid: TileOutliers, N: int, K: int) -> Tensor:
-    """What the quads of the rows hold, where they fill up with nothing behind the last k tile: [N, K] bfloat16."""
+def by_rows(laid: TileOutliers, N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """What the quads of the rows hold, where they fill up with nothing behind the last k tile: [N, K] in `dtype`."""
     C, start_N1, quads = tiles.tile_counts(N, K)[1], laid.start_N1.long(), laid.by_row_E.reshape(-1, 4)
     assert start_N1[0] == 0 and start_N1[-1] == len(quads)
-    dense = torch.zeros(N, C * 128 + 1, dtype=torch.bfloat16)
+    dense = torch.zeros(N, C * 128 + 1, dtype=dtype)
     for n in range(N):
         run = quads[start_N1[n] : start_N1[n + 1]].flatten()
-        column, value = run & 0xFFFF, (run >> 16).short().view(torch.bfloat16)
+        column, value = run & 0xFFFF, (run >> 16).short().view(dtype)
         here = column < C * 128
         assert len(column[here].unique()) == here.sum()
         assert (~here).sum() < 4 and (value[~here] == 0).all() and (column[~here] == C * 128).all()
@@ -100,18 +109,18 @@ def by_rows(laid: TileOutliers, N: int, K: int) -> Tensor:
     return dense[:, :K]
 
 
-def by_sheets(laid: TileOutliers, N: int, K: int) -> Tensor:
-    """What the words of the sheets hold, whose places are those of the same numbers in fragments: [N, K] bfloat16."""
+def by_sheets(laid: TileOutliers, N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """What the words of the sheets hold, whose places are those of the same numbers in fragments: [N, K] in `dtype`."""
     C = tiles.tile_counts(N, K)[1]
     T = -(-N // 64) * C
-    flat = torch.zeros(T, 2, 4096, dtype=torch.bfloat16)
+    flat = torch.zeros(T, 2, 4096, dtype=dtype)
     for pair in range(T):
         words = laid.by_sheet_E[laid.start_T1[pair] : laid.start_T1[pair + 1]].long() & 0xFFFFFFFF
         sheet = words >> 16 & 7
         assert (sheet // 2 == pair % 4).all() and (sheet.diff() >= 0).all() and (sheet.bincount()[-2:] >= LEAST).all()
         place = (sheet % 2, words >> 20)
         assert len(torch.stack(place).unique(dim=1)[0]) == len(words) and (words >> 19 & 1 == 0).all()
-        flat[pair][place] = (words & 0xFFFF).int().short().view(torch.bfloat16)
+        flat[pair][place] = (words & 0xFFFF).int().short().view(dtype)
     beyond = laid.by_sheet_E[laid.start_T1[-1] :]
     assert len(beyond) == 2 * LINE and (beyond == T % 4 * 2 << 16).all()
     h, r, s, g, t, i1, i0, e = (2, 4, 4, 8, 4, 2, 2, 2)
@@ -133,6 +142,25 @@ def test_both_orders_are_the_outliers(shape: tuple[int, int], kinds: str) -> Non
         wanted_NK = wanted_NK if place is None else wanted_NK[:, place.argsort()]
         assert torch.equal(by_rows(laid, N, K), wanted_NK)
         assert torch.equal(by_sheets(laid, N, K), wanted_NK)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("grid", [Nf4(group_size=32, scale_dtype=torch.float8_e4m3fn), Mx(), Nvfp4()], ids=str)
+def test_beside_scales_of_a_byte_outliers_stand_in_the_unit_of_the_sums(grid: Any, dtype: torch.dtype) -> None:
+    """Sheets are added to codes that nothing has multiplied with the weight's factor yet, sums of rows to outputs."""
+    N, K, beside = 48, 128, beside_of(48, 128)
+    layer = layer_of(grid, N, K, dtype, "cpu", False, False, "")
+    problem = replace(layer.problem(), device="cuda")
+    layout = laid_out(layer, beside, problem)
+    laid, weight = TileOutliers.among(layout), tile_weight(layout, problem)
+    assert laid is not None and weight.scale.dtype in BYTES
+    weight.check()
+    factor = 1.0 if weight.factor is None else float(weight.factor)
+    unit = factor * (256.0 if weight.floats and (dtype == torch.bfloat16 or isinstance(grid, Nvfp4)) else 1.0)
+    wanted_NK = dense_of(beside, N, K).float()
+    assert torch.equal(by_rows(laid, N, K, dtype), wanted_NK.to(dtype))
+    assert torch.equal(by_sheets(laid, N, K, dtype), (wanted_NK / unit).to(dtype))
+    assert unit != 1.0 or (isinstance(grid, Mx) and dtype == torch.float16)
 
 
 def test_what_does_not_fit_is_left_to_others() -> None:
@@ -163,6 +191,12 @@ def layer_of(grid: Any, N: int, K: int, dtype: torch.dtype, device: str, bias: b
     return layer
 
 
+def laid_out(layer: SidecarLinear, beside: Beside, problem: Problem) -> dict[str, Tensor]:
+    """The layer's codes in the kernels' layout, with what stands beside them."""
+    layout = Cuda.pack(layer.columns().codes, problem)
+    return layout | (Cuda.lay_beside(beside, layout, problem) or {})
+
+
 def wanted_of(layer: SidecarLinear, x_MK: Tensor, kinds: str) -> tuple[Tensor, float]:
     """x times codes plus what stands beside them, in float64, and its norm if no products had cancelled."""
     N, K = layer.out_features, layer.in_features
@@ -189,10 +223,11 @@ def sources_compile(name: str, macros: dict[str, int], capability: tuple[int, in
     assert compiler.compile(name, sources.sources_of(name), macros, capability)[:4] == b"\x7fELF"
 
 
-def test_the_sources_compile() -> None:
-    layer = layer_of(INT4, 64, 256, torch.bfloat16, "cpu", False, False, "oc")
+@pytest.mark.parametrize("grid", [INT4, Nvfp4()], ids=str)
+def test_the_sources_compile(grid: Any) -> None:
+    layer = layer_of(grid, 64, 256, torch.bfloat16, "cpu", False, False, "oc")
     problem = replace(layer.problem(), device="cuda")
-    layout = Cuda.pack(layer.columns().codes, problem) | (Cuda.lay_beside(beside_of(64, 256), problem) or {})
+    layout = laid_out(layer, beside_of(64, 256), problem)
     assert set(NAMES) <= set(layout)
     weight = tile_weight(layout, problem)
     weight.check()
@@ -349,7 +384,7 @@ def test_uneven_outliers(where: str) -> None:
     w_NK = torch.randn(N, K, generator=random)
     layer = SidecarLinear.from_codes(quantized(INT4, w_NK, INT4.fit(w_NK)), dtype=torch.bfloat16).cuda()
     problem = layer.problem()
-    layout = Cuda.pack(layer.columns().codes, problem) | (Cuda.lay_beside(beside, problem) or {})
+    layout = laid_out(layer, beside, problem)
     weight = tile_weight(layout, problem)
     both_NK = layer.columns().codes.decode(torch.float64).cpu() + dense_of(Beside(*given, None, None), N, K)
     x_MK = torch.randn(M, K, generator=random).bfloat16()
