@@ -3,17 +3,18 @@
 //
 // A sheet is 64 rows x 64 columns in fragments: one vector load gives a lane what it adds in a step. Each has a twin: while a
 // warpgroup reads one, a warp that decodes nothing, a filler, takes out of the other what stood there and puts in what comes next,
-// about 41 outliers where one weight in a hundred is one, two for each lane. Those who multiply have nothing to do with outliers
-// but that load and a barrier for each sheet. Were they to put them in themselves, it would be 20 instructions beside 68, but each
-// waits for the one before: 300 cycles of their 700 for two sheets.
+// about 41 outliers where one weight in a hundred is one, two for each lane. Each pair of sheets has its own filler: two are warps
+// that the producing warpgroup has left, more are a warpgroup, one on each scheduler. Those who multiply have nothing to do with
+// outliers but that load and a barrier for each sheet. Were they to put them in themselves, it would be 20 instructions beside 68,
+// but each waits for the one before: 300 cycles of their 700 for two sheets.
 //
 // The outliers of all sheets are one list, in their order, which a filler copies into a ring of LINES lines for each pair of sheets:
 // a line is asked for as soon as another one is used up, as far ahead as codes are, since memory that is busy with codes answers
-// late. (Not by the copy engine: it would take the lines after all the codes that wait for it.) Nothing says where a sheet's words end, so nothing is asked on the way: each has the number of its sheet modulo 8,
-// and every sheet has so many words at least (zeros, where it has fewer outliers) that of the 64 words that a filler looks at none
-// is taken for one of another sheet.
+// late. (Not by the copy engine: it would take the lines after all the codes that wait for it.) Nothing says where a sheet's words
+// end, so nothing is asked on the way: each has the number of its sheet modulo 8, and every sheet has so many words at least
+// (zeros, where it has fewer outliers) that of the 64 words that a filler looks at none is taken for one of another sheet.
 //
-// OUTLIERS: 0 or 1. LINES: 8 or more. Codes must be multiplied with their scales, not the sums.
+// OUTLIERS: 0 or 1. LINES: 4 or more. Codes must be multiplied with their scales, not the sums.
 // A word: value | sheet % 8 << 16 | (2048 * (row tile % 4) + 512 * (step % 4) + 16 * lane + 4 * register + 2 * half) << 19.
 
 #pragma once
@@ -23,75 +24,61 @@
 static_assert(!INT8, "bytes have no sheets");
 
 constexpr u32 SHEET_NUMBER = 7u << 16, NEXT_SHEET = 1u << 16;
-constexpr int EACH = (WARPGROUPS + FILLERS - 1) / FILLERS;  // warpgroups that a filler serves
-constexpr int SERVED = EACH * BLOCKS;                       // pairs of sheets
+static_assert(UNITS <= FILLERS, "each pair of sheets has a warp of its own");
 
-// A filler serves every FILLERS-th warpgroup.
+// The warp that fills the pair of sheets `unit`, counted from the block's first.
 struct Filler {
     const Arguments& p;
     const Barriers& barriers;
     const Work& work;
-    int filler, lane;
-    u32 odd = 1;                // which time the barriers of a pair of sheets are waited for
-    u32 next[SERVED];           // which word of the list is the first that no sheet has had
-    u32 end[SERVED];            // which is behind the tile's last
-    u32 words[SERVED][2];       // 64 from there on
-    u32 held[2][SERVED][2];     // those before, some of which stand in the two sheets
-    u32 number[SERVED];         // the sheet's, where words have it
-    u32 crowded = 0;            // a bit for each sheet: more stands there than that
+    int unit, lane;
+    u32 odd = 1;            // which time the barriers are waited for
+    u32 next = 0, end = 0;  // which word of the list is the first that no sheet has had; which is behind the tile's last
+    u32 words[2];           // 64 from there on
+    u32 held[2][2];         // those before, some of which stand in the two sheets
+    u32 number = 0;         // the sheet's, where words have it
+    bool crowded[2] = {};   // more stands in the sheet than that
 
-    // Sheets of the filler's number `i`, counted from the block's first, where there are any.
-    FN int unit(int i) const { return (filler + i / BLOCKS * FILLERS) * BLOCKS + i % BLOCKS; }
-    FN bool serves(int i) const { return WARPGROUPS % FILLERS == 0 || filler + i / BLOCKS * FILLERS < WARPGROUPS; }
-    FN u8* sheet(int which, int i) const { return memory + AT_SHEETS + (unit(i) * 2 + which) * SHEET_BYTES; }
-    FN u8* ring(int i) const { return memory + AT_SHEETS + UNITS * 2 * SHEET_BYTES + unit(i) * RING * 4; }
+    FN u8* sheet(int which) const { return memory + AT_SHEETS + (unit * 2 + which) * SHEET_BYTES; }
+    FN u8* ring() const { return memory + AT_SHEETS + UNITS * 2 * SHEET_BYTES + unit * RING * 4; }
     FN void wipe(u8* sheet) const {
 #pragma unroll 1
         for (int i = lane; i < SHEET_BYTES / 16; i += 32) ((uint4*)sheet)[i] = make_uint4(0, 0, 0, 0);
     }
 
     // Four words of the list, `word` the first, to their place in the ring; none of a line that nobody looks at.
-    FN void copy_four(int i, u32 word) const {
-        if (word < end[i] + LINE) copy_async(shared_address(ring(i)) + word % RING * 4, p.outlier + word);
+    FN void copy_four(u32 word) const {
+        if (word < end + LINE) copy_async(shared_address(ring()) + word % RING * 4, p.outlier + word);
     }
     // Words have been put in since `was` was next. A line of them makes room for another one.
-    FN void ask(int i, u32 was) const {
-        if ((next[i] ^ was) >= LINE && lane < LINE / 4) copy_four(i, was / LINE * LINE + RING + 4 * lane);
+    FN void ask(u32 was) const {
+        if ((next ^ was) >= LINE && lane < LINE / 4) copy_four(was / LINE * LINE + RING + 4 * lane);
     }
     // What was asked for LINES - 3 times before is there: a line lasts longer, for no more of it is used up at a time.
     FN void await() const { copies_commit(), copies_wait<LINES - 3>(), __syncwarp(); }
-    FN void look(int i) {
+    FN void look() {
 #pragma unroll
-        for (int pass = 0; pass < 2; pass++) words[i][pass] = ((const u32*)ring(i))[(next[i] + 32 * pass + lane) % RING];
+        for (int pass = 0; pass < 2; pass++) words[pass] = ((const u32*)ring())[(next + 32 * pass + lane) % RING];
     }
 
     // Where the outliers of a tile begin and end; rows beyond the last have the last one's.
     FN void find(int index) {
         const int first = work.tile(index).row_tile / 4, last = (p.row_tiles + 3) / 4 - 1;
-#pragma unroll
-        for (int i = 0; i < SERVED; i++) {
-            const int* starts = p.outlier_start + (size_t)min(first + unit(i), last) * p.k_tiles;
-            next[i] = __ldg(starts + work.k_first), end[i] = __ldg(starts + work.k_last);
-        }
+        const int* starts = p.outlier_start + (size_t)min(first + unit, last) * p.k_tiles;
+        next = __ldg(starts + work.k_first), end = __ldg(starts + work.k_last);
     }
     // Asks for the tile's first lines, where none is on its way any more.
-    FN void fill_rings() const {
+    FN void fill_ring() const {
 #pragma unroll
-        for (int i = 0; i < SERVED; i++)
-#pragma unroll
-            for (int four = 0; serves(i) && four < RING / 4; four += 32) copy_four(i, next[i] / LINE * LINE + 4 * (four + lane));
+        for (int four = 0; four < RING / 4; four += 32) copy_four(next / LINE * LINE + 4 * (four + lane));
         copies_commit();
     }
     // Before the tile's first sheet.
     FN void begin() {
         copies_wait<0>();
         __syncwarp();
-#pragma unroll
-        for (int i = 0; i < SERVED; i++) {
-            if (!serves(i)) continue;
-            look(i);
-            number[i] = __shfl_sync(~0u, words[i][0], 0);
-        }
+        look();
+        number = __shfl_sync(~0u, words[0], 0);
     }
 
     // The number goes to the word's place, if that is in the sheet `number`. Which lanes' are.
@@ -101,68 +88,48 @@ struct Filler {
         return __ballot_sync(~0u, here);
     }
     // The words go into the sheet, if they are in it. Whether all are, and there may be more.
-    FN bool put_in(int which, int i) {
-        const u32 first = put(sheet(which, i), words[i][0], number[i], words[i][0]);
-        const u32 second = put(sheet(which, i), words[i][1], number[i], words[i][1]);
-        next[i] += __popc(first) + __popc(second);
+    FN bool put_in(int which) {
+        const u32 first = put(sheet(which), words[0], number, words[0]);
+        const u32 second = put(sheet(which), words[1], number, words[1]);
+        next += __popc(first) + __popc(second);
         return second == ~0u;
     }
-    FN void take_out(int which, int i) {
-        if (crowded >> (2 * i + which) & 1) wipe(sheet(which, i));
+    FN void take_out(int which) {
+        if (crowded[which]) wipe(sheet(which));
+        crowded[which] = false;
 #pragma unroll
-        for (int pass = 0; pass < 2; pass++) put(sheet(which, i), held[which][i][pass], number[i] - 2 * NEXT_SHEET, 0);
+        for (int pass = 0; pass < 2; pass++) put(sheet(which), held[which][pass], number - 2 * NEXT_SHEET, 0);
     }
     FN void change(int which) {
-        u32 was[SERVED];
-        bool more[SERVED];
-#pragma unroll
-        for (int g = 0; g < EACH; g++)
-            if (serves(g * BLOCKS)) barrier_wait(barriers.sheet_empty(filler + g * FILLERS, which), odd);
-#pragma unroll
-        for (int i = 0; i < SERVED; i++)
-            if (serves(i)) take_out(which, i);
-        crowded &= which ? 0x55555555 : 0xAAAAAAAA;
+        barrier_wait(barriers.sheet_empty(unit / BLOCKS, which), odd);
+        take_out(which);
         __syncwarp();
-#pragma unroll
-        for (int i = 0; i < SERVED; i++) {
-            was[i] = next[i], more[i] = serves(i) && put_in(which, i);
-            held[which][i][0] = words[i][0], held[which][i][1] = words[i][1];
+        u32 was = next;
+        bool more = put_in(which);
+        held[which][0] = words[0], held[which][1] = words[1];
+#pragma unroll 1
+        while (more) {
+            ask(was), await(), look();
+            was = next, more = put_in(which), crowded[which] = true;
         }
-#pragma unroll
-        for (int i = 0; i < SERVED; i++)
-            while (more[i]) {
-                ask(i, was[i]), await(), look(i);
-                was[i] = next[i], more[i] = put_in(which, i), crowded |= 1 << (2 * i + which);
-            }
         __syncwarp();
-#pragma unroll
-        for (int g = 0; g < EACH; g++)
-            if (serves(g * BLOCKS) && lane == 0) barrier_arrive(barriers.sheet_full(filler + g * FILLERS, which));
-#pragma unroll
-        for (int i = 0; i < SERVED; i++)
-            if (serves(i)) ask(i, was[i]);
-        await();
-#pragma unroll
-        for (int i = 0; i < SERVED; i++)
-            if (serves(i)) look(i), number[i] += NEXT_SHEET;
+        if (lane == 0) barrier_arrive(barriers.sheet_full(unit / BLOCKS, which));
+        ask(was), await(), look();
+        number += NEXT_SHEET;
     }
     FN void run() {
-        fill_rings();
+        fill_ring();
+        wipe(sheet(0)), wipe(sheet(1));
 #pragma unroll
-        for (int i = 0; i < SERVED; i++) {
-            if (!serves(i)) continue;
-            wipe(sheet(0, i)), wipe(sheet(1, i));
-#pragma unroll
-            for (int n = 0; n < 4; n++) held[n / 2][i][n % 2] = 0;  // zeros of whichever sheet
-        }
+        for (int n = 0; n < 4; n++) held[n / 2][n % 2] = 0;  // zeros of whichever sheet
         for (int index = work.cluster; index < work.count(); index += work.clusters) {
             begin();
 #pragma unroll 1
             for (int k = work.k_first; k < work.k_last; k++, odd ^= 1) change(0), change(1);
             copies_wait<0>();
             __syncwarp();
-            if (index + work.clusters < (u32)work.count()) find(index + work.clusters), fill_rings();
-            crowded = ~0u;  // what is held has other numbers than those to come
+            if (index + work.clusters < (u32)work.count()) find(index + work.clusters), fill_ring();
+            crowded[0] = crowded[1] = true;  // what is held has other numbers than those to come
         }
     }
 };

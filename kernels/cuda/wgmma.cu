@@ -5,7 +5,7 @@
 //
 //   one warp of the last warpgroup   streams codes, scales, zeros -> weight ring, a stage = W_TILES * 128 columns
 //   another one                      streams activations          -> x ring, a stage = 64 columns (128 where BATCH is 8), swizzled
-//   two more, where there are any    put sparse outliers into sheets, which are added to what codes decode to
+//   a warp for each 64 rows          puts sparse outliers, where there are any, into sheets, which are added to what codes decode to
 //   the other warpgroups             decode BATCH k16 steps into registers while the tensor cores still work on the BATCH
 //                                    before, then start BATCH * BLOCKS wgmma m64nTOKENSk16, and so on
 //
@@ -289,7 +289,7 @@ FN void lay_out_tables(const Arguments& p, u32 number) {
     meet_wait(WARPGROUPS, CONSUMERS);
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CONSUMERS + 128, MIN_BLOCKS)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, MIN_BLOCKS)
     packed_matmul(const __grid_constant__ Arguments p) {
     const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const u32 number = PAIRED ? number_of_lane(p.table, TABLES, threadIdx.x) : 0;  // asked for before all else
@@ -299,19 +299,27 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
     if (BY_ROWS && warp < WARPS && (int)work.cluster < work.count()) asked.ask(p, work.tile(work.cluster), warp, lane);
     const Barriers barriers{shared_address(memory + AT_BARRIERS)};
 #if OUTLIERS
-    Filler filler{p, barriers, work, warp - WARPS - 2, lane};
-    if (warp >= WARPS + 2) filler.find(work.cluster);
+    Filler filler{p, barriers, work, warp - FIRST_FILLER, lane};
+    const bool fills = warp >= FIRST_FILLER && filler.unit < UNITS;
+    if (fills) filler.find(work.cluster);
 #endif
     if (threadIdx.x == 0) barriers.init(work.split);
     __syncthreads();
     if (CLUSTER > 1) cluster_meet();
     let_next_kernel_start();
+#if OUTLIERS
+    if (FILLERS_APART && warp >= FIRST_FILLER) {
+        registers_give<FILLER_REGISTERS>();
+        if (fills) filler.run();
+        __syncwarp();
+    } else
+#endif
     if (warp >= WARPS) {
         if constexpr (PRODUCER_REGISTERS > 0) registers_give<PRODUCER_REGISTERS>();
         if (warp == WARPS && lane == 0) stream_weights(p, barriers, work);
         if (warp == WARPS + 1 && lane == 0) stream_activations(p, barriers, work);
 #if OUTLIERS
-        if (warp >= WARPS + 2) filler.run();
+        if (!FILLERS_APART && fills) filler.run();
 #endif
         __syncwarp();
     } else {

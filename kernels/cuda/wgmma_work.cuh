@@ -51,7 +51,10 @@ constexpr int AT_SCALES = CODES_STAGE, AT_ZEROS = AT_SCALES + up_to(SCALES_STAGE
 
 constexpr int W_STAGE = AT_ZEROS + up_to(ZEROS_STAGE, 128);
 // Outliers (`tile_outliers.cuh`) of four row tiles stand in a pair of sheets, behind which lie rings of words that come next.
-constexpr int UNITS = OUTLIERS ? ROW_TILES / 4 : 0, FILLERS = OUTLIERS ? 2 : 0;
+// Who fills them are the two warps that the producing warpgroup has left, or for more than two pairs a warpgroup of its own.
+constexpr int UNITS = OUTLIERS ? ROW_TILES / 4 : 0, FILLERS = UNITS > 2 ? 4 : UNITS;
+constexpr bool FILLERS_APART = FILLERS > 2;
+constexpr int FIRST_FILLER = WARPS + (FILLERS_APART ? 4 : 2), THREADS = CONSUMERS + (FILLERS_APART ? 256 : 128);
 constexpr int SHEET_STEPS = 4, SHEET_BYTES = 2048 * SHEET_STEPS, LINE = 64, RING = LINES * LINE;
 
 constexpr int PIECES = BLOCKS * TOKENS / 16;  // of a warp's sums: 16 rows x 16 tokens
@@ -122,7 +125,7 @@ struct Barriers {
     FN void init(u32 split) const {
         for (int i = 0; i < X_STAGES; i++) barrier_init(x_full(i), 1), barrier_init(x_empty(i), WARPS * SHARE);
         for (int i = 0; i < W_STAGES; i++) barrier_init(w_full(i), 1), barrier_init(w_empty(i), WARPS);
-        for (int i = 0; OUTLIERS && i < 4 * WARPGROUPS; i++) barrier_init(sheet_full(i / 4, i % 4), i % 4 < 2 ? 1 : 4);
+        for (int i = 0; OUTLIERS && i < 4 * WARPGROUPS; i++) barrier_init(sheet_full(i / 4, i % 4), i % 4 < 2 ? BLOCKS : 4);
         barrier_init(rings_idle(), WARPS * SPLIT), barrier_init(sums_full(), 1);
         barrier_init_done();
         if (SPLIT > 1) barrier_expect(sums_full(), (PIECES - split + SPLIT - 1) / SPLIT * SPLIT * CONSUMERS * 32);

@@ -41,11 +41,15 @@ SOURCE = "wgmma.cu"
 FEW_TOKENS = 16
 WIDE_BYTES = 192 << 20
 """Up to FEW_TOKENS the few-token kernels are faster, except for codes of more than four bits and of WIDE_BYTES and more."""
-SHARED_LIMIT = 227 << 10
+SHARED_LIMIT, SHARED_RESERVED = 227 << 10, 1 << 10
+"""Shared memory that a block can have, and what the driver keeps of the multiprocessor's for each further one."""
 REGISTERS = {(2, 1): (40, 232), (3, 1): (40, 152), (4, 1): (32, 112), (2, 2): (40, 96)}
 """Registers of a producing and of a consuming thread, by warpgroups and blocks on a multiprocessor; others do not trade."""
-REGISTERS_BESIDE = {(2, 1): (56, 224), (3, 1): (56, 152), (4, 1): (64, 104), (2, 2): (48, 96)}
+REGISTERS_BESIDE = {(2, 1): (56, 224), (2, 2): (48, 96)}
 """The same where producers put outliers into sheets."""
+FILLER_REGISTERS = 40
+REGISTERS_APART = {(2, 1): (24, 224), (3, 1): (24, 136), (4, 1): (24, 104)}
+"""The same where a warpgroup of FILLER_REGISTERS does so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +109,8 @@ def side_bytes(weight: TileWeight) -> tuple[int, int]:
 def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str, int]:
     """The macros that specialise wgmma.cu."""
     plain = weight.outliers is None
-    producer, consumer = (REGISTERS if plain else REGISTERS_BESIDE).get((config.warpgroups, config.resident), (0, 0))
+    registers = REGISTERS if plain else REGISTERS_APART if fillers_apart(weight, config) else REGISTERS_BESIDE
+    producer, consumer = registers.get((config.warpgroups, config.resident), (0, 0))
     if plain and config.split > 1 and config.resident == 1:  # of whose blocks a producer has more to know
         producer, consumer = producer + 8, consumer - 8
     zero = 0 if weight.zero is None else 1 if weight.zero.dtype == torch.uint8 else 2
@@ -132,6 +137,7 @@ def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str,
         "MIN_BLOCKS": config.resident,
         "PRODUCER_REGISTERS": producer,
         "CONSUMER_REGISTERS": consumer,
+        "FILLER_REGISTERS": FILLER_REGISTERS,
         "SHARED_BYTES": shared_bytes(weight, config),
         "OUTLIERS": int(weight.outliers is not None),
         "LINES": list_lines(config),
@@ -195,6 +201,16 @@ def shared_bytes(weight: TileWeight, config: Config) -> int:
     return space(weight, config).total(config.x_stages, config.w_stages)
 
 
+def threads_of(weight: TileWeight, config: Config) -> int:
+    """Threads of a block: warpgroups that multiply, one that streams, and perhaps one that puts outliers into sheets."""
+    return 128 * (config.warpgroups + 1 + fillers_apart(weight, config))
+
+
+def fillers_apart(weight: TileWeight, config: Config) -> bool:
+    """Whether a warpgroup of its own puts outliers into sheets: where two warps would be too few."""
+    return weight.outliers is not None and config.warpgroups * config.blocks > 2
+
+
 def fits(weight: TileWeight, config: Config) -> bool:
     """Whether the configuration can run the weight at all."""
     return (
@@ -202,6 +218,12 @@ def fits(weight: TileWeight, config: Config) -> bool:
         and _deep_enough(config, config.x_stages, config.w_stages)
         and shared_bytes(weight, config) * config.resident <= SHARED_LIMIT
     )
+
+
+def shared_room(config: Config) -> int:
+    """Shared memory of each of the blocks that are to share a multiprocessor. (`fits` asks for less: some measured cuts are a
+    few bytes too large for two, and win one by one.)"""
+    return (SHARED_LIMIT + SHARED_RESERVED) // config.resident - SHARED_RESERVED
 
 
 def _cuts(weight: TileWeight, config: Config) -> bool:
@@ -220,7 +242,7 @@ def deepest(weight: TileWeight, config: Config) -> Config | None:
     """The configuration with as many stages as fit: equally deep rings, at most 12 tiles of columns. None when none fit."""
     if not _cuts(weight, config):
         return None
-    needs, room = space(weight, config), SHARED_LIMIT // config.resident
+    needs, room = space(weight, config), shared_room(config)
     tiles_a_stage, least = (1.0, 2) if config.batch == 8 else (0.5, 3)
 
     def score(stages: tuple[int, int]) -> float:

@@ -22,7 +22,7 @@ from aerogel.kernels.cuda.sources import function
 from aerogel.kernels.cuda.tensor_map import Matrix
 from aerogel.kernels.gemm.cuda_decoder import table_kind
 from aerogel.kernels.gemm.cuda_weight import TileWeight
-from aerogel.kernels.gemm.cuda_wgmma import SOURCE, Config, ceil_divide, defines, shared_bytes, window
+from aerogel.kernels.gemm.cuda_wgmma import SOURCE, Config, ceil_divide, defines, shared_bytes, threads_of, window
 
 KERNEL = "packed_matmul"
 MOST_MAPS = 64
@@ -144,7 +144,7 @@ class Plan:
         seats = torch.cuda.get_device_properties(device).multi_processor_count // config.cluster * config.resident
         options: Any = {
             "grid": ((tiles if config.split > 1 else min(tiles, seats)) * config.cluster,),
-            "block": 128 * (config.warpgroups + 1),
+            "block": threads_of(weight, config),
             "shared_bytes": shared_bytes(weight, config),
         }
         self._first: Launch | None = Launch(self.function, self._arguments, **options)

@@ -4,9 +4,9 @@
 numbers of tokens, with its time; what `aerogel tune` measured on this machine lies in the cache folder, and wins. Other numbers
 of tokens use the next larger one; tables those of other groups too, since what decoding takes decides there, and what has no
 entries of its own but no table those of integers in as large groups, or in groups of 128 where its own are multiples of that.
-Weights with outliers have entries of their own where they want another cut (`4o/g128/4096x4096`). A weight that no entry suits,
-or a number of tokens beyond them, is served by the cost model of `cuda_wgmma`: the cut of other groups can be half as fast,
-where two blocks share a multiprocessor.
+Weights with outliers have entries of their own where they want another cut (`4o/g128/4096x4096`), and take those of any groups,
+else what the same weights have without. A weight that no entry suits, or a number of tokens beyond them, is served by the cost
+model of `cuda_wgmma`: the cut of other groups can be half as fast, where two blocks share a multiprocessor.
 """
 
 from __future__ import annotations
@@ -81,13 +81,19 @@ def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
     tokens = token_class(M)
     integers = f"{weight.bits}/g{weight.group_size}/{weight.N}x{weight.K}"
     own = places(weight)[:-1] if weight.table is not None or weight.planes else places(weight)[:1]
-    beside = () if weight.outliers is None else map(_beside_outliers, (*own, integers))
     whole = weight.group_size > 128 and weight.group_size % 128 == 0
-    larger = (integers.replace(f"/g{weight.group_size}/", "/g128/"),) if whole else ()
+    in_128 = integers.replace(f"/g{weight.group_size}/", "/g128/")
+    larger = (in_128,) if whole or weight.outliers is not None else ()
+    # Where outliers stand who puts them into sheets decides, not how codes are decoded.
+    beside = () if weight.outliers is None else map(_beside_outliers, (*own, integers, in_128))
     known = [table(name).get(place, {}) for place in (*beside, *own, integers, *larger)]
-    entry = next((entries[str(tokens)] for entries in known if str(tokens) in entries), None)
-    if entry is None:
-        return []
+    found = [entries[str(tokens)] for entries in known if str(tokens) in entries]
+    suited = map(functools.partial(_cuts_of, weight), found if weight.outliers is not None else found[:1])
+    return next(filter(None, suited), [])
+
+
+def _cuts_of(weight: TileWeight, entry: Mapping[str, Any]) -> list[tuple[int, Config]]:
+    """Runs of rows and their configurations by an entry; none where they do not fit."""
     rows = entry.get("rows", weight.N)
     cuts = [(rows, _fitting(weight, entry["config"]))]
     if rows < weight.N:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aerogel.kernels.cuda import nvrtc, sources
-from aerogel.kernels.gemm import cuda_table, cuda_wgmma, cuda_wgmma_table
+from aerogel.kernels.gemm import cuda_wgmma, cuda_wgmma_table
 from aerogel.kernels.gemm.cuda_outliers import SHEET_ROWS, TileOutliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import CUTS, SOURCE, Config, ManyTokens, choose_config, deepest, defines, fits
@@ -77,9 +77,10 @@ def test_chooses_a_cut_that_fits_for_any_weight(N: int, K: int, bits: int, group
 
 def test_every_measured_configuration_fits() -> None:
     entries = cuda_wgmma_table.table("NVIDIA H100 80GB HBM3")
-    assert len(entries) == 70
+    assert len(entries) == 76
     for key, by_tokens in entries.items():
-        kind, group, shape = key.split("/")
+        named, group, shape = key.split("/")
+        kind, beside = named.removesuffix("o"), named.endswith("o")
         N, K = (int(size) for size in shape.split("x"))
         kinds: dict[str, dict[str, Any]] = {
             "4t": {"table": 1},
@@ -91,10 +92,9 @@ def test_every_measured_configuration_fits() -> None:
         }
         bits, held = int(kind[0]), kinds.get(kind, {})
         weight = replace(meta_weight(N, K, bits, int(group[1:]), **held), floats={"4f": 1, "8f": 3}.get(kind, 0))
-        if kind == "4o":
+        if beside:
             weight = replace(weight, outliers=meta_outliers(N, K, N * K // 100))
-        else:
-            assert key == cuda_table.places(weight)[0]
+        assert key == cuda_wgmma_table.place_of(weight)
         for tokens, entry in by_tokens.items():
             assert fits(weight, Config(**entry["config"])), (key, tokens)
             cuts = cuda_wgmma_table.cuts_for(weight, int(tokens), "NVIDIA H100 80GB HBM3")
@@ -241,6 +241,19 @@ def test_every_cut_compiles_without_spills() -> None:
     for config in every.values():
         log = ptxas_log(defines(weight, config, torch.bfloat16))
         assert " 0 bytes spill stores" in log and "C75" not in log, (config, log)
+
+
+@pytest.mark.parametrize("cut", [(2, 1, 1), (2, 2, 1), (3, 1, 1), (4, 1, 1), (2, 1, 2)], ids=str)
+def test_cuts_with_outliers_compile_without_spills(cut: tuple[int, int, int]) -> None:
+    """More than two pairs of sheets have a warpgroup that fills them."""
+    needs_compiler()
+    weight = replace(meta_weight(1024, 1024), outliers=meta_outliers(1024, 1024, 1 << 14))
+    warpgroups, blocks, resident = cut
+    config = deepest(weight, Config(tokens=64, warpgroups=warpgroups, blocks=blocks, resident=resident, batch=2))
+    assert config is not None and fits(weight, config)
+    assert cuda_wgmma.threads_of(weight, config) == 128 * (warpgroups + (2 if warpgroups * blocks > 2 else 1))
+    log = ptxas_log(defines(weight, config, torch.bfloat16))
+    assert " 0 bytes spill stores" in log and "C75" not in log, (config, log)
 
 
 @pytest.mark.parametrize("tables", [1, 1024])
