@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import BadInput
-from aerogel.kernels import layouts
+from aerogel.kernels import layouts, whole
 from aerogel.kernels.dispatch import choose, explain
 from aerogel.kernels.gemm.ref import Reference
+from aerogel.kernels.gradients import inference_only
 from aerogel.kernels.packed import Packed
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.pack.config import choose_format, format_of
@@ -77,6 +78,7 @@ class Linear(Packed):
         self.kernel_name: str | None = None
         self._kernel: type[Kernel] = Reference
         self._problem: Problem | None = None
+        self._whole: str | None = None
         self.column_order: Tensor | None
         for name, (shape, kind) in stored_shapes(scheme, out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
@@ -150,8 +152,7 @@ class Linear(Packed):
                 " the checkpoint does not belong to this config"
             )
         problem = self.problem()
-        self.kernel_name, self._kernel = choose(problem)
-        self._problem = problem
+        self._settle(*choose(problem), problem)
         if not self.runs_as_stored:
             overwrite = overwrite and problem.device == "cuda"  # on a CPU they may be pages of a file
             self.fill(layouts.packed(self._kernel, self, problem, overwrite=overwrite))
@@ -173,7 +174,12 @@ class Linear(Packed):
     def adopt(self, tensors: dict[str, Tensor], kernel_name: str, kernel: type[Kernel], problem: Problem) -> None:
         """Takes tensors that lie in the layout of `kernel` already, as if `prepare` had made them."""
         self.fill(tensors)
+        self._settle(kernel_name, kernel, problem)
+
+    def _settle(self, kernel_name: str, kernel: type[Kernel], problem: Problem) -> None:
+        """Takes a kernel for its weight; under which name graphs find it, where they cannot hold what it does."""
         self.kernel_name, self._kernel, self._problem = kernel_name, kernel, problem
+        self._whole = None if kernel.traceable else whole.keep(kernel, problem)
 
     def encoded(self, codes: Codes) -> dict[str, Tensor]:
         """Codes as the tensors that the file has for them."""
@@ -216,6 +222,7 @@ class Linear(Packed):
                 found.setdefault(module._kernel, []).append((module.operands(), module._problem))
         return found
 
+    @inference_only
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in x's dtype."""
         if self._problem is None:
@@ -228,7 +235,12 @@ class Linear(Packed):
         rows = x_MK.to(problem.dtype)
         if self.column_order is not None:
             rows = rows.index_select(1, self.column_order)
-        return self._kernel.run(rows.contiguous(), self.operands(), problem, bias_N).to(x_MK.dtype)
+        rows = rows.contiguous()
+        if self._whole is not None and torch.compiler.is_compiling():
+            y_MN = whole.linear(rows, self.operands(), bias_N, problem.N, self._whole)
+        else:
+            y_MN = self._kernel.run(rows, self.operands(), problem, bias_N)
+        return y_MN.to(x_MK.dtype)
 
     def columns(self) -> Columns:
         """The weight's codes and the order of its columns."""
@@ -247,7 +259,7 @@ class Linear(Packed):
         if self._problem is None or kernel.pack is not self._kernel.pack or kernel.runs_stored(problem):
             return self.prepare()
         # Both kernels read the same layout.
-        self.kernel_name, self._kernel, self._problem = name, kernel, problem
+        self._settle(name, kernel, problem)
         return self
 
     @property

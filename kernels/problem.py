@@ -150,6 +150,8 @@ class Kernel(ABC):
     """Whether `run` adds what stands beside the weight itself, as it is stored (`kernels.beside.ref.NAMES`)."""
     shared: ClassVar[frozenset[str]] = frozenset()
     """Tensors of the layout that do not grow with N."""
+    traceable: ClassVar[bool] = True
+    """Whether a graph that is being compiled can hold what `run` does; else a layer calls it as one operator (`whole`)."""
 
     @staticmethod
     @abstractmethod

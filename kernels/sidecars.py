@@ -29,6 +29,7 @@ from torch import Tensor
 from aerogel.kernels.beside import choose as beside_ops
 from aerogel.kernels.beside.cpu import fits, tiles_of
 from aerogel.kernels.beside.ref import Beside
+from aerogel.kernels.gradients import inference_only
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.packed import Uncast
 from aerogel.pack.format import Activations
@@ -210,6 +211,7 @@ class SidecarLinear(Linear):
         super().allow_fast_activations(allowed)
         return self.ready()
 
+    @inference_only
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in x's dtype."""
         if self._problem is None:

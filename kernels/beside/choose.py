@@ -43,5 +43,5 @@ def _fake(y_MN: Tensor, x_MK: Tensor, *tensors: Tensor | None) -> Tensor:
 
 
 _library.impl("add_beside", _add_cpu, "CPU")  # type: ignore[no-untyped-call]
-_library.impl("add_beside", _add_reference, "CUDA")  # type: ignore[no-untyped-call]
+_library.impl("add_beside", _add_reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("aerogel::add_beside", _fake, lib=_library)

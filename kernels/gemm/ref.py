@@ -31,6 +31,7 @@ class Reference(Kernel):
     """Plain float32 torch on any device."""
 
     about: ClassVar[str] = "decode to float32 and multiply; the specification, runs everything, slow"
+    traceable: ClassVar[bool] = False
 
     @staticmethod
     def refuses(problem: Problem) -> str | None:

@@ -35,6 +35,7 @@ class Chunked(Kernel):
     """Decode rows of W in the activations' dtype, multiply, repeat."""
 
     about: ClassVar[str] = "decode a few rows at a time in the activations' type and multiply; runs everything"
+    traceable: ClassVar[bool] = False
 
     @staticmethod
     def refuses(problem: Problem) -> str | None:
