@@ -36,7 +36,7 @@ from aerogel.kernels.gemm import cuda
 from aerogel.kernels.gemm.cuda_wgmma import SOURCE, defines
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
 from aerogel.kernels.grouped import cuda_grouped
-from aerogel.kernels.grouped.cuda_routes import most_runs, route_experts
+from aerogel.kernels.grouped.cuda_routes import RUNS, most_runs, route_experts, run_tokens
 from aerogel.pack.scheme import Scheme
 from aerogel.quantize.grids import IntGrid
 
@@ -142,14 +142,14 @@ def swept(weights: list[ExpertLinear], x: torch.Tensor, routings: Any) -> list[d
     """Each product alone, for lengths of runs around the rule's and each cut."""
     found = []
     pairs, experts = routings[0][0].numel(), weights[0].experts
-    near = cuda_grouped.RUNS.index(cuda_grouped.run_tokens(pairs, experts))
+    near = RUNS.index(run_tokens(pairs, experts))
     for layer in weights:
         weight = cuda_grouped.below_each_other(cuda.tile_weight(layer._tensors(), layer.problem()))
         rows = torch.randn(pairs, layer.in_features, device="cuda").bfloat16()
         y = torch.empty(pairs, layer.out_features, device="cuda", dtype=torch.bfloat16)
         jobs = [
             (run, c)
-            for run in cuda_grouped.RUNS[max(0, near - 1) : near + 2]
+            for run in RUNS[max(0, near - 1) : near + 2]
             for split in (cuda_grouped.SPLITS if pairs < 32 else (1,))
             for c in cuda_grouped.cuts(weight, run, split)
         ]

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import BadInput, RunFailed
+from aerogel.kernels import graphs
 from aerogel.kernels.decode import ops
 from aerogel.kernels.decode.reading import ACTIVATIONS
 from aerogel.kernels.dispatch import choose_grouped
+from aerogel.kernels.gradients import inference_only
 from aerogel.kernels.grouped.kernel import Grouped, Routes
 from aerogel.kernels.grouped.ref import Reference
 from aerogel.kernels.packed import Packed
@@ -58,6 +60,7 @@ class ExpertLinear(Packed):
         self.kernel_name: str | None = None
         self._kernel: type[Grouped] = Reference
         self._problem: Problem | None = None
+        self._graph_name: str | None = None
         self.more: ExpertRows | None = None
         for name, (shape, kind) in format_of(scheme.format).shapes(out_features, in_features, scheme.grid).items():
             self.register_buffer(name, torch.empty(experts, *shape, dtype=kind, device=device))
@@ -78,14 +81,20 @@ class ExpertLinear(Packed):
         self.restore()
         self.compute_dtype = dtype or self.compute_dtype
         problem = self.problem()
-        self.kernel_name, self._kernel = choose_grouped(problem)
-        base = self._kernel.base
-        if not base.runs_stored(problem):
-            self.fill(stacked(lambda e: base.pack(self.codes_of(e), problem), self.experts))
-        self._problem = problem
+        name, kernel = choose_grouped(problem)
+        tensors = self._tensors()
+        if not kernel.base.runs_stored(problem):
+            tensors = stacked(lambda e: kernel.base.pack(self.codes_of(e), problem), self.experts)
+        self.adopt(tensors, name, kernel, problem)
         if self.more is not None:
             self.more.linear.prepare(dtype)
         return self
+
+    def adopt(self, tensors: dict[str, Tensor], kernel_name: str, kernel: type[Grouped], problem: Problem) -> None:
+        """Takes tensors that lie in the layout of `kernel` already, as if `prepare` had made them."""
+        self.fill(tensors)
+        self.kernel_name, self._kernel, self._problem = kernel_name, kernel, problem
+        self._graph_name = None if kernel.traceable else graphs.keep(kernel, problem)
 
     def restore(self) -> None:
         """Brings the weight back into the layout of the file; `prepare` undoes it."""
@@ -120,6 +129,7 @@ class ExpertLinear(Packed):
         """Each token's sum [M, N] over its pairs, weighted, in y's dtype; see `Grouped.add`."""
         return self._kernel.add(y_SN.to(self.compute_dtype), weight_Mk, routes).to(y_SN.dtype)
 
+    @inference_only
     def forward(self, x_MK: Tensor, expert_S: Tensor, routes: Routes, bias_EN: Tensor | None = None) -> Tensor:
         """y [S, N] in x's dtype: each pair with the weight of its expert_S (int64). x comes from `spread`, or from another
         product of the same routing; rows are in the kernel's order until `add` sums them up."""
@@ -127,7 +137,11 @@ class ExpertLinear(Packed):
             self.prepare(x_MK.dtype)
         problem = self._problem or self.problem()
         rows = x_MK.to(problem.dtype).contiguous()
-        y_SN = self._kernel.run(rows, expert_S, routes, self._tensors(), problem, bias_EN).to(x_MK.dtype)
+        if self._graph_name is not None and torch.compiler.is_compiling():
+            y_SN = graphs.experts(rows, expert_S, routes, self._tensors(), bias_EN, problem.N, self._graph_name)
+        else:
+            y_SN = self._kernel.run(rows, expert_S, routes, self._tensors(), problem, bias_EN)
+        y_SN = y_SN.to(x_MK.dtype)
         return y_SN if self.more is None else self.more(y_SN, x_MK, expert_S)
 
     @property
@@ -197,6 +211,7 @@ class PackedExperts(nn.Module):
     num_experts: int
     gate_act: str | None
 
+    @inference_only
     def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         """[..., H] -> [..., H].
 
@@ -231,8 +246,9 @@ def packed_forward(module: Any, x_MH: Tensor, index_Mk: Tensor, weight_Mk: Tenso
 
 
 def gate(module: Any, u_SI: Tensor) -> Tensor:
-    """What `module` makes of its gate and up halves [S, 2 I]: one kernel where that is all that it does."""
-    if module.gate_act is None or not u_SI.is_cuda or ops.missing(u_SI.device) is not None:
+    """What `module` makes of its gate and up halves [S, 2 I]: one kernel where that is all that it does. A compiler makes its
+    own, from the module's code."""
+    if module.gate_act is None or not u_SI.is_cuda or torch.compiler.is_compiling() or ops.missing(u_SI.device) is not None:
         h_SI: Tensor = module._apply_gate(u_SI)
     else:
         g, u = u_SI.chunk(2, -1)

@@ -50,7 +50,11 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[None, list[Tensor]]:
 
 _library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _schema, _function, _fake in (
-    ("without_gradient(Tensor y, Tensor[] inputs) -> Tensor", lambda y, inputs: y.clone(), lambda y, inputs: torch.empty_like(y)),
+    (
+        "without_gradient(Tensor y, Tensor[] inputs) -> Tensor",
+        lambda y, inputs: y.clone(),
+        lambda y, inputs: torch.empty_like(y),
+    ),
     (
         "refuse_gradient(Tensor gradient, SymInt[] shape, ScalarType dtype) -> Tensor",
         _refuse,

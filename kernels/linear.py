@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import BadInput
-from aerogel.kernels import layouts, whole
+from aerogel.kernels import graphs, layouts
 from aerogel.kernels.dispatch import choose, explain
 from aerogel.kernels.gemm.ref import Reference
 from aerogel.kernels.gradients import inference_only
@@ -78,7 +78,7 @@ class Linear(Packed):
         self.kernel_name: str | None = None
         self._kernel: type[Kernel] = Reference
         self._problem: Problem | None = None
-        self._whole: str | None = None
+        self._graph_name: str | None = None
         self.column_order: Tensor | None
         for name, (shape, kind) in stored_shapes(scheme, out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
@@ -179,7 +179,7 @@ class Linear(Packed):
     def _settle(self, kernel_name: str, kernel: type[Kernel], problem: Problem) -> None:
         """Takes a kernel for its weight; under which name graphs find it, where they cannot hold what it does."""
         self.kernel_name, self._kernel, self._problem = kernel_name, kernel, problem
-        self._whole = None if kernel.traceable else whole.keep(kernel, problem)
+        self._graph_name = None if kernel.traceable else graphs.keep(kernel, problem)
 
     def encoded(self, codes: Codes) -> dict[str, Tensor]:
         """Codes as the tensors that the file has for them."""
@@ -236,8 +236,8 @@ class Linear(Packed):
         if self.column_order is not None:
             rows = rows.index_select(1, self.column_order)
         rows = rows.contiguous()
-        if self._whole is not None and torch.compiler.is_compiling():
-            y_MN = whole.linear(rows, self.operands(), bias_N, problem.N, self._whole)
+        if self._graph_name is not None and torch.compiler.is_compiling():
+            y_MN = graphs.linear(rows, self.operands(), bias_N, problem.N, self._graph_name)
         else:
             y_MN = self._kernel.run(rows, self.operands(), problem, bias_N)
         return y_MN.to(x_MK.dtype)

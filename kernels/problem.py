@@ -151,7 +151,7 @@ class Kernel(ABC):
     shared: ClassVar[frozenset[str]] = frozenset()
     """Tensors of the layout that do not grow with N."""
     traceable: ClassVar[bool] = True
-    """Whether a graph that is being compiled can hold what `run` does; else a layer calls it as one operator (`whole`)."""
+    """Whether a graph that is being compiled can hold what `run` does; else a layer calls it as one operator (`graphs`)."""
 
     @staticmethod
     @abstractmethod

@@ -14,7 +14,6 @@ run.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import replace
 from typing import ClassVar
@@ -28,34 +27,14 @@ from aerogel.kernels.gemm import cuda, cuda_wgmma
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 from aerogel.kernels.gemm.cuda_wgmma import Config, ceil_divide, deepest, microseconds_of_tiles
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan, in_pieces
-from aerogel.kernels.grouped import cuda_routes
+from aerogel.kernels.grouped.cuda_routes import expected_runs, most_runs, run_tokens
 from aerogel.kernels.grouped.kernel import Grouped, Routes
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.quantize.tables import TableGrid
 
-RUNS = (16, 32, 48, 64, 96, 128, 160, 192, 256)
-"""Tokens of a run, T."""
-DECODING = 88
-"""Tokens whose products take as long as decoding the rows that they are multiplied with."""
 SPLITS = (1, 2, 3, 4, 6)
 CUTS = (*cuda_wgmma.CUTS, (160, 2, 1, 1), (192, 2, 1, 1))
 """As `cuda_wgmma.CUTS`, with runs that one would not choose for a single weight."""
-
-
-@functools.cache
-def expected_runs(pairs: int, experts: int, run: int) -> float:
-    """How many runs there are when each pair picks its expert at random."""
-    mean, runs = pairs / experts, 0.0
-    for count in range(1, int(mean + 10 * math.sqrt(mean) + 10)):
-        chance = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
-        runs += chance * ceil_divide(count, run)
-    return experts * runs
-
-
-@functools.cache
-def run_tokens(pairs: int, experts: int) -> int:
-    """T: long runs waste products on tokens that are not there, short ones decode a weight more often."""
-    return min(RUNS, key=lambda run: expected_runs(pairs, experts, run) * math.cbrt(run**3 + DECODING**3))
 
 
 @per_kind
@@ -143,7 +122,7 @@ def planned(weight: TileWeight, experts: int, pairs: int, dtype: torch.dtype, co
         config = choose_config(weight, run, runs, chosen, facts.multi_processor_count)
     if config is None:
         raise RunFailed("no cut of the experts' weight fits the multiprocessor; such a weight must be refused, not planned")
-    return Plan(weight, config, pairs, dtype, runs=cuda_routes.most_runs(pairs, experts, run))
+    return Plan(weight, config, pairs, dtype, runs=most_runs(pairs, experts, run))
 
 
 def _fake(
@@ -192,8 +171,7 @@ class Cuda(Grouped):
     @staticmethod
     def route(expert_S: Tensor, experts: int) -> Routes:
         """order, place and runs of `cuda_routes.route_experts`."""
-        run = run_tokens(len(expert_S), experts) if len(expert_S) else RUNS[0]
-        return list(torch.ops.aerogel.route_experts.default(expert_S, experts, run))
+        return list(torch.ops.aerogel.route_experts.default(expert_S, experts))
 
     @staticmethod
     def spread(x_MK: Tensor, routes: Routes) -> Tensor:

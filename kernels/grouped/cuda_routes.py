@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,10 @@ class AddArguments(ctypes.Structure):
     ]
 
 
+RUNS = (16, 32, 48, 64, 96, 128, 160, 192, 256)
+"""Tokens of a run, T."""
+DECODING = 88
+"""Tokens whose products take as long as decoding the rows that they are multiplied with."""
 BLOCKS: dict[str, Any] = {
     "route_pairs": RouteArguments,
     "spread_tokens": SpreadArguments,
@@ -65,17 +70,39 @@ BLOCKS: dict[str, Any] = {
 """Kernels and their arguments."""
 
 
+@functools.cache
+def expected_runs(pairs: int, experts: int, run: int) -> float:
+    """How many runs there are when each pair picks its expert at random."""
+    mean, runs = pairs / experts, 0.0
+    for count in range(1, int(mean + 10 * math.sqrt(mean) + 10)):
+        chance = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
+        runs += chance * -(-count // run)
+    return experts * runs
+
+
+@functools.cache
+def run_tokens(pairs: int, experts: int) -> int:
+    """T: long runs waste products on tokens that are not there, short ones decode a weight more often."""
+    return min(RUNS, key=lambda run: expected_runs(pairs, experts, run) * math.cbrt(run**3 + DECODING**3))
+
+
 def most_runs(pairs: int, experts: int, run: int) -> int:
     """The most runs of at most `run` tokens that so many pairs can make."""
     return pairs // run + min(pairs, experts)
 
 
+def route(expert: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`aerogel::route_experts`: `route_experts` with runs of T = `run_tokens(S, E)` tokens, chosen here, where S is known."""
+    return route_experts(expert, experts, run_tokens(len(expert), experts) if len(expert) else RUNS[0])
+
+
 def route_experts(expert: Tensor, experts: int, run: int) -> tuple[Tensor, Tensor, Tensor]:
     """order int32 [S], the pair at each place; place int32 [S], where each pair is, -1 for experts that do not exist; runs
-    int32 [1 + P, 4]: how many there are, then expert, first place, end, and how many runs this expert has."""
+    int32 [1 + P, 4]: how many there are, then expert, first place, end, and how many runs this expert has; the rest is left as
+    it was."""
     pairs = expert.shape[0]
     expert = expert.contiguous()
-    order, place, runs = _empty_routes(expert, experts, run)
+    order, place, runs = _empty_routes(expert, experts)
     if pairs == 0:
         return order, place, runs.zero_()
     warps = min(SORTING_WARPS, -(-pairs // 32))
@@ -98,8 +125,10 @@ def route_experts(expert: Tensor, experts: int, run: int) -> tuple[Tensor, Tenso
     return order, place, runs
 
 
-def _empty_routes(expert: Tensor, experts: int, run: int) -> tuple[Tensor, Tensor, Tensor]:
-    pairs, rows = expert.shape[0], 1 + most_runs(expert.shape[0], experts, run)
+def _empty_routes(expert: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For runs of any length, so that a graph need not know it."""
+    pairs = expert.shape[0]
+    rows = 1 + pairs // RUNS[0] + experts
     order, place, runs = (expert.new_empty(size, dtype=torch.int32) for size in ((pairs,), (pairs,), (rows, 4)))
     return order, place, runs
 
@@ -177,7 +206,7 @@ def _launch(kernel: str, fp16: bool, device: torch.device, grid: tuple[int, ...]
 
 _library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _schema, _function, _fake in (
-    ("route_experts(Tensor expert, int experts, int run) -> (Tensor, Tensor, Tensor)", route_experts, _empty_routes),
+    ("route_experts(Tensor expert, int experts) -> (Tensor, Tensor, Tensor)", route, _empty_routes),
     (
         "spread_tokens(Tensor x, Tensor order) -> Tensor",
         spread_tokens,

@@ -30,6 +30,8 @@ class Grouped(ABC):
     """One way to run a grouped `Problem`, which describes the weight of one expert. Never instantiated."""
 
     about: ClassVar[str]
+    traceable: ClassVar[bool] = True
+    """As `Kernel.traceable`."""
     base: ClassVar[type[Kernel]]
     """Packs and unpacks the weight of one expert."""
 

@@ -21,6 +21,7 @@ class Reference(Grouped):
     """Plain float32 torch on any device."""
 
     about: ClassVar[str] = "decode one expert after another to float32 and multiply; the specification, slow"
+    traceable: ClassVar[bool] = False
     base: ClassVar[type[Kernel]] = One
 
     @staticmethod

@@ -20,13 +20,13 @@ from aerogel.quantize.grids import IntGrid
 
 
 def test_runs_are_as_long_as_tokens_are_many() -> None:
-    lengths = [cuda_grouped.run_tokens(pairs, 8) for pairs in (2, 32, 256, 1024, 4096, 1 << 17)]
-    assert lengths[0] == 16 and lengths == sorted(lengths) and set(lengths) <= set(cuda_grouped.RUNS)
+    lengths = [cuda_routes.run_tokens(pairs, 8) for pairs in (2, 32, 256, 1024, 4096, 1 << 17)]
+    assert lengths[0] == 16 and lengths == sorted(lengths) and set(lengths) <= set(cuda_routes.RUNS)
     for pairs, experts, run in ((5, 8, 16), (300, 128, 32), (5000, 7, 256)):
         drawn = torch.randint(experts, (200, pairs), generator=torch.Generator().manual_seed(0))
         counts = torch.stack([torch.bincount(row, minlength=experts) for row in drawn])
         runs = (counts + run - 1) // run
-        assert cuda_grouped.expected_runs(pairs, experts, run) == pytest.approx(
+        assert cuda_routes.expected_runs(pairs, experts, run) == pytest.approx(
             runs.sum(1).float().mean().item(), rel=0.06
         )  # Poisson
         assert int(runs.sum(1).max()) <= cuda_routes.most_runs(pairs, experts, run)
@@ -35,7 +35,7 @@ def test_runs_are_as_long_as_tokens_are_many() -> None:
 def test_every_shape_has_a_cut_that_fits() -> None:
     for (N, K), bits, size in (((1536, 2048), 4, 128), ((4096, 14336), 8, 0), ((33, 70), 3, 16)):
         weight = meta_weight(N, K, bits, size)
-        for run in cuda_grouped.RUNS:
+        for run in cuda_routes.RUNS:
             config = cuda_grouped.choose_config(weight, run, 10, 7, 132)
             assert config is not None and config.tokens == run and config.share == 1 and fits(weight, config)
 
@@ -98,7 +98,7 @@ def test_refusals_name_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_shapes_are_known_without_running() -> None:
     expert = torch.zeros(6, dtype=torch.int64, device="meta")
-    order, place, runs = torch.ops.aerogel.route_experts(expert, 4, 16)
+    order, place, runs = torch.ops.aerogel.route_experts(expert, 4)
     assert order.shape == place.shape == (6,) and runs.shape == (5, 4) and runs.dtype == torch.int32
     x = torch.empty(3, 100, dtype=torch.bfloat16, device="meta")
     rows = torch.ops.aerogel.spread_tokens(x, order)

@@ -17,7 +17,7 @@ from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import SOURCE, Config, defines
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
 from aerogel.kernels.grouped import cuda_grouped
-from aerogel.kernels.grouped.cuda_routes import add_experts, most_runs, route_experts, spread_tokens
+from aerogel.kernels.grouped.cuda_routes import RUNS, add_experts, most_runs, route_experts, spread_tokens
 from aerogel.quantize.formats.bitmod import Bitmod
 from aerogel.quantize.formats.mx import Mx
 from aerogel.quantize.formats.nf4 import Nf4
@@ -112,7 +112,7 @@ def check(weight: TileWeight, dense: torch.Tensor, config: Config, expert: torch
     assert torch.equal(found[0][:pairs][there], found[1][:pairs][there]), f"{config}: two runs differ"
 
 
-@pytest.mark.parametrize("run", cuda_grouped.RUNS)
+@pytest.mark.parametrize("run", RUNS)
 def test_every_cut_on_ragged_loads(run: int) -> None:
     weight, dense = stacked(4, 128, "none", torch.bfloat16)
     configs = cuda_grouped.cuts(weight, run) + (cuda_grouped.cuts(weight, run, split=3) if run <= 32 else [])

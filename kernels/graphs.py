@@ -1,7 +1,7 @@
-"""Kernels whose `run` no graph can hold (they read a weight's shape, or who goes where, back to the host), as one operator each.
+"""Operators for kernels whose `run` no graph can hold, because it reads numbers back to the host: shapes, or who goes where.
 
 `torch.compile(fullgraph=True)` meets such a kernel in a `Linear` or an `ExpertLinear`, which calls the operator instead. What
-the operator cannot be given, the kernel and its problem, is kept here under a name that says all of it, when a layer is prepared.
+an operator cannot be given, the kernel and its problem, is kept here when a layer is prepared, under a name that says it all.
 
 Shape legend: M tokens, N out features, K in features, E experts, S pairs of token and expert.
 """
@@ -70,8 +70,8 @@ for _schema, _function, _fake in (
         lambda x, layout, names, bias, N, name: x.new_empty(x.shape[0], N),
     ),
     (
-        "whole_experts(Tensor x, Tensor expert, Tensor[] routes, Tensor[] layout, str[] names, Tensor? bias, SymInt N, str name)"
-        " -> Tensor",
+        "whole_experts(Tensor x, Tensor expert, Tensor[] routes, Tensor[] layout, str[] names, Tensor? bias, SymInt N,"
+        " str name) -> Tensor",
         _experts,
         lambda x, expert, routes, layout, names, bias, N, name: x.new_empty(expert.shape[0], N),
     ),
