@@ -29,9 +29,11 @@ def test_a_linear_is_compiled_whole_and_recorded(grid: Any, activations: Activat
     codes = codes_of(grid).to("cuda")
     layer = Linear.from_codes(codes, activations=activations, bias=torch.randn(N, device="cuda"), dtype=torch.bfloat16)
     compiled = torch.compile(lambda x: torch.relu(layer(x)) + 1, backend="aot_eager", fullgraph=True, dynamic=False)
-    for M in (1, 40):
+    for M in (1, 8):
         x_MK = torch.randn(M, layer.in_features, device="cuda").bfloat16()
         assert torch.equal(compiled(x_MK), torch.relu(layer(x_MK)) + 1), (layer.kernel_name, M)
+        if layer.kernel_name == "torch-chunked":
+            continue  # reads the weight's shape back in every call, which no recording can hold
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y_MN = compiled(x_MK)
