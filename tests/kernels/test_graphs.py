@@ -113,15 +113,24 @@ def test_every_format_and_every_grid_is_here() -> None:
 @pytest.mark.parametrize(("grid", "activations"), KINDS, ids=str)
 def test_a_linear_on_a_cpu(grid: Any, activations: Activations, dtype: torch.dtype) -> None:
     layer = Linear.from_codes(codes_of(grid), activations=activations, bias=torch.randn(N), dtype=dtype)
-    for decoded in (None, Chunked, Reference):
-        if decoded is not None:
-            layer.restore()
-            layer.adopt(layer._tensors(), decoded.__name__, decoded, layer.problem())
-        torch._dynamo.reset()
-        compiled = torch.compile(lambda x: torch.relu(layer(x)) + 1, backend="aot_eager", fullgraph=True)
-        for M in (1, 5, 40):
-            x = torch.randn(M, K).to(dtype)
-            assert torch.equal(compiled(x), torch.relu(layer(x)) + 1), (layer.kernel_name, M)
+    same_when_compiled(layer, dtype)
+
+
+@pytest.mark.parametrize("kernel", [Chunked, Reference])
+@pytest.mark.parametrize(("grid", "activations"), [KINDS[2], KINDS[7], KINDS[14], KINDS[-1]], ids=str)
+def test_a_linear_that_is_decoded(grid: Any, activations: Activations, kernel: Any) -> None:
+    layer = Linear.from_codes(codes_of(grid), activations=activations, bias=torch.randn(N))
+    layer.restore()
+    layer.adopt(layer._tensors(), kernel.__name__, kernel, layer.problem())
+    same_when_compiled(layer, torch.float32)
+
+
+def same_when_compiled(layer: Linear, dtype: torch.dtype) -> None:
+    """For one token, and for other numbers of them."""
+    compiled = torch.compile(lambda x: torch.relu(layer(x)) + 1, backend="aot_eager", fullgraph=True)
+    for M in (1, 5, 40):
+        x = torch.randn(M, K).to(dtype)
+        assert torch.equal(compiled(x), torch.relu(layer(x)) + 1), (layer.kernel_name, M)
 
 
 @pytest.mark.usefixtures("anywhere")
