@@ -40,12 +40,18 @@ GEMM: dict[str, str] = {
 
 GROUPED: dict[str, str] = {
     "cuda": "aerogel.kernels.grouped.cuda_grouped:Cuda",
+    "cuda-int8": "aerogel.kernels.grouped.cuda_around:CudaInt8",
+    "cuda-rounded": "aerogel.kernels.grouped.cuda_around:CudaRounded",
+    "cuda-groups": "aerogel.kernels.grouped.cuda_around:CudaGroups",
+    "cuda-plane": "aerogel.kernels.grouped.cuda_around:CudaPlane",
+    "cuda-planes": "aerogel.kernels.grouped.cuda_around:CudaPlanes",
     "triton": "aerogel.kernels.grouped.triton_grouped:Triton",
     "cpu": "aerogel.kernels.grouped.cpu:Native",
     "cpu-tables": "aerogel.kernels.grouped.cpu:NativeTables",
+    "each": "aerogel.kernels.grouped.each:Each",
     "reference": "aerogel.kernels.grouped.ref:Reference",
 }
-"""The same for the experts of a layer, each with the `Problem` of one expert. The last refuses nothing."""
+"""The same for the experts of a layer, each with the `Problem` of one expert. The last two refuse nothing."""
 
 
 def kernel(name: str) -> type[Kernel]:

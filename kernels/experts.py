@@ -39,10 +39,12 @@ class ExpertLinear(Packed):
 
     Args:
         experts, in_features, out_features: E, K and N.
-        scheme: format and grid of every expert's weight; activations are not rounded.
+        scheme: format, grid and activations of every expert's weight.
         dtype: of the activations that `prepare` plans for.
         device: where the buffers are made, the default device unless given.
     """
+
+    input_scale: Tensor | None
 
     def __init__(
         self,
@@ -64,6 +66,12 @@ class ExpertLinear(Packed):
         self.more: ExpertRows | None = None
         for name, (shape, kind) in format_of(scheme.format).shapes(out_features, in_features, scheme.grid).items():
             self.register_buffer(name, torch.empty(experts, *shape, dtype=kind, device=device))
+        static = scheme.activations.endswith("-static")
+        self.register_buffer("input_scale", torch.empty(experts, 1, device=device) if static else None)
+
+    def operands(self) -> dict[str, Tensor]:
+        """What its kernel is called with: the weight, and the scales of inputs where they are stored."""
+        return self._tensors() | ({} if self.input_scale is None else {"input_scale": self.input_scale})
 
     def problem(self, dtype: torch.dtype | None = None) -> Problem:
         """The matmul of one expert, on the device where the weight is."""
@@ -74,6 +82,7 @@ class ExpertLinear(Packed):
             K=self.in_features,
             dtype=dtype or self.compute_dtype,
             device=self.device.type,
+            activations=self.scheme.activations,
         )
 
     def prepare(self, dtype: torch.dtype | None = None) -> Self:
@@ -83,8 +92,8 @@ class ExpertLinear(Packed):
         problem = self.problem()
         name, kernel = choose_grouped(problem)
         tensors = self._tensors()
-        if not kernel.base.runs_stored(problem):
-            tensors = stacked(lambda e: kernel.base.pack(self.codes_of(e), problem), self.experts)
+        if not kernel.base_of(problem).runs_stored(problem):
+            tensors = stacked(lambda e: kernel.base_of(problem).pack(self.codes_of(e), problem), self.experts)
         self.adopt(tensors, name, kernel, problem)
         if self.more is not None:
             self.more.linear.prepare(dtype)
@@ -99,7 +108,7 @@ class ExpertLinear(Packed):
     def restore(self) -> None:
         """Brings the weight back into the layout of the file; `prepare` undoes it."""
         problem, self.kernel_name = self._problem, None
-        if problem is not None and not self._kernel.base.runs_stored(problem):
+        if problem is not None and not self._kernel.base_of(problem).runs_stored(problem):
             self.fill(stacked(lambda e: problem.stored.encode(self.codes_of(e)), self.experts))
         self._problem = None
 
@@ -108,7 +117,7 @@ class ExpertLinear(Packed):
         one = {name: tensor[expert] for name, tensor in self._tensors().items()}
         if self._problem is None:
             return format_of(self.scheme.format).to_codes(one, self.scheme.grid)
-        return self._kernel.base.unpack(one, self._problem)
+        return self._kernel.base_of(self._problem).unpack(one, self._problem)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weights [E, N, K]; bit for bit what the file decodes to."""
@@ -138,17 +147,20 @@ class ExpertLinear(Packed):
         problem = self._problem or self.problem()
         rows = x_MK.to(problem.dtype).contiguous()
         if self._graph_name is not None and torch.compiler.is_compiling():
-            y_SN = graphs.experts(rows, expert_S, routes, self._tensors(), bias_EN, problem.N, self._graph_name)
+            y_SN = graphs.experts(rows, expert_S, routes, self.operands(), bias_EN, problem.N, self._graph_name)
         else:
-            y_SN = self._kernel.run(rows, expert_S, routes, self._tensors(), problem, bias_EN)
+            y_SN = self._kernel.run(rows, expert_S, routes, self.operands(), problem, bias_EN)
         y_SN = y_SN.to(x_MK.dtype)
-        return y_SN if self.more is None else self.more(y_SN, x_MK, expert_S)
+        return y_SN if self.more is None else self.more(y_SN, x_MK, self._kernel.in_order(expert_S, routes))
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of the weights as they lie in memory."""
         beside = 0 if self.more is None else self.more.linear.packed_bytes + self.more.index_ER.nbytes
         return sum(tensor.nbytes for tensor in self._tensors().values()) + beside
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: held for name, held in super()._tensors().items() if name != "input_scale"}
 
     def extra_repr(self) -> str:
         """Experts, shape, numbers and kernel."""
@@ -182,8 +194,10 @@ class ExpertRows(nn.Module):
         self.linear = ExpertLinear(experts, in_features, rows, scheme, dtype=dtype, device=device)
 
     def forward(self, y_SN: Tensor, x_MK: Tensor, expert_S: Tensor) -> Tensor:
-        """y with what its rows lack added; as `ExpertLinear` is called."""
-        more_SR = self.linear(x_MK, expert_S, self.linear.routes(expert_S))
+        """y with what its rows lack added. expert_S: whose each row of y is; x has as many rows, or one for S / M of them."""
+        routes = self.linear.routes(expert_S)
+        rows_SR = self.linear(self.linear.spread(x_MK, routes), expert_S, routes)
+        more_SR = self.linear.add(rows_SR, rows_SR.new_ones(len(expert_S), 1), routes)  # in y's order again
         # Nobody's expert adds zeros, to whichever rows.
         index_SR = self.index_ER[expert_S.clamp(max=len(self.index_ER) - 1)].long()
         return y_SN.scatter_add(1, index_SR, more_SR)

@@ -35,6 +35,7 @@ from aerogel.pack.source import Source
 from aerogel.quantize import sidecars
 from aerogel.quantize.codes import Codes, Grid
 from aerogel.quantize.codes import stacked as params_below
+from aerogel.quantize.input_scale import InputScale
 from aerogel.quantize.rows import Rows
 from aerogel.quantize.tables import without_factor
 
@@ -165,7 +166,18 @@ class Decoder(WeightConverter):  # type: ignore[misc, unused-ignore]
             return fmt.encode(codes)
 
         made = {f"{parameter}.{name}": tensor for name, tensor in stacked(stored, stack.experts).items()}
+        if stack.scheme.activations.endswith("-static"):
+            scales = [torch.stack([self._input_scale(items[place], held) for place in parts]) for parts in stack.parts]
+            # Matrices that are joined read the same inputs; where their scales differ, the largest cuts nothing off.
+            made[f"{parameter}.input_scale"] = torch.stack([parts.amax(0) for parts in scales])
         return made if stack.more is None else made | self._expert_rows(f"{parameter}.more", stack, items, held)
+
+    def _input_scale(self, item: Placement, held: Mapping[str, Tensor]) -> Tensor:
+        """The scale of a matrix' inputs, float32 [1]."""
+        found = InputScale.read(self.source.opened(_local(item, held)))
+        if found is None:
+            raise BadInput(f"{item.name} has no input_scale, and its inputs are rounded with one; get the checkpoint again")
+        return found.scale_1
 
     def _expert_rows(self, path: str, stack: Stack, items: list[Placement], held: Mapping[str, Tensor]) -> dict[str, Any]:
         """The buffers of its `ExpertRows`: each expert's rows, those of its second part behind those of its first."""

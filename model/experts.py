@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +166,6 @@ def _stack(items: Sequence[Any], value: Tensor, transposed: bool, rule: WeightCo
     first = items[0].scheme
     if first is None or any(item.scheme != first for item in items):
         return "its matrices are not all packed alike"
-    first = replace(first, activations="none")  # grouped kernels take inputs as they are, which loses nothing
     E, n, k = value.shape[0], value.shape[2 if transposed else 1], value.shape[1 if transposed else 2]
     if items[0].whole:
         return Stack(E, n, k, first, [[0]] * E)

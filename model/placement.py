@@ -15,7 +15,6 @@ decides whether a linear can stay packed, and the factors of two-level scales, w
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from aerogel.errors import BadInput
 from aerogel.model.experts import Stack, stacks_of
 from aerogel.model.reader import Entry
 from aerogel.pack.config import choose_format, format_of
+from aerogel.pack.format import Activations
 from aerogel.pack.scheme import Scheme
 from aerogel.pack.source import Source, UnevenGroups, order_of
 from aerogel.quantize.grids import IntGrid
@@ -40,8 +40,6 @@ from aerogel.quantize.rows import NAMES as ROWS
 from aerogel.quantize.sidecars import NAMES as SIDECARS
 from aerogel.quantize.sidecars import with_sidecars
 from aerogel.quantize.tables import TableGrid
-
-logger = logging.getLogger(__name__)
 
 FACTORS = ("weight_scale_2", "weight_global_scale", "weight_factor")
 """Local names of the one number that scales in eight bits are multiplied or divided by."""
@@ -189,10 +187,9 @@ class _Planner:
                 made = stacks_of(self.model, path, parameters, rules)
                 made = made if isinstance(made, str) else self._with_rows(made, parameters)
             if isinstance(made, str):
-                unpacked[path] = made
+                rounded = any(item.scheme is not None and item.scheme.activations != "none" for item in items)
+                unpacked[path] = made + (", and their inputs are not rounded as the checkpoint asks" if rounded else "")
             else:
-                if any(item.tensors.keys() & set(INPUT_SCALE) for item in items):
-                    logger.warning("the inputs of the experts of %s are not rounded, although the checkpoint asks for it", path)
                 stacks |= {parameter: self._one_factor(stack, parameters[parameter]) for parameter, stack in made.items()}
         return stacks, unpacked
 
@@ -207,7 +204,9 @@ class _Planner:
                 return "rows have more bits of several kinds"
             most = max(sum(counts[place] for place in places) for places in stack.parts)
             for grid in grids:
-                stack = replace(stack, more=(most, Scheme(format=choose_format(grid).name, grid=grid)))
+                rounding: Activations = "int8" if stack.scheme.activations == "int8" else "none"
+                scheme = Scheme(format=choose_format(grid, rounding).name, grid=grid, activations=rounding)
+                stack = replace(stack, more=(most, scheme))
             found[parameter] = stack
         return found
 
@@ -229,7 +228,8 @@ class _Planner:
         if all(one == parts[0] for parts in factors for one in parts):
             return stack
         wide = replace(grid, scale_dtype=torch.float32)
-        return replace(stack, scheme=Scheme(format=choose_format(wide).name, grid=wide))
+        activations = stack.scheme.activations
+        return replace(stack, scheme=Scheme(format=choose_format(wide, activations).name, grid=wide, activations=activations))
 
     def _factor(self, item: Placement) -> float:
         local = next((local for local in FACTORS if local in item.tensors), None)

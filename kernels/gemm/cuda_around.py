@@ -6,6 +6,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+from torch import Tensor
+
 from aerogel.kernels.gemm.cuda import Cuda
 from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
 
@@ -20,6 +22,16 @@ class AroundCuda(Kernel):
     @abstractmethod
     def inner(problem: Problem) -> Problem:
         """The matmul that is left for `Cuda`."""
+
+    @staticmethod
+    def operand(x_MK: Tensor, layout: Layout, problem: Problem) -> Tensor:
+        """x as the matmul takes it: what the step before makes of it. By default x."""
+        return x_MK
+
+    @classmethod
+    def run(cls, x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
+        """The step before, then one call of the operator."""
+        return Cuda.run(cls.operand(x_MK, layout, problem), layout, cls.inner(problem), bias_N)
 
     @classmethod
     def warm(cls, weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int]) -> None:

@@ -70,9 +70,9 @@ class CudaGroups(AroundCuda):
         return _cut(codes, spread.places(device), torch.arange(spread.groups, device=device), problem.grid)
 
     @staticmethod
-    def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
-        """x spread, then one call of the operator."""
-        return Cuda.run(_spread(problem)(x_MK), layout, CudaGroups.inner(problem), bias_N)
+    def operand(x_MK: Tensor, layout: Layout, problem: Problem) -> Tensor:
+        """x spread."""
+        return _spread(problem)(x_MK)
 
 
 def _spread(problem: Problem) -> Spread:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.cuda import Cuda
+from aerogel.kernels.gemm.cuda_around import AroundCuda
 from aerogel.kernels.gemm.cuda_spread import STEP, Spread
 from aerogel.kernels.gemm.plane_rows import BitGrid, planes_of, stored_scales
 from aerogel.kernels.gemm.plane_tables import (
@@ -38,7 +39,7 @@ from aerogel.kernels.gemm.plane_tables import (
     rows_of_numbers,
     tables_of_blocks,
 )
-from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
+from aerogel.kernels.problem import Layout, Problem, Tuned
 from aerogel.pack.nibbles import pack_nibbles, unpack_nibbles
 from aerogel.pack.tiles import COLUMNS as TILE_COLUMNS
 from aerogel.pack.tiles import ROWS
@@ -46,10 +47,17 @@ from aerogel.quantize.codes import Codes
 from aerogel.quantize.planes import PlaneGrid
 
 
-class CudaPlanes(Kernel):
+class CudaPlanes(AroundCuda):
     """Planes as codes into tables of groups, in the tile layout."""
 
+    rows: ClassVar[int] = 0  # what is stored beside the layout goes by blocks of rows
+    shared: ClassVar[frozenset[str]] = frozenset()
     about: ClassVar[str] = "bit planes as codes into tables of their groups' sums, on the CUDA kernels compiled at run time"
+
+    @staticmethod
+    def inner(problem: Problem) -> Problem:
+        """The matmul of the laid out weight."""
+        return _inner(problem)
 
     @staticmethod
     def refuses(problem: Problem) -> str | None:
@@ -102,13 +110,8 @@ class CudaPlanes(Kernel):
             raise KeyError("a layout of blocks lacks stored_scale, which pack always puts there")
         return Codes(values_NK=values, scale_NG=scale, zero_NG=offset, grid=grid)
 
-    @staticmethod
-    def warm(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int]) -> None:
-        """See `Kernel.warm`."""
-        Cuda.warm([(layout, _inner(problem)) for layout, problem in weights], tokens)
-
-    @staticmethod
-    def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:
+    @classmethod
+    def tune(cls, problem: Problem, tokens: Sequence[int]) -> Tuned | None:
         """See `Kernel.tune`; x as it is spread counts for nothing here."""
         from aerogel.kernels.gemm.cuda_tune import random_planes, tune_and_keep
 
@@ -120,10 +123,10 @@ class CudaPlanes(Kernel):
         )
 
     @staticmethod
-    def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
-        """One call of the operator, on x spread out and repeated where the weight is."""
+    def operand(x_MK: Tensor, layout: Layout, problem: Problem) -> Tensor:
+        """x spread out and repeated where the weight is."""
         spread = _spread(problem)
-        return Cuda.run(x_MK if spread is None else spread(x_MK), layout, _inner(problem), bias_N)
+        return x_MK if spread is None else spread(x_MK)
 
 
 def _copies(grid: PlaneGrid) -> int:

@@ -90,6 +90,26 @@ class Quantizer:
         return codes, scale
 
 
+def rounded(x_MK: Tensor) -> Tensor:
+    """x [M, K] bf16 or fp16 rounded to int8, a scale for each token, in its own type; an operator."""
+    found: Tensor = torch.ops.aerogel.rounded_tokens.default(x_MK)
+    return found
+
+
+def _rounded_cuda(x: Tensor) -> Tensor:
+    K = x.shape[1]
+    if x.numel() == 0:
+        return x.clone()
+    with torch.cuda.device(x.device):
+        rounding = Quantizer(dtype=x.dtype, device=x.device, output=ROUNDED, columns=-(-K // 16) * 16)
+        return rounding(x)[0][:, :K].contiguous()
+
+
+_library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("rounded_tokens(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+_library.impl("rounded_tokens", _rounded_cuda, "CUDA")  # type: ignore[no-untyped-call]
+torch.library.register_fake("aerogel::rounded_tokens", lambda x: x.new_empty(x.shape), lib=_library)
+
 _LOCK = threading.Lock()
 """Held from filling a launch's arguments until it is queued."""
 

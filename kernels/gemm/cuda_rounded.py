@@ -55,7 +55,6 @@ class CudaRounded(AroundCuda):
         return Cuda.unpack(layout, CudaRounded.inner(problem))
 
     @staticmethod
-    def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
-        """x rounded, then one call of the operator."""
-        rounded_MK = round_input(x_MK.float(), problem, layout.get("input_scale")).to(x_MK.dtype)
-        return Cuda.run(rounded_MK.contiguous(), layout, CudaRounded.inner(problem), bias_N)
+    def operand(x_MK: Tensor, layout: Layout, problem: Problem) -> Tensor:
+        """x rounded."""
+        return round_input(x_MK.float(), problem, layout.get("input_scale")).to(x_MK.dtype).contiguous()

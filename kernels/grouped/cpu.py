@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.gemm import cpu, cpu_tables
-from aerogel.kernels.grouped.kernel import Grouped, Routes
+from aerogel.kernels.grouped.kernel import Grouped, Routes, pairs_by_expert
 from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem
 
@@ -108,12 +108,7 @@ def _by_expert(
     pairs = expert_S.shape[0]
     y_SN = x_MK.new_zeros(pairs, N)
     each = max(1, pairs // max(1, x_MK.shape[0]))
-    chosen: dict[int, list[int]] = {}
-    for s, e in enumerate(expert_S.tolist()):
-        chosen.setdefault(e, []).append(s)
-    for e, places in chosen.items():
-        if e >= experts:
-            continue
+    for e, places in pairs_by_expert(expert_S, experts).items():
         one = len(places) == 1
         rows = [s // each for s in places]
         x = x_MK[rows[0] : rows[0] + 1] if one else x_MK[rows]

@@ -33,6 +33,7 @@ from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.quantize.tables import TableGrid
 
 SPLITS = (1, 2, 3, 4, 6)
+LEARNED_BITS = 4
 CUTS = (*cuda_wgmma.CUTS, (160, 2, 1, 1), (192, 2, 1, 1))
 """As `cuda_wgmma.CUTS`, with runs that one would not choose for a single weight."""
 
@@ -84,7 +85,7 @@ def grouped_tiles_linear(
     """`aerogel::grouped_tiles_linear` on CUDA: x [S, K] bf16 or fp16 in sorted order -> [S, N] in the same order.
 
     runs: of `cuda_routes.route_experts` with T = `run_tokens(S, E)`. codes, scale, zero, pick: those of `TileWeight`, stacked,
-    [E, R, ...]; table for all of them; factor [E]. Rows of experts that do not exist are left as they are.
+    [E, R, ...]; table for all of them, or [E, 16 R, 16]; factor [E]. Rows of experts that do not exist are left as they are.
     """
     pairs, experts = x.shape[0], codes.shape[0]
     y = x.new_empty(pairs, N)
@@ -108,8 +109,10 @@ def grouped_tiles_linear(
 
 def below_each_other(weight: TileWeight) -> TileWeight:
     """Stacked tensors [E, R, ...] as [E * R, ...], still with the N of one expert."""
-    zero, pick = (tensor if tensor is None else tensor.flatten(0, 1) for tensor in (weight.zero, weight.pick))
-    return replace(weight, codes=weight.codes.flatten(0, 1), scale=weight.scale.flatten(0, 1), zero=zero, pick=pick)
+    held = {name: getattr(weight, name) for name in ("codes", "scale", "zero", "table", "pick")}
+    # A table for all has two dimensions.
+    stacked = {name: tensor for name, tensor in held.items() if tensor is not None and tensor.dim() > 2}
+    return replace(weight, **{name: tensor.flatten(0, 1) for name, tensor in stacked.items()})
 
 
 def planned(weight: TileWeight, experts: int, pairs: int, dtype: torch.dtype, config: Config | None = None) -> Plan:
@@ -160,11 +163,11 @@ class Cuda(Grouped):
 
     @classmethod
     def refuses(cls, problem: Problem) -> str | None:
-        """What the kernel for one weight refuses, other devices than Hopper's, and a table of its own for each expert."""
-        learned = isinstance(problem.grid, TableGrid) and problem.grid.learned
+        """What the kernel for one weight refuses, other devices than Hopper's, and large tables for each row."""
+        large = _learned(problem) and problem.grid.bits > LEARNED_BITS
         return (
             cls.base.refuses(problem)
-            or ("takes one table for all experts, and these have one of their own" if learned else None)
+            or (f"takes tables for each row of at most {LEARNED_BITS} bits, found {problem.grid.bits}" if large else None)
             or gpu_here.other_than_hopper(torch.cuda.get_device_capability())
         )
 
@@ -172,6 +175,11 @@ class Cuda(Grouped):
     def route(expert_S: Tensor, experts: int) -> Routes:
         """order, place and runs of `cuda_routes.route_experts`."""
         return list(torch.ops.aerogel.route_experts.default(expert_S, experts))
+
+    @staticmethod
+    def in_order(expert_S: Tensor, routes: Routes) -> Tensor:
+        """Sorted, with nobody's pairs at the end."""
+        return expert_S[routes[0].long()]
 
     @staticmethod
     def spread(x_MK: Tensor, routes: Routes) -> Tensor:
@@ -185,13 +193,15 @@ class Cuda(Grouped):
     ) -> Tensor:
         """One call of the operator. Rows of experts that do not exist hold anything; `add` leaves them out."""
         table = layout.get("tile_table")
+        if table is not None and not _learned(problem):
+            table = table[0]
         y_SN: Tensor = torch.ops.aerogel.grouped_tiles_linear.default(
             x_SK,
             routes[2],
             layout["tile_codes"],
             layout["tile_scale"],
             layout.get("tile_zero"),
-            None if table is None else table[0],
+            table,
             layout.get("tile_pick"),
             bias_EN,
             problem.grid.group_size or 0,
@@ -206,3 +216,8 @@ class Cuda(Grouped):
         """One kernel: float32 sums over each token's pairs."""
         y_MN: Tensor = torch.ops.aerogel.add_experts.default(y_SN, routes[1], weight_Mk)
         return y_MN
+
+
+def _learned(problem: Problem) -> bool:
+    """Whether rows have tables of their own."""
+    return isinstance(problem.grid, TableGrid) and problem.grid.learned

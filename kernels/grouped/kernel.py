@@ -33,17 +33,27 @@ class Grouped(ABC):
     traceable: ClassVar[bool] = True
     """As `Kernel.traceable`."""
     base: ClassVar[type[Kernel]]
-    """Packs and unpacks the weight of one expert."""
+    """See `base_of`."""
+
+    @classmethod
+    def base_of(cls, problem: Problem) -> type[Kernel]:
+        """What packs and unpacks the weight of one expert: `base`."""
+        return cls.base
 
     @classmethod
     def refuses(cls, problem: Problem) -> str | None:
         """Why it cannot run the problem, or None: what its `base` refuses."""
-        return cls.base.refuses(problem)
+        return cls.base_of(problem).refuses(problem)
 
     @staticmethod
     def route(expert_S: Tensor, experts: int) -> Routes:
         """What both products need to know about who goes where. By default nothing."""
         return []
+
+    @staticmethod
+    def in_order(expert_S: Tensor, routes: Routes) -> Tensor:
+        """The expert of each row in the kernel's order. By default that of pairs."""
+        return expert_S
 
     @staticmethod
     def spread(x_MK: Tensor, routes: Routes) -> Tensor:
@@ -56,10 +66,19 @@ class Grouped(ABC):
         x_SK: Tensor, expert_S: Tensor, routes: Routes, layout: Layout, problem: Problem, bias_EN: Tensor | None = None
     ) -> Tensor:
         """y [S, N] in x's dtype and the kernel's order, from what `spread` or another product gave. `layout` holds the base's
-        tensors stacked, [E, ...]; `expert_S` is int64."""
+        tensors stacked, [E, ...], and with static rounding `input_scale` [E, 1]; `expert_S` is int64."""
 
     @staticmethod
     def add(y_SN: Tensor, weight_Mk: Tensor, routes: Routes) -> Tensor:
         """y_t = sum over the pairs of t of weight * y_s, [M, N] in y's dtype, from rows in the kernel's order."""
         weighted_SN = y_SN * weight_Mk.reshape(-1, 1)
         return weighted_SN.reshape(*weight_Mk.shape, y_SN.shape[1]).sum(1).to(y_SN.dtype)
+
+
+def pairs_by_expert(expert_S: Tensor, experts: int) -> dict[int, list[int]]:
+    """The pairs of each expert that has any, in order; pairs of nobody are left out."""
+    found: dict[int, list[int]] = {}
+    for s, e in enumerate(expert_S.tolist()):
+        if e < experts:
+            found.setdefault(e, []).append(s)
+    return found

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.expert_weights import experts_of, product, routing, wanted_of
+from tests.kernels.expert_weights import experts_of, product, rounded_of, routing, wanted_of, with_rows
 from tests.kernels.test_cuda_wgmma_gpu import BOUND, HOPPER, weight_of
 from tests.kernels.tile_weights import dense64
 
@@ -19,10 +19,12 @@ from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
 from aerogel.kernels.grouped import cuda_grouped
 from aerogel.kernels.grouped.cuda_routes import RUNS, add_experts, most_runs, route_experts, spread_tokens
 from aerogel.quantize.formats.bitmod import Bitmod
+from aerogel.quantize.formats.kmeans import KMeans
 from aerogel.quantize.formats.mx import Mx
 from aerogel.quantize.formats.nf4 import Nf4
 from aerogel.quantize.formats.nvfp4 import Nvfp4
-from aerogel.quantize.grids import IntGrid
+from aerogel.quantize.grids import Fp8Grid, IntGrid
+from aerogel.quantize.planes import PlaneGrid
 
 pytestmark = pytest.mark.gpu
 E, N, K = 5, 200, 712
@@ -135,14 +137,45 @@ def test_widths_groups_and_zero_points(bits: int, size: int, zero: str, scale: t
         check(weight, dense, config, loads(90, E)["nobody"], dtype)
 
 
-@pytest.mark.parametrize("grid", [Mx(), Nvfp4(), Nf4(), Bitmod()], ids=str)
-def test_floats_and_tables(grid: Any) -> None:
+KERNELS: list[tuple[Any, str]] = [
+    *((grid, "cuda") for grid in (Mx(), Nvfp4(), Nf4(), Bitmod(), KMeans(bits=3, rounds=2), KMeans(bits=4, rounds=2))),
+    (IntGrid(bits=4, group_size=40, symmetric=False), "cuda-groups"),
+    (PlaneGrid(bits=1, group_size=64), "cuda-plane"),
+    (PlaneGrid(bits=3, group_size=32), "cuda-planes"),
+    (PlaneGrid(bits=4, group_size=128, scale_dtype=torch.bfloat16), "cuda-planes"),
+    (PlaneGrid(bits=6, group_size=40), "cuda-planes"),
+    (KMeans(bits=5, rounds=2), "each"),
+]
+"""Numbers, and who multiplies experts of them."""
+
+
+@pytest.mark.parametrize(("grid", "kernel"), KERNELS, ids=str)
+def test_every_kind_of_numbers(grid: Any, kernel: str) -> None:
     layer = experts_of(grid, 6, 150, 256, torch.bfloat16, "cuda")
-    assert layer.kernel_name == "cuda"
+    assert layer.kernel_name == kernel
     expert, bias = routing(40, 3, 6, "cuda"), torch.randn(6, 150, device="cuda").bfloat16()
     x = torch.randn(40, 256, device="cuda").bfloat16()
     wanted = wanted_of(layer, x, expert, bias)
     assert (product(layer, x, expert, bias).double() - wanted).norm() <= 6e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8-static", "fp8", "fp8-static"])
+def test_inputs_are_rounded_as_the_checkpoint_asks(activations: Any) -> None:
+    grid: Any = IntGrid(bits=8) if activations.startswith("int8") else Fp8Grid()
+    layer = experts_of(grid, 6, 150, 256, torch.bfloat16, "cuda", activations)
+    assert layer.kernel_name == ("cuda-int8" if activations.startswith("int8") else "cuda-rounded")
+    expert, x = routing(40, 3, 6, "cuda"), torch.randn(40, 256, device="cuda").bfloat16()
+    y, wanted = product(layer, x, expert), rounded_of(layer, x, expert)
+    assert (y.double() - wanted).norm() <= 6e-3 * wanted.norm()
+    plain = wanted_of(layer, x, expert, None)
+    assert (y.double() - plain).norm() > 6e-3 * plain.norm(), "inputs were not rounded"
+
+
+def test_rows_of_more_bits_join_their_rows() -> None:
+    layer = with_rows(experts_of(IntGrid(bits=4, group_size=32), 6, 150, 256, torch.bfloat16, "cuda"), 5)
+    expert, x = routing(40, 3, 6, "cuda"), torch.randn(40, 256, device="cuda").bfloat16()
+    wanted = wanted_of(layer, x, expert, None)
+    assert (product(layer, x, expert).double() - wanted).norm() <= 6e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)

@@ -6,13 +6,28 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.expert_weights import BOUND, FLOATS, FP8, GRIDS, experts_of, product, routing, wanted_of
+from tests.kernels.expert_weights import (
+    BOUND,
+    FLOATS,
+    FP8,
+    GRIDS,
+    experts_of,
+    product,
+    rounded_of,
+    routing,
+    wanted_of,
+    with_rows,
+)
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.dispatch import GROUPED, choose_grouped, explain_grouped
 from aerogel.kernels.experts import PackedExperts
 from aerogel.kernels.grouped.triton_grouped import linear
 from aerogel.kernels.native import library
+from aerogel.quantize.codes import Codes
+from aerogel.quantize.formats.kmeans import KMeans
+from aerogel.quantize.grids import Fp8Grid, IntGrid
+from aerogel.quantize.planes import PlaneGrid
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -26,7 +41,7 @@ def error(y: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_every_pair_meets_its_expert(grid: Any, dtype: torch.dtype) -> None:
     layer = experts_of(grid, 4, 21, 70, dtype)
     compiled = "cpu" if grid in GRIDS else "cpu-tables"
-    assert layer.kernel_name == (compiled if library.missing() is None else "reference")
+    assert layer.kernel_name == (compiled if library.missing() is None else "each")
     bias = torch.randn(4, 21).to(dtype)
     for M, k in ((1, 2), (2, 3), (9, 2)):
         expert = routing(M, k, 4)
@@ -36,6 +51,40 @@ def test_every_pair_meets_its_expert(grid: Any, dtype: torch.dtype) -> None:
             for given in (None, bias):
                 y = product(layer, x, expert, given)
                 assert y.dtype == dtype and error(y, wanted_of(layer, x, expert, given)) <= BOUND[dtype]
+
+
+OWN: list[Any] = [KMeans(bits=3, rounds=2), PlaneGrid(bits=3, group_size=32), PlaneGrid(bits=6, group_size=40)]
+"""Numbers that no grouped kernel of a CPU knows."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grid", OWN, ids=str)
+def test_other_numbers_run_on_the_kernel_of_a_single_weight(
+    grid: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, bias = experts_of(grid, 4, 21, 80, dtype), torch.randn(4, 21).to(dtype)
+    assert layer.kernel_name == "each"
+    expert, x = routing(9, 2, 4), torch.randn(9, 80).to(dtype)
+    wanted = wanted_of(layer, x, expert, bias)
+    if library.missing() is None:  # nothing dense is made
+        monkeypatch.setattr(Codes, "decode", lambda *given: pytest.fail("decoded a weight"))
+    assert error(product(layer, x, expert, bias), wanted) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8-static", "fp8", "fp8-static"])
+def test_inputs_are_rounded_as_the_checkpoint_asks(activations: Any) -> None:
+    grid: Any = IntGrid(bits=8) if activations.startswith("int8") else Fp8Grid()
+    layer = experts_of(grid, 4, 21, 80, torch.float32, "cpu", activations)
+    expert, x = routing(9, 2, 4), torch.randn(9, 80)
+    y = product(layer, x, expert)
+    assert error(y, rounded_of(layer, x, expert)) <= 1e-5 < 3e-3 < error(y, wanted_of(layer, x, expert, None))
+
+
+def test_rows_of_more_bits_join_their_rows() -> None:
+    layer = with_rows(experts_of(GRIDS[0], 4, 21, 64, torch.float32), 3)
+    for M, k in ((1, 2), (9, 2)):
+        expert, x = routing(M, k, 4), torch.randn(M, 64)
+        assert error(product(layer, x, expert), wanted_of(layer, x, expert, None)) <= 1e-5
 
 
 def test_no_tokens() -> None:

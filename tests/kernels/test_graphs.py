@@ -201,7 +201,7 @@ def test_experts_on_a_gpu_are_traced(grid: Any, device: str) -> None:
         )
         codes = [weight.codes_of(e) for e in range(weight.experts)]
         name, kernel = choose_grouped(problem)
-        weight.adopt(stacked(lambda e: kernel.base.pack(codes[e], problem), weight.experts), name, kernel, problem)  # noqa: B023
+        weight.adopt(stacked(lambda e: kernel.base_of(problem).pack(codes[e], problem), weight.experts), name, kernel, problem)  # noqa: B023
     for M in (1, 40):
         torch._dynamo.reset()
         held = traced(module, torch.zeros(M, 64, dtype=torch.bfloat16), *tokens(M, torch.bfloat16))
