@@ -44,12 +44,11 @@ def test_a_linear_is_compiled_whole_and_recorded(grid: Any, activations: Activat
 @pytest.mark.parametrize("grid", EXPERTS, ids=str)
 def test_experts_are_compiled_whole(grid: Any) -> None:
     module = module_of(grid, torch.bfloat16, "cuda")
-    compiled = torch.compile(lambda *given: module(*given) + 1, backend="aot_eager", fullgraph=True, dynamic=False)
-    for M in (1, 40):
-        given = tokens(M, torch.bfloat16, "cuda")
-        found, wanted = compiled(*given) - 1, module(*given)
-        # The gate is a kernel of ours or the model's code, which round alike but for the last bits of the activation.
-        assert (found - wanted).float().norm() <= 1e-2 * wanted.float().norm(), M
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=False)
+    given = tokens(40, torch.bfloat16, "cuda")
+    found, wanted = compiled(*given), module(*given)
+    # The gate is a kernel of ours or the model's code, which round alike but for the last bits of the activation.
+    assert (found - wanted).float().norm() <= 1e-2 * wanted.float().norm()
 
 
 @pytest.mark.parametrize("grid", EXPERTS, ids=str)
