@@ -50,8 +50,11 @@ class Each(Grouped):
         y_SN = x_MK.new_zeros(len(expert_S), problem.N)
         each = max(1, len(expert_S) // max(1, len(x_MK)))
         for e, places in pairs_by_expert(expert_S, experts).items():
-            rows = [s // each for s in places]
-            x = x_MK[rows[0] : rows[0] + 1] if len(rows) == 1 else x_MK[rows]
             one = {name: tensor[e] for name, tensor in layout.items()}
-            y_SN[places] = kernel.run(x, one, problem, None if bias_EN is None else bias_EN[e])
+            bias_N = None if bias_EN is None else bias_EN[e]
+            if len(places) == 1:  # all there is when one sequence is decoded; indexing by lists takes longer
+                s = places[0]
+                y_SN[s] = kernel.run(x_MK[s // each : s // each + 1], one, problem, bias_N)[0]
+            else:
+                y_SN[places] = kernel.run(x_MK[[s // each for s in places]], one, problem, bias_N)
         return y_SN
