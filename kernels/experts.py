@@ -22,6 +22,7 @@ from aerogel.kernels import graphs
 from aerogel.kernels.decode import ops
 from aerogel.kernels.decode.reading import ACTIVATIONS
 from aerogel.kernels.dispatch import choose_grouped
+from aerogel.kernels.expert_linears import ExpertLinears
 from aerogel.kernels.gradients import inference_only
 from aerogel.kernels.grouped.kernel import Grouped, Routes
 from aerogel.kernels.grouped.ref import Reference
@@ -146,7 +147,7 @@ class ExpertLinear(Packed):
             self.prepare(x_MK.dtype)
         problem = self._problem or self.problem()
         rows = x_MK.to(problem.dtype).contiguous()
-        if self._graph_name is not None and torch.compiler.is_compiling():
+        if self._graph_name is not None:  # for a step of decoding that is traced, too
             y_SN = graphs.experts(rows, expert_S, routes, self.operands(), bias_EN, problem.N, self._graph_name)
         else:
             y_SN = self._kernel.run(rows, expert_S, routes, self.operands(), problem, bias_EN)
@@ -290,7 +291,7 @@ def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (PackedExperts, cls), {"__module__": cls.__module__})
 
 
-def replace_experts(module: nn.Module, name: str, weight: ExpertLinear) -> None:
+def replace_experts(module: nn.Module, name: str, weight: ExpertLinear | ExpertLinears) -> None:
     """Puts `weight` in the place of the parameter `name` of an experts module.
 
     Raises:
@@ -309,7 +310,7 @@ def replace_experts(module: nn.Module, name: str, weight: ExpertLinear) -> None:
 def unpack_experts(module: Any, dtype: torch.dtype | None = None) -> None:
     """The inverse of `replace_experts` for all of a module: its own class with dense parameters."""
     for name, weight in list(module.named_children()):
-        if isinstance(weight, ExpertLinear):
+        if isinstance(weight, ExpertLinear | ExpertLinears):
             dense = weight.dequantize(dtype)
             del module._modules[name]
             turned = dense.transpose(1, 2).contiguous() if module.is_transposed else dense

@@ -8,13 +8,20 @@ Shape legend: M tokens, N out features, K in features, E experts, S pairs of tok
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from aerogel.kernels.problem import Layout, Problem
 
+if TYPE_CHECKING:
+    from aerogel.kernels.expert_linears import ExpertLinears
+
+_modules: WeakValueDictionary[str, ExpertLinears] = WeakValueDictionary()
+_numbers = itertools.count()
 _kept: dict[str, tuple[Any, Problem]] = {}
 
 
@@ -39,6 +46,23 @@ def experts(
         x_SK, expert_S, routes, list(layout.values()), list(layout), bias_EN, N, name
     )
     return y_SN
+
+
+def keep_experts(module: ExpertLinears) -> str:
+    """The name under which the operator finds experts that are linears of their own, as long as they live in this process."""
+    name = f"experts {next(_numbers)}"
+    _modules[name] = module
+    return name
+
+
+def experts_apart(x_MK: Tensor, expert_S: Tensor, bias_EN: Tensor | None, N: int, name: str) -> Tensor:
+    """`ExpertLinears.product` of what was kept under `name`, as one node of a graph."""
+    y_SN: Tensor = torch.ops.aerogel.experts_apart.default(x_MK, expert_S, bias_EN, N, name)
+    return y_SN
+
+
+def _experts_apart(x: Tensor, expert: Tensor, bias: Tensor | None, N: int, name: str) -> Tensor:
+    return _modules[name].product(x, expert, bias)
 
 
 def _linear(x: Tensor, tensors: list[Tensor], names: list[str], bias: Tensor | None, N: int, name: str) -> Tensor:
@@ -68,6 +92,11 @@ for _schema, _function, _fake in (
         "whole_linear(Tensor x, Tensor[] layout, str[] names, Tensor? bias, SymInt N, str name) -> Tensor",
         _linear,
         lambda x, layout, names, bias, N, name: x.new_empty(x.shape[0], N),
+    ),
+    (
+        "experts_apart(Tensor x, Tensor expert, Tensor? bias, SymInt N, str name) -> Tensor",
+        _experts_apart,
+        lambda x, expert, bias, N, name: x.new_empty(expert.shape[0], N),
     ),
     (
         "whole_experts(Tensor x, Tensor expert, Tensor[] routes, Tensor[] layout, str[] names, Tensor? bias, SymInt N,"

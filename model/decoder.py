@@ -10,7 +10,7 @@ Shape legend: N out features, K in features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.embedding import PackedEmbedding
+from aerogel.kernels.expert_linears import ExpertLinears
 from aerogel.kernels.experts import ExpertLinear, ExpertRows, replace_experts, stacked
 from aerogel.kernels.linear import Linear, stored_shapes
 from aerogel.kernels.sidecars import SidecarLinear
@@ -150,6 +151,8 @@ class Decoder(WeightConverter):  # type: ignore[misc, unused-ignore]
     def _experts(self, parameter: str, held: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Any]:
         """The buffers of an `ExpertLinear`: what the format stores for each expert, stacked."""
         items, stack = self.plan.placements[parameter], self.plan.stacks[parameter]
+        if stack.apart is not None:
+            return {name: tensor for item in items for name, tensor in self._packed(item, held, model).items()}
         layer = model.get_submodule(parameter)
         if not isinstance(layer, ExpertLinear):
             raise RunFailed(f"{parameter} was to stay packed but is a {type(layer).__name__}; please report this model")
@@ -227,16 +230,8 @@ def replace_linear(model: PreTrainedModel, item: Placement, bias_on_disk: bool, 
     beside: what the checkpoint has beside its codes, by local name.
     """
     old = model.get_submodule(item.module)
-    N, K = features(old)
-    weight = old.get_parameter("weight")
     bias = getattr(old, "bias", None) is not None or bias_on_disk
-    if item.scheme is None:
-        raise RunFailed(f"{item.name} has no scheme; please report this checkpoint")
-    if not beside:
-        made = Linear(K, N, item.scheme, bias=bias, dtype=weight.dtype, device="meta")
-    else:
-        empty = {local: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for local, entry in beside.items()}
-        made = SidecarLinear(K, N, item.scheme, beside=empty, bias=bias, dtype=weight.dtype, device="meta")
+    made = _empty(item, *features(old), bias, old.get_parameter("weight").dtype, beside)
     model.set_submodule(item.module, made)
     # Some models initialise their children's `weight` by name, which a packed linear does not have. Its values come from
     # the file in any case, and transformers leaves a module alone that says it is initialised.
@@ -249,11 +244,31 @@ def replace_linear(model: PreTrainedModel, item: Placement, bias_on_disk: bool, 
         model.set_submodule(item.embedding, PackedEmbedding(made))
 
 
-def pack_experts(model: PreTrainedModel, parameter: str, stack: Stack) -> None:
-    """Puts an empty `ExpertLinear` in the place of a parameter of an experts module."""
+def _empty(item: Placement, N: int, K: int, bias: bool, dtype: torch.dtype, beside: Mapping[str, Entry]) -> Linear:
+    """A linear [N, K] for a packed weight, with room for what is beside its codes."""
+    if item.scheme is None:
+        raise RunFailed(f"{item.name} has no scheme; please report this checkpoint")
+    if not beside:
+        return Linear(K, N, item.scheme, bias=bias, dtype=dtype, device="meta")
+    empty = {local: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for local, entry in beside.items()}
+    return SidecarLinear(K, N, item.scheme, beside=empty, bias=bias, dtype=dtype, device="meta")
+
+
+def pack_experts(
+    model: PreTrainedModel, parameter: str, stack: Stack, beside: Sequence[tuple[Placement, Mapping[str, Entry]]]
+) -> None:
+    """Puts an empty `ExpertLinear` or `ExpertLinears` in the place of a parameter of an experts module. beside: its matrices,
+    and what the checkpoint has beside the codes of each, by local name."""
     path, _, name = parameter.rpartition(".")
     module = model.get_submodule(path)
     dtype = module.get_parameter(name).dtype
+    if stack.apart is not None:
+        experts = [
+            [_empty(beside[place][0], stack.n // len(places), stack.k, False, dtype, beside[place][1]) for place in places]
+            for places in stack.parts
+        ]
+        replace_experts(module, name, ExpertLinears(experts))
+        return
     made = ExpertLinear(stack.experts, stack.k, stack.n, stack.scheme, dtype=dtype, device="meta")
     if stack.more is not None:
         most, scheme = stack.more
@@ -277,7 +292,7 @@ def _anchor(item: Placement) -> str:
     """The name in the model's state dict by which transformers collects the tensors of a parameter."""
     if not (item.packed or item.expert) or item.scheme is None:
         return item.parameter
-    owner = item.parameter if item.expert else item.module
+    owner = item.parameter if item.expert and item.own is None else item.module
     if item.scheme.layout is not None:
         return f"{owner}.{CODES[item.scheme.layout]}"
     return f"{owner}.{'weight' if 'weight' in format_of(item.scheme.format).names else 'weight_packed'}"

@@ -42,6 +42,7 @@ class Stack:
     parts: for each expert the places, in the list of placements, of the matrices that make its rows one after the other.
         The one place there is, where its tensors hold all experts.
     more: how many rows of each expert have more bits at most, and the scheme of what they have more; None where none have.
+    apart: why the matrices are linears of their own instead of one stack; None where they are that.
     """
 
     experts: int
@@ -50,6 +51,7 @@ class Stack:
     scheme: Scheme
     parts: list[list[int]]
     more: tuple[int, Scheme] | None = None
+    apart: str | None = None
 
 
 def stacks_of(
@@ -164,8 +166,9 @@ def _bias(dense: dict[str, Tensor], name: str, picked: Tensor) -> Tensor | float
 def _stack(items: Sequence[Any], value: Tensor, transposed: bool, rule: WeightConverter | None) -> Stack | str:
     """How `items` make `value`, or why that cannot stay packed."""
     first = items[0].scheme
-    if first is None or any(item.scheme != first for item in items):
-        return "its matrices are not all packed alike"
+    if first is None or any(item.scheme is None for item in items):
+        return "its matrices are not all packed"
+    apart = "its matrices are not all packed alike" if any(item.scheme != first for item in items) else None
     E, n, k = value.shape[0], value.shape[2 if transposed else 1], value.shape[1 if transposed else 2]
     if items[0].whole:
         return Stack(E, n, k, first, [[0]] * E)
@@ -174,11 +177,11 @@ def _stack(items: Sequence[Any], value: Tensor, transposed: bool, rule: WeightCo
         return f"{len(items)} matrices do not make {E} experts of {n} rows"
     rows, shared = n // each, first.grid.shared_rows
     if shared != 1 and each > 1 and (shared is None or rows % shared):
-        return f"scales are shared by {shared or 'all'} rows, and matrices of {rows} are joined"
+        apart = f"scales are shared by {shared or 'all'} rows, and matrices of {rows} are joined"
     parts = _rows_after(items, rows, rule)
     if parts is None or len(parts) != E or any(len(one) != each for one in parts):
         return "transformers puts its rows together in another way than one after the other"
-    return Stack(E, n, k, first, parts)
+    return Stack(E, n, k, first, parts, apart=apart)
 
 
 def _rows_after(items: Sequence[Any], rows: int, rule: WeightConverter | None) -> list[list[int]] | None:

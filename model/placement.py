@@ -61,6 +61,7 @@ class Placement:
     dense_name: the tensor's name in a dense checkpoint of this model.
     whole: whether its tensors hold all experts of a layer, along their first axis.
     expert: whether it stays packed as one of a layer's experts, see `Plan.stacks`.
+    own: path of the linear that it is there, where these are no stack.
     embedding: path of the embedding that looks up rows of it, where it is a tied head; None for any other weight.
     """
 
@@ -75,12 +76,13 @@ class Placement:
     dense_name: str = ""
     whole: bool = False
     expert: bool = False
+    own: str | None = None
     embedding: str | None = None
 
     @property
     def module(self) -> str:
-        """Path of the module that owns the parameter."""
-        return self.parameter.rpartition(".")[0]
+        """Path of the module that owns the parameter, or its own."""
+        return self.own or self.parameter.rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +164,9 @@ class _Planner:
             items.sort(key=lambda item: dot_natural_key(item.name))
         rules = {p: self.by_pattern[items[0].pattern] for p, items in found.items() if items[0].pattern is not None}
         stacks, unpacked = self._experts(found, rules)
-        for parameter in stacks:
-            found[parameter] = [replace(item, expert=True) for item in found[parameter]]
+        for parameter, stack in stacks.items():
+            own = {} if stack.apart is None else _own_paths(parameter, stack)
+            found[parameter] = [replace(item, expert=True, own=own.get(place)) for place, item in enumerate(found[parameter])]
         return Plan(found, rules, homeless, stacks, unpacked)
 
     def _experts(
@@ -178,20 +181,27 @@ class _Planner:
         unpacked = {}
         for path, parameters in by_module.items():
             items = [item for held in parameters.values() for item in held]
-            made: str | dict[str, Stack]
-            if not all(self._in_order(item) for item in items):
-                made = "columns stand in another order (activation order)"
-            elif any(item.tensors.keys() & set(SIDECARS) - set(INPUT_SCALE) - set(ROWS) for item in items):
-                made = "weights are kept beside their codes"
-            else:
-                made = stacks_of(self.model, path, parameters, rules)
-                made = made if isinstance(made, str) else self._with_rows(made, parameters)
+            made = stacks_of(self.model, path, parameters, rules)
+            made = made if isinstance(made, str) else self._with_rows(self._apart(made, parameters), parameters)
+            if any(item.whole for item in items) and not isinstance(made, str):
+                made = next((stack.apart for stack in made.values() if stack.apart is not None), made)
             if isinstance(made, str):
                 rounded = any(item.scheme is not None and item.scheme.activations != "none" for item in items)
                 unpacked[path] = made + (", and their inputs are not rounded as the checkpoint asks" if rounded else "")
             else:
                 stacks |= {parameter: self._one_factor(stack, parameters[parameter]) for parameter, stack in made.items()}
         return stacks, unpacked
+
+    def _apart(self, stacks: dict[str, Stack], parameters: Mapping[str, list[Placement]]) -> dict[str, Stack]:
+        """The stacks, with the reason why their matrices differ in shape, where they do."""
+
+        def reason(items: list[Placement]) -> str | None:
+            if not all(self._in_order(item) for item in items):
+                return "columns stand in another order (activation order)"
+            beside = any(item.tensors.keys() & set(SIDECARS) - set(INPUT_SCALE) - set(ROWS) for item in items)
+            return "weights are kept beside their codes" if beside else None
+
+        return {name: replace(stack, apart=stack.apart or reason(parameters[name])) for name, stack in stacks.items()}
 
     def _with_rows(self, stacks: dict[str, Stack], parameters: Mapping[str, list[Placement]]) -> dict[str, Stack] | str:
         """The stacks, with how many rows of more bits an expert has; or why those cannot stay packed."""
@@ -200,8 +210,13 @@ class _Planner:
             items = parameters[parameter]
             counts = [self._row_count(item) for item in items]
             grids = {self._row_grid(item) for item, count in zip(items, counts, strict=True) if count}
-            if len(grids) > 1 or (grids and items[0].whole):
-                return "rows have more bits of several kinds"
+            if grids and items[0].whole:
+                return "rows have more bits"
+            if len(grids) > 1 and stack.apart is None:
+                stack = replace(stack, apart="rows have more bits of several kinds")
+            if stack.apart is not None:
+                found[parameter] = stack
+                continue
             most = max(sum(counts[place] for place in places) for places in stack.parts)
             for grid in grids:
                 rounding: Activations = "int8" if stack.scheme.activations == "int8" else "none"
@@ -222,7 +237,8 @@ class _Planner:
     def _one_factor(self, stack: Stack, items: list[Placement]) -> Stack:
         """The stack, on a grid with wider scales where matrices that are joined (gate and up) have factors that differ."""
         grid = stack.scheme.grid
-        if not isinstance(grid, TableGrid) or not grid.two_level or all(len(places) == 1 for places in stack.parts):
+        joined = any(len(places) > 1 for places in stack.parts)
+        if not isinstance(grid, TableGrid) or not grid.two_level or not joined or stack.apart is not None:
             return stack
         factors = [[self._factor(items[place]) for place in places] for places in stack.parts]
         if all(one == parts[0] for parts in factors for one in parts):
@@ -334,6 +350,11 @@ def _wanted(tensors: Mapping[str, str], scheme: Scheme) -> Mapping[str, str]:
         return tensors
     read = format_of(scheme.format).shapes(1, 1, scheme.grid)
     return {local: name for local, name in tensors.items() if local in read}
+
+
+def _own_paths(parameter: str, stack: Stack) -> dict[int, str]:
+    """Where each matrix of a stack is a linear of its own, by its place."""
+    return {place: f"{parameter}.parts.{e}.{part}" for e, places in enumerate(stack.parts) for part, place in enumerate(places)}
 
 
 def of_expert(tensors: Mapping[str, Tensor], expert: int) -> dict[str, Tensor]:

@@ -131,15 +131,19 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Replaces every linear that stays packed, and keeps the plan for the weights."""
         from aerogel.model.decoder import Decoder, pack_experts, read_entry, replace_linear
-        from aerogel.model.placement import make_plan
+        from aerogel.model.placement import Placement, make_plan
+        from aerogel.model.reader import Entry
         from aerogel.quantize.sidecars import NAMES as SIDECARS
 
         plan = make_plan(model, self.header, self.source, lambda name: read_entry(self.header[name]))
+
+        def beside(item: Placement) -> dict[str, Entry]:
+            return {local: self.header[name] for local, name in item.tensors.items() if local in SIDECARS}
+
         for item in plan.packed():
-            beside = {local: self.header[name] for local, name in item.tensors.items() if local in SIDECARS}
-            replace_linear(model, item, f"{item.name}.bias" in self.header, beside)
+            replace_linear(model, item, f"{item.name}.bias" in self.header, beside(item))
         for parameter, stack in plan.stacks.items():
-            pack_experts(model, parameter, stack)
+            pack_experts(model, parameter, stack, [(item, beside(item)) for item in plan.placements[parameter]])
         for name, reason in plan.unpacked.items():
             logger.warning("the experts of %s are decoded into dense weights: %s", name, reason)
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *UNREAD}
@@ -196,7 +200,10 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         from aerogel.kernels.experts import PackedExperts, unpack_experts
         from aerogel.kernels.linear import Linear
 
+        experts: list[str] = []
         for name, module in list(model.named_modules()):
+            if name.startswith(tuple(experts)):
+                continue
             if isinstance(module, Linear):
                 dense = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
                 dense.weight = torch.nn.Parameter(module.dequantize(dtype), requires_grad=False)
@@ -205,6 +212,7 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                 model.set_submodule(name, dense)
             elif isinstance(module, PackedExperts):
                 unpack_experts(module, dtype)
+                experts.append(f"{name}.")
         return model
 
     def is_serializable(self) -> bool:

@@ -15,7 +15,7 @@ from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.gemm.cuda_wgmma import defines, fits
 from aerogel.kernels.grouped import cuda_grouped, cuda_routes
 from aerogel.kernels.problem import Problem
-from aerogel.quantize.formats.nf4 import Nf4
+from aerogel.quantize.formats.rf8 import Rf8
 from aerogel.quantize.grids import IntGrid
 
 
@@ -92,8 +92,8 @@ def test_refusals_name_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "8.0 does not have" in (cuda_grouped.Cuda.refuses(Problem(grid=grid, **facts)) or "")  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
     assert cuda_grouped.Cuda.refuses(Problem(grid=grid, **facts)) is None  # type: ignore[arg-type]
-    monkeypatch.setattr(Nf4, "learned", property(lambda grid: True))
-    assert "one of their own" in (cuda_grouped.Cuda.refuses(Problem(grid=Nf4(), **facts)) or "")  # type: ignore[arg-type]
+    monkeypatch.setattr(Rf8, "learned", property(lambda grid: True))
+    assert "at most 4 bits" in (cuda_grouped.Cuda.refuses(Problem(grid=Rf8(), **facts)) or "")  # type: ignore[arg-type]
 
 
 def test_shapes_are_known_without_running() -> None:
