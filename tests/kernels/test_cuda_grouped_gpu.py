@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from tests.kernels.expert_weights import experts_of, product, rounded_of, routing, wanted_of, with_rows
+from tests.kernels.test_cuda_claims import layer_of
 from tests.kernels.test_cuda_wgmma_gpu import BOUND, HOPPER, weight_of
 from tests.kernels.tile_weights import dense64
 
 from aerogel.kernels.cuda import sources
+from aerogel.kernels.expert_linears import ExpertLinears
 from aerogel.kernels.experts import replace_experts
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import SOURCE, Config, defines
@@ -176,6 +178,17 @@ def test_rows_of_more_bits_join_their_rows() -> None:
     expert, x = routing(40, 3, 6, "cuda"), torch.randn(40, 256, device="cuda").bfloat16()
     wanted = wanted_of(layer, x, expert, None)
     assert (product(layer, x, expert).double() - wanted).norm() <= 6e-3 * wanted.norm()
+
+
+def test_experts_that_are_linears_of_their_own() -> None:
+    linears = [layer_of(kind, 144, 544, bias=False) for kind in ("nf4", "planes", "outliers")]
+    layer = ExpertLinears([[one] for one in linears])
+    expert, x = routing(8, 2, 3, "cuda"), torch.randn(8, 544, device="cuda").bfloat16()
+    with torch.no_grad():
+        y = layer(x, expert, layer.routes(expert))
+        for s, e in enumerate(expert.tolist()):
+            wanted = linears[e](x[s // 2][None])[0] if e < 3 else torch.zeros_like(y[s])
+            assert (y[s] - wanted).float().norm() <= 6e-3 * wanted.float().norm(), (s, e)
 
 
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
