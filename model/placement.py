@@ -27,22 +27,16 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.pytorch_utils import Conv1D
 
 from aerogel.errors import BadInput
-from aerogel.model.experts import Stack, stacks_of
+from aerogel.model.experts import Stack
 from aerogel.model.reader import Entry
-from aerogel.pack.config import choose_format, format_of
-from aerogel.pack.format import Activations
+from aerogel.model.stacking import Stacker, own_paths
+from aerogel.pack.config import format_of
 from aerogel.pack.scheme import Scheme
 from aerogel.pack.source import Source, UnevenGroups, order_of
-from aerogel.quantize.grids import IntGrid
 from aerogel.quantize.input_scale import NAMES as INPUT_SCALE
 from aerogel.quantize.planes import PlaneGrid
-from aerogel.quantize.rows import NAMES as ROWS
-from aerogel.quantize.sidecars import NAMES as SIDECARS
 from aerogel.quantize.sidecars import with_sidecars
-from aerogel.quantize.tables import TableGrid
 
-FACTORS = ("weight_scale_2", "weight_global_scale", "weight_factor")
-"""Local names of the one number that scales in eight bits are multiplied or divided by."""
 NUMBERED = re.compile(r"(?P<stem>.+)\.(?P<number>\d+)\.(?P<leaf>[^.]+)")
 
 
@@ -163,104 +157,11 @@ class _Planner:
         for items in found.values():
             items.sort(key=lambda item: dot_natural_key(item.name))
         rules = {p: self.by_pattern[items[0].pattern] for p, items in found.items() if items[0].pattern is not None}
-        stacks, unpacked = self._experts(found, rules)
+        stacks, unpacked = Stacker(self.model, self.header, self.source, self.read).stacks(found, rules)
         for parameter, stack in stacks.items():
-            own = {} if stack.apart is None else _own_paths(parameter, stack)
+            own = {} if stack.apart is None else own_paths(parameter, stack)
             found[parameter] = [replace(item, expert=True, own=own.get(place)) for place, item in enumerate(found[parameter])]
         return Plan(found, rules, homeless, stacks, unpacked)
-
-    def _experts(
-        self, found: Mapping[str, list[Placement]], rules: dict[str, WeightConverter]
-    ) -> tuple[dict[str, Stack], dict[str, str]]:
-        """The experts that stay packed, and modules whose experts do not, with the reason."""
-        by_module: dict[str, dict[str, list[Placement]]] = {}
-        for parameter, items in found.items():
-            if self.wanted[parameter].ndim == 3:
-                by_module.setdefault(items[0].module, {})[parameter] = items
-        stacks: dict[str, Stack] = {}
-        unpacked = {}
-        for path, parameters in by_module.items():
-            items = [item for held in parameters.values() for item in held]
-            made = stacks_of(self.model, path, parameters, rules)
-            made = made if isinstance(made, str) else self._with_rows(self._apart(made, parameters), parameters)
-            if any(item.whole for item in items) and not isinstance(made, str):
-                made = next((stack.apart for stack in made.values() if stack.apart is not None), made)
-            if isinstance(made, str):
-                rounded = any(item.scheme is not None and item.scheme.activations != "none" for item in items)
-                unpacked[path] = made + (", and their inputs are not rounded as the checkpoint asks" if rounded else "")
-            else:
-                stacks |= {parameter: self._one_factor(stack, parameters[parameter]) for parameter, stack in made.items()}
-        return stacks, unpacked
-
-    def _apart(self, stacks: dict[str, Stack], parameters: Mapping[str, list[Placement]]) -> dict[str, Stack]:
-        """The stacks, with the reason why their matrices differ in shape, where they do."""
-
-        def reason(items: list[Placement]) -> str | None:
-            if not all(self._in_order(item) for item in items):
-                return "columns stand in another order (activation order)"
-            beside = any(item.tensors.keys() & set(SIDECARS) - set(INPUT_SCALE) - set(ROWS) for item in items)
-            return "weights are kept beside their codes" if beside else None
-
-        return {name: replace(stack, apart=stack.apart or reason(parameters[name])) for name, stack in stacks.items()}
-
-    def _with_rows(self, stacks: dict[str, Stack], parameters: Mapping[str, list[Placement]]) -> dict[str, Stack] | str:
-        """The stacks, with how many rows of more bits an expert has; or why those cannot stay packed."""
-        found = {}
-        for parameter, stack in stacks.items():
-            items = parameters[parameter]
-            counts = [self._row_count(item) for item in items]
-            grids = {self._row_grid(item) for item, count in zip(items, counts, strict=True) if count}
-            if grids and items[0].whole:
-                return "rows have more bits"
-            if len(grids) > 1 and stack.apart is None:
-                stack = replace(stack, apart="rows have more bits of several kinds")
-            if stack.apart is not None:
-                found[parameter] = stack
-                continue
-            most = max(sum(counts[place] for place in places) for places in stack.parts)
-            for grid in grids:
-                rounding: Activations = "int8" if stack.scheme.activations == "int8" else "none"
-                scheme = Scheme(format=choose_format(grid, rounding).name, grid=grid, activations=rounding)
-                stack = replace(stack, more=(most, scheme))
-            found[parameter] = stack
-        return found
-
-    def _row_count(self, item: Placement) -> int:
-        return self.header[item.tensors[ROWS[0]]].shape[0] if ROWS[0] in item.tensors else 0
-
-    def _row_grid(self, item: Placement) -> IntGrid:
-        """Of what the rows have more, from the few numbers that say so."""
-        _, scale, kind = (item.tensors[name] for name in ROWS[1:])
-        _, width, group = self.read(kind).tolist()
-        return IntGrid(bits=width, group_size=group or None, scale_dtype=self.header[scale].dtype)
-
-    def _one_factor(self, stack: Stack, items: list[Placement]) -> Stack:
-        """The stack, on a grid with wider scales where matrices that are joined (gate and up) have factors that differ."""
-        grid = stack.scheme.grid
-        joined = any(len(places) > 1 for places in stack.parts)
-        if not isinstance(grid, TableGrid) or not grid.two_level or not joined or stack.apart is not None:
-            return stack
-        factors = [[self._factor(items[place]) for place in places] for places in stack.parts]
-        if all(one == parts[0] for parts in factors for one in parts):
-            return stack
-        wide = replace(grid, scale_dtype=torch.float32)
-        activations = stack.scheme.activations
-        return replace(stack, scheme=Scheme(format=choose_format(wide, activations).name, grid=wide, activations=activations))
-
-    def _factor(self, item: Placement) -> float:
-        local = next((local for local in FACTORS if local in item.tensors), None)
-        if local is None:
-            raise BadInput(f"{item.name} has none of {', '.join(FACTORS)}; the checkpoint is not whole, get it again")
-        return float(self.read(item.tensors[local]))
-
-    def _in_order(self, item: Placement) -> bool:
-        index = item.tensors.get(self.source.index)
-        if index is None or item.scheme is None or self.header[index].shape in ((), (0,)):
-            return True
-        try:
-            return order_of(self.read(index), item.scheme.grid.group_size) is None
-        except UnevenGroups:
-            return False
 
     def _others(self, used: set[str]) -> Iterable[str]:
         return (name for name in self.header if name not in used)
@@ -350,11 +251,6 @@ def _wanted(tensors: Mapping[str, str], scheme: Scheme) -> Mapping[str, str]:
         return tensors
     read = format_of(scheme.format).shapes(1, 1, scheme.grid)
     return {local: name for local, name in tensors.items() if local in read}
-
-
-def _own_paths(parameter: str, stack: Stack) -> dict[int, str]:
-    """Where each matrix of a stack is a linear of its own, by its place."""
-    return {place: f"{parameter}.parts.{e}.{part}" for e, places in enumerate(stack.parts) for part, place in enumerate(places)}
 
 
 def of_expert(tensors: Mapping[str, Tensor], expert: int) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ from aerogel.kernels.decode.slots import Mode, SlotCache
 from aerogel.kernels.decode.state import State
 from aerogel.kernels.decode.trace import CannotTrace, Program, clean, trace
 from aerogel.kernels.embedding import PackedEmbedding
+from aerogel.kernels.expert_linears import ExpertLinears
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 from aerogel.lazy import load
@@ -184,7 +185,9 @@ class Session:
                 return self._forward(token_B1, position_B1, valid_BL if mode == "mask" else None, self.cache)
 
         try:
-            modules = [module for module in self.model.modules() if not isinstance(module, Part)]
+            # Experts that are linears of their own are one operator, which calls them.
+            inside = {part for module in self.model.modules() if isinstance(module, ExpertLinears) for part in module.modules()}
+            modules = [module for module in self.model.modules() if not isinstance(module, Part) and module not in inside]
             whole: dict[Any, Callable[[Tensor], Tensor]] = {m: straight(m) for m in modules if isinstance(m, Linear)}
             whole |= {m: m.straight() for m in modules if isinstance(m, PackedEmbedding)}
             graph = trace(step, *self._arguments(), whole=whole)

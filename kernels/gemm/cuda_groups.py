@@ -21,7 +21,7 @@ from torch import Tensor
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.cuda import Cuda
 from aerogel.kernels.gemm.cuda_around import AroundCuda
-from aerogel.kernels.gemm.cuda_spread import STEP, Spread, filled
+from aerogel.kernels.gemm.cuda_spread import STEP, Spread, filled, spread_out
 from aerogel.kernels.problem import Layout, Problem
 from aerogel.pack import tiles
 from aerogel.quantize.codes import Codes
@@ -72,7 +72,7 @@ class CudaGroups(AroundCuda):
     @staticmethod
     def operand(x_MK: Tensor, layout: Layout, problem: Problem) -> Tensor:
         """x spread."""
-        return _spread(problem)(x_MK)
+        return spread_out(x_MK, _spread(problem))
 
 
 def _spread(problem: Problem) -> Spread:

@@ -28,7 +28,7 @@ from torch import Tensor
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.cuda import Cuda
 from aerogel.kernels.gemm.cuda_around import AroundCuda
-from aerogel.kernels.gemm.cuda_spread import STEP, Spread
+from aerogel.kernels.gemm.cuda_spread import STEP, Spread, spread_out
 from aerogel.kernels.gemm.plane_rows import BitGrid, planes_of, stored_scales
 from aerogel.kernels.gemm.plane_tables import (
     COLUMNS,
@@ -126,7 +126,7 @@ class CudaPlanes(AroundCuda):
     def operand(x_MK: Tensor, layout: Layout, problem: Problem) -> Tensor:
         """x spread out and repeated where the weight is."""
         spread = _spread(problem)
-        return x_MK if spread is None else spread(x_MK)
+        return x_MK if spread is None else spread_out(x_MK, spread)
 
 
 def _copies(grid: PlaneGrid) -> int:

@@ -68,10 +68,11 @@ class Spread:
         found = g + torch.arange(self.filled, device=device)
         return torch.where((found < g + self.group) & (found < self.K), found, g).flatten()
 
-    def __call__(self, x_MK: Tensor) -> Tensor:
-        """x [M, K] of 16 bits -> [M, columns]; an operator."""
-        found: Tensor = torch.ops.aerogel.spread(x_MK, self.group, self.copies, self.columns)
-        return found
+
+def spread_out(x_MK: Tensor, to: Spread) -> Tensor:
+    """x [M, K] of 16 bits -> [M, columns]; an operator. (A graph that is being compiled cannot call an object it makes.)"""
+    found: Tensor = torch.ops.aerogel.spread(x_MK, to.group, to.copies, to.columns)
+    return found
 
 
 def filled(group: int) -> int:

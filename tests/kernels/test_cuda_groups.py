@@ -11,7 +11,7 @@ from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.dispatch import choose
 from aerogel.kernels.gemm.cuda import Cuda
 from aerogel.kernels.gemm.cuda_groups import CudaGroups, _spread
-from aerogel.kernels.gemm.cuda_spread import Spread
+from aerogel.kernels.gemm.cuda_spread import Spread, spread_out
 from aerogel.kernels.problem import Problem
 from aerogel.quantize.codes import Codes, quantized
 from aerogel.quantize.formats.bitmod import Bitmod
@@ -62,7 +62,7 @@ def test_the_laid_out_weight_is_the_weight(grid: Any, shape: tuple[int, int]) ->
 def test_columns_and_their_places() -> None:
     spread = Spread(K=10, group=4, copies=2, columns=112)
     x_MK = torch.arange(1, 11)[None]
-    out = spread(x_MK)[0]
+    out = spread_out(x_MK, spread)[0]
     assert spread.stretch == 48 and out.shape == (112,)
     assert torch.equal(out[:48], out[48:96]) and not out[96:].any()
     assert out[:4].tolist() == [1, 2, 3, 4] and out[16:20].tolist() == [5, 6, 7, 8] and out[32:34].tolist() == [9, 10]
