@@ -27,6 +27,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from aerogel.kernels.cuda.timing import graph_microseconds
+from aerogel.kernels.dispatch import choose_grouped
 from aerogel.kernels.experts import ExpertLinear, replace_experts, stacked
 from aerogel.kernels.grouped.ref import Reference
 from aerogel.pack.config import choose_format
@@ -52,36 +53,29 @@ KINDS: dict[str, tuple[Any, Activations]] = {
 ROUTINGS, TOP = 8, 8
 
 
-def experts_of(kind: str, E: int, N: int, K: int, device: str) -> ExpertLinear:
-    """E times the same expert."""
+def experts_of(kind: str, E: int, N: int, K: int, device: str, decoding: bool) -> ExpertLinear:
+    """E times the same expert, on the kernel that is chosen for it, or on the one that decodes."""
     grid, activations = KINDS[kind]
-    weight = torch.randn(N, K, device=device) * K**-0.5
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(N)).to(device) * K**-0.5
     codes, stored = quantized(grid, weight, grid.fit(weight)), choose_format(grid, activations)
     scheme = Scheme(format=stored.name, grid=grid, activations=activations)
     layer = ExpertLinear(E, K, N, scheme, dtype=BF16, device=device)
-    one = stored.encode(codes)
-    layer.fill(stacked(lambda e: one, E))
-    return layer.prepare()
+    name, kernel = ("reference", Reference) if decoding else choose_grouped(layer.problem())
+    one = kernel.base_of(layer.problem()).pack(codes, layer.problem())
+    layer.adopt(stacked(lambda e: one, E), name, kernel, layer.problem())
+    return layer
 
 
-def module_of(kind: str, config: Any, device: str) -> Any:
+def module_of(kind: str, config: Any, device: str, decoding: bool = False) -> Any:
     with torch.device("meta"):
         module = Qwen3MoeExperts(config).to(BF16)
     for name, parameter in list(module.named_parameters()):
-        replace_experts(module, name, experts_of(kind, *parameter.shape, device))
+        replace_experts(module, name, experts_of(kind, *parameter.shape, device, decoding))
     return module
 
 
 def weights_of(module: Any) -> list[ExpertLinear]:
     return [child for child in module.children() if isinstance(child, ExpertLinear)]
-
-
-def decoding(module: Any) -> Any:
-    """The module on the kernel that decodes."""
-    for weight in weights_of(module):
-        weight.restore()
-        weight.adopt(weight._tensors(), "reference", Reference, weight.problem())
-    return module
 
 
 def microseconds(module: Any, x: torch.Tensor, routings: list[Any], seconds: float) -> float:
@@ -101,31 +95,30 @@ def microseconds(module: Any, x: torch.Tensor, routings: list[Any], seconds: flo
     return statistics.median(taken)
 
 
-def rows_of(M: int, kinds: list[str], config: Any, device: str, turns: int, references: bool) -> list[dict[str, Any]]:
+def rows_of(M: int, made: dict[str, Any], config: Any, device: str, turns: int, references: bool) -> list[dict[str, Any]]:
     """One row a kind."""
-    E, made = config.num_experts, {kind: module_of(kind, config, device) for kind in kinds}
-    x = torch.randn(M, config.hidden_size, device=device).to(BF16)
+    E, x = config.num_experts, torch.randn(M, config.hidden_size, device=device).to(BF16)
     routings = [
         (torch.rand(M, E, device=device).topk(TOP).indices, torch.rand(M, TOP, device=device).softmax(-1).to(BF16))
         for _ in range(ROUTINGS)
     ]
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    times: dict[str, list[float]] = {kind: [] for kind in made}
     for _ in range(turns):
         for kind, module in made.items():
             times[kind].append(microseconds(module, x, routings, 0.3))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind, module in made.items():
-        held, names = sum(weight.packed_bytes for weight in weights_of(module)), [w.kernel_name for w in weights_of(module)]
-        found = module(x, *routings[0]).float()
-        row = {"tokens": M, "kind": kind, "kernels": names, "us": statistics.median(times[kind]), "packed_bytes": held}
-        wanted = decoding(module)(x, *routings[0]).float()
-        row["error"] = ((found - wanted).norm() / wanted.norm()).item()
+        weights = weights_of(module)
+        row = {"tokens": M, "kind": kind, "kernels": [weight.kernel_name for weight in weights]}
+        row |= {"us": statistics.median(times[kind]), "packed_bytes": sum(weight.packed_bytes for weight in weights)}
+        base = rows[0] if rows else row
+        row |= {name: row[held] / base[held] for name, held in (("over_int4", "us"), ("bytes", "packed_bytes"))}
         if references:
-            row["reference"] = microseconds(module, x, routings[:2], 0.0)
+            slow, found = module_of(kind, config, device, decoding=True), module(x, *routings[0]).float()
+            wanted = slow(x, *routings[0]).float()
+            row["error"] = ((found - wanted).norm() / wanted.norm()).item()
+            row["reference"] = microseconds(slow, x, routings[:2], 0.0)
         rows.append(row)
-    base = rows[0]
-    for row in rows:
-        row["over_int4"], row["bytes"] = row["us"] / base["us"], row["packed_bytes"] / base["packed_bytes"]
         print(json.dumps(row), flush=True)
     return rows
 
@@ -144,10 +137,11 @@ def main() -> None:
     E = 128 if asked.device == "cuda" else 32
     config = Qwen3MoeConfig(num_experts=E, num_experts_per_tok=TOP, hidden_size=2048, moe_intermediate_size=768)
     with torch.no_grad():
+        made = {kind: module_of(kind, config, asked.device) for kind in asked.kinds}
         rows = [
             row
             for M in asked.tokens
-            for row in rows_of(M, asked.kinds, config, asked.device, asked.turns, not asked.without_reference)
+            for row in rows_of(M, made, config, asked.device, asked.turns, not asked.without_reference)
         ]
     result = {
         "command": " ".join(["python", *sys.argv]),
