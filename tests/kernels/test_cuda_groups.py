@@ -56,7 +56,7 @@ def test_the_laid_out_weight_is_the_weight(grid: Any, shape: tuple[int, int]) ->
     wide = Cuda.unpack(layout, inner).decode(torch.float64)
     assert inner.K % 128 == 0 and torch.isfinite(wide).all()
     x_MK = torch.randn(4, K, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(_spread(problem)(x_MK) @ wide.T, x_MK @ codes.decode(torch.float64).T)
+    torch.testing.assert_close(spread_out(x_MK, _spread(problem)) @ wide.T, x_MK @ codes.decode(torch.float64).T)
 
 
 def test_columns_and_their_places() -> None:
