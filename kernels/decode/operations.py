@@ -152,8 +152,6 @@ def _compiled(module: Linear, x: Tensor) -> bool:
     whole = module.kernel_is_all or (isinstance(module, SidecarLinear) and module.added_by_kernel() is not None)
     if problem is None or not whole or module.column_order is not None or x.dtype is not problem.dtype or not x.is_contiguous():
         return False
-    if issubclass(kernel, cpu_lookup.NativeLookup):
-        return x.numel() // problem.K <= cpu_lookup.MOST_TOKENS
     if issubclass(kernel, cpu_tables.NativeTables):
         return problem.activations == "none"  # others are rounded before
     if issubclass(kernel, cpu_own.NativeOwn):

@@ -10,7 +10,8 @@ of a register has a table of its own (kernels/native/lookup.h). Two kinds of ari
                         per table; products exact. The error is below 1e-4, 3e-4 where one activation is 300 times the others;
                         rounding the result to bfloat16 costs 2e-3.
 
-Beyond `MOST_TOKENS` tokens some rows at a time are decoded into float32 and torch multiplies. Layout: `aerogel.pack.lookup`.
+Beyond eight tokens panels are decoded once for all of them, and products are in float32 whatever the activations are
+(kernels/native/lookup_many.h). Layout: `aerogel.pack.lookup`.
 
 Shape legend: M tokens, N out features, K in features, G groups along K, T tables.
 """
@@ -36,9 +37,6 @@ from aerogel.quantize.tables import TableGrid
 
 BITS = (2, 3, 4)
 GROUP_STEP = 16
-MOST_TOKENS = 24
-CHUNK_ELEMENTS = 1 << 20
-"""Weights decoded at a time: 4 MB, which the last-level cache holds."""
 NUMERICS = {"exact": 0, "fixed": 2}
 
 
@@ -78,7 +76,7 @@ class NativeLookup(Kernel):
 
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
-        """One call of the library, or a few with torch's matmul between them where there are many tokens."""
+        """One call of the library."""
         return product(x_MK, layout, bias_N, problem.N, problem.grid.group_size or 0)
 
 
@@ -118,7 +116,7 @@ def linear(
             (`beside.ref.NAMES`).
         bias_N: [N] of any of the three types, or None.
         N, group: out features; columns that share a scale, 0 for all.
-        numerics: "exact" (float32 products) or "fixed" (15-bit integers).
+        numerics: "exact" (float32 products) or "fixed" (15-bit integers, of up to eight tokens).
         path: an index of `library.PATHS`, -1 for the best this machine has.
         threads: torch's number of threads unless given.
 
@@ -134,28 +132,7 @@ def linear(
     return y_MN
 
 
-def decoded(x_MK: Tensor, layout: Layout, bias_N: Tensor | None, N: int, group: int) -> Tensor:
-    """The same for many tokens, in float32: rows of W are decoded and multiplied, a few hundred at a time."""
-    wide_MK, K = x_MK.float(), x_MK.shape[1]
-    weight = struct_of(layout, N, K, group)
-    y_MN = torch.empty(len(x_MK), N, dtype=x_MK.dtype)
-    step = max(lookup.STRIP, CHUNK_ELEMENTS // max(K, 1) // lookup.STRIP * lookup.STRIP)
-    rows = torch.empty(min(step, N), K)
-    for start in range(0, N, step):
-        part = rows[: min(step, N - start)]
-        status = library.library().aerogel_native_lookup_decode(
-            ctypes.byref(weight), start, len(part), library.threads(), part.data_ptr(), part.nbytes
-        )
-        library.check(status, f"a weight of tables [{N}, {K}]")
-        bias = None if bias_N is None else bias_N[start : start + len(part)].float()
-        y_MN[:, start : start + len(part)] = torch.nn.functional.linear(wide_MK, part, bias)
-    return y_MN
-
-
 def _product(x_MK: Tensor, layout: Layout, bias_N: Tensor | None, N: int, group: int) -> Tensor:
-    if len(x_MK) > MOST_TOKENS:
-        y_MN, beside = decoded(x_MK, layout, bias_N, N, group), Beside.among(layout)
-        return y_MN if beside is None else beside_cpu.add(y_MN, x_MK, beside)
     return linear(x_MK, layout, bias_N, N, group, numerics_of(x_MK.dtype))
 
 

@@ -38,12 +38,9 @@ PUBLIC int32_t aerogel_native_gemm(const aerogel::Weight* weight, const aerogel:
 // One weight's view of the same, for callers that keep structs: returns a Status without reading the weight.
 PUBLIC int32_t aerogel_native_check(const aerogel::Weight* weight);
 
-// The same for weights that are tables, see lookup.h; `check` also looks at every pick, which `lookup` relies on. `decode`
-// writes rows first .. first + count - 1 as float32 [count, columns]: whole strips, or up to the last row.
+// The same for weights that are tables, see lookup.h; `check` also looks at every pick, which `lookup` relies on.
 PUBLIC int32_t aerogel_native_lookup(const aerogel::Lookup* weight, const aerogel::Call* call);
 PUBLIC int32_t aerogel_native_lookup_check(const aerogel::Lookup* weight);
-PUBLIC int32_t aerogel_native_lookup_decode(const aerogel::Lookup* weight, int64_t first, int64_t count, int32_t threads,
-                                            void* to, int64_t bytes);
 
 // The same for weights whose rows have tables of their own, see own.h: activations in bfloat16.
 PUBLIC int32_t aerogel_native_own(const aerogel::OwnTables* weight, const aerogel::Call* call);

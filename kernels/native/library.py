@@ -19,7 +19,7 @@ import torch
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.native.build import FOLDER, LIBRARY
 
-VERSION = 15
+VERSION = 16
 """Of the C interface: structs, codes and layout."""
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -148,9 +148,6 @@ def _load() -> ctypes.CDLL | str:
     library.aerogel_native_own.argtypes = [ctypes.POINTER(OwnTables), ctypes.POINTER(Call)]
     library.aerogel_native_own_check.argtypes = [ctypes.POINTER(OwnTables)]
     library.aerogel_native_lookup_check.argtypes = [ctypes.POINTER(Lookup)]
-    library.aerogel_native_lookup_decode.argtypes = [
-        *(ctypes.POINTER(Lookup), ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64),
-    ]
     library.aerogel_native_beside.argtypes = [ctypes.POINTER(Beside)]
     library.aerogel_native_outlier_tiles.argtypes = [ctypes.POINTER(Beside), ctypes.c_void_p, ctypes.c_int64]
     library.aerogel_native_outlier_tiles.restype = ctypes.c_int64

@@ -74,13 +74,3 @@ int32_t aerogel_native_lookup(const Lookup* weight, const Call* call) {
     status = (call->numerics == kFixed ? runs.fixed : runs.real)(*weight, bounded);
     return status == kDone ? add_beside(bounded, weight->rows, weight->columns, path) : status;
 }
-
-int32_t aerogel_native_lookup_decode(const Lookup* weight, int64_t first, int64_t count, int32_t threads, void* to, int64_t bytes) {
-    const Status status = check(*weight);
-    if (status != kDone) return status;
-    if (first < 0 || first % kLookupStrip != 0 || count < 0 || first + count > weight->rows) return kBadShape;
-    if (count % kLookupStrip != 0 && first + count != weight->rows) return kBadShape;
-    if (bytes != count * weight->columns * 4) return kTruncatedActivations;
-    if (off(to, 4)) return kMisaligned;
-    return path_entry(best_path(kExact)).step.lookup.decode(*weight, first, count, threads_of(threads), static_cast<float*>(to));
-}

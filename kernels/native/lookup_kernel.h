@@ -27,7 +27,10 @@ struct LookupPlan {
     int32_t* group_at; // [tiles * 8]: the group of each step
 };
 
-constexpr int kLookupTokens = 4;  // that a loop takes together
+constexpr int kLookupTokens = 4;   // that a loop takes together
+constexpr int64_t kLookupFew = 8;  // beyond which panels are decoded (lookup_many.h)
+// Tokens that meet a panel together: as many as there are registers for their sums.
+constexpr int kManyTokens = kNative == 16 ? 12 : kNative == 8 ? 6 : 4;
 
 #if defined(__AVX2__) || defined(__aarch64__)
 constexpr bool kLookupLoops = true;  // a loop for each kind of group and for some tokens at a time
@@ -279,14 +282,18 @@ void lookup_groups(const LookupPlan& plan, int64_t group) {
     lookup_tokens<P, BITS, 1>(plan);
 }
 
+inline Status lookup_many(const LookupPlan& plan);
+
 template <class P>
 Status lookup(const Lookup& weight, const Call& call) {
     LookupPlan plan{};
     plan.weight = &weight, plan.call = &call;
     plan.strips = ceil_div(weight.rows, kLookupStrip), plan.tiles = ceil_div(weight.columns, kLookupTile);
     plan.groups = weight.group ? ceil_div(weight.columns, weight.group) : 1;
-    plan.padded = call.tokens == 1 ? 1 : ceil_div(call.tokens, kLookupTokens) * kLookupTokens;
-    const size_t x_bytes = static_cast<size_t>(plan.padded * plan.tiles * kLookupTile) * sizeof(typename P::Element);
+    const bool many = call.tokens > kLookupFew;
+    const int64_t together = call.tokens == 1 ? 1 : many ? kManyTokens : kLookupTokens;
+    plan.padded = ceil_div(call.tokens, together) * together;
+    const size_t x_bytes = static_cast<size_t>(plan.padded * plan.tiles * kLookupTile) * (many ? sizeof(float) : sizeof(typename P::Element));
     const size_t units = static_cast<size_t>(plan.padded * plan.tiles), steps = static_cast<size_t>(plan.tiles * 8);
     uint8_t* memory = static_cast<uint8_t*>(scratch(kCallScratch, x_bytes + 4 * (units + steps)));
     if (!memory) return kOutOfMemory;
@@ -297,6 +304,7 @@ Status lookup(const Lookup& weight, const Call& call) {
         const int64_t found = group ? step * kLookupStep / group : 0;
         plan.group_at[step] = static_cast<int32_t>(found < plan.groups ? found : plan.groups - 1);
     }
+    if (many) return lookup_many(plan);
     if (plan.padded != call.tokens) memset(memory, 0, x_bytes + 4 * units);
     for (int64_t token = 0; token < call.tokens; ++token) lookup_place<P>(plan, token);
     switch (weight.bits) {
@@ -305,46 +313,6 @@ Status lookup(const Lookup& weight, const Call& call) {
         case 4: lookup_groups<P, 4>(plan, group); return kDone;
         default: return kBadWidth;
     }
-}
-
-template <int BITS>
-void lookup_decode_strip(const Lookup& weight, int64_t strip, int64_t first, float* to) {
-    const int64_t tiles = ceil_div(weight.columns, kLookupTile), groups = weight.group ? ceil_div(weight.columns, weight.group) : 1;
-    const uint8_t* codes = static_cast<const uint8_t*>(weight.codes) + strip * tiles * tile_bytes<BITS>();
-    for (int64_t tile = 0; tile < tiles; ++tile, codes += tile_bytes<BITS>()) {
-        uint8_t byte[8][kVector];
-        unroll<8>([&](auto step) ALWAYS { store(byte[step], quad<BITS, step>(codes)); });
-        for (int64_t step = 0; step < 8 && tile * kLookupTile + step * kLookupStep < weight.columns; ++step) {
-            const int64_t begin = tile * kLookupTile + step * kLookupStep, left = weight.columns - begin;
-            const int64_t group = weight.group && groups > 1 ? begin / weight.group : 0;
-            for (int row = 0; row < kLookupStrip && strip * kLookupStrip + row < weight.rows; ++row) {
-                const int64_t at = (strip * groups + group) * kLookupStrip + row;
-                const float scale = read_scale(weight.scale, at, weight.scale_type) * weight.factor;
-                const int64_t number = weight.pick ? static_cast<const uint8_t*>(weight.pick)[at]
-                                       : weight.tables == 1 ? 0 : strip * kLookupStrip + row;
-                const uint8_t* table = static_cast<const uint8_t*>(weight.number) + number * 4 * kEntries;
-                float entry[kEntries];
-                for (int e = 0; e < kEntries; ++e) {
-                    uint32_t bits = 0;
-                    for (int plane = 3; plane >= 0; --plane) bits = bits << 8 | table[plane * kEntries + e];
-                    entry[e] = bits_to_float(bits) * scale;
-                }
-                float* out = to + (strip * kLookupStrip + row - first) * weight.columns + begin;
-                for (int64_t k = 0; k < kLookupStep && k < left; ++k) out[k] = entry[byte[step][16 * row + k]];
-            }
-        }
-    }
-}
-
-// Rows first .. first + count - 1 as float32, `first` a multiple of 4: products in the order that layout says.
-inline Status lookup_decode(const Lookup& weight, int64_t first, int64_t count, int threads, float* to) {
-    const int64_t begin = first / kLookupStrip, strips = ceil_div(count, kLookupStrip);
-    parallel(strips, threads, [&](int64_t piece, int) {
-        if (weight.bits == 2) lookup_decode_strip<2>(weight, begin + piece, first, to);
-        if (weight.bits == 3) lookup_decode_strip<3>(weight, begin + piece, first, to);
-        if (weight.bits == 4) lookup_decode_strip<4>(weight, begin + piece, first, to);
-    });
-    return kDone;
 }
 
 }  // namespace UNIT

@@ -13,7 +13,6 @@ using Run = Status (*)(const Weight&, const Call&);
 struct LookupRuns {
     Status (*real)(const Lookup&, const Call&);
     Status (*fixed)(const Lookup&, const Call&);
-    Status (*decode)(const Lookup&, int64_t first, int64_t count, int threads, float* to);
 };
 
 struct Step {

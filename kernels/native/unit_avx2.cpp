@@ -3,7 +3,7 @@
 #include "attend.h"
 #include "beside.h"
 #include "gemm.h"
-#include "lookup_kernel.h"
+#include "lookup_many.h"
 #include "own_rows.h"
 #include "paths.h"
 #include "prompt.h"
@@ -21,7 +21,7 @@ Status own_avx2(const OwnTables& weight, const Call& call) { return avx2::own_ta
 extern const Step step_avx2;
 const Step step_avx2 = {
     avx2::attend, avx2::attend_prompt, avx2::norm, avx2::gate, avx2::add_beside, avx2::prepare, avx2::read_all,
-    {avx2::lookup<avx2::Real>, avx2::lookup<avx2::Fixed>, avx2::lookup_decode},
+    {avx2::lookup<avx2::Real>, avx2::lookup<avx2::Fixed>},
 };
 
 }  // namespace aerogel

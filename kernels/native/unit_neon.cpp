@@ -3,7 +3,7 @@
 #include "attend.h"
 #include "beside.h"
 #include "gemm.h"
-#include "lookup_kernel.h"
+#include "lookup_many.h"
 #include "own_rows.h"
 #include "paths.h"
 #include "prompt.h"
@@ -16,7 +16,7 @@ Status own_neon(const OwnTables& weight, const Call& call) { return neon::own_ta
 extern const Step step_neon;
 const Step step_neon = {
     neon::attend, neon::attend_prompt, neon::norm, neon::gate, neon::add_beside, neon::prepare, neon::read_all,
-    {neon::lookup<neon::Real>, neon::lookup<neon::Fixed>, neon::lookup_decode},
+    {neon::lookup<neon::Real>, neon::lookup<neon::Fixed>},
 };
 
 }  // namespace aerogel

@@ -3,7 +3,7 @@
 #include "attend.h"
 #include "beside.h"
 #include "gemm.h"
-#include "lookup_kernel.h"
+#include "lookup_many.h"
 #include "own_rows.h"
 #include "paths.h"
 #include "prompt.h"
@@ -16,7 +16,7 @@ Status own_portable(const OwnTables& weight, const Call& call) { return portable
 extern const Step step_portable;
 const Step step_portable = {
     portable::attend, portable::attend_prompt, portable::norm, portable::gate, portable::add_beside, portable::prepare, portable::read_all,
-    {portable::lookup<portable::Real>, portable::lookup<portable::Fixed>, portable::lookup_decode},
+    {portable::lookup<portable::Real>, portable::lookup<portable::Fixed>},
 };
 
 }  // namespace aerogel

@@ -99,6 +99,72 @@ float number(uint16_t bits) {
     return value;
 }
 
+// One code of a weight that is tables, where lookup.h has it.
+void put(uint8_t* codes, int code, int64_t n, int64_t k, int64_t tiles, int bits) {
+    uint8_t* tile = codes + ((n / kLookupStrip) * tiles + k / kLookupTile) * kVector * bits;
+    const int step = static_cast<int>(k % kLookupTile / kLookupStep);
+    int value = 0;
+    for (int width : {4, 2, 1}) {
+        if (!(bits & width)) continue;
+        const int per = 8 / width, part = code >> value & ((1 << width) - 1);
+        tile[kVector * (step / per) + 16 * (n % kLookupStrip) + k % kLookupStep] |= static_cast<uint8_t>(part << (width * (step % per)));
+        tile += kVector * width, value += width;
+    }
+}
+
+// Lookups of bytes (lookup.h), with one table, or where `picked` one of two for each scale.
+double lookup_error_of(int path, int numerics, int bits, int64_t N, int64_t K, int64_t group, int64_t M, bool picked) {
+    Lookup weight{};
+    weight.rows = N, weight.columns = K, weight.group = group, weight.tables = picked ? 2 : 1, weight.factor = 0.5f, weight.bits = bits;
+    const int64_t strips = ceil_div(N, kLookupStrip), tiles = ceil_div(K, kLookupTile), groups = group ? ceil_div(K, group) : 1;
+    std::vector<uint8_t> codes(static_cast<size_t>(strips * tiles * kVector * bits) + kVector), pick(static_cast<size_t>(strips * groups * kLookupStrip));
+    std::vector<uint8_t> wide(static_cast<size_t>(weight.tables * 4 * kEntries)), fixed(static_cast<size_t>(weight.tables * 2 * kEntries));
+    std::vector<float> scale(pick.size()), unit(static_cast<size_t>(weight.tables), 0x1p-10f), numbers(static_cast<size_t>(weight.tables * kEntries));
+    std::vector<float> dense(static_cast<size_t>(N * K)), x(static_cast<size_t>(M * K)), y(static_cast<size_t>(M * N));
+    for (size_t i = 0; i < numbers.size(); ++i) {
+        const int16_t integer = static_cast<int16_t>(static_cast<int>(random_bits() % 32767) - 16383);
+        numbers[i] = static_cast<float>(integer) * 0x1p-10f;
+        const size_t table = i / kEntries, entry = i % kEntries;
+        uint8_t bytes[4];
+        memcpy(bytes, &numbers[i], 4);
+        for (size_t plane = 0; plane < 4; ++plane) wide[(table * 4 + plane) * kEntries + entry] = bytes[plane];
+        for (size_t plane = 0; plane < 2; ++plane) fixed[(table * 2 + plane) * kEntries + entry] = static_cast<uint8_t>(static_cast<uint16_t>(integer) >> (8 * plane));
+    }
+    for (float& each : scale) each = uniform() + 1.5f;
+    for (float& each : x) each = uniform();
+    for (uint8_t& each : pick) each = picked ? static_cast<uint8_t>(random_bits() % 2) : 0;
+    uint8_t* to = aligned(codes);
+    for (int64_t n = 0; n < N; ++n) {
+        for (int64_t k = 0; k < K; ++k) {
+            const int code = static_cast<int>(random_bits() % (1u << bits));
+            put(to, code, n, k, tiles, bits);
+            const size_t at = static_cast<size_t>(((n / kLookupStrip) * groups + (group ? k / group : 0)) * kLookupStrip + n % kLookupStrip);
+            dense[static_cast<size_t>(n * K + k)] = numbers[static_cast<size_t>(pick[at] * kEntries + code)] * scale[at] * 0.5f;
+        }
+    }
+    const auto bytes_of = [](const auto& of) { return static_cast<int64_t>(of.size() * sizeof(of[0])); };
+    weight.codes = to, weight.codes_bytes = bytes_of(codes) - kVector, weight.scale = scale.data(), weight.scale_bytes = bytes_of(scale);
+    weight.number = wide.data(), weight.number_bytes = bytes_of(wide), weight.fixed = fixed.data(), weight.fixed_bytes = bytes_of(fixed);
+    weight.unit = unit.data(), weight.unit_bytes = bytes_of(unit);
+    if (picked) weight.pick = pick.data(), weight.pick_bytes = bytes_of(pick);
+    if (aerogel_native_lookup_check(&weight) != kDone) return INFINITY;
+    Call call{x.data(), nullptr, y.data(), M * K * 4, M * N * 4, 0, M, kFloat32, 0, numerics, path, 1, nullptr};
+    if (aerogel_native_lookup(&weight, &call) != kDone) return INFINITY;
+    std::vector<float> again(y.size());
+    call.y = again.data(), call.threads = 3;
+    if (aerogel_native_lookup(&weight, &call) != kDone || memcmp(again.data(), y.data(), y.size() * 4) != 0) return INFINITY;
+    double wrong = 0, all = 0;
+    for (int64_t m = 0; m < M; ++m) {
+        for (int64_t n = 0; n < N; ++n) {
+            double sum = 0;
+            for (int64_t k = 0; k < K; ++k) sum += static_cast<double>(dense[static_cast<size_t>(n * K + k)]) * x[static_cast<size_t>(m * K + k)];
+            const double found = y[static_cast<size_t>(m * N + n)];
+            wrong += (found - sum) * (found - sum), all += sum * sum;
+        }
+    }
+    return std::sqrt(wrong / all);
+}
+
 // Tables of each row and group (own.h), or where `shared` is not 0 of each run of rows and eight columns.
 double own_error_of(int path, int bits, int64_t N, int64_t K, int64_t group, int64_t shared, int64_t M) {
     OwnTables weight{};
@@ -114,15 +180,8 @@ double own_error_of(int path, int bits, int64_t N, int64_t K, int64_t group, int
     uint8_t* to = aligned(codes);
     for (int64_t n = 0; n < N; ++n) {
         for (int64_t k = 0; k < K; ++k) {
-            const int code = static_cast<int>(random_bits() % (1u << bits)), step = static_cast<int>(k % kLookupTile / kLookupStep);
-            uint8_t* tile = to + ((n / kLookupStrip) * tiles + k / kLookupTile) * kVector * bits;
-            int value = 0;
-            for (int width : {4, 2, 1}) {
-                if (!(bits & width)) continue;
-                const int per = 8 / width, part = code >> value & ((1 << width) - 1);
-                tile[kVector * (step / per) + 16 * (n % kLookupStrip) + k % kLookupStep] |= static_cast<uint8_t>(part << (width * (step % per)));
-                tile += kVector * width, value += width;
-            }
+            const int code = static_cast<int>(random_bits() % (1u << bits));
+            put(to, code, n, k, tiles, bits);
             // Where the low byte of its number lies, and how far behind it the high one.
             int64_t low, high;
             if (shared) {
@@ -190,6 +249,23 @@ int main() {
                     if (error <= 4e-3) continue;
                     ++failed;
                     std::printf("path %d own tables of %d bits M %d kind %d: %g\n", path, bits, static_cast<int>(M), static_cast<int>(kind), error);
+                }
+            }
+        }
+    }
+    for (int path = 0; path < 7; ++path) {
+        if (!(aerogel_native_able() >> path & 1)) continue;
+        for (int bits = 2; bits <= 4; ++bits) {
+            for (int64_t M : {1, 3, 8, 9, 31}) {
+                for (int64_t group : {0, 16, 32, 128}) {
+                    for (int kind : {0, 1, 2, 3}) {
+                        const int numerics = kind % 2 ? kFixed : kExact;
+                        const double error = lookup_error_of(path, numerics, bits, 37, 300, group, M, kind >= 2);
+                        ++ran;
+                        if (error <= (numerics == kExact ? 1e-5 : 2e-4)) continue;
+                        ++failed;
+                        std::printf("path %d lookups of %d bits M %d group %d kind %d: %g\n", path, bits, static_cast<int>(M), static_cast<int>(group), kind, error);
+                    }
                 }
             }
         }

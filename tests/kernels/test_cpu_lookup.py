@@ -59,7 +59,7 @@ def test_every_path_against_float64(path: str, numerics: str) -> None:
         for index, codes in enumerate(cases(N, K)):
             layout, group = lookup.tensors_of(codes), codes.grid.group_size or 0
             dense = codes.decode().double()
-            for M in (1, 3, 4, 9):
+            for M in (1, 3, 4, 8, 9, 29, 70):  # panels beyond eight
                 dtype = TYPES[(index + M) % 3]
                 x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(dtype)
                 bias = torch.randn(N, generator=torch.Generator().manual_seed(N)).to(TYPES[M % 3])
@@ -105,6 +105,21 @@ def test_floats_of_four_bits_are_integers_exactly() -> None:
 def problem_of(codes: Codes, dtype: torch.dtype) -> Problem:
     N, K = codes.values_NK.shape
     return Problem(format="any", grid=codes.grid, N=N, K=K, dtype=dtype)
+
+
+@pytest.mark.parametrize("path", library.PATHS)
+def test_many_tokens_are_multiplied_in_passes(path: str) -> None:
+    """More tokens than a pass takes, more columns than a panel, rows that are no whole strips."""
+    if path not in library.paths():
+        pytest.skip(f"{path}: not built, or this machine has not its instructions")
+    codes = quantized(Nf4(group_size=32), weight(37, 650), Nf4(group_size=32).fit(weight(37, 650)))
+    layout, x = lookup.tensors_of(codes), torch.randn(1100, 650, generator=torch.Generator().manual_seed(0))
+    found = [linear(x, layout, None, 37, 32, "exact", library.PATHS.index(path), threads=threads) for threads in (1, 2, 3)]
+    assert relative(found[0], x.double() @ codes.decode().double().T) < 1e-6
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    x[530, 7] = float("nan")
+    y = linear(x, layout, None, 37, 32, "exact", library.PATHS.index(path))
+    assert (y.isnan().any(1).nonzero().flatten() == 530).all()
 
 
 def test_the_dispatcher_chooses_it_and_many_tokens_are_decoded() -> None:
