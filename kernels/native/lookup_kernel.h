@@ -11,9 +11,7 @@
 #include "bytes.h"
 #include "codes.h"
 #include "lookup.h"
-#include "numbers.h"
-#include "pool.h"
-#include "scratch.h"
+#include "run_panels.h"
 
 namespace aerogel {
 namespace UNIT {
@@ -27,10 +25,7 @@ struct LookupPlan {
     int32_t* group_at; // [tiles * 8]: the group of each step
 };
 
-constexpr int kLookupTokens = 4;   // that a loop takes together
-constexpr int64_t kLookupFew = 8;  // beyond which panels are decoded (lookup_many.h)
-// Tokens that meet a panel together: as many as there are registers for their sums.
-constexpr int kManyTokens = kNative == 16 ? 12 : kNative == 8 ? 6 : 4;
+constexpr int kLookupTokens = 4;  // that a loop takes together
 
 #if defined(__AVX2__) || defined(__aarch64__)
 constexpr bool kLookupLoops = true;  // a loop for each kind of group and for some tokens at a time
@@ -290,10 +285,10 @@ Status lookup(const Lookup& weight, const Call& call) {
     plan.weight = &weight, plan.call = &call;
     plan.strips = ceil_div(weight.rows, kLookupStrip), plan.tiles = ceil_div(weight.columns, kLookupTile);
     plan.groups = weight.group ? ceil_div(weight.columns, weight.group) : 1;
-    const bool many = call.tokens > kLookupFew;
-    const int64_t together = call.tokens == 1 ? 1 : many ? kManyTokens : kLookupTokens;
-    plan.padded = ceil_div(call.tokens, together) * together;
-    const size_t x_bytes = static_cast<size_t>(plan.padded * plan.tiles * kLookupTile) * (many ? sizeof(float) : sizeof(typename P::Element));
+    plan.padded = call.tokens == 1 ? 1 : ceil_div(call.tokens, kLookupTokens) * kLookupTokens;
+    const bool many = call.tokens >= kPanelTokens;
+    const size_t few_bytes = static_cast<size_t>(plan.padded * plan.tiles * kLookupTile) * sizeof(typename P::Element);
+    const size_t x_bytes = many ? run_panels_bytes(call.tokens, plan.tiles) : few_bytes;
     const size_t units = static_cast<size_t>(plan.padded * plan.tiles), steps = static_cast<size_t>(plan.tiles * 8);
     uint8_t* memory = static_cast<uint8_t*>(scratch(kCallScratch, x_bytes + 4 * (units + steps)));
     if (!memory) return kOutOfMemory;

@@ -10,8 +10,7 @@
 #include "codes.h"
 #include "numbers.h"
 #include "own.h"
-#include "pool.h"
-#include "scratch.h"
+#include "run_panels.h"
 
 namespace aerogel {
 namespace UNIT {

@@ -116,8 +116,56 @@ OwnRows own_rows_for(int block_rows) {
         default: return nullptr;
     }
 }
+
+#if !defined(__AVX512BF16__)
+// Of sixteen columns of a strip: the even ones of the first eight, the odd ones, and the same of the last.
+template <int BITS, bool SHARED, int STEP>
+LOOKUP_STEP void own_numbers(const OwnStrips<BITS, SHARED, 1>& from, int64_t tile, float* to) {
+    repeat<kParts>([&](int part) ALWAYS {
+        NativeU w[2][1];
+        from.template decode<STEP>(tile, part, w);
+        repeat<2>([&](int half) ALWAYS {
+            const OwnPairs pairs = own_pairs(w[half][0]);
+            memcpy(to + 32 * half + part * kNative, &pairs.even, sizeof pairs.even);
+            memcpy(to + 32 * half + 16 + part * kNative, &pairs.odd, sizeof pairs.odd);
+        });
+    });
+}
+template <int BITS, bool SHARED>
+void own_panel(const void* of, int64_t strip, int64_t tile, float* to) {
+    const OwnStrips<BITS, SHARED, 1> from(*static_cast<const OwnPlan*>(of), strip);
+    unroll<8>([&](auto step) ALWAYS { own_numbers<BITS, SHARED, step>(from, tile, to + step * 64); });
+}
+
+inline void own_finish_panel(const void* of, int64_t strip, int64_t first, int64_t tokens, const float* total) {
+    const OwnPlan& plan = *static_cast<const OwnPlan*>(of);
+    const Call& call = *plan.call;
+    const int64_t rows = plan.weight->rows, row0 = strip * kLookupStrip, left = rows - row0;
+    const int count = static_cast<int>(left < kLookupStrip ? left : kLookupStrip);
+    for (int64_t token = first; token < first + tokens && token < call.tokens; ++token, total += 16) {
+        float out[16] = {};  // as many as a store reads
+        for (int row = 0; row < count; ++row) {
+            const float* lane = total + 4 * row;
+            out[row] = (lane[0] + lane[1]) + (lane[2] + lane[3]);
+            if (call.bias) out[row] += read_float(call.bias, row0 + row, call.bias_type);
+        }
+        store_floats(call.y, token * rows + row0, kBfloat16, out, count);
+    }
+}
+#endif
+
+// Whether panels are decoded: where bfloat16 is multiplied more tokens share a decoding as it is.
+inline bool own_many(const Call& call) { return kOwnElement == 4 && call.tokens >= kPanelTokens; }
+
 template <int BITS>
 Status own_width(const OwnPlan& plan) {
+#if !defined(__AVX512BF16__)
+    if (own_many(*plan.call)) {
+        const auto panel = plan.weight->shared ? own_panel<BITS, true> : own_panel<BITS, false>;
+        float* x = reinterpret_cast<float*>(plan.x);
+        return run_panels({plan.call, &plan, plan.weight->columns, plan.strips, plan.tiles, x, true, panel, own_finish_panel});
+    }
+#endif
     return own_all(plan, plan.weight->shared ? own_rows_for<BITS, true> : own_rows_for<BITS, false>), kDone;
 }
 
@@ -127,7 +175,9 @@ inline Status own_tables(const OwnTables& weight, const Call& call) {
     plan.strips = ceil_div(weight.rows, kLookupStrip), plan.tiles = ceil_div(weight.columns, kLookupTile);
     plan.groups = own_table_groups(weight);
     const int64_t last = (call.tokens - 1) / kOwnTokens * kOwnTokens, rows = last + own_block_rows(call.tokens - last);
-    const size_t x_bytes = static_cast<size_t>(rows * plan.tiles * kLookupTile) * kOwnElement;
+    const bool many = own_many(call);
+    const size_t few_bytes = static_cast<size_t>(rows * plan.tiles * kLookupTile) * kOwnElement;
+    const size_t x_bytes = many ? run_panels_bytes(call.tokens, plan.tiles) : few_bytes;
     uint8_t* memory = static_cast<uint8_t*>(scratch(kCallScratch, x_bytes + static_cast<size_t>(plan.tiles * 8) * 4));
     if (!memory) return kOutOfMemory;
     plan.x = memory, plan.group_at = reinterpret_cast<int32_t*>(memory + x_bytes);
@@ -135,8 +185,8 @@ inline Status own_tables(const OwnTables& weight, const Call& call) {
         const int64_t found = step * kLookupStep / own_table_columns(weight);
         plan.group_at[step] = static_cast<int32_t>(found < plan.groups ? found : plan.groups - 1);
     }
-    if (rows > call.tokens) memset(memory, 0, x_bytes);
-    for (int64_t token = 0; token < call.tokens; ++token) own_place(plan, token);
+    if (rows > call.tokens && !many) memset(memory, 0, x_bytes);
+    for (int64_t token = 0; token < call.tokens && !many; ++token) own_place(plan, token);
     switch (weight.bits) {
         case 1: return own_width<1>(plan);
         case 2: return own_width<2>(plan);

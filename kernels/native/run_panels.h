@@ -1,0 +1,107 @@
+// y = x W^T of many tokens for weights whose numbers come from byte lookups: they are decoded once into a panel and meet all tokens.
+//
+// A panel is sixteen rows by two tiles of floats, 16 KB that stay in the first-level cache: vectors of four runs as byte lookups leave
+// them, a row in each run, so nothing is turned; the four lanes of a row's sum are added at its end. A block of tokens meets the four
+// strips of a panel one after the other, from the same cache. Products and sums in float32.
+//
+// Instructions for 32 weights on AVX2, once the panel is there: 4 products for each token and half as many loads.
+#pragma once
+#include "bytes.h"
+#include "lookup.h"
+#include "numbers.h"
+#include "pool.h"
+#include "scratch.h"
+
+namespace aerogel {
+namespace UNIT {
+
+// Tokens from which on panels are worth their decoding, and those of a block: as many as there are registers for their sums.
+constexpr int64_t kPanelTokens = 9;
+constexpr int kBlockTokens = kNative == 16 ? 12 : kNative == 8 ? 6 : 4;
+// Strips and tiles of a panel; tokens of a pass, whose totals stay in the second-level cache.
+constexpr int kRunStrips = 4;
+constexpr int64_t kRunTiles = 2, kRunPass = 528;
+constexpr int64_t kFours = kLookupTile / 4;  // vectors of a strip and tile: four columns of four rows
+
+// A weight of that kind, what its panels hold, and what becomes of totals [token][16].
+struct RunPanels {
+    const Call* call;
+    const void* plan;
+    int64_t columns, strips, tiles;
+    float* x;    // [block][four columns][token][4], as many bytes as `run_panels_bytes` says
+    bool pairs;  // vectors hold every second column of eight, the even ones first; else four that follow each other
+    void (*panel)(const void* plan, int64_t strip, int64_t tile, float* to);  // [four columns][row][column]
+    void (*finish)(const void* plan, int64_t strip, int64_t first, int64_t tokens, const float* total);
+};
+
+inline size_t run_panels_bytes(int64_t tokens, int64_t tiles) {
+    return static_cast<size_t>(ceil_div(tokens, kBlockTokens) * kBlockTokens * tiles * kLookupTile) * sizeof(float);
+}
+
+// Adds what `count` vectors of a panel give with a block of tokens to totals [token][16].
+inline void add_panel(const float* panel, const float* x, int64_t count, float* total) {
+    F16 sum[kBlockTokens];
+    repeat<kBlockTokens>([&](int m) ALWAYS { sum[m] = load<F16>(total + 16 * m); });
+    for (int64_t four = 0; four < count; ++four, panel += 16, x += 4 * kBlockTokens) {
+        const F16 w = load<F16>(panel);
+        repeat<kBlockTokens>([&](int m) ALWAYS {
+            const NativeF same = reinterpret_cast<NativeF>(every_run(x + 4 * m));
+            repeat<kParts>([&](int part) ALWAYS { sum[m].part[part] = w.part[part] * same + sum[m].part[part]; });
+        });
+    }
+    repeat<kBlockTokens>([&](int m) ALWAYS { store(total + 16 * m, sum[m]); });
+}
+
+// A token among those of its block, zeros beyond the last column and token.
+inline void place_in_fours(const RunPanels& p, int64_t token) {
+    float* to = p.x + (token / kBlockTokens * p.tiles * kFours * kBlockTokens + token % kBlockTokens) * 4;
+    for (int64_t four = 0; four < p.tiles * kFours; ++four, to += 4 * kBlockTokens) {
+        const int64_t begin = p.pairs ? four / 2 * 8 + four % 2 : 4 * four, step = p.pairs ? 2 : 1;
+        for (int64_t lane = 0; lane < 4; ++lane) {
+            const int64_t k = begin + step * lane;
+            to[lane] = k < p.columns && token < p.call->tokens ? read_float(p.call->x, token * p.columns + k, p.call->x_type) : 0.0f;
+        }
+    }
+}
+
+// Four strips from `first` on, and blocks of tokens start .. stop - 1; `panel` and `totals` are the thread's own.
+inline void run_unit(const RunPanels& p, int64_t first, int64_t start, int64_t stop, float* panel, float* totals) {
+    const int64_t strips = p.strips - first < kRunStrips ? p.strips - first : kRunStrips, blocks = stop - start;
+    constexpr int64_t kBlock = kBlockTokens * 16;
+    memset(totals, 0, sizeof(float) * static_cast<size_t>(strips * blocks * kBlock));
+    for (int64_t tile = 0; tile < p.tiles; tile += kRunTiles) {
+        const int64_t tiles = p.tiles - tile < kRunTiles ? p.tiles - tile : kRunTiles, count = tiles * kFours;
+        for (int64_t r = 0; r < strips; ++r) {
+            for (int64_t t = 0; t < tiles; ++t) p.panel(p.plan, first + r, tile + t, panel + (r * count + t * kFours) * 16);
+        }
+        for (int64_t block = 0; block < blocks; ++block) {
+            const float* x = p.x + ((start + block) * p.tiles + tile) * kFours * kBlockTokens * 4;
+            for (int64_t r = 0; r < strips; ++r) add_panel(panel + r * count * 16, x, count, totals + (r * blocks + block) * kBlock);
+        }
+    }
+    for (int64_t r = 0; r < strips; ++r) {
+        p.finish(p.plan, first + r, start * kBlockTokens, blocks * kBlockTokens, totals + r * blocks * kBlock);
+    }
+}
+
+inline Status run_panels(const RunPanels& p) {
+    const int threads = p.call->threads;
+    const int64_t blocks = ceil_div(p.call->tokens, kBlockTokens), passes = ceil_div(blocks * kBlockTokens, kRunPass);
+    const int64_t per_pass = ceil_div(blocks, passes), number = ceil_div(p.strips, kRunStrips);
+    constexpr size_t kPanel = kRunStrips * kRunTiles * kFours * 16;
+    const size_t each = (kPanel + static_cast<size_t>(kRunStrips * per_pass * kBlockTokens * 16) + 1023) / 1024 * 1024;
+    float* memory = static_cast<float*>(scratch(kWorkerScratch, sizeof(float) * each * static_cast<size_t>(threads)));
+    if (!memory) return kOutOfMemory;
+    parallel(blocks, threads, [&](int64_t block, int) {
+        for (int64_t token = block * kBlockTokens; token < (block + 1) * kBlockTokens; ++token) place_in_fours(p, token);
+    });
+    parallel(number * passes, threads, [&](int64_t piece, int worker) {
+        const int64_t start = piece / number * per_pass, stop = start + per_pass < blocks ? start + per_pass : blocks;
+        float* mine = memory + each * static_cast<size_t>(worker);
+        run_unit(p, piece % number * kRunStrips, start, stop, mine, mine + kPanel);
+    });
+    return kDone;
+}
+
+}  // namespace UNIT
+}  // namespace aerogel
