@@ -2,9 +2,10 @@
 
     python benchmarks/formats_table.py
 
-Rows come from benchmarks/results/formats.json (`formats.py`), sorted by bits and KL. The columns of speed are the time of one
-token through a linear over that of 4-bit integers in formats_speed.json (`formats_speed.py`), on a CPU and on a GPU. A recipe
-gets the line of the row whose quantize stage is its own, and keeps what it has where there is none.
+Rows come from benchmarks/results/formats.json (`formats.py`), sorted by bits and KL. The columns of speed are times through a
+linear in formats_speed.json (`formats_speed.py`): of one token over that of 4-bit integers, on a CPU and on a GPU, and between
+them, on a CPU, of 1 and 16 tokens over integers that read as many bytes. A recipe gets the line of the row whose quantize stage
+is its own, and keeps what it has where there is none.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ PAGE = ROOT / "docs" / "methods" / "comparison.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- from benchmarks/formats_table.py -->\n", "<!-- end -->\n"
 MEASURED = "# measured: SmolLM2-135M-Instruct, WikiText-2 raw test, 40 x 1024, no BOS (128 x 512 C4 tokens, formats.json):"
-HEAD = """| format | bits/weight | KL | perplexity | MB | CPU, int4 = 1 | GPU, int4 = 1 |
-|---|--:|--:|--:|--:|--:|--:|
+HEAD = """| format | bits/weight | KL | perplexity | MB | CPU, int4 = 1 | CPU, equal bytes = 1 | GPU, int4 = 1 |
+|---|--:|--:|--:|--:|--:|--:|--:|
 """
 
 
@@ -36,17 +37,22 @@ def table(formats: dict[str, Any], speed: dict[str, Any]) -> str:
 def _line(name: str, row: dict[str, Any], speed: dict[str, Any]) -> str:
     kl = f"{row['kl']:.4f} ± {row['kl_error']:.4f}"
     perplexity = f"{math.exp(row['loss']):.2f}"
-    times = " | ".join(_time(name, row["stage"], speed.get(device, {"rows": {}})["rows"]) for device in ("cpu", "cuda"))
+    cpu, gpu = (_timed(name, row["stage"], speed.get(device, {"rows": {}})["rows"]) for device in ("cpu", "cuda"))
+    times = f"{_times(cpu, 'over', ('1',))} | {_times(cpu, 'over_integers', ('1', '16'))} | {_times(gpu, 'over', ('1',))}"
     return f"| {name} | {row['bits_per_weight']:.2f} | {kl} | {perplexity} | {row['bytes'] / 1e6:.1f} | {times} |\n"
 
 
-def _time(name: str, stage: dict[str, Any], timed: dict[str, Any]) -> str:
-    """One token's time; nothing for a weight with something beside its codes, which was not timed there."""
+def _timed(name: str, stage: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
+    """A format's row; nothing for a weight with something beside its codes, which was not timed there."""
     beside = any(stage.get(rule, "none") != "none" for rule in ("rows", "outliers", "columns"))
-    if name not in timed or beside:
-        return ""
-    over = timed[name]["over"]["1"]
-    return f"{over:.2f}" if over < 10 else f"{over:.0f}"
+    found: dict[str, Any] = {} if beside else rows.get(name, {})
+    return found
+
+
+def _times(row: dict[str, Any], over: str, tokens: tuple[str, ...]) -> str:
+    """Times over another's, as they are written."""
+    found = [row[over][M] for M in tokens] if over in row else []
+    return ", ".join(f"{each:.2f}" if each < 10 else f"{each:.0f}" for each in found)
 
 
 def results(name: str) -> dict[str, Any]:
