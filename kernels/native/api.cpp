@@ -96,7 +96,7 @@ Status aerogel::add_beside(const Call& call, int64_t rows, int64_t columns, int3
     return call.beside ? path_entry(path).step.beside(beside_of(call, rows, columns)) : kDone;
 }
 
-int32_t aerogel_native_version() { return 16; }
+int32_t aerogel_native_version() { return 15; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });
