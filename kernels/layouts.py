@@ -16,6 +16,7 @@ Shape legend: N out features, K in features.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -23,8 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aerogel.errors import RunFailed
-from aerogel.kernels.problem import Kernel, Layout, Problem
+from aerogel.kernels.problem import Kernel, Layout, Pieces, Problem
 from aerogel.lazy import lookup
 from aerogel.pack.format import ROW_STEP
 from aerogel.quantize.codes import Codes
@@ -83,11 +83,10 @@ def cut(kernel: type[Kernel], layout: Layout, start: int, stop: int) -> dict[str
 
 
 def packed(kernel: type[Kernel], member: Member, problem: Problem, *, overwrite: bool = False) -> dict[str, Tensor]:
-    """The layout of one weight; see `stacked`."""
+    """The layout of one weight; see `stacked`. Where pieces do not fit together, as scales that are rewritten by the largest of
+    them, it is packed as a whole."""
     found = stacked(kernel, [member], problem, overwrite=overwrite)
-    if found is None:
-        raise RunFailed(f"{kernel.__name__} gave other shared tensors for other rows; this is a mistake in aerogel, report it")
-    return found
+    return kernel.pack(member.codes_of_rows(0, member.out_features), problem) if found is None else found
 
 
 def stacked(
@@ -103,33 +102,30 @@ def stacked(
         members: the weights, top to bottom.
         problem: of the whole.
         overwrite: a single member's own memory may be used, where rows take as many bytes in both layouts: the largest
-            matrix of a model would else need its size again. What the member held is lost then.
+            matrix of a model would else need its size again. What the member held is lost then. Integers and e4m3 only,
+            whose pieces always fit together.
 
     Returns:
         Tensors by name; None where the layout cannot be stacked: a member that does not fill its last tile and is not the
         last, or `shared` tensors that differ.
     """
-    in_rows = kernel.rows > 0 and isinstance(problem.grid, IntGrid | Fp8Grid)  # a table's tensors have other axes
-    if len(members) > 1 and (not in_rows or any(member.out_features % kernel.rows for member in members[:-1])):
+    pieces = kernel.pieces(problem)
+    if pieces is None or any(member.out_features % pieces.rows for member in members[:-1]):
         return None
     if kernel.layout is not None and all(member.layout == kernel.layout for member in members):
         return _together(kernel, [member.held() for member in members])
-    if not in_rows:
-        return kernel.pack(members[0].codes_of_rows(0, members[0].out_features), problem)
-    made: dict[str, Tensor] = {}
-    room = list(members[0].held().values()) if overwrite and len(members) == 1 else []
-    at = 0
+    overwrite = overwrite and len(members) == 1 and isinstance(problem.grid, IntGrid | Fp8Grid)
+    whole = _Whole(pieces, problem.N, list(members[0].held().values()) if overwrite else [])
     for member in members:
-        step = _rows_at_once(member, problem.device)
+        step = _rows_at_once(member, problem.device, pieces.rows)
         for start in range(0, member.out_features, step):
             stop = min(start + step, member.out_features)
             part = _rows(kernel, member, start, stop, problem)
             if stop - start == problem.N:
                 return part
-            if not _place(kernel, part, made, at, problem, room):
+            if not whole.add(part, stop - start):
                 return None
-            at += -(-(stop - start) // kernel.rows)
-    return made
+    return whole.tensors()
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
@@ -162,7 +158,7 @@ def _together(kernel: type[Kernel], layouts: Sequence[Mapping[str, Tensor]]) -> 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     """The same bytes: a table of all e4m3 numbers holds NaN."""
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def _rows(kernel: type[Kernel], member: Member, start: int, stop: int, problem: Problem) -> dict[str, Tensor]:
@@ -173,17 +169,40 @@ def _rows(kernel: type[Kernel], member: Member, start: int, stop: int, problem: 
     return kernel.pack(member.codes_of_rows(start, stop), problem) if made is None else made
 
 
-def _place(kernel: type[Kernel], part: Layout, made: dict[str, Tensor], at: int, problem: Problem, room: list[Tensor]) -> bool:
-    """Puts a piece into the whole, which is made at the first one. False where a shared tensor is not the same."""
-    for name, tensor in part.items():
-        if name in kernel.shared:
-            if not _equal(made.setdefault(name, tensor), tensor):
+class _Whole:
+    """A layout put together from pieces, top to bottom. Its tensors are made at the first one, in `room` where that fits."""
+
+    def __init__(self, pieces: Pieces, N: int, room: list[Tensor]) -> None:
+        self._pieces, self._room, self._at = pieces, room, 0
+        self._most = -(-N // pieces.rows) * pieces.rows
+        self._made: dict[str, Tensor] = {}
+        self._each: dict[str, int] = {}  # rows for an entry of the first axis
+        self._ends: dict[str, int] = {}
+
+    def add(self, part: Layout, rows: int) -> bool:
+        """False where the piece is of another kind: other tensors or types, or a shared one that is not the same."""
+        if self._made and self._made.keys() != part.keys():
+            return False
+        for name, tensor in part.items():
+            held = self._made.get(name)
+            if name in self._pieces.shared:
+                if not _equal(self._made.setdefault(name, tensor), tensor):
+                    return False
+                continue
+            if held is None:
+                each = self._each[name] = rows // tensor.shape[0]
+                held = self._made[name] = _memory((self._most // each, *tensor.shape[1:]), tensor, self._room)
+            if held.dtype != tensor.dtype:
                 return False
-            continue
-        if name not in made:
-            made[name] = _memory((-(-problem.N // kernel.rows), *tensor.shape[1:]), tensor, room)
-        made[name][at : at + tensor.shape[0]] = tensor
-    return True
+            first = self._at // self._each[name]
+            self._ends[name] = first + tensor.shape[0]
+            held[first : self._ends[name]] = tensor
+        self._at += rows
+        return True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, without what no row has used."""
+        return {name: tensor[: self._ends[name]] if name in self._ends else tensor for name, tensor in self._made.items()}
 
 
 def _memory(shape: tuple[int, ...], like: Tensor, room: list[Tensor]) -> Tensor:
@@ -199,6 +218,6 @@ def _memory(shape: tuple[int, ...], like: Tensor, room: list[Tensor]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
-def _rows_at_once(member: Member, device: str) -> int:
-    rows = CODES_AT_ONCE.get(device, CODES_AT_ONCE["cuda"]) // max(member.in_features, 1)
-    return max(rows // ROW_STEP, 1) * ROW_STEP
+def _rows_at_once(member: Member, device: str, together: int) -> int:
+    rows, step = CODES_AT_ONCE.get(device, CODES_AT_ONCE["cuda"]) // max(member.in_features, 1), math.lcm(ROW_STEP, together)
+    return max(rows // step, 1) * step

@@ -136,6 +136,17 @@ class Tuned:
     kept: Path
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pieces:
+    """Weights whose layouts can be put one behind the other, along the first axis of every tensor.
+
+    rows: what each but the last must have a multiple of. shared: tensors that are the same for all and do not grow.
+    """
+
+    rows: int
+    shared: frozenset[str] = frozenset()
+
+
 class Kernel(ABC):
     """One way to run a `Problem`. Never instantiated: all methods are static, all state is in the layout's tensors."""
 
@@ -177,6 +188,12 @@ class Kernel(ABC):
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """The layout's tensors, made from codes [N, K]. By default what the format stores."""
         return problem.stored.encode(codes)
+
+    @classmethod
+    def pieces(cls, problem: Problem) -> Pieces | None:
+        """How a weight's layout can be made of those of its rows; None where it is packed as a whole only."""
+        in_rows = cls.rows > 0 and isinstance(problem.grid, IntGrid | Fp8Grid)  # the tensors of others have other axes
+        return Pieces(rows=cls.rows, shared=cls.shared) if in_rows else None
 
     @staticmethod
     def rearrange(stored: Layout, problem: Problem) -> dict[str, Tensor] | None:

@@ -12,6 +12,7 @@ Shape legend: M tokens, N out features, K in features, R row tiles, C k tiles, G
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, Protocol
@@ -26,7 +27,7 @@ from aerogel.kernels.gemm.block_scales import unit_of_sums
 from aerogel.kernels.gemm.cuda_outliers import NAMES as OUTLIERS
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
-from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
+from aerogel.kernels.problem import Kernel, Layout, Pieces, Problem, Tuned
 from aerogel.lazy import load
 from aerogel.pack import tiles
 from aerogel.pack.format import Shapes
@@ -208,6 +209,16 @@ class Cuda(Kernel):
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """tile_codes uint8 [R, C, 256 * bits], tile_scale [R, G, 16], and tile_zero or tile_table where there are any."""
         return tensors_of(codes)
+
+    @classmethod
+    def pieces(cls, problem: Problem) -> Pieces | None:
+        """Rows that share scales stay together; tables of rows grow with these."""
+        shared_rows, grid = problem.grid.shared_rows, problem.grid
+        if not isinstance(grid, TableGrid):
+            return super().pieces(problem)
+        if shared_rows is None:
+            return None
+        return Pieces(rows=math.lcm(tiles.ROWS, shared_rows), shared=cls.shared - ({"tile_table"} if grid.learned else set()))
 
     @staticmethod
     def lay_beside(beside: Beside, layout: Layout, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:

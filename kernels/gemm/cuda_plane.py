@@ -11,6 +11,7 @@ Shape legend: M tokens, N out features, K in features, G groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -21,7 +22,7 @@ from torch import Tensor
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.cuda import Cuda
 from aerogel.kernels.gemm.plane_rows import BitGrid, planes_of, stored_scales
-from aerogel.kernels.problem import Kernel, Layout, Problem
+from aerogel.kernels.problem import Kernel, Layout, Pieces, Problem
 from aerogel.pack import tiles
 from aerogel.quantize.codes import Codes
 from aerogel.quantize.planes import PlaneGrid
@@ -47,6 +48,11 @@ class CudaPlane(Kernel):
         scale_NG = grid.numbers(codes)[0][..., 0].repeat_interleave(grid.block_rows, 0)[:N]
         scale = scale_NG.to(_inner(problem).grid.scale_dtype)
         return {"tile_codes": tiles.pack_tiles(codes.values_NK, 1), "tile_scale": tiles.pack_rows_of_tiles(scale)}
+
+    @classmethod
+    def pieces(cls, problem: Problem) -> Pieces:
+        """Rows that share scales stay together."""
+        return Pieces(rows=math.lcm(tiles.ROWS, planes_of(problem).block_rows))
 
     @staticmethod
     def lay_beside(beside: Beside, layout: Layout, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:

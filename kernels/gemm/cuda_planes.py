@@ -18,6 +18,7 @@ Shape legend: M tokens, N out features, K in features, B blocks of outputs, G gr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -39,7 +40,7 @@ from aerogel.kernels.gemm.plane_tables import (
     rows_of_numbers,
     tables_of_blocks,
 )
-from aerogel.kernels.problem import Layout, Problem, Tuned
+from aerogel.kernels.problem import Layout, Pieces, Problem, Tuned
 from aerogel.pack.nibbles import pack_nibbles, unpack_nibbles
 from aerogel.pack.tiles import COLUMNS as TILE_COLUMNS
 from aerogel.pack.tiles import ROWS
@@ -83,6 +84,11 @@ class CudaPlanes(AroundCuda):
         if codes.zero_NG is not None and (blocks or grid.offset_dtype != problem.dtype):
             layout["stored_offset"] = codes.zero_NG
         return layout
+
+    @classmethod
+    def pieces(cls, problem: Problem) -> Pieces:
+        """Rows that share numbers stay together."""
+        return Pieces(rows=math.lcm(ROWS, planes_of(problem).block_rows))
 
     @staticmethod
     def lay_beside(beside: Beside, layout: Layout, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:

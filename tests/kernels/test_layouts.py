@@ -11,12 +11,21 @@ from torch import Tensor
 
 from aerogel.errors import BadInput
 from aerogel.kernels import layouts
+from aerogel.kernels.gemm.cuda import Cuda
+from aerogel.kernels.gemm.cuda_plane import CudaPlane
+from aerogel.kernels.gemm.cuda_planes import CudaPlanes
 from aerogel.kernels.linear import Linear, problem_of
 from aerogel.kernels.problem import Kernel, Problem
 from aerogel.pack.config import choose_format
 from aerogel.pack.scheme import Scheme
 from aerogel.quantize.codes import Codes, quantized
+from aerogel.quantize.formats.bitmod import Bitmod
+from aerogel.quantize.formats.kmeans import KMeans
+from aerogel.quantize.formats.mx import Mx
+from aerogel.quantize.formats.nf4 import Nf4
+from aerogel.quantize.formats.nvfp4 import Nvfp4
 from aerogel.quantize.grids import Fp8Grid, IntGrid
+from aerogel.quantize.planes import PlaneGrid
 
 GRIDS: list[Any] = [
     IntGrid(bits=4, group_size=16, symmetric=False, scale_dtype=torch.bfloat16),
@@ -73,7 +82,7 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
-        assert torch.equal(found[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("name", list(layouts.LAYOUTS))
@@ -108,6 +117,45 @@ def test_stacked_weights_are_the_weight_of_all_rows(name: str, grid: Any) -> Non
     same(stacked, kernel.pack(codes, found))
     uneven = [part(codes, 0, 44), part(codes, 44, 300)]
     assert layouts.stacked(kernel, [Rows(item) for item in uneven], found) is None, "44 rows end inside a tile"
+
+
+OTHERS: list[tuple[type[Kernel], Any]] = [
+    (Cuda, Nf4()),
+    (Cuda, Mx()),
+    (Cuda, Nvfp4()),
+    (Cuda, Nvfp4(scale_dtype=torch.uint8)),
+    (Cuda, Bitmod()),
+    (Cuda, KMeans(bits=3, scale_dtype=torch.bfloat16)),
+    (CudaPlanes, PlaneGrid(bits=3, group_size=32, offset="scale")),
+    (CudaPlanes, PlaneGrid(bits=5, group_size=40, scale_dtype=torch.bfloat16)),
+    (CudaPlanes, PlaneGrid(bits=3, group_size=8, block_rows=64)),
+    (CudaPlane, PlaneGrid(bits=1, group_size=16)),
+]
+
+
+@pytest.mark.parametrize(("kernel", "grid"), OTHERS, ids=str)
+def test_tables_and_planes_are_packed_some_rows_at_a_time(kernel: Any, grid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "CODES_AT_ONCE", dict.fromkeys(("cpu", "cuda"), 128 * 200))
+    packed: list[int] = []
+    codes = drawn(grid, 300)
+    found = Problem(format=choose_format(grid).name, grid=grid, N=300, K=200, dtype=torch.bfloat16, device="cuda")
+    whole = kernel.pack(codes, found)
+    plain = kernel.pack
+    monkeypatch.setattr(kernel, "pack", lambda codes, found: packed.append(len(codes.values_NK)) or plain(codes, found))
+    same(layouts.packed(kernel, Rows(codes), found), whole)
+    parts = layouts.stacked(kernel, [Rows(part(codes, 0, 256)), Rows(part(codes, 256, 300))], found)
+    assert parts is not None and packed == 2 * [128, 128, 44]
+    same(parts, whole)
+
+
+def test_pieces_of_another_kind_are_packed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "CODES_AT_ONCE", dict.fromkeys(("cpu", "cuda"), 128 * 200))
+    grid = Nvfp4(scale_dtype=torch.uint8)
+    codes = drawn(grid, 300)
+    codes.scale_NG[200:] -= 16  # two binades
+    found = Problem(format=choose_format(grid).name, grid=grid, N=300, K=200, dtype=torch.bfloat16, device="cuda")
+    assert layouts.stacked(Cuda, [Rows(codes)], found) is None
+    same(layouts.packed(Cuda, Rows(codes), found), Cuda.pack(codes, found))
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "K", "reused"), [(4, True, 256, 2), (4, False, 256, 2), (8, True, 200, 1)])
