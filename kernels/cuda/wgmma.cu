@@ -150,7 +150,7 @@ struct Consumer {
     FN void wait_weights() const { barrier_wait(barriers.w_full(w.slot), w.phase); }
     FN void release_weights() const {
         __syncwarp();
-        if (lane == 0) barrier_arrive(barriers.w_empty(w.slot));
+        if (arrives(lane)) barrier_arrive(barriers.w_empty(w.slot));
     }
     FN u64 wait_x() const {
         barrier_wait(barriers.x_full(x.slot), x.phase);

@@ -124,8 +124,8 @@ struct Barriers {
     FN u32 sheet_empty(int group, int sheet) const { return sheet_full(group, sheet + 2); }
     FN void init(u32 split) const {
         for (int i = 0; i < X_STAGES; i++) barrier_init(x_full(i), 1), barrier_init(x_empty(i), WARPS * SHARE);
-        for (int i = 0; i < W_STAGES; i++) barrier_init(w_full(i), 1), barrier_init(w_empty(i), WARPS);
-        for (int i = 0; OUTLIERS && i < 4 * WARPGROUPS; i++) barrier_init(sheet_full(i / 4, i % 4), i % 4 < 2 ? BLOCKS : 4);
+        for (int i = 0; i < W_STAGES; i++) barrier_init(w_full(i), 1), barrier_init(w_empty(i), WARPS * ARRIVALS);
+        for (int i = 0; OUTLIERS && i < 4 * WARPGROUPS; i++) barrier_init(sheet_full(i / 4, i % 4), (i % 4 < 2 ? BLOCKS : 4) * ARRIVALS);
         barrier_init(rings_idle(), WARPS * SPLIT), barrier_init(sums_full(), 1);
         barrier_init_done();
         if (SPLIT > 1) barrier_expect(sums_full(), (PIECES - split + SPLIT - 1) / SPLIT * SPLIT * CONSUMERS * 32);

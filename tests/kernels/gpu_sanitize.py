@@ -1,6 +1,7 @@
 """Every CUDA kernel at small ragged shapes, to be run under compute-sanitizer: `make gpu-sanitize`.
 
-Arguments: widths of integers in bits, and sections (SECTIONS); all of them without any.
+Arguments: widths of integers in bits, and sections (SECTIONS); all of them without any. With `racecheck` among them kernels are
+built so that this tool can follow who waits for whom (kernels/cuda/sanitize.cuh); memcheck runs them as they are.
 
 Buffers come from the driver one by one (PYTORCH_NO_CUDA_MEMORY_CACHING), so that a byte beyond one of them is an error, and
 results are compared with a dense product, so that nothing passes by not running.
@@ -18,6 +19,7 @@ import torch
 from tests.kernels.test_cuda_kept import GRIDS, layer_of, wanted_of
 from tests.kernels.test_cuda_outliers import beside_of
 
+from aerogel.kernels.cuda import nvrtc
 from aerogel.kernels.gemm import cuda, cuda_int8
 from aerogel.kernels.gemm.block_scales import unit_of_sums
 from aerogel.kernels.gemm.cuda_dense import dequantize
@@ -56,6 +58,7 @@ MANY = (
 MANY_INT8 = ((128, 1, 1, 2), (64, 1, 1, 4), (256, 1, 2, 4))
 """As `cuda_int8.CUTS`."""
 SECTIONS = ("scales", "tables", "floats", "planes", "outliers", "kept", "rounded", "grouped", "blocks")
+RACECHECK = "racecheck"
 Case = tuple[str, cuda.Runner, int]
 
 
@@ -130,7 +133,8 @@ def outliers() -> Iterator[tuple[str, TileWeight, bool]]:
 
 def main() -> int:
     """0 when every result is right."""
-    asked = sys.argv[1:] or [*(str(bits) for bits in range(1, 9)), *SECTIONS]
+    words = [word for word in sys.argv[1:] if word != RACECHECK]
+    asked = words or [*(str(bits) for bits in range(1, 9)), *SECTIONS]
     unknown = [word for word in asked if not word.isdigit() and word not in SECTIONS]
     if unknown:
         raise SystemExit(
@@ -138,6 +142,8 @@ def main() -> int:
         )
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
         raise SystemExit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: buffers must end where they end")
+    build = ["-DSANITIZE=1"] if RACECHECK in sys.argv else []
+    nvrtc.OPTIONS = (*nvrtc.OPTIONS, "-lineinfo", *build)  # reports name lines
     wrong = count = 0
     for what, weight, every_cut in weights(asked):
         reference = dequantize(weight, torch.bfloat16)

@@ -26,6 +26,7 @@ from aerogel.kernels.gemm import (
     cuda_few_plan,
     cuda_table,
     cuda_tune,
+    cuda_wgmma,
     cuda_wgmma_table,
     cuda_wgmma_tune,
 )
@@ -242,6 +243,22 @@ def test_sources_compile_for_every_generation(capability: tuple[int, int]) -> No
             assert code[:4] == b"\x7fELF" and config.kernel.encode() in code
     macros = cuda_few.decoder_defines(weight(64, 512, 5, 32), torch.float16)
     assert nvrtc.compiler().compile("dequantize.cu", sources.sources_of("dequantize.cu"), macros, capability)[:4] == b"\x7fELF"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("share", [1, 2])
+def test_the_build_for_racecheck_compiles(share: int) -> None:
+    held, plain = weight(64, 512), Config(ring=True, row_tiles=1, k_warps=2, share=share)
+    many = cuda_wgmma.Config(tokens=32, x_stages=4, w_stages=2, share=share)
+    for name, macros in (
+        ("few_ring.cu", defines(held, plain, 16, torch.bfloat16)),
+        ("wgmma.cu", cuda_wgmma.defines(held, many, torch.bfloat16)),
+    ):
+        compiled = [
+            nvrtc.compiler().compile(name, sources.sources_of(name), {**macros, "SANITIZE": sanitize}, (9, 0))
+            for sanitize in (0, 1)
+        ]
+        assert compiled[0] != compiled[1]
 
 
 @needs_nvrtc

@@ -1,0 +1,15 @@
+// A build for racecheck (SANITIZE, tests/kernels/gpu_sanitize.py), which looks for accesses to shared memory that nothing orders.
+//
+// One lane arrives at an mbarrier for its warp, behind a __syncwarp. That orders what all its lanes did before what they do next, an
+// arrival releases whatever is ordered before it, whoever did it, and a wait that sees the phase end acquires all of that (causality
+// order in the memory model of the PTX ISA). racecheck follows an arrival back to the thread that arrives and no further. So in its
+// build every lane arrives, for what it did itself, and the barrier counts 32 for each warp: a phase then ends when all lanes have
+// arrived, where else it ends when they have met in the __syncwarp and one has. What is ordered there is ordered here.
+
+#pragma once
+
+#ifndef SANITIZE
+#define SANITIZE 0
+#endif
+constexpr int ARRIVALS = SANITIZE ? 32 : 1;  // of a warp
+static __device__ __forceinline__ bool arrives(int lane) { return SANITIZE || lane == 0; }
