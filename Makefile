@@ -7,8 +7,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
-# Tools whose checkpoints `make peer-test` makes and reads: any of these three.
-PEERS ?= llmcompressor auto-round gptqmodel
+# Tools whose checkpoints `make peer-test` makes and reads: any of these four.
+PEERS ?= llmcompressor auto-round gptqmodel hqq
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -123,6 +123,7 @@ install: .venv/.tools ## make .venv with everything, without running anything
 PINS_llmcompressor := llmcompressor==0.14.0 compressed-tensors==0.19.0 transformers==5.17.0
 PINS_auto-round := auto-round==0.16.0 compressed-tensors==0.19.0 transformers==5.17.0
 PINS_gptqmodel := gptqmodel==7.6.0 transformers==5.23.0
+PINS_hqq := hqq==0.2.8.post1 transformers==5.17.0
 
 # gptqmodel comes as source only and takes torch from where it is built; without CUDA there is nothing to compile.
 .venv-peers/%/.installed: Makefile

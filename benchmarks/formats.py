@@ -106,6 +106,13 @@ FORMATS: dict[str, dict[str, Any]] = {
     "planes3 g128": {"format": "planes", "bits": 3, "group_size": 128, "offset": "scale"},
     "shift3 8x128": {"format": "planes", "bits": 3, "group_size": 8, "block_rows": 128, "power_of_two": True},
     "int8 per channel, rtn": {"method": "rtn", "bits": 8},
+    "hqq4 floating zero g64": {"method": "hqq", "format": "affine", "bits": 4, "group_size": 64},
+    "hqq4 floating zero g128": {"method": "hqq", "format": "affine", "bits": 4, "group_size": 128},
+    "affine4 g128": {"format": "affine", "bits": 4, "group_size": 128},
+    "affine1 g64, plain": {"format": "affine", "bits": 1, "group_size": 64, "refit": 4, **PLAIN},
+    "int4 symmetric g64, rtn, hadamard": {"method": "rtn", **INT4, "transform": "hadamard"},
+    "int4 symmetric g64, hadamard": {**INT4, "transform": "hadamard"},
+    "mxfp4 g32, hadamard": {"format": "mx", "transform": "hadamard"},
     "complex, rtn": {"method": "rtn", "format": "complex"},
     "int4 per channel, rtn, 1 % outliers": {"method": "rtn", "bits": 4, "outliers": "sigma", "outlier_share": 0.01},
     "kmeans4 per row, fisher, rtn, 0.45 % outliers": {

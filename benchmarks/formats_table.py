@@ -44,7 +44,7 @@ def _line(name: str, row: dict[str, Any], speed: dict[str, Any]) -> str:
 
 def _timed(name: str, stage: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
     """A format's row; nothing for a weight with something beside its codes, which was not timed there."""
-    beside = any(stage.get(rule, "none") != "none" for rule in ("rows", "outliers", "columns"))
+    beside = any(stage.get(rule, "none") != "none" for rule in ("rows", "outliers", "columns", "transform"))
     found: dict[str, Any] = {} if beside else rows.get(name, {})
     return found
 

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from aerogel.cli import options
 from aerogel.cli.output import session
+from aerogel.errors import BadInput
+
+Shape = Annotated[bool, typer.Option("--shape", help="Fit generalized Gaussians to dense weights: entropy, size, error.")]
+Step = Annotated[
+    float | None,
+    typer.Option("--step", metavar="X", help="Step of the codes of --shape, in standard deviations.  [default: 0.25]"),
+]
+DeepShape = Annotated[
+    float | None, typer.Option("--deepshape", metavar="NU", help="With --shape: the same after matching histograms to this nu.")
+]
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -14,6 +26,9 @@ if TYPE_CHECKING:
 
 def command(
     model: options.RequiredModel,
+    shape: Shape = False,
+    step: Step = None,
+    deepshape: DeepShape = None,
     json: options.Json = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -23,9 +38,36 @@ def command(
         from aerogel.model.inspect import inspect
 
         found = inspect(model)
+        tables = list(_tables(found))
+        if shape:
+            from aerogel.model.shape import STEP, shape_report
+
+            found["shape"] = shape_report(model, STEP if step is None else step, deepshape)
+            tables.append(_shapes(found["shape"]))
+        elif step is not None or deepshape is not None:
+            raise BadInput("--step and --deepshape say how shapes are looked at; add --shape")
         if not quiet:
-            output.show(*_tables(found))
+            output.show(*tables)
         output.result(found)
+
+
+def _shapes(found: Mapping[str, Any]) -> RenderableType:
+    from aerogel.cli.show import plain_table
+    from aerogel.eval.table import number
+
+    heads = ["name", ">count", ">nu", ">entropy, bits", ">Golomb, bits", ">error"]
+    keys = ("shape", "entropy_bits", "golomb_bits", "error")
+    title = f"shape of the weights (emulation), codes of {found['step']:g} standard deviations"
+    if found["nu"] is not None:
+        title += f"; then DeepShape to nu {found['nu']:g}, not trained"
+        heads += [">then: entropy", ">Golomb", ">error", ">weights moved"]
+    rows = []
+    for row in found["kinds"]:
+        cells = [row["name"], row["count"], *(number(row[key]) for key in keys)]
+        if "deepshape" in row:
+            cells += [number(row["deepshape"][key]) for key in (*keys[1:], "moved")]
+        rows.append(cells)
+    return plain_table(title, tuple(heads), rows)
 
 
 def _tables(found: Mapping[str, Any]) -> Iterable[RenderableType]:

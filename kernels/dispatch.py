@@ -33,6 +33,7 @@ GEMM: dict[str, str] = {
     "torch-int4-cpu": "aerogel.kernels.gemm.torch_ops:Int4Cpu",
     "torch-int8-cpu": "aerogel.kernels.gemm.torch_ops:Int8Cpu",
     "triton": "aerogel.kernels.gemm.triton_linear:Triton",
+    "triton-planes": "aerogel.kernels.gemm.triton_planes:TritonPlanes",
     "torch-chunked": "aerogel.kernels.gemm.torch_ops:Chunked",
     "reference": "aerogel.kernels.gemm.ref:Reference",
 }

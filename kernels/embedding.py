@@ -66,7 +66,12 @@ class PackedEmbedding(nn.Module):
     def weight(self) -> library.Weight | None:
         """The struct of the head's weight where compiled code can read its rows."""
         head = self.head
-        if not issubclass(head._kernel, Native) or head.column_order is not None or head.device.type != "cpu":
+        if (
+            not head.kernel_is_all
+            or not issubclass(head._kernel, Native)
+            or head.column_order is not None
+            or head.device.type != "cpu"
+        ):
             return None
         layout, group = head.held(), head.scheme.grid.group_size or 0
         return weight_of(layout["codes"], layout["scale"], layout.get("zero"), head.out_features, head.in_features, group)

@@ -22,6 +22,7 @@ from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm.small_floats import mantissa_bits
 from aerogel.pack.config import format_of
 from aerogel.pack.format import Activations, Format, Grid, Shapes
+from aerogel.quantize.formats.affine import Affine
 from aerogel.quantize.formats.complex import Complex
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
 from aerogel.quantize.planes import PlaneGrid
@@ -29,6 +30,7 @@ from aerogel.quantize.tables import TableGrid
 
 NUMBERS: dict[type, str] = {
     IntGrid: "integers",
+    Affine: "integers with floating zero points",
     Fp8Grid: "e4m3 floats",
     TableGrid: "codes into tables",
     PlaneGrid: "bit planes",
@@ -192,7 +194,7 @@ class Kernel(ABC):
     @classmethod
     def pieces(cls, problem: Problem) -> Pieces | None:
         """How a weight's layout can be made of those of its rows; None where it is packed as a whole only."""
-        in_rows = cls.rows > 0 and isinstance(problem.grid, IntGrid | Fp8Grid)  # the tensors of others have other axes
+        in_rows = cls.rows > 0 and isinstance(problem.grid, IntGrid | Affine | Fp8Grid)  # the tensors of others have other axes
         return Pieces(rows=cls.rows, shared=cls.shared) if in_rows else None
 
     @staticmethod

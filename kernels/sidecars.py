@@ -10,7 +10,8 @@ not set the unit of all others; else x' = x. Both kinds see the input as it is, 
 threshold (LLM.int8()) the columns depend on x: what is wanted is read back to the host in every call, which no CUDA graph can
 hold.
 
-A scale of inputs (static rounding) is no product: the kernel is called with it.
+A scale of inputs (static rounding) is no product: the kernel is called with it. A rotation comes before everything: the kernel
+sees x R.
 
 Rows of more bits: one more packed linear of R outputs through whatever kernel serves it, added to those outputs.
 
@@ -33,6 +34,7 @@ from aerogel.kernels.gradients import inference_only
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.packed import Uncast
 from aerogel.pack.format import Activations
+from aerogel.quantize.hadamard import hadamard
 from aerogel.quantize.sidecars import SIDECARS, Sidecar
 
 
@@ -142,11 +144,28 @@ class InputScaleHeld(Product):
     scale_1: Tensor
 
 
+class RotationProduct(Product):
+    """The rotation of inputs."""
+
+    signs_K: Tensor
+    block_1: Tensor
+
+    def ready(self) -> None:
+        """Reads the block once: a call must not wait for the device."""
+        self._ready = int(self.block_1)
+
+    def forward(self, x_MK: Tensor) -> Tensor:
+        """x R in x's type, from float32."""
+        turned: Tensor = hadamard(x_MK.float(), self.signs_K, self._ready).to(x_MK.dtype)
+        return turned
+
+
 PRODUCTS: dict[str, type[Product]] = {
     "weight_outliers": OutlierProduct,
     "weight_columns": ColumnProduct,
     "weight_rows": RowProduct,
     "input_scale": InputScaleHeld,
+    "rotation": RotationProduct,
 }
 
 
@@ -195,6 +214,8 @@ class SidecarLinear(Linear):
         for product in self._products():
             if isinstance(product, RowProduct):
                 product.ready(self)
+            if isinstance(product, RotationProduct):
+                product.ready()
             if isinstance(product, OutlierProduct):
                 product.ready(tiles_of(stored, problem.N, problem.K, problem.dtype) if self._adds else None)
         # Gathered once: a call has as many microseconds as a small weight.
@@ -218,6 +239,8 @@ class SidecarLinear(Linear):
             self.prepare(x.dtype)
         problem = self._problem or self.problem()
         x_MK = x.reshape(-1, self.in_features).contiguous()
+        if "rotation" in self._modules:
+            x_MK = self._modules["rotation"](x_MK)  # type: ignore[misc]
         if self._adds and x.dtype is problem.dtype and not torch.compiler.is_compiling():
             added = self._wanted(x_MK).operands() if self._added is None else self._added
             y_MN = self._kernel.run(x_MK, self.operands() | added, problem, self.bias)
@@ -241,7 +264,8 @@ class SidecarLinear(Linear):
         the kernel and `rows_added`."""
         stored = self._stored()
         by_kernel = self._adds or not stored.operands()
-        return stored if by_kernel and not self._looks() and "input_scale" not in self._modules else None
+        before = self._modules.keys() & {"input_scale", "rotation"}
+        return stored if by_kernel and not self._looks() and not before else None
 
     def rows_added(self) -> tuple[Linear, Tensor] | None:
         """The linear whose outputs join some of this one's, and which, int64 [R]; None where there is none."""

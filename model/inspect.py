@@ -11,6 +11,7 @@ from typing import Any
 from aerogel.errors import BadInput
 from aerogel.model.reader import CheckpointReader
 from aerogel.model.source import resolve
+from aerogel.pack.hqq import Hqq
 from aerogel.quantize.sidecars import NAMES as SIDECARS
 
 REPORT = "aerogel_report.json"
@@ -32,6 +33,8 @@ PACKED = (
     *SIDECARS,
 )
 """Local names of tensors that belong to a quantized weight."""
+HQQ = Hqq.suffixes
+"""Those of HQQ, some of which are names that anything may have."""
 
 
 def inspect(model: str | Path) -> dict[str, Any]:
@@ -95,8 +98,9 @@ def _weights(reader: CheckpointReader, native: dict[str, list[int]]) -> dict[str
             held = [leaves.pop(f"{stem}_{part}") for part in ("blocks", "scales") if f"{stem}_{part}" in leaves]
             facts = {"quantized": True, "weights": 2 * math.prod(blocks.shape), "bytes": sum(entry.nbytes for entry in held)}
             found[f"{module}.{stem}"] = facts
-        quantized = module in native or any(leaf in leaves for leaf in PACKED)
-        own = leaves.keys() - {"bias"} if module in native else {*PACKED, "weight"}
+        hqq = not Hqq.markers.isdisjoint(leaves)
+        quantized = hqq or module in native or any(leaf in leaves for leaf in PACKED)
+        own = leaves.keys() - {"bias"} if module in native else HQQ if hqq else {*PACKED, "weight"}
         parts = [entry for leaf, entry in leaves.items() if not quantized or leaf in own]
         rest = [entry for entry in leaves.values() if entry not in parts]
         if module in native:
@@ -114,6 +118,8 @@ def _logical(leaves: dict[str, Any], reader: CheckpointReader) -> int:
     """How many weights a packed module stands for: N * K."""
     if "weight_shape" in leaves:
         return math.prod(int(size) for size in reader.read(leaves["weight_shape"].name).tolist())
+    if "W_q" in leaves and "shape" in leaves:  # HQQ
+        return math.prod(int(size) for size in reader.read(leaves["shape"].name).tolist())
     if "weight" in leaves:
         return math.prod(leaves["weight"].shape)
     if "qweight" in leaves and "g_idx" in leaves:

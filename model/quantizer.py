@@ -34,6 +34,7 @@ STOCK: dict[str, tuple[str, str]] = {
     "awq": ("AwqConfig", "AwqQuantizer"),
     "auto-round": ("AutoRoundConfig", "AutoRoundQuantizer"),
     "bitnet": ("BitNetQuantConfig", "BitNetHfQuantizer"),
+    "hqq": ("HqqConfig", "HqqHfQuantizer"),
     "mxfp4": ("Mxfp4Config", "Mxfp4HfQuantizer"),
 }
 """transformers' own config and quantizer classes, by `quant_method`: names in `transformers.quantizers.auto`."""

@@ -11,6 +11,7 @@ FORMATS: dict[str, str] = {
     "mxfp8-quantized": "aerogel.pack.microscaling:Mxfp8",
     "table-packed": "aerogel.pack.table_packed:TablePacked",
     "planes": "aerogel.pack.planes:Planes",
+    "affine-packed": "aerogel.pack.affine_packed:AffinePacked",
     "complex-packed": "aerogel.pack.complex_packed:ComplexPacked",
 }
 """Format name to a `"module:Name"` string; each is a class that implements `aerogel.pack.format.Format`."""
@@ -23,6 +24,7 @@ SOURCES: dict[str, str] = {
     "modelopt": "aerogel.pack.modelopt:ModelOpt",
     "auto-round": "aerogel.pack.auto_round:auto_round",
     "bitnet": "aerogel.pack.bitnet:Bitnet",
+    "hqq": "aerogel.pack.hqq:Hqq",
     "mxfp4": "aerogel.pack.gpt_oss:GptOss",
     "entropy": "aerogel.model.entropy:EntropyCoded",
 }

@@ -2,7 +2,7 @@
 
     codes  uint8 [strips, tiles, 64 * bits]      strips = ceil(N / 16), tiles = ceil(K / 32)
     scale  [strips, G, 16]                       in the stored type; 0 in the rows beyond N
-    zero   int8 [strips, G, 16]                  signed, only when asymmetric
+    zero   int8 [strips, G, 16]                  signed, only when asymmetric; float32, of u, where zero points are floats
 
 Inside a tile the unsigned code u = q + 2^(b-1) is split into limbs of 4, 2 and 1 bits after the binary digits of b, low
 bits in the widest limb (8 bits: one limb of whole bytes); the limbs lie one after the other, the widest first. A limb of

@@ -28,5 +28,6 @@ GRIDS: dict[str, str] = {
     "complex": "aerogel.quantize.formats.complex:Complex",
     "ternary": "aerogel.quantize.formats.ternary:Ternary",
     "planes": "aerogel.quantize.planes:PlaneGrid",
+    "affine": "aerogel.quantize.formats.affine:Affine",
 }
 """`format` of a quantize stage -> the grid it rounds to, a `codes.Grid`."""

@@ -52,7 +52,7 @@ class ComplexCodes:
 
 
 def quantize_complex(w_NK: Tensor) -> ComplexCodes:
-    """The nearest axis of every weight, and the mean magnitude on each axis.
+    """The nearest axis of every weight, by phase as iFairy's own code decides ties, and the mean magnitude on each axis.
 
     Args:
         w_NK: complex [N, K].
@@ -62,8 +62,10 @@ def quantize_complex(w_NK: Tensor) -> ComplexCodes:
     """
     if not w_NK.is_complex() or not bool(torch.isfinite(torch.view_as_real(w_NK)).all()):
         raise BadInput("four-valued complex codes need finite complex weights")
-    on_real = w_NK.real.abs() >= w_NK.imag.abs()
-    negative = torch.where(on_real, w_NK.real < 0, w_NK.imag < 0)
+    u, v = w_NK.real, w_NK.imag
+    # Each sector has the diagonal that it begins with, counter-clockwise; 0 is real.
+    on_real = ((v < u) & (v >= -u)) | ((v > u) & (v <= -u)) | ((u == 0) & (v == 0))
+    negative = torch.where(on_real, u < 0, v < 0)
     values = (~on_real).to(torch.uint8) + 2 * negative.to(torch.uint8)
 
     def mean(part: Tensor, mask: Tensor) -> Tensor:

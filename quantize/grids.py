@@ -76,7 +76,8 @@ class IntGrid:
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            raise BadInput(f"bits must lie between 2 and 8, found {self.bits}")
+            one = "; one bit needs a floating zero point, write format: affine" if self.bits == 1 else ""
+            raise BadInput(f"bits must lie between 2 and 8, found {self.bits}{one}")
         check_group_size(self.group_size)
         check_wide(self.scale_dtype)
 
@@ -113,14 +114,8 @@ class IntGrid:
         curvature_KK replaces it by the full quadratic form inside each group. Pruned weights (mask_NK False) count as the
         exact zeros they are.
         """
-        how = Search.of(search)
-        N, K = w_NK.shape
-        size = min(self.group_size or K, K)
-        weights = grouped_importance(importance, w_NK, size)
-        curvature = None if curvature_KK is None else curvature_blocks(curvature_KK.float(), size)
-        chunks = zip(row_chunks(w_NK, mask_NK), weights, strict=True)
-        parts = [search_steps(grouped(rows.T, size), self, how, weight, curvature) for rows, weight in chunks]
-        return self.params(Step.join(parts, lambda chunks: torch.cat(chunks, 1)), N, K)
+        step = searched_step(self, w_NK, importance, mask_NK, Search.of(search), curvature_KK)
+        return self.params(step, *w_NK.shape)
 
     def step_of_range(self, low: Tensor, high: Tensor) -> Step:
         """Symmetric: scale absmax / ((2^b - 1) / 2). Else (high - low) / (2^b - 1) with the zero point rounded."""
@@ -199,6 +194,24 @@ class IntGrid:
             scale = params.scale_NG[rows].float().repeat_interleave(size, 1)[:, :K]
             zero = None if params.zero_NG is None else params.zero_NG[rows].float().repeat_interleave(size, 1)[:, :K]
             yield rows, x_NK[rows], scale, zero
+
+
+def searched_step(
+    grid: Grid,
+    w_NK: Tensor,
+    importance: Tensor | None,
+    mask_NK: Tensor | None,
+    how: Search,
+    curvature_KK: Tensor | None,
+) -> Step:
+    """The scales that a search finds for a grid whose outputs have scales of their own, [G, N]; see `IntGrid.fit`."""
+    K = w_NK.shape[1]
+    size = min(grid.group_size or K, K)
+    weights = grouped_importance(importance, w_NK, size)
+    curvature = None if curvature_KK is None else curvature_blocks(curvature_KK.float(), size)
+    chunks = zip(row_chunks(w_NK, mask_NK), weights, strict=True)
+    parts = [search_steps(grouped(rows.T, size), grid, how, weight, curvature) for rows, weight in chunks]
+    return Step.join(parts, lambda chunks: torch.cat(chunks, 1))
 
 
 class IntRounder(Rounder):

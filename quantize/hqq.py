@@ -6,9 +6,9 @@ small errors and lets a few large ones be large. A helper E stands for the error
     E      <- shrink_p(W - Q, beta),  shrink_p(x) = sign(x) max(|x| - |x|^(p-1) / beta, 0)
     s, z   <- least squares of Q against W - E, beta <- 1.01 beta
 
-The published method moves a float zero point and keeps the scale. A compressed-tensors checkpoint stores integer zero
-points, so here z is rounded to an integer in the code range and the scale takes the least-squares step as well; per group
-a step is kept only where it lowers the p-norm. A float zero point is not storable in that format and is refused.
+The published method moves a floating zero point and keeps the scale: that is what `format: affine` gets (`hqq_floating`).
+A compressed-tensors checkpoint stores integer zero points. For them (`format: int`) z is rounded to an integer in the code
+range and the scale takes the least-squares step as well; per group a step is kept only where it lowers the p-norm.
 Cost: `steps` passes over the weight.
 
 Shape legend: N out features, K in features; G groups, g members of a group, n outputs of a chunk.
@@ -17,14 +17,17 @@ Shape legend: N out features, K in features; G groups, g members of a group, n o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
 from aerogel.model.layer import Layer, Need
+from aerogel.quantize.codes import Params, refuse_zeros
+from aerogel.quantize.formats.affine import Affine
 from aerogel.quantize.grids import IntGrid, grouped, quantized, row_chunks
+from aerogel.quantize.hqq_floating import fit_floating
 from aerogel.quantize.problem import check_weight
 from aerogel.quantize.ranges import Search, Step, search_steps
 from aerogel.quantize.rtn import known_loss, weight_error
@@ -37,24 +40,20 @@ if TYPE_CHECKING:
 class Hqq:
     """Stage `Layer -> Layer`.
 
-    grid: integers, symmetric or with integer zero points.
-    zero: `integer`; `float` is refused, see above.
+    grid: integers, symmetric, with integer zero points, or with floating ones.
     p, beta, steps: the norm, the first weight of the helper term, the number of alternations.
     signed_scales: let symmetric scales be negative where that puts the longer side of the range to use.
     """
 
     grid: Grid
-    zero: Literal["integer", "float"] = "integer"
     p: float = 0.7
     beta: float = 10.0
     steps: int = 20
     signed_scales: bool = True
 
     def __post_init__(self) -> None:
-        if self.zero == "float":
-            raise BadInput("zero: float cannot be stored in a compressed-tensors checkpoint; write zero: integer")
-        if not isinstance(self.grid, IntGrid):
-            raise BadInput("hqq fits integer grids; write format: int, or method: rtn")
+        if not isinstance(self.grid, IntGrid | Affine):
+            raise BadInput("hqq fits integers; write format: affine (as published) or format: int, or method: rtn")
         if not 0 < self.p <= 1 or self.beta <= 0 or self.steps < 1:
             raise BadInput(f"hqq needs 0 < p <= 1, beta > 0, steps >= 1, found {self.p}, {self.beta}, {self.steps}")
 
@@ -67,15 +66,23 @@ class Hqq:
         """The layer with codes. Pruned weights stay zero."""
         check_weight(layer, "hqq")
         w_NK = layer.weight_NK.float()
-        N, K = w_NK.shape
-        size = min(self.grid.group_size or K, K)
-        parts = [self._fit(grouped(rows.T, size)) for rows in row_chunks(w_NK, layer.mask_NK)]
-        params = self.grid.params(Step.join(parts, lambda chunks: torch.cat(chunks, 1)), N, K)
+        if isinstance(self.grid, Affine):
+            refuse_zeros(layer.mask_NK, "integers with a floating zero point")
+            params = fit_floating(self.grid, w_NK, self.p, self.beta, self.steps)
+        else:
+            params = self._integer_params(w_NK, layer.mask_NK)
         codes = quantized(self.grid, w_NK if layer.mask_NK is None else w_NK * layer.mask_NK, params)
         weight_NK = codes.decode()
         return layer.with_(
             weight_NK=weight_NK, codes=codes, loss=known_loss(layer, weight_NK), notes=weight_error(layer, weight_NK)
         )
+
+    def _integer_params(self, w_NK: Tensor, mask_NK: Tensor | None) -> Params:
+        """Scales and integer zero points of a weight."""
+        N, K = w_NK.shape
+        size = min(self.grid.group_size or K, K)
+        parts = [self._fit(grouped(rows.T, size)) for rows in row_chunks(w_NK, mask_NK)]
+        return self.grid.params(Step.join(parts, lambda chunks: torch.cat(chunks, 1)), N, K)
 
     def _fit(self, w_Ggn: Tensor) -> Step:
         """Scales of one chunk, [G, n]."""

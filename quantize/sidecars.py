@@ -1,7 +1,8 @@
 """What may stand beside codes, whatever the codes are, and the stage that takes it out before codes are chosen.
 
     W = codes + the sidecars        where a sidecar holds a weight the code is 0, so that nothing is added twice; only rows of
-                                    more bits (`rows`) add to what is coded, and `input_scale` holds no weight
+                                    more bits (`rows`) add to what is coded. `input_scale` holds no weight, and
+                                    `rotation` says in which basis the codes are
 
 A sidecar is a frozen dataclass of tensors with `shapes`, `read`, `tensors`, `check` and `put`; `SIDECARS` lists them, and
 everything else (storing, loading, planning, exporting) goes over that list. Any method solves what remains: it sees the
@@ -22,28 +23,30 @@ from torch import Tensor
 from aerogel.errors import BadInput, RunFailed
 from aerogel.model.layer import Layer, Need, solve_together
 from aerogel.quantize import columns as kept_columns
-from aerogel.quantize import input_scale
+from aerogel.quantize import input_scale, rotation
 from aerogel.quantize import outliers as sparse_outliers
 from aerogel.quantize import rows as finer_rows
 from aerogel.quantize.columns import Columns, KeepColumns
 from aerogel.quantize.input_scale import InputScale
 from aerogel.quantize.outliers import Keep, Outliers
 from aerogel.quantize.problem import relative_loss
+from aerogel.quantize.rotation import Rotation
 from aerogel.quantize.rows import Rows
 from aerogel.quantize.rtn import weight_error
 
 if TYPE_CHECKING:
     from aerogel.pack.format import Shapes
 
-Sidecar = Outliers | Columns | Rows | InputScale
+Sidecar = Outliers | Columns | Rows | InputScale | Rotation
 SIDECARS: dict[str, Callable[[Mapping[str, Tensor]], Sidecar | None]] = {
     "weight_outliers": Outliers.read,
     "weight_columns": Columns.read,
     "weight_rows": Rows.read,
     "input_scale": InputScale.read,
+    "rotation": Rotation.read,
 }
 """Name of the module that runs a sidecar (`kernels/sidecars.py`) -> what reads it from stored tensors, None without any."""
-NAMES = (*sparse_outliers.NAMES, *kept_columns.NAMES, *finer_rows.NAMES, *input_scale.NAMES)
+NAMES = (*sparse_outliers.NAMES, *kept_columns.NAMES, *finer_rows.NAMES, *input_scale.NAMES, *rotation.NAMES)
 """Local names of everything that a sidecar stores beside a packed weight."""
 
 

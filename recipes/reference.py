@@ -79,7 +79,7 @@ embedding looks its rows up in the head's codes, and the checkpoint shrinks. Suc
 """
 
 
-KEPT = {"outliers": "keep", "columns": "columns", "rows": "rows"}
+KEPT = {"outliers": "keep", "columns": "columns", "rows": "rows", "transform": "mix"}
 """Title of what any quantize stage may have beside its codes -> its key in `stages.BESIDE`."""
 
 MEANINGS = {

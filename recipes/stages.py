@@ -32,7 +32,9 @@ KEEP = {"keep": "aerogel.quantize.outliers:Keep", "columns": "aerogel.quantize.c
 """What every quantize stage may ask of weights that are kept beside its codes, by the field of `sidecars.Keeping`."""
 MORE = "aerogel.quantize.rows:MoreBits"
 """What every quantize stage may ask of rows that get more bits than the rest."""
-BESIDE = {**KEEP, "rows": MORE}
+MIX = "aerogel.quantize.rotation:Mix"
+"""What every quantize stage may do to the basis in which it rounds."""
+BESIDE = {**KEEP, "rows": MORE, "mix": MIX}
 """All rules about what is stored beside codes."""
 
 GRANULARITY = "aerogel.quantize.granularity:Granularity"
@@ -61,8 +63,8 @@ class StageSpec:
 
     @property
     def keeps(self) -> bool:
-        """Whether weights are kept beside the codes, which only aerogel loads."""
-        return any(self.options.get(rule, "none") != "none" for rule in ("outliers", "columns", "rows"))
+        """Whether weights, or a rotation, are kept beside the codes, which only aerogel loads."""
+        return any(self.options.get(rule, "none") != "none" for rule in ("outliers", "columns", "rows", "transform"))
 
     @property
     def has_beside(self) -> bool:
@@ -220,6 +222,8 @@ def _build_stage(kind: str, method: str, checked: dict[str, Any], activations: A
         stage = _beside(cls(**own), checked)
         if activations not in STATIC:
             return stage
+        if checked["transform"] != "none":
+            raise BadInput("transform changes the inputs whose peaks static activations store; write activations per token")
         if checked["rows"] != "none":
             raise BadInput("rows of more bits do not go with static activations; write rows: none, or activations per token")
         return load("aerogel.quantize.input_scale:Measured")(method=stage, activations=activations)
@@ -229,8 +233,14 @@ def _build_stage(kind: str, method: str, checked: dict[str, Any], activations: A
 def _beside(method: Any, checked: dict[str, Any]) -> Any:
     """`method`, inside the stage that takes weights out before it or adds bits after it where the options ask for that."""
     rules = {key: load(rule)(**{name: checked[name] for name in options(load(rule))}) for key, rule in BESIDE.items()}
-    more = rules.pop("rows")
+    more, mix = rules.pop("rows"), rules.pop("mix")
     keeps = rules["keep"].outliers != "none" or rules["columns"].columns != "none"
+    if mix.transform != "none":
+        if keeps or more.rows != "none":
+            raise BadInput(
+                "transform goes together with neither outliers, columns nor rows; write transform: none, or leave those out"
+            )
+        return load("aerogel.quantize.rotation:Rotated")(method=method, mix=mix)
     if more.rows == "none":
         return load("aerogel.quantize.sidecars:Keeping")(method=method, **rules) if keeps else method
     if keeps:

@@ -31,6 +31,7 @@ from aerogel.kernels.native import library
 from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
 from aerogel.pack import bits, native
 from aerogel.pack.format import Activations, Shapes, take
+from aerogel.quantize.formats.affine import Affine
 from aerogel.quantize.grids import Codes, IntGrid
 
 
@@ -40,20 +41,24 @@ def refusal(problem: Problem, fast: bool = False, activations: Activations = "no
     return (
         problem.needs_device("cpu")
         or (unasked if fast and not problem.fast else None)
-        or _unfit(problem, activations)
+        or _unfit(problem, activations, fast)
         or library.missing()
     )
 
 
-def _unfit(problem: Problem, activations: Activations) -> str | None:
+def _unfit(problem: Problem, activations: Activations, fast: bool = False) -> str | None:
     """What no machine changes: numbers that the layout does not hold, types that the kernels do not read."""
-    return problem.needs_numbers(IntGrid) or problem.needs_activations(activations) or problem.needs_dtype(*library.TYPES)
+    # Rounded inputs are summed as integers, from which a floating zero point cannot be taken out.
+    numbers = (IntGrid, Affine) if activations == "none" and not fast else (IntGrid,)
+    return problem.needs_numbers(*numbers) or problem.needs_activations(activations) or problem.needs_dtype(*library.TYPES)
 
 
 class Native(Kernel):
-    """Compiled CPU kernels with exact activations, 2 to 8 bits, any shape."""
+    """Compiled CPU kernels with exact activations, 1 to 8 bits, any shape."""
 
-    about: ClassVar[str] = "compiled for the CPU's widest instructions: exact products, float32 sums, 2 to 8 bits"
+    about: ClassVar[str] = (
+        "compiled for the CPU's widest instructions: exact products, float32 sums, 1 to 8 bits with any zero point"
+    )
     numerics: ClassVar[str] = "exact"
     layout: ClassVar[str | None] = "native-cpu"
     adds_beside: ClassVar[bool] = True
@@ -61,13 +66,13 @@ class Native(Kernel):
 
     @classmethod
     def refuses(cls, problem: Problem) -> str | None:
-        """Anything but integer weights on a CPU; everything where the library was not compiled."""
+        """Anything but integer weights, whatever their zero points, on a CPU; everything where the library was not compiled."""
         return refusal(problem)
 
     @classmethod
     def refuses_layout(cls, problem: Problem) -> str | None:
-        """Anything but integer weights with activations that stay floats."""
-        return _unfit(problem, "none")
+        """Anything but integer weights with activations that stay floats; floating zero points are not kept on disk so."""
+        return problem.needs_numbers(IntGrid) or _unfit(problem, "none")
 
     @staticmethod
     def shapes(problem: Problem) -> Shapes:
@@ -84,12 +89,14 @@ class Native(Kernel):
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
         """codes uint8 [strips, tiles, 64 * bits]; scale and zero [strips, G, 16]; see `aerogel.pack.native`."""
+        floating = isinstance(codes.grid, Affine)
+        values_NK = bits.unsigned_to_signed(codes.values_NK, codes.grid.bits) if floating else codes.values_NK
         layout = {
-            "codes": native.pack_codes(native.fill(codes.values_NK, codes.grid.group_size or 0), codes.grid.bits),
+            "codes": native.pack_codes(native.fill(values_NK, codes.grid.group_size or 0), codes.grid.bits),
             "scale": native.pack_factors(codes.scale_NG),
         }
         if codes.zero_NG is not None:
-            layout["zero"] = native.pack_factors(codes.zero_NG)
+            layout["zero"] = native.pack_factors(codes.zero_NG.float() if floating else codes.zero_NG)
         return layout
 
     @staticmethod
@@ -113,13 +120,14 @@ class Native(Kernel):
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:
         """The same codes, scales and zero points."""
-        zero = layout.get("zero")
-        filled = native.unpack_codes(layout["codes"], problem.grid.bits, problem.N, _columns(problem))
+        zero, grid = layout.get("zero"), problem.grid
+        filled = native.unpack_codes(layout["codes"], grid.bits, problem.N, _columns(problem))
+        values_NK = native.unfill(filled, problem.K, grid.group_size or 0)
+        zero_NG = None if zero is None else native.unpack_factors(zero, problem.N)
+        if isinstance(grid, Affine) and zero_NG is not None:
+            values_NK, zero_NG = bits.signed_to_unsigned(values_NK, grid.bits), zero_NG.to(grid.scale_dtype)
         return Codes(
-            values_NK=native.unfill(filled, problem.K, problem.grid.group_size or 0),
-            scale_NG=native.unpack_factors(layout["scale"], problem.N),
-            zero_NG=None if zero is None else native.unpack_factors(zero, problem.N),
-            grid=problem.grid,
+            values_NK=values_NK, scale_NG=native.unpack_factors(layout["scale"], problem.N), zero_NG=zero_NG, grid=grid
         )
 
     @classmethod

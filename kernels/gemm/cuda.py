@@ -31,6 +31,7 @@ from aerogel.kernels.problem import Kernel, Layout, Pieces, Problem, Tuned
 from aerogel.lazy import load
 from aerogel.pack import tiles
 from aerogel.pack.format import Shapes
+from aerogel.quantize.formats.affine import Affine
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
 from aerogel.quantize.tables import TableGrid
 
@@ -178,8 +179,8 @@ class Cuda(Kernel):
     rows: ClassVar[int] = tiles.ROWS
     shared: ClassVar[frozenset[str]] = frozenset({"tile_table", "tile_factor", "stored_factor"})
     about: ClassVar[str] = (
-        "CUDA kernels compiled at run time: integers of 1 to 8 bits, small floats, tables of up to 256 numbers; 16-bit inputs;"
-        " adds outliers and kept columns"
+        "CUDA kernels compiled at run time: integers of 1 to 8 bits with any zero point, small floats, tables of up to 256"
+        " numbers; 16-bit inputs; adds outliers and kept columns"
     )
 
     @staticmethod
@@ -305,6 +306,6 @@ def _unfit(problem: Problem) -> str | None:
     return (
         problem.needs_activations("none")
         or problem.needs_dtype(*DTYPES)
-        or problem.needs_numbers(IntGrid, Fp8Grid, TableGrid)
+        or problem.needs_numbers(IntGrid, Affine, Fp8Grid, TableGrid)
         or (None if isinstance(problem.grid, Fp8Grid) else problem.needs_groups(16))
     )

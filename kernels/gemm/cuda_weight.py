@@ -37,6 +37,7 @@ from aerogel.pack import tiles
 from aerogel.pack.mirrored_tables import from_kept, mirrored, to_kept
 from aerogel.pack.tile_orders import BYTES as WHOLE_BYTES
 from aerogel.pack.tile_orders import PAIRS, ROWS, Order, pack_in_order, unpack_in_order
+from aerogel.quantize.formats.affine import Affine
 from aerogel.quantize.grids import Codes, Fp8Grid, Grid, IntGrid
 from aerogel.quantize.tables import TableGrid
 
@@ -176,11 +177,6 @@ def per_kind(choice: Callable[Concatenate[TileWeight, P], T]) -> Callable[Concat
     return remembered
 
 
-def e4m3_table(device: torch.device) -> Tensor:
-    """The 256 values of e4m3 as float16 [1, 256], which holds them all exactly (the two NaNs stay NaN)."""
-    return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).half()[None]
-
-
 def order_of(bits: int, floats: int, table: bool, *, rows: bool = False) -> Order | None:
     """The order of a word's bits for a kind of codes; None for that of `pack/tiles.py`. rows: each row has a table."""
     if floats:
@@ -190,8 +186,8 @@ def order_of(bits: int, floats: int, table: bool, *, rows: bool = False) -> Orde
 
 def tensors_of(codes: Codes, pack: Callable[[Tensor, int], Tensor] = tiles.pack_tiles) -> dict[str, Tensor]:
     """Codes [N, K] as the layout's tensors: tile_codes, tile_scale and, where needed, tile_zero, tile_table, tile_pick.
-    `pack` says how integers lie inside a tile; e4m3 needs its table where that is not `pack_tiles`. Raises `BadInput` for grids
-    that are neither integers, e4m3 nor a table, and for e4m3 codes that are no number."""
+    `pack` says how codes lie inside a tile. Raises `BadInput` for grids that are neither integers (their zero points whole or
+    not), e4m3 nor a table, and for e4m3 codes that are no number."""
     grid = codes.grid
     N = codes.values_NK.shape[0]
     if isinstance(grid, IntGrid):
@@ -201,32 +197,33 @@ def tensors_of(codes: Codes, pack: Callable[[Tensor, int], Tensor] = tiles.pack_
             zero = stream.signed_to_unsigned(codes.zero_NG.to(torch.int8), grid.bits)
             layout["tile_zero"] = tiles.pack_rows_of_tiles(zero)
         return layout
+    if isinstance(grid, Affine) and codes.zero_NG is not None:
+        factors = {"tile_scale": codes.scale_NG, "tile_zero": codes.zero_NG}
+        layout = {name: tiles.pack_rows_of_tiles(tensor) for name, tensor in factors.items()}
+        return layout | {"tile_codes": pack(codes.values_NK, grid.bits)}
     if isinstance(grid, Fp8Grid):
         values = codes.values_NK.contiguous().view(torch.uint8)
         layout = {"tile_scale": tiles.pack_rows_of_tiles(codes.scale_NG.repeat_interleave(grid.shared_rows or N, 0)[:N])}
-        if pack is tiles.pack_tiles:
-            return layout | {"tile_codes": pack_floats(values, 8, 3)}
-        return layout | {"tile_codes": pack(values, 8), "tile_table": e4m3_table(values.device)}
+        return layout | {"tile_codes": pack_floats(values, 8, 3, pack)}
     if codes.table_TE is not None:
         return _table_tensors(codes, pack)
     raise BadInput(f"codes on a {type(grid).__name__} have no tile layout; it holds integers, e4m3 floats and tables")
 
 
 def _table_tensors(codes: Codes, pack: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
-    """Codes into a table. Scales in e4m3 and e8m0 stay bytes, with the factor beside them; other narrow ones, and all where
-    codes do not lie as the CUDA kernels want them, are tiled as float32 with the factor multiplied in, which is exact, and what
-    they were stored as stays beside them."""
+    """Codes into a table. Scales in e4m3 and e8m0 stay bytes, with the factor beside them; other narrow ones are tiled as
+    float32 with the factor multiplied in, which is exact, and what they were stored as stays beside them."""
     N = codes.values_NK.shape[0]
     shared, table_TE = codes.grid.shared_rows or N, codes.table_TE
     if table_TE is None:
         raise BadInput("codes into a table need the table, and there is none")
     ours = pack is tiles.pack_tiles
-    values, layout = codes.values_NK, _scale_tensors(codes, shared, N, as_bytes=ours)
+    values, layout = codes.values_NK, _scale_tensors(codes, shared, N)
     bits = 4 if codes.grid.bits <= 4 else 8
-    mantissa = mantissa_bits(codes.grid) if ours else 0
+    mantissa = mantissa_bits(codes.grid)
     if mantissa and isinstance(codes.grid, TableGrid):
         values = _renamed(_nothing_without_scale(codes, shared), names(codes.grid))
-        return layout | {"tile_codes": pack_floats(values, max(codes.grid.bits, 4), mantissa)}
+        return layout | {"tile_codes": pack_floats(values, max(codes.grid.bits, 4), mantissa, pack)}
     rows = -N % tiles.ROWS if codes.table_per_row else 0
     pick_NG = None if codes.pick_NG is None else codes.pick_NG.repeat_interleave(shared, 0)[:N]
     if ours and pick_NG is not None and isinstance(codes.grid, TableGrid):
@@ -245,10 +242,10 @@ def _renamed(values: Tensor, others: Tensor | None) -> Tensor:
     return values if others is None or values.is_meta else others.to(values.device)[values.long()]
 
 
-def _scale_tensors(codes: Codes, shared: int, N: int, *, as_bytes: bool) -> dict[str, Tensor]:
+def _scale_tensors(codes: Codes, shared: int, N: int) -> dict[str, Tensor]:
     """tile_scale with whatever is needed beside it."""
     scale = codes.scale_NG
-    narrow = as_bytes and scale.dtype in STORED and codes.grid.group_size is not None
+    narrow = scale.dtype in STORED and codes.grid.group_size is not None
     made = tile_bytes(scale) if narrow and (codes.factor is not None or scale.dtype != UE5M3) else None
     if made is not None:
         held, power = made
@@ -327,13 +324,15 @@ def codes_of(
     rows = table and "tile_pick" not in layout and len(layout["tile_table"]) > 1
     order = order_of(bits, 0 if table else mantissa_bits(grid), table, rows=rows) if ours else None
     values = unpack(packed, bits, N, K) if order is None else unpack_in_order(packed, bits, order, N, K)
-    if not isinstance(grid, IntGrid | Fp8Grid):
+    if not isinstance(grid, IntGrid | Affine | Fp8Grid):
         return _table_codes(layout, values, grid, ours)
     scale = tiles.unpack_rows_of_tiles(layout["tile_scale"], N)
     if isinstance(grid, Fp8Grid):
         scale = scale[:: grid.shared_rows or N].contiguous()
         return Codes(values_NK=values.view(torch.float8_e4m3fn), scale_NG=scale, zero_NG=None, grid=grid)
     zero = layout.get("tile_zero")
+    if isinstance(grid, Affine) and zero is not None:
+        return Codes(values_NK=values, scale_NG=scale, zero_NG=tiles.unpack_rows_of_tiles(zero, N), grid=grid)
     if zero is not None:
         zero = stream.unsigned_to_signed(tiles.unpack_rows_of_tiles(zero, N), grid.bits)
     return Codes(values_NK=stream.unsigned_to_signed(values, grid.bits), scale_NG=scale, zero_NG=zero, grid=grid)

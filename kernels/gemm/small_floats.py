@@ -1,4 +1,4 @@
-"""Floats of few bits that the CUDA kernels decode by arithmetic: whose codes, and as which float.
+"""Floats of few bits that GPU kernels decode by arithmetic: whose codes, and as which float.
 
 A float with at least one bit of mantissa needs no table: its bits are those of a wider one (kernels/cuda/floats.cuh). Floats
 of three bits are held in four, as the e2m1 of the same number; all others as they are. A float is known by its bits and by
@@ -10,6 +10,7 @@ Shape legend: any.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -76,8 +77,9 @@ def own_names(grid: TableGrid) -> Tensor | None:
     return None if held is None else own.scatter_(0, held.long(), torch.arange(len(held), dtype=torch.uint8))
 
 
-def pack_floats(values: Tensor, bits: int, mantissa: int) -> Tensor:
-    """Codes uint8 [N, K] of a float -> tiles. Raises `BadInput` for those of eight bits that are no number."""
+def pack_floats(values: Tensor, bits: int, mantissa: int, pack: Callable[[Tensor, int], Tensor] = pack_tiles) -> Tensor:
+    """Codes uint8 [N, K] of a float -> tiles, or what else `pack` makes of codes. Raises `BadInput` for codes of eight bits
+    that are no number."""
     if bits == 8 and not values.is_meta:
         least = 0x7F if mantissa == 3 else 0x7C
         if bool(((values & 0x7F) >= least).any()):
@@ -85,5 +87,5 @@ def pack_floats(values: Tensor, bits: int, mantissa: int) -> Tensor:
                 f"a weight in e{7 - mantissa}m{mantissa} holds a NaN or an infinity, which the kernels would take for a number;"
                 " get the checkpoint again"
             )
-    order = ORDERS.get((bits, mantissa))
-    return pack_tiles(values, bits) if order is None else in_order(values, bits, order)
+    order = ORDERS.get((bits, mantissa)) if pack is pack_tiles else None
+    return pack(values, bits) if order is None else in_order(values, bits, order)

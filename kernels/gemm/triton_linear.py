@@ -2,9 +2,10 @@
 
     y_MN = x_MK @ W_NK.T + bias_N          bfloat16, float16 or float32 activations, float32 accumulation
 
-The weight lies in words of eight codes (`pack/words.py`); the kernels are in `triton_words.py`. The operator
-`aerogel::words_linear` has a fake implementation, so that `torch.compile(fullgraph=True)` traces through it, and its launches
-are recorded by CUDA and HIP graphs. The kernels that are compiled for NVIDIA alone (`cuda.py`) are faster where they run.
+Integers with any zero point, small floats and tables. The weight lies in words of eight codes (`pack/words.py`); the kernels
+are in `triton_words.py`. The operator `aerogel::words_linear` has a fake implementation, so that
+`torch.compile(fullgraph=True)` traces through it, and its launches are recorded by CUDA and HIP graphs. The kernels that are
+compiled for NVIDIA alone (`cuda.py`) are faster where they run.
 
 Shape legend: M tokens, N out features, K in features, R row tiles, C k tiles, G groups along K.
 """
@@ -23,7 +24,9 @@ from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, tensors_of
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.pack.tiles import ROWS
 from aerogel.pack.words import pack_words, unpack_words
+from aerogel.quantize.formats.affine import Affine
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
+from aerogel.quantize.tables import TableGrid
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICES = ("cuda", "xpu")
@@ -34,8 +37,11 @@ class Triton(Kernel):
     """Weight-only matmul in words of eight codes."""
 
     rows: ClassVar[int] = ROWS
-    shared: ClassVar[frozenset[str]] = frozenset({"tile_table"})
-    about: ClassVar[str] = "Triton kernels for any GPU: integers of 1 to 8 bits and e4m3 with activations of any float type"
+    shared: ClassVar[frozenset[str]] = frozenset({"tile_table", "tile_factor", "stored_factor"})
+    about: ClassVar[str] = (
+        "Triton kernels for any GPU: integers of 1 to 8 bits with any zero point, small floats, tables of up to 256 numbers;"
+        " activations of any float type"
+    )
 
     @staticmethod
     def refuses(problem: Problem) -> str | None:
@@ -44,15 +50,16 @@ class Triton(Kernel):
             problem.needs_device(*DEVICES)
             or problem.needs_activations("none")
             or problem.needs_dtype(*DTYPES)
-            or problem.needs_numbers(IntGrid, Fp8Grid)
-            or (problem.needs_groups(16) if problem.integer else None)
+            or problem.needs_numbers(IntGrid, Affine, Fp8Grid, TableGrid)
+            or (None if isinstance(problem.grid, Fp8Grid) else problem.needs_groups(16))
             or triton_here.missing()
             or gpu_here.missing(problem.device)
         )
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
-        """tile_codes uint8 [R, C, 256 * bits], tile_scale [R, G, 16], and tile_zero or tile_table where there are any."""
+        """tile_codes uint8 [R, C, 256 * bits], tile_scale [R, G, 16], and tile_zero, tile_table, tile_pick or tile_factor where
+        there are any."""
         return tensors_of(codes, pack_words)
 
     @staticmethod
@@ -61,18 +68,21 @@ class Triton(Kernel):
         return codes_of(dict(layout), problem.grid, problem.N, problem.K, unpack_words)
 
     @staticmethod
-    def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
-        """One call of the operator."""
+    def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None, wide: bool = False) -> Tensor:
+        """One call of the operator. wide: the result in float32."""
         y_MN: Tensor = torch.ops.aerogel.words_linear.default(
             x_MK,
             layout["tile_codes"],
             layout["tile_scale"],
             layout.get("tile_zero"),
             layout.get("tile_table"),
-            None,
+            layout.get("tile_pick"),
             bias_N,
             problem.grid.group_size or 0,
             problem.N,
+            problem.mantissa,
+            layout.get("tile_factor"),
+            wide,
         )
         return y_MN
 
@@ -87,21 +97,29 @@ def words_linear(
     bias: Tensor | None,
     group_size: int,
     N: int,
+    floats: int = 0,
+    factor: Tensor | None = None,
+    wide: bool = False,
 ) -> Tensor:
-    """`aerogel::words_linear`: x [M, K] -> [M, N]. The other arguments are as `TileWeight` has them, with codes in words.
+    """`aerogel::words_linear`: x [M, K] -> [M, N], in float32 where `wide`. The other arguments are as `TileWeight` has them,
+    with codes in words.
 
     Raises:
         BadInput: shapes or dtypes that contradict each other. Nothing has been read then.
     """
     if x.dtype not in DTYPES:
         raise BadInput(f"words_linear multiplies bfloat16, float16 or float32 activations, found {x.dtype}; cast them")
-    held = TileWeight(codes=codes, scale=scale, zero=zero, table=table, pick=pick, group_size=group_size, N=N, K=x.shape[1])
+    held = TileWeight(
+        codes=codes, scale=scale, zero=zero, table=table, pick=pick, group_size=group_size, N=N, K=x.shape[1],
+        floats=floats, factor=factor,
+    )  # fmt: skip
     held.check()
     from aerogel.kernels.gemm.triton_words import linear
 
     with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
         bias = None if bias is None else bias.contiguous()
-        return linear(x.contiguous(), codes, scale, zero, table, pick, bias, group_size, N)
+        out = torch.float32 if wide else None
+        return linear(x.contiguous(), codes, scale, zero, table, pick, bias, group_size, N, None, floats, factor, out)
 
 
 def _fake(
@@ -114,14 +132,17 @@ def _fake(
     bias: Tensor | None,
     group_size: int,
     N: int,
+    floats: int = 0,
+    factor: Tensor | None = None,
+    wide: bool = False,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], N)
+    return x.new_empty(x.shape[0], N, dtype=torch.float32 if wide else None)
 
 
 _library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "words_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? table, Tensor? pick, Tensor? bias,"
-    " int group_size, int N) -> Tensor",
+    " int group_size, int N, int floats=0, Tensor? factor=None, bool wide=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("words_linear", words_linear, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

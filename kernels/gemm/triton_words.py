@@ -3,14 +3,18 @@
 """Products with packed weights in Triton, for any GPU it compiles for: one main loop, decoders as branches of constants.
 
     y_MN = sum over groups of s_N * ((u - z) x^T)          integers; z = 2^(b-1) where there is no zero point
-    y_MN = sum over groups of s_N * (table[u] x^T)         16 or 256 numbers
+    y_MN = sum over groups of s_N * (table[u] x^T)         16 or 256 numbers: one table, one per row, one picked per group
+    y_MN = sum over groups of s_N * (float(u) x^T)         small floats (`small_floats.py`), whose bits are those of a wider one
 
 The weight is the left factor: 16 columns of BN rows per step, decoded in the registers in which the matrix instruction
 takes them, because field i of every word belongs to step i (`pack/words.py`). Codes minus an integer zero point are whole
-numbers of at most 9 bits, exact in bfloat16 and float16, and the scale meets the float32 sum of its group: nothing is
-rounded but the result. Float zero points and table numbers are rounded to the activations' type.
+numbers of at most 9 bits, exact in bfloat16 and float16 as small floats are, and the scale meets the float32 sum of its group:
+nothing is rounded but the result. Float zero points and table numbers are rounded to the activations' type.
 
-An integer becomes a float without a conversion instruction: its bits in the mantissa of 2^23, minus 2^23 + z.
+An integer becomes a float without a conversion instruction: its bits in the mantissa of 2^23, minus 2^23 + z. A small float
+becomes one by a shift: its exponent and mantissa where float32 has them are the number times 2^(its bias - 127), subnormals
+included. Scales may be bytes (`block_scales.py`), which become floats the same way; the weight's factor meets the sum of all.
+Tables are looked up in memory, where a 16-entry one is a single line of a cache.
 
 Few rows leave a GPU idle, so K is also cut into SPLIT shares; they write float32 sums that a second kernel adds in order.
 There are no atomics: the same input gives the same bits.
@@ -26,6 +30,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from aerogel.kernels.gemm.block_scales import BIAS, BYTES
 from aerogel.kernels.triton_here import language
 from aerogel.pack.tiles import tile_counts
 
@@ -33,6 +38,8 @@ triton, tl = language()
 MAGIC = tl.constexpr(0x4B000000)
 """The bits of 2^23 in float32."""
 MAGIC_VALUE = tl.constexpr(8388608.0)
+E5M3_TO_FLOAT = tl.constexpr((127 - BIAS) << 23)
+"""What the bytes of `block_scales.E5M3`, moved to the top of float32's mantissa, lack of its exponent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +80,37 @@ def _code(a, b, c, i: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.c
 
 
 @triton.jit
+def _small_float(u, BITS: tl.constexpr, MANTISSA: tl.constexpr):
+    """The float of BITS bits, MANTISSA of them behind the point, whose bits are u, in float32."""
+    BIAS: tl.constexpr = (1 << (BITS - 2 - MANTISSA)) - 1
+    size = (u & ((1 << (BITS - 1)) - 1)) << (23 - MANTISSA)
+    sign = (u >> (BITS - 1)) << 31
+    return (size | sign).to(tl.float32, bitcast=True) * (2.0 ** (127 - BIAS))
+
+
+@triton.jit
+def _scales(scale_ptr, at_N, SCALE: tl.constexpr):
+    """Scales as float32. SCALE: 0 floats, 1 bytes of `block_scales.E5M3`, 2 powers of two; byte 0 is 0."""
+    held_N = tl.load(scale_ptr + at_N)
+    if SCALE == 0:
+        return held_N.to(tl.float32)
+    bits_N = held_N.to(tl.uint32) << (20 if SCALE == 1 else 23)
+    if SCALE == 1:
+        bits_N += E5M3_TO_FLOAT
+    return tl.where(held_N == 0, 0.0, bits_N.to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def product(
-    x_ptr, row_M, there_M, codes_ptr, scale_ptr, zero_ptr, table_ptr, pick_ptr, n_N, first, last, K, C, G, ROWS,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, EVEN: tl.constexpr,
-    WIDE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    x_ptr, row_M, there_M, codes_ptr, scale_ptr, zero_ptr, table_ptr, pick_ptr, factor_ptr, n_N, first, last, K, C, G, ROWS,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, FLOATS: tl.constexpr,
+    SCALE: tl.constexpr, FACTOR: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """W[n_N, tiles first..last] @ x[row_M].T in float32 [BN, BM].
 
     row_M: rows of x, where there_M. ROWS: rows of the weight rounded up to row tiles; beyond them the last is read again.
-    ZERO: whether there are zero points. TABLE: 0 for integers, 1 for one table, 2 for one per row, 3 for one picked per group.
+    ZERO: whether there are zero points. TABLE: 0 for none, 1 for one table, 2 for one per row, 3 for one picked per group.
+    FLOATS: bits of mantissa of floats, 0 for none. SCALE: as `_scales`. FACTOR: whether a float multiplies everything.
     EVEN: K is whole tiles. WIDE: multiply in float32, see `wide`.
     """
     W0: tl.constexpr = 4 if BITS >= 4 else BITS - BITS // 3
@@ -101,7 +130,7 @@ def product(
         for run in tl.static_range(8 // RUN):
             g = 0 if GROUP == 0 else tl.minimum((tile * 128 + run * RUN * 16) // (GROUP + (GROUP == 0)), G - 1)
             at_N = (tile_N * G + g) * 16 + r_N
-            scale_N = tl.load(scale_ptr + at_N).to(tl.float32)
+            scale_N = _scales(scale_ptr, at_N, SCALE)
             if TABLE == 1:
                 book_N = at_N * 0
             elif TABLE == 2:
@@ -116,6 +145,8 @@ def product(
                 u = _code(a, b, c, run * RUN + step, W0, W1, W2)
                 if TABLE > 0:
                     w = tl.load(table_ptr + book_N[:, None] * (1 << BITS) + u).to(tl.float32)
+                elif FLOATS > 0:
+                    w = _small_float(u, BITS, FLOATS)
                 else:
                     w = (u | MAGIC).to(tl.float32, bitcast=True)
                     if not ZERO:
@@ -132,22 +163,26 @@ def product(
                     w, x = w.to(tl.float32), x.to(tl.float32)
                 part = tl.dot(w, x, part, input_precision="ieee")
             total += part * scale_N[:, None]
+    if FACTOR:
+        total *= tl.load(factor_ptr)
     return total
 
 
 @triton.jit(do_not_specialize=["M", "tiles"])
 def linear_kernel(
-    x_ptr, codes_ptr, scale_ptr, zero_ptr, table_ptr, pick_ptr, bias_ptr, y_ptr, M, N, K, C, G, ROWS, tiles,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
-    EVEN: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, table_ptr, pick_ptr, factor_ptr, bias_ptr, y_ptr, M, N, K, C, G, ROWS, tiles,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, FLOATS: tl.constexpr,
+    SCALE: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """One block of y, or of the float32 sums [shares, M, N] of `tiles` k tiles. Neighbouring programs share the weight."""
     m_M = tl.program_id(0) * BM + tl.arange(0, BM)
     n_N = tl.program_id(1) * BN + tl.arange(0, BN)
     share = tl.program_id(2)
     total = product(
-        x_ptr, m_M, m_M < M, codes_ptr, scale_ptr, zero_ptr, table_ptr, pick_ptr, n_N,
-        share * tiles, tl.minimum(C, (share + 1) * tiles), K, C, G, ROWS, BITS, GROUP, ZERO, TABLE, EVEN, WIDE, BN, BM,
+        x_ptr, m_M, m_M < M, codes_ptr, scale_ptr, zero_ptr, table_ptr, pick_ptr, factor_ptr, n_N,
+        share * tiles, tl.minimum(C, (share + 1) * tiles), K, C, G, ROWS,
+        BITS, GROUP, ZERO, TABLE, FLOATS, SCALE, FACTOR, EVEN, WIDE, BN, BM,
     )  # fmt: skip
     inside = (n_N < N)[:, None] & (m_M < M)[None, :]
     if BIAS:
@@ -202,31 +237,36 @@ def linear(
     group_size: int,
     N: int,
     config: Config | None = None,
+    floats: int = 0,
+    factor: Tensor | None = None,
+    out: torch.dtype | None = None,
 ) -> Tensor:
-    """x @ W.T (+ bias), [M, N] in x's dtype, for tensors as `cuda_weight.TileWeight` has them but codes in words.
+    """x @ W.T (+ bias), [M, N] in `out` or x's dtype, for tensors as `cuda_weight.TileWeight` has them but codes in words.
 
     x_MK: bfloat16, float16 or float32 [M, K], contiguous. config: chosen by a rule unless given.
     """
     M, K = x_MK.shape
-    y_MN = x_MK.new_empty(M, N)
+    y_MN = x_MK.new_empty(M, N, dtype=out)
     if M == 0 or N == 0 or K == 0:
         return y_MN.zero_() if bias_N is None else y_MN.copy_(bias_N.expand(M, N))
     R, C = tile_counts(N, K)
     config = config or config_of(M, N, K, x_MK.device)
     tiles = -(-C // config.split)
     shares = -(-C // tiles)
-    out = y_MN if shares == 1 else torch.empty(shares, M, N, dtype=torch.float32, device=x_MK.device)
+    to = y_MN if shares == 1 else torch.empty(shares, M, N, dtype=torch.float32, device=x_MK.device)
     grid = (-(-M // config.tokens), -(-N // config.rows), shares)
     linear_kernel[grid](
-        x_MK, codes, scale, scale if zero is None else zero, scale if table is None else table,
-        codes if pick is None else pick, x_MK if bias_N is None else bias_N, out, M, N, K, C, scale.shape[1], 16 * R, tiles,
-        BITS=codes.shape[2] // 256, GROUP=group_size, ZERO=zero is not None, TABLE=table_kind(table, pick),
-        BIAS=bias_N is not None and shares == 1, EVEN=K % 128 == 0, WIDE=wide(x_MK.dtype), BN=config.rows, BM=config.tokens,
+        x_MK, codes, scale_bytes(scale), codes if zero is None else zero, x_MK if table is None else table,
+        codes if pick is None else pick, x_MK if factor is None else factor, x_MK if bias_N is None else bias_N, to,
+        M, N, K, C, scale.shape[1], 16 * R, tiles,
+        BITS=codes.shape[2] // 256, GROUP=group_size, ZERO=zero is not None, TABLE=table_kind(table, pick), FLOATS=floats,
+        SCALE=scale_kind(scale), FACTOR=factor is not None, BIAS=bias_N is not None and shares == 1, EVEN=K % 128 == 0,
+        WIDE=wide(x_MK.dtype), BN=config.rows, BM=config.tokens,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if shares > 1:
         sum_kernel[-(-N // 512), M](
-            out, x_MK if bias_N is None else bias_N, y_MN, M, N, BIAS=bias_N is not None, SPLIT=shares, BLOCK=512,
+            to, x_MK if bias_N is None else bias_N, y_MN, M, N, BIAS=bias_N is not None, SPLIT=shares, BLOCK=512,
         )  # fmt: skip
     return y_MN
 
@@ -236,8 +276,18 @@ def wide(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and bool(triton.knobs.runtime.interpret)
 
 
+def scale_kind(scale: Tensor) -> int:
+    """0 floats, 1 and 2 bytes of the two types of `block_scales`."""
+    return 1 + BYTES.index(scale.dtype) if scale.dtype in BYTES else 0
+
+
+def scale_bytes(scale: Tensor) -> Tensor:
+    """The scales as Triton takes them, which does not know the type of powers of two."""
+    return scale.view(torch.uint8) if scale.dtype in BYTES else scale
+
+
 def table_kind(table: Tensor | None, pick: Tensor | None) -> int:
-    """0 integers, 1 one table, 2 one per row, 3 one picked per group."""
+    """0 none, 1 one table, 2 one per row, 3 one picked per group."""
     if table is None:
         return 0
     return 3 if pick is not None else 1 if table.shape[0] == 1 else 2

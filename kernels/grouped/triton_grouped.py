@@ -26,7 +26,7 @@ from torch import Tensor
 from aerogel.errors import BadInput
 from aerogel.kernels.gemm.triton_linear import DTYPES
 from aerogel.kernels.gemm.triton_linear import Triton as One
-from aerogel.kernels.gemm.triton_words import Config, product, wide
+from aerogel.kernels.gemm.triton_words import Config, product, scale_bytes, scale_kind, table_kind, wide
 from aerogel.kernels.grouped.kernel import Grouped, Routes
 from aerogel.kernels.problem import Kernel, Layout, Problem
 from aerogel.kernels.triton_here import language
@@ -40,12 +40,14 @@ FEW_PAIRS = 32
 
 @triton.jit(do_not_specialize=["experts", "each"])
 def grouped_kernel(
-    x_ptr, expert_ptr, order_ptr, first_ptr, end_ptr, codes_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, y_ptr,
-    experts, each, N, K, C, G, ROWS,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
+    x_ptr, expert_ptr, order_ptr, first_ptr, end_ptr, codes_ptr, scale_ptr, zero_ptr, table_ptr, pick_ptr, factor_ptr,
+    bias_ptr, y_ptr, experts, each, N, K, C, G, ROWS,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, FLOATS: tl.constexpr,
+    SCALE: tl.constexpr, FACTOR: tl.constexpr, TABLES: tl.constexpr, BIAS: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, SORTED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """One block of y. expert_ptr: the expert of block p, which is that of pair p where pairs are not SORTED."""
+    """One block of y. expert_ptr: the expert of block p, which is that of pair p where pairs are not SORTED. TABLES: numbers in
+    all tables of an expert."""
     p = tl.program_id(1)
     m = tl.arange(0, BM)
     n_N = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -62,7 +64,8 @@ def grouped_kernel(
     rows = e * ROWS
     total = product(
         x_ptr, pair_M // each, there_M, codes_ptr + rows // 16 * C * 256 * BITS, scale_ptr + rows * G, zero_ptr + rows * G,
-        table_ptr, codes_ptr, n_N, 0, last, K, C, G, ROWS, BITS, GROUP, ZERO, TABLE, EVEN, WIDE, BN, BM,
+        table_ptr + e * TABLES, pick_ptr + rows * G, factor_ptr + e, n_N, 0, last, K, C, G, ROWS,
+        BITS, GROUP, ZERO, TABLE, FLOATS, SCALE, FACTOR, EVEN, WIDE, BN, BM,
     )  # fmt: skip
     if BIAS:
         bias_N = tl.load(bias_ptr + e * N + n_N, mask=(n_N < N) & (last > 0), other=0.0)
@@ -89,15 +92,19 @@ def linear(
     scale: Tensor,
     zero: Tensor | None,
     table: Tensor | None,
+    pick: Tensor | None,
     bias: Tensor | None,
     group_size: int,
     N: int,
+    floats: int = 0,
+    factor: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """`aerogel::grouped_words_linear`: y [S, N] for x [M, K] and expert int64 [S].
 
     routes: what `Triton.route` gave for `expert`. codes uint8 [E, R, C, 256 * bits], scale and zero [E, R, G, 16]: those of
-    `triton_words.linear`, stacked; table [1, 2^bits] for all. bias: [E, N]. config: chosen by a rule unless given.
+    `triton_words.linear`, stacked, as are table [E, T, 2^bits], pick [E, R, G, 16] and factor [E]. bias: [E, N]. config: chosen
+    by a rule unless given.
 
     Raises:
         BadInput: shapes or dtypes that contradict each other. Nothing has been read then.
@@ -106,7 +113,10 @@ def linear(
     R, C = tile_counts(N, K)
     G = -(-K // group_size) if group_size else 1
     bits, rows = codes.shape[-1] // 256, x.shape[0]
-    fits = codes.shape[1:3] == (R, C) and scale.shape == (experts, R, G, 16) and (zero is None or zero.shape == scale.shape)
+    like_scales = all(held is None or held.shape == scale.shape for held in (zero, pick))
+    fits = codes.shape[1:3] == (R, C) and scale.shape == (experts, R, G, 16) and like_scales
+    fits &= table is None or (table.dim() == 3 and len(table) == experts and table.shape[2] == 1 << bits)
+    fits &= factor is None or factor.shape == (experts,)
     if not fits or x.dtype not in DTYPES or (rows and pairs % rows) or (bias is not None and bias.shape != (experts, N)):
         raise BadInput(
             f"grouped experts [{experts}, {N}, {K}] in groups of {group_size} do not fit codes {list(codes.shape)}, scales"
@@ -120,23 +130,26 @@ def linear(
     order, of_block, first, end = routes or (expert, expert, expert, expert)
     with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
         grouped_kernel[-(-N // config.rows), of_block.shape[0]](
-            x.contiguous(), of_block, order, first, end, codes, scale, scale if zero is None else zero,
-            scale if table is None else table, x if bias is None else bias, y, experts, pairs // rows, N, K, C, G, 16 * R,
-            BITS=bits, GROUP=group_size, ZERO=zero is not None, TABLE=int(table is not None), BIAS=bias is not None,
+            x.contiguous(), of_block, order, first, end, codes, scale_bytes(scale), codes if zero is None else zero,
+            x if table is None else table, codes if pick is None else pick, x if factor is None else factor,
+            x if bias is None else bias, y, experts, pairs // rows, N, K, C, G, 16 * R,
+            BITS=bits, GROUP=group_size, ZERO=zero is not None, TABLE=table_kind(None if table is None else table[0], pick),
+            FLOATS=floats, SCALE=scale_kind(scale), FACTOR=factor is not None,
+            TABLES=0 if table is None else table[0].numel(), BIAS=bias is not None,
             EVEN=K % 128 == 0, WIDE=wide(x.dtype), SORTED=bool(routes), BN=config.rows, BM=config.tokens,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return y
 
 
-def _fake(x, expert, routes, codes, scale, zero, table, bias, group_size, N):
+def _fake(x, expert, routes, codes, scale, zero, table, pick, bias, group_size, N, floats=0, factor=None):
     return x.new_empty(expert.shape[0], N)
 
 
 _library = torch.library.Library("aerogel", "FRAGMENT")
 _library.define(
     "grouped_words_linear(Tensor x, Tensor expert, Tensor[] routes, Tensor codes, Tensor scale, Tensor? zero, Tensor? table,"
-    " Tensor? bias, int group_size, int N) -> Tensor",
+    " Tensor? pick, Tensor? bias, int group_size, int N, int floats=0, Tensor? factor=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("grouped_words_linear", linear, "CompositeExplicitAutograd")
@@ -171,7 +184,6 @@ class Triton(Grouped):
         x_MK: Tensor, expert_S: Tensor, routes: Routes, layout: Layout, problem: Problem, bias_EN: Tensor | None = None
     ) -> Tensor:
         """One call of the operator."""
-        table = layout.get("tile_table")
         return torch.ops.aerogel.grouped_words_linear.default(
             x_MK,
             expert_S,
@@ -179,8 +191,11 @@ class Triton(Grouped):
             layout["tile_codes"],
             layout["tile_scale"],
             layout.get("tile_zero"),
-            None if table is None else table[0],
+            layout.get("tile_table"),
+            layout.get("tile_pick"),
             bias_EN,
             problem.grid.group_size or 0,
             problem.N,
+            problem.mantissa,
+            layout.get("tile_factor"),
         )

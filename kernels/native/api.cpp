@@ -37,7 +37,8 @@ Status check_weight(const Weight& w) {
     const int64_t strips = ceil_div(w.rows, kStrip), factors = strips * columns.groups * kStrip;
     if (w.codes_bytes != strips * ceil_div(columns.count, kTile) * kVector * w.bits) return kTruncatedCodes;
     if (w.scale_bytes != factors * scale_size) return kTruncatedScale;
-    if (w.zero && w.zero_bytes != factors) return kTruncatedZero;
+    if (w.zero && w.zero_bytes != (floating_zero(w) ? 4 * factors : factors)) return kTruncatedZero;
+    if (floating_zero(w) && misaligned(w.zero, 4)) return kMisaligned;
     if (!w.codes || !w.scale || misaligned(w.codes, kVector) || misaligned(w.scale, scale_size)) return kMisaligned;
     return check_tables(w, factors);
 }
@@ -45,7 +46,7 @@ Status check_weight(const Weight& w) {
 Status check_call(const Weight& w, const Call& c) {
     // 4 * 2^28 tokens * 2^31 columns stay below 2^63: the products below cannot overflow.
     if (c.tokens < 0 || c.tokens > (int64_t{1} << 28)) return kBadShape;
-    if (c.numerics < kExact || c.numerics > kInt8Token || (w.table && c.numerics != kExact)) return kNoSuchPath;
+    if (c.numerics < kExact || c.numerics > kInt8Token || ((w.table || floating_zero(w)) && c.numerics != kExact)) return kNoSuchPath;
     if (!known_type(c.x_type) || (c.bias && !known_type(c.bias_type))) return kBadType;
     const int64_t size = type_size(c.x_type);
     if (c.x_bytes != c.tokens * w.columns * size || c.y_bytes != c.tokens * w.rows * size) return kTruncatedActivations;

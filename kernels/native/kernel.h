@@ -21,7 +21,12 @@ INLINE Factors factors_of(const Plan& plan, int64_t strip, int64_t group, float 
     f.scale = weight.scale_type < kFloat8E4m3 ? load_floats(weight.scale, at, weight.scale_type)
                                               : load_small(static_cast<const uint8_t*>(weight.scale) + at, weight.scale_type);
     f.offset = spread<F16>(bias);
-    if (weight.zero) f.offset = f.offset + load_bytes(static_cast<const int8_t*>(weight.zero) + at);
+    if (floating_zero(weight)) {
+        // What was added to the signed code is the bias, to the unsigned one that less 2^(bits-1).
+        f.offset = load<F16>(static_cast<const float*>(weight.zero) + at) + spread<F16>(bias - static_cast<float>(1 << (weight.bits - 1)));
+    } else if (weight.zero) {
+        f.offset = f.offset + load_bytes(static_cast<const int8_t*>(weight.zero) + at);
+    }
     return f;
 }
 

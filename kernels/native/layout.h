@@ -65,7 +65,7 @@ enum Status : int32_t {
 struct Weight {
     const void* codes;
     const void* scale;
-    const void* zero;   // null when symmetric, and with tables
+    const void* zero;   // null when symmetric, and with tables; signed bytes, or floats, see floating_zero
     const void* table;  // float32 [tables][2^bits], or null: codes are integers
     const void* pick;   // uint16 [strips][groups], a bit for each row: its table; or null: there is one
     int64_t codes_bytes, scale_bytes, zero_bytes, table_bytes, pick_bytes;
@@ -102,6 +102,10 @@ struct Call {
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether zero points are floats z in W = (u - z) * scale, of unsigned codes. A scale has two or four bytes, so that four bytes for
+// each zero point are never fewer than those of the scales, and one byte always is.
+inline bool floating_zero(const Weight& weight) { return weight.zero && weight.zero_bytes >= weight.scale_bytes; }
 
 // Tables of a weight that picks among them: of 4 bits, what a register of 16-bit numbers holds.
 constexpr int64_t kPickedTables = 2;

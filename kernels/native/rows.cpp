@@ -43,9 +43,13 @@ void decode_row(const Weight& weight, int64_t row, void* to, int64_t at, int32_t
             if (left <= 0) continue;  // what fills up a group
             const int64_t factor = (strip * columns.groups + number) * kStrip + lane;
             const float scale = read_float(weight.scale, factor, weight.scale_type);
-            const int32_t zero = weight.zero ? static_cast<const int8_t*>(weight.zero)[factor] : 0;
-            const int32_t offset = (1 << (weight.bits - 1)) + zero;
-            for (int k = first; k < first + kOctet; ++k) value[k] = static_cast<float>(u[k] - offset) * scale;
+            float offset;
+            if (floating_zero(weight)) {
+                offset = static_cast<const float*>(weight.zero)[factor];
+            } else {
+                offset = static_cast<float>((1 << (weight.bits - 1)) + (weight.zero ? static_cast<const int8_t*>(weight.zero)[factor] : 0));
+            }
+            for (int k = first; k < first + kOctet; ++k) value[k] = (static_cast<float>(u[k]) - offset) * scale;
             store_floats(to, at + real, type, value + first, left < kOctet ? static_cast<int>(left) : kOctet);
         }
     }

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from aerogel.errors import BadInput
 from aerogel.quantize.codes import Codes, Grid, Params, quantized
+from aerogel.quantize.formats.affine import Affine
 from aerogel.quantize.grids import IntGrid
+from aerogel.quantize.hadamard import BLOCK, hadamard, random_signs
 from aerogel.quantize.tables import TableGrid
 
-BLOCK = 32
-"""Inputs that a transform mixes, in the products below."""
+__all__ = ["BLOCK", "hadamard", "random_signs", "rounded_product", "stochastic", "train_product"]
 
 
 def stochastic(grid: Grid, w_NK: Tensor, params: Params, generator: torch.Generator) -> Codes:
@@ -37,12 +38,15 @@ def stochastic(grid: Grid, w_NK: Tensor, params: Params, generator: torch.Genera
         BadInput: a grid that is neither integers nor a single table.
     """
     N, K = w_NK.shape
-    if isinstance(grid, IntGrid):
+    if isinstance(grid, IntGrid | Affine):
         scale, zero = _spread(params.scale_NG.float(), grid, N, K), params.zero_NG
         units = w_NK.float() / scale + (0 if zero is None else _spread(zero.float(), grid, N, K))
         lower = torch.floor(units)
         up = torch.rand(units.shape, generator=generator).to(units.device) < units - lower
-        values = (lower + up).clamp_(grid.q_min, grid.q_max).to(torch.int8)
+        least, most, kind = 0, (1 << grid.bits) - 1, torch.uint8
+        if isinstance(grid, IntGrid):
+            least, most, kind = grid.q_min, grid.q_max, torch.int8
+        values = (lower + up).clamp_(least, most).to(kind)
         return Codes.of(values, params, grid)
     if not isinstance(grid, TableGrid) or params.table_TE is None or len(params.table_TE) > 1:
         raise BadInput(f"random rounding needs integers or one table, found {grid}")
@@ -60,29 +64,6 @@ def _spread(scale: Tensor, grid: Grid, N: int, K: int) -> Tensor:
     size = min(grid.group_size or K, K)
     rows = torch.arange(N, device=scale.device) // (grid.shared_rows or N)
     return scale[rows].repeat_interleave(size, 1)[:, :K]
-
-
-def hadamard(x: Tensor, signs: Tensor, block: int = BLOCK) -> Tensor:
-    """x D H along the last dimension, in runs of `block` values (a power of two); orthonormal. `hadamard(I)` is its matrix.
-
-    Raises:
-        BadInput: a block that is no power of two, or does not divide the dimension.
-    """
-    size = x.shape[-1]
-    if block < 1 or block & (block - 1) or size % block or signs.shape != (size,):
-        raise BadInput(f"a Hadamard transform of {size} values needs as many signs and blocks of a power of two, found {block}")
-    y, half = x * signs, 1
-    while half < block:
-        pair = y.reshape(*x.shape[:-1], -1, 2, half)
-        y = torch.stack([pair[..., 0, :] + pair[..., 1, :], pair[..., 0, :] - pair[..., 1, :]], -2)
-        half *= 2
-    mixed: Tensor = y.reshape(x.shape) * block**-0.5
-    return mixed
-
-
-def random_signs(size: int, generator: torch.Generator) -> Tensor:
-    """float32 [size] of -1 and 1."""
-    return torch.randint(0, 2, (size,), generator=generator).float() * 2 - 1
 
 
 def rounded_product(

@@ -239,3 +239,14 @@ def test_generate_says_which_wishes_of_the_model_it_does_not_follow(aerogel, tin
     found = aerogel("generate", copy, "w1", "-n", 2, "--raw")
     assert "asks for repetition_penalty=1.3, which was not done" in found.stderr
     assert "num_beams" not in found.stderr
+
+
+def test_inspect_shapes(aerogel, tiny: Path) -> None:
+    found = json.loads(aerogel("inspect", tiny, "--shape", "--deepshape", "0.5", "--json", "-").stdout)["shape"]
+    row = next(row for row in found["kinds"] if row["name"].endswith("down_proj.weight"))
+    assert row["count"] == 2 and 1.7 < row["shape"] < 2.3  # random weights are normal
+    assert row["deepshape"]["shape"] == pytest.approx(0.5, abs=0.1)
+    assert row["deepshape"]["entropy_bits"] < row["entropy_bits"] < row["golomb_bits"] and row["deepshape"]["moved"] > 0.1
+    shown = aerogel("inspect", tiny, "--shape")
+    assert shown.code == 0 and "Golomb" in shown.stdout
+    assert aerogel("inspect", tiny, "--step", "0.5").code == 2

@@ -130,7 +130,7 @@ def test_operators_keep_the_promises_of_their_schemas() -> None:
         )
     meta = torch.zeros(3, 1, 1, 1024, dtype=torch.uint8, device="meta"), torch.zeros(3, 1, 1, 16, device="meta")
     x, expert = torch.empty(2, 32, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
-    assert torch.ops.aerogel.grouped_words_linear(x, expert, [], *meta, None, None, None, 0, 16).shape == (4, 16)
+    assert torch.ops.aerogel.grouped_words_linear(x, expert, [], *meta, None, None, None, None, 0, 16).shape == (4, 16)
 
 
 @pytest.mark.gpu

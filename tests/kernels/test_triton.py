@@ -11,15 +11,31 @@ from typing import Any
 
 import pytest
 import torch
+from tests.kernels.expert_weights import FLOATS, experts_of, routing, wanted_of
 from tests.kernels.places import PLACES
-from tests.kernels.word_weights import KINDS, applies, bound, error, weight_of
+from tests.kernels.word_weights import BOUND, KINDS, ROUNDED, applies, bound, error, weight_of
+from tests.quantize.test_tables import GRIDS as TABLES
+from tests.quantize.test_tables import weight as table_weight
 
 from aerogel.errors import BadInput
 from aerogel.kernels.dispatch import GEMM, explain, kernel
+from aerogel.kernels.experts import stacked
 from aerogel.kernels.gemm.triton_linear import Triton, words_linear
+from aerogel.kernels.gemm.triton_planes import TritonPlanes
+from aerogel.kernels.grouped.triton_grouped import Triton as GroupedTriton
 from aerogel.kernels.problem import Problem
+from aerogel.pack.config import choose_format
+from aerogel.quantize.formats.affine import Affine
+from aerogel.quantize.formats.bitmod import Bitmod
+from aerogel.quantize.formats.kmeans import KMeans
+from aerogel.quantize.formats.mx import Mx
+from aerogel.quantize.formats.nf4 import Nf4
+from aerogel.quantize.formats.nvfp4 import Nvfp4
 from aerogel.quantize.grids import Fp8Grid, IntGrid, quantized
+from aerogel.quantize.planes import PlaneGrid
 
+NUMBERS = [grid for grid in (*TABLES, Mx(kind="e2m3")) if (grid.group_size or 16) % 16 == 0]
+"""Tables and floats whose groups end with a step of sixteen columns."""
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -151,3 +167,57 @@ def test_inputs_lie_anywhere_on_the_gpu(M: int) -> None:
     wanted = call(x, *given, bias[0], weight.group_size, 150)
     for place in PLACES:
         assert torch.equal(call(place(x), *given, place(bias)[0], weight.group_size, 150), wanted), place
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("place", range(len(NUMBERS)), ids=lambda place: str(NUMBERS[place]))
+def test_tables_and_floats_on_the_gpu(place: int) -> None:
+    grid, dtype, M = NUMBERS[place], (torch.bfloat16, torch.float16, torch.float32)[place % 3], (1, 130)[place % 2]
+    dense = table_weight(200, 288).cuda()
+    codes = quantized(grid, dense, grid.fit(dense, search="mse"))
+    decoded = codes.decode()
+    problem = Problem(format=choose_format(grid).name, grid=grid, N=200, K=288, dtype=dtype, device="cuda")
+    layout = Triton.pack(codes, problem)
+    assert torch.equal(Triton.unpack(layout, problem).decode(), decoded)
+    x = torch.randn(M, 288, device="cuda").to(dtype)
+    y = Triton.run(x, layout, problem)
+    assert error(y, x.double() @ decoded.double().T) <= ROUNDED[dtype]
+    assert torch.equal(y, Triton.run(x, layout, problem)), "two runs differ"
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("grid", [PlaneGrid(bits=3, group_size=32, offset="scale"), PlaneGrid(bits=1, group_size=64)], ids=str)
+def test_planes_on_the_gpu(grid: Any) -> None:
+    dense = table_weight(200, 288).cuda()
+    codes = quantized(grid, dense, grid.fit(dense))
+    problem = Problem(format="planes", grid=grid, N=200, K=288, dtype=torch.bfloat16, device="cuda")
+    layout = TritonPlanes.pack(codes, problem)
+    assert torch.equal(TritonPlanes.unpack(layout, problem).decode(), codes.decode())
+    x = torch.randn(20, 288, device="cuda").bfloat16()
+    assert error(TritonPlanes.run(x, layout, problem), x.double() @ codes.decode().double().T) <= BOUND[torch.bfloat16]
+
+
+EXPERTS = [*FLOATS, Nvfp4(), Nf4(), KMeans(bits=3, rounds=2), Bitmod(group_size=48)]
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("place", range(len(EXPERTS)), ids=lambda place: str(EXPERTS[place]))
+def test_experts_in_tables_and_floats_on_the_gpu(place: int) -> None:
+    layer = experts_of(EXPERTS[place], 5, 40, 160, torch.bfloat16, "cuda")
+    problem = layer.problem(torch.bfloat16)
+    packed = stacked(lambda e: GroupedTriton.base.pack(layer.codes_of(e), problem), 5)
+    M, k = ((1, 2), (40, 3))[place % 2]
+    expert, x = routing(M, k, 5, "cuda"), torch.randn(M, 160, device="cuda").bfloat16()
+    y = GroupedTriton.run(x, expert, GroupedTriton.route(expert, 5), packed, problem)
+    assert error(y, wanted_of(layer, x, expert, None)) <= ROUNDED[torch.bfloat16]
+
+
+def test_the_portable_path_takes_what_it_decodes_and_says_what_it_does_not() -> None:
+    facts: dict[str, Any] = {"N": 64, "K": 128, "dtype": torch.bfloat16, "device": "xpu"}
+    for grid in (Nf4(), Mx(), Nvfp4(), Bitmod(group_size=64), KMeans(), Affine(bits=1)):
+        reason = Triton.refuses(Problem(format=choose_format(grid).name, grid=grid, **facts))
+        assert reason is None or "is not" in reason or "no " in reason, reason  # the machine, not the numbers
+    assert "multiple of 16" in str(Triton.refuses(Problem(format="table-packed", grid=Bitmod(group_size=40), **facts)))

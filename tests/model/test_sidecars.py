@@ -65,6 +65,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "nvfp4": {"method": "rtn", "format": "nvfp4", "columns": "largest"},
     "rows": {"method": "gptq", "bits": 4, "group_size": 16, "gptaq": True, "rows": "loss", "row_share": 0.3},
     "rows of int8": {"method": "rtn", "bits": 4, "activations": "int8", "rows": "loss", "row_share": 0.5, "row_bits": 8},
+    "rotation": {"method": "gptq", "bits": 4, "group_size": 16, "gptaq": True, "transform": "hadamard", "transform_block": 16},
+    "rotation of int8": {"method": "rtn", "bits": 8, "activations": "int8", "transform": "hadamard", "transform_block": 16},
     "rows of nvfp4": {"method": "rtn", "format": "nvfp4", "rows": "loss", "row_share": 0.3, "row_bits": 7},
 }
 
@@ -88,7 +90,7 @@ def test_columns_compressed_loaded_generated_and_exported(options: dict[str, Any
     assert [token for (token,) in Decoder(model, "fused").stream([IDS[0]], 8)] == expected
 
 
-@pytest.mark.parametrize("name", ["gptq", "int8", "dynamic", "both", "rows", "rows of int8"])
+@pytest.mark.parametrize("name", ["gptq", "int8", "dynamic", "both", "rows", "rows of int8", "rotation"])
 @pytest.mark.parametrize("layout", ["portable", "native-cpu"])
 def test_merged_siblings_keep_them(name: str, layout: str, tmp_path: Path) -> None:
     if layout == "native-cpu" and "int8" in str(COLUMNS[name]):
@@ -126,7 +128,7 @@ def test_traced_steps_add_them_too(loop: Any, tmp_path: Path) -> None:
     assert decoder.way == loop
 
 
-@pytest.mark.parametrize("options", [COLUMNS["both"], COLUMNS["rows"], COLUMNS["gptq"]], ids=["both", "rows", "columns"])
+@pytest.mark.parametrize("options", [COLUMNS[name] for name in ("both", "rows", "gptq", "rotation")], ids=str)
 def test_native_layouts_carry_them_there_and_back(options: dict[str, Any], tmp_path: Path) -> None:
     dense = zoo.save("llama", tmp_path / "dense")
     stages = {"quantize": {**options, "group_size": 16}}

@@ -25,6 +25,7 @@ from aerogel.model.layer import Layer
 from aerogel.pack.config import choose_format, quantization_config
 from aerogel.quantize import GRIDS
 from aerogel.quantize.codes import quantized
+from aerogel.quantize.formats.affine import Affine
 from aerogel.quantize.formats.bipolar import Bipolar
 from aerogel.quantize.formats.bitmod import Bitmod
 from aerogel.quantize.formats.complex import Complex
@@ -47,6 +48,11 @@ CASES: dict[str, list[Any]] = {
         *(Float(kind=kind, group_size=32) for kind in ("e2m0", "e1m1", "e2m1", "e3m0", "e2m2", "e3m1")),  # type: ignore[arg-type]
         *(Float(kind=kind) for kind in ("e3m2", "e2m3", "e5m2")),  # type: ignore[arg-type]
         Float(kind="e4m3", group_size=128, block=True),
+    ],
+    "affine": [
+        *(Affine(bits=bits, group_size=32) for bits in range(1, 9)),
+        Affine(group_size=7, scale_dtype=torch.float16),
+        Affine(bits=2, group_size=None, scale_dtype=torch.bfloat16),
     ],
     "nf4": [Nf4(), Nf4(scale_dtype=torch.float8_e4m3fn)],
     "mx": [Mx(), Mx(kind="e4m3"), Mx(kind="e2m3")],
@@ -101,6 +107,7 @@ REFUSED = {
     ("mx", "odd"): "table-packed",
     ("mx", "one row of one"): "table-packed",
     ("int", "huge"): "float16",
+    ("affine", "huge"): "float16",
     ("bitmod", "huge"): "float16",
 }
 """What a format may refuse, and the word of its message that says why."""

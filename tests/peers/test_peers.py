@@ -34,6 +34,7 @@ MADE = {
         *("gptq-w4", "gptq-w4-asymmetric", "gptq-w4-activation-order", "gptq-w4-v2", "gptq-w3", "gptq-w2"),
         *("gptq-w8-channel", "gptq-dynamic", "awq-w4-packed"),
     ),
+    "hqq": ("w8", "w4", "w4-channel", "w4-as-floats", "w3", "w2", "w1"),
 }
 """The cases of `make_*.py`, by tool: one that was not made although its tool ran is a failure."""
 CASES = [f"{peer}/{case}" for peer, cases in MADE.items() for case in cases]

@@ -75,9 +75,9 @@ def test_fp8_needs_no_search(layer):
 
 
 def test_what_cannot_be_stored_is_refused():
-    with pytest.raises(BadInput, match="zero: integer"):
-        Hqq(grid=GRIDS[1], zero="float")
-    with pytest.raises(BadInput, match="format: int"):
+    with pytest.raises(BadInput, match="format: affine"):
+        IntGrid(bits=1)
+    with pytest.raises(BadInput, match="format: affine"):
         Hqq(grid=Fp8Grid())
     with pytest.raises(BadInput, match="0 < p <= 1"):
         Hqq(grid=GRIDS[1], p=2.0)
