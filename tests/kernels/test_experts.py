@@ -112,7 +112,7 @@ def test_refusals_can_be_read() -> None:
     assert choose_grouped(layer.problem())[0] == layer.kernel_name
     codes, scale = torch.zeros(2, 1, 1, 1024, dtype=torch.uint8), torch.zeros(2, 1, 1, 16)
     with pytest.raises(BadInput, match="do not fit"):
-        linear(torch.zeros(1, 32), torch.zeros(3, dtype=torch.int64), [], codes, scale, None, None, None, 0, 17)
+        linear(torch.zeros(1, 32), torch.zeros(3, dtype=torch.int64), [], codes, scale, None, None, None, None, 0, 17)
 
 
 def test_another_routing_is_refused() -> None:

@@ -219,5 +219,5 @@ def test_the_portable_path_takes_what_it_decodes_and_says_what_it_does_not() -> 
     facts: dict[str, Any] = {"N": 64, "K": 128, "dtype": torch.bfloat16, "device": "xpu"}
     for grid in (Nf4(), Mx(), Nvfp4(), Bitmod(group_size=64), KMeans(), Affine(bits=1)):
         reason = Triton.refuses(Problem(format=choose_format(grid).name, grid=grid, **facts))
-        assert reason is None or "is not" in reason or "no " in reason, reason  # the machine, not the numbers
+        assert reason is None or "needs a GPU" in reason or "triton" in reason.lower(), reason  # the machine, not the numbers
     assert "multiple of 16" in str(Triton.refuses(Problem(format="table-packed", grid=Bitmod(group_size=40), **facts)))
