@@ -48,7 +48,8 @@ def matrix(block: int, device: torch.device) -> Tensor:
     one = torch.ones(1, 1)
     while len(one) < block:
         one = torch.cat([torch.cat([one, one], 1), torch.cat([one, -one], 1)])
-    return (one * block**-0.5).to(device)
+    found: Tensor = (one * block**-0.5).to(device)
+    return found
 
 
 def check_block(size: int, block: int) -> None:
