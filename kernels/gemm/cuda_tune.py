@@ -241,7 +241,8 @@ def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
         placed = [replace(plain, x_resident=True), plain]
         if share == 1 and M > 4:
             placed.append(replace(plain, x_in_stage=True))
-        alone = [(1, 1)] if M > 4 else [(1, 1), (1, 2)]
+        # Warps that add outliers leave no seats to the next launch; `config_for` does not take such a cut for them.
+        alone = [(1, 1)] if M > 4 or weight.outliers is not None else [(1, 1), (1, 2)]
         seated = [*alone, (2, 1)] if cluster == share == 1 and row_warps * k_warps <= 8 else alone
         for config, (blocks, seats), stages in itertools.product(placed, seated, range(2, 13)):
             yield replace(config, stages=stages, blocks=blocks, seats=seats)

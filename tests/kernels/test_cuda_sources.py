@@ -634,6 +634,17 @@ def test_tune_measures_token_classes_once_and_keeps_them(monkeypatch: pytest.Mon
     cuda_table.table.cache_clear()
 
 
+def test_tune_measures_no_seats_beside_outliers() -> None:
+    """Cuts that would not be taken from the table."""
+    plain = cuda_tune.random_weight(1024, 2048, 4, 128, "cpu")
+    held = {
+        weight.outliers is not None: cuda_tune.candidates(weight, 4, (9, 0), 132)
+        for weight in (plain, cuda_tune.with_outliers(plain))
+    }
+    assert any(config.seats > 1 for config in held[False]) and held[True]
+    assert all(config.seats == 1 for config in held[True])
+
+
 def test_tune_keeps_cuts_of_many_tokens_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What is kept is what a plan finds, with outliers and without, and wins over what is shipped."""
     name, given = "NVIDIA H100 80GB HBM3", []
