@@ -11,7 +11,8 @@
 // Decoders give CENTRED integers u - 2^(b-1). Zero points enter in the epilogue of a group, through the sum of x:
 //   sum_k (u - z) x = sum_k (u - c) x - (z - c) sum_k x,     c = 2^(b-1)
 // which is exact for integer zero points, keeps float ones in float32, and costs one more matrix product (with a factor of
-// ones) for all row tiles together.
+// ones) for all row tiles together. Integer zero points of four bits need none of that: what takes the power of two away takes the
+// zero point with it (ZERO_IN_CODES).
 //
 // One to three bits are bound by instructions, not by bytes, and go a step further (FOLDED): the powers of two are left in the
 // factor, and what they add to the product, a fixed pattern of powers times x, is computed once per fragment of x for all row
@@ -141,6 +142,16 @@ INLINE void decode_integers(const u32* words, int s, u32* a) {
       a[i] = add_pairs(raised_limb<0>(words, s, i), add_pairs(raised_limb<1>(words, s, i), high));
     }
   }
+}
+
+// The same minus the zero points of rows g and g + 8, exact as well: `less` is minus their sum with the power of two, from `with_zero`.
+constexpr bool ZERO_IN_CODES = ZERO == 1 && BITS == 4 && !TABLE && !FLOATS && !PLANES;
+INLINE u32 with_zero(u32 zero, int half) {
+  const int bit = Field<4, 0>::bit(half);  // of registers half and half + 2
+  return zero * both(1u << bit) + both(0x8000u | power_of_two(MANTISSA - bit));
+}
+INLINE void decode_from_zero(const u32* words, int s, const u32* less, u32* a) {
+  UNROLL for (int i = 0; i < 4; i++) a[i] = add_pairs(raised_limb<0>(words, s, i), less[i & 1]);
 }
 
 // The A fragment of step s with its powers of two still in it, and minus what these and the centre come to.

@@ -39,6 +39,7 @@ constexpr bool CHOSEN = FOLDED && BITS == 1 && TOKEN_TILES == 1 && !OUTLIERS_TUR
 // Offsets of four planes go through the sums of x, as zero points do, where enough row tiles share these; fewer would pay more for them
 // than four additions a step, and in registers.
 constexpr bool OFFSETS_OF_SUMS = PLANES && ZERO && ROW_TILES > TOKEN_TILES;
+constexpr bool SUMS_OF_X = PLANES ? OFFSETS_OF_SUMS : ZERO && !ZERO_IN_CODES;
 
 INLINE int table_room(int tables) {
   return MADE ? WARPS * ROW_TILES * MADE_BYTES : PAIRED ? TABLES * PAIR_BYTES : COPIED ? ENTRIES_BYTES : BY_ROWS ? BLOCK_TILES * ROW_TABLE_BYTES : TABLE ? ((TABLE == 2 ? BLOCK_ROWS : tables) * (2 << BITS) + 15) & ~15 : 0;
@@ -104,7 +105,7 @@ template <int TILES> struct Side {
 // ---- The tokens' columns of one tile --------------------------------------------------------------------------------
 struct Tokens {
   u32 fragments[TOKEN_TILES][16];    // B fragments of the 8 steps
-  float sums[TOKEN_TILES][RUNS][2];  // of x over a run of columns, for zero points: W = 1 everywhere
+  float sums[TOKEN_TILES][RUNS][2];  // of x over a run of columns, for zero points: W = 1 everywhere (SUMS_OF_X)
   float folded[TOKEN_TILES][RUNS][4];  // what folded decoders add to a tile's sum
 };
 
@@ -139,7 +140,7 @@ template <bool TURNED = false> INLINE void load_tokens(u32 address, int stride, 
     float sum[4] = {}, folded[4] = {};
     UNROLL for (int s = run * (RUN / 16); s < (run + 1) * (RUN / 16); s++) {
       const u32 b0 = x.fragments[n][2 * s], b1 = x.fragments[n][2 * s + 1], ones[4] = {ONES, ONES, ONES, ONES};
-      if constexpr (ZERO && (!PLANES || OFFSETS_OF_SUMS)) matrix_multiply(sum, ones, b0, b1, sum);
+      if constexpr (SUMS_OF_X) matrix_multiply(sum, ones, b0, b1, sum);
       if constexpr (FOLDS) {
         u32 offsets[4];
         folded_offsets(s, offsets);
@@ -181,10 +182,10 @@ INLINE void multiply_chosen(u32 word, int w, const Tokens& x, float (*part)[4]) 
 constexpr bool STEADY = GROUP == 0 || GROUP % 128 == 0 || (WHOLE && 128 % (GROUP ? GROUP : 1) == 0);
 constexpr int run_group(int run) { return GROUP && GROUP < 128 ? run * RUN / (GROUP ? GROUP : 1) : 0; }
 
-// What decoding needs beside the words: of the lane's two rows their tables, in shared memory or in registers, or a pair of numbers
-// that multiplies floats.
+// What decoding needs beside the words: of the lane's two rows their tables, in shared memory or in registers, a pair of numbers
+// that multiplies floats, or one that takes zero points away.
 struct Decoding {
-  u32 table[2], unit[2];
+  u32 table[2], unit[2], less[2];
   RowTable own;
   PlaneTable planes[2];
 };
@@ -201,6 +202,8 @@ INLINE void decode(const u32* words, int s, const Decoding& by, u32* a) {
     decode_floats(words, s, by.unit[0], by.unit[1], a);
   else if constexpr (FOLDS)
     decode_folded(words, s, a);
+  else if constexpr (ZERO_IN_CODES)
+    decode_from_zero(words, s, by.less, a);
   else
     decode_integers(words, s, a);
 }
@@ -240,7 +243,7 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
   const int own = (group_of(tile, 0) - first) * 16 + ((threadIdx.x & 31) >> 2);
   const u8 *scales = side + own * SCALE_BYTES, *zeros = side + Side<TILES>::zeros + own * ZERO_BYTES;
   const u8* picks = side + Side<TILES>::picks + own;
-  Decoding by = {{table_upper, table_lower}, {}, {}, {}};
+  Decoding by = {{table_upper, table_lower}, {}, {}, {}, {}};
   if constexpr (BY_ROWS) by.own = load_row_table(table_upper);
   UNROLL for (int run = 0; run < RUNS; run++) {
     const int at = 16 * (STEADY ? run_group(run) : min(group_of(tile, run), groups - 1) - group_of(tile, 0));
@@ -248,6 +251,7 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
       if constexpr (TABLE == 3)
         by.table[h] = (h ? table_lower : table_upper) + picked(picks[at + 8 * h]) * (PAIRED ? PAIR_BYTES : 2 << BITS);
       by.unit[h] = SCALED ? scale_pair(scales, at + 8 * h) : both(power_of_two(FLOAT_SHRINK));
+      if constexpr (ZERO_IN_CODES) by.less[h] = with_zero(zeros[at + 8 * h], h);
     }
     if constexpr (PLANES) {
       const int group = group_of(tile, 0) - first + at / 16;
@@ -269,14 +273,14 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
       UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) part[n][j] = x.folded[n][run][j];
     multiply_run(words, run, by, x, part);
     UNROLL for (int h = 0; h < 2; h++) {
-      if constexpr (ZERO) zero[h] = read_zero(zeros, at + 8 * h) - CENTRE;
+      if constexpr (SUMS_OF_X) zero[h] = read_zero(zeros, at + 8 * h) - CENTRE;
       if constexpr (GROUP != 0) scale[h] = read_scale(scales, at + 8 * h);
       if constexpr (TABLE == 3) scale[h] = with_sign_of(scale[h], picks[at + 8 * h]);
     }
     UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) {
       float sum = part[n][j];
       if (folded_last) sum += x.folded[n][run][j];
-      if constexpr (ZERO) sum -= zero[j >> 1] * x.sums[n][run][j & 1];
+      if constexpr (SUMS_OF_X) sum -= zero[j >> 1] * x.sums[n][run][j & 1];
       acc[n][j] += GROUP == 0 && TABLE != 3 ? sum : scale[j >> 1] * sum;
     }
   }
