@@ -125,14 +125,23 @@ def config_for(weight: TileWeight, M: int) -> Config:
     held = places(weight)
     held = held if weight.outliers is None else (*(f"o/{place}" for place in held), *held)
     alike = (f"{place}/m{size}" for place in held for size in classes_like(M))
-    # Warps that add outliers leave no seats to the next launch, and a cut that is made for these is a slow one without.
-    found = (known[key] for key in alike if key in known)
-    entry = next((entry for entry in found if weight.outliers is None or entry["config"].get("seats", 1) == 1), None)
-    if entry is not None:
-        measured = Config(**entry["config"])
-        for stages in range(measured.stages, 1, -1):
-            config = replace(measured, stages=stages)
-            fitting = fits(weight, config, M, capability, facts.multi_processor_count)
-            if fitting and as_roomy(weight, config, measured, M, facts.multi_processor_count):
-                return config
+    for measured in (Config(**known[key]["config"]) for key in alike if key in known):
+        # Warps that add outliers leave no seats to the next launch, and a cut that is made for these is a slow one without.
+        if weight.outliers is not None and measured.seats > 1:
+            continue
+        config = _fitting(weight, measured, M, capability, facts.multi_processor_count)
+        if config is not None:
+            return config
     return default_config(weight, M, capability, facts.multi_processor_count)
+
+
+def _fitting(
+    weight: TileWeight, measured: Config, M: int, capability: tuple[int, int], multiprocessors: int
+) -> Config | None:
+    """The configuration, with a shallower ring where the weight has more beside its codes, or more tokens, than what was
+    measured; None where it would be less than two thirds as deep, which is no longer what was measured."""
+    for stages in range(measured.stages, ceil_divide(2 * measured.stages, 3) - 1, -1):
+        config = replace(measured, stages=stages)
+        if fits(weight, config, M, capability, multiprocessors) and as_roomy(weight, config, measured, M, multiprocessors):
+            return config
+    return None

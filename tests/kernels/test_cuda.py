@@ -138,6 +138,18 @@ def test_every_width_against_float64(bits: int, kind: tuple[int, tuple[int, str,
                 check(weight, dense, config, M, dtype, bias=M in (2, 9))
 
 
+@pytest.mark.parametrize("size", [0, 48, 128])
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_integer_zero_points_of_four_bits(dtype: torch.dtype, size: int) -> None:
+    """They leave with the power of two that decoding puts under a code: those of both types, and one beyond all codes."""
+    weight = weight_of(130, 1100, 4, (size, "integer", dtype))
+    assert weight.zero is not None
+    weight.zero[1::2] = 16
+    dense = dense64(weight)
+    for config, M in itertools.product(configs()[::3], (1, 8, 16)):
+        check(weight, dense, config, M, dtype)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("scope", ["tensor", "row", "group"])
 def test_tables(bits: int, scope: str) -> None:

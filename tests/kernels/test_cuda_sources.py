@@ -112,6 +112,21 @@ def test_decoding_is_exact_for_every_code_and_place(bits: int, dtype: torch.dtyp
             assert torch.equal(total, (codes - centre).double())
 
 
+@pytest.mark.parametrize(("dtype", "mantissa", "bias"), [(torch.bfloat16, 7, 127), (torch.float16, 10, 15)], ids=str)
+def test_a_zero_point_leaves_with_the_power_of_two(dtype: torch.dtype, mantissa: int, bias: int) -> None:
+    """As `with_zero` makes the number that is added: by its bits, of a zero point inside the codes or just beyond."""
+    codes, zeros = torch.arange(16), torch.arange(17)
+    for i in range(4):
+        bit = field_bit(4, 0, mantissa, bias, False, i)
+        assert bit == field_bit(4, 0, mantissa, bias, False, i % 2)
+        power = 1 << (mantissa - bit)
+        bits = zeros * (1 << bit) + (0x8000 | (mantissa - bit + bias) << mantissa)
+        less = bits.to(torch.uint16).view(dtype)
+        assert torch.equal(less.double(), -(power + zeros).double())
+        left = (power + codes).to(dtype)[:, None] + less
+        assert torch.equal(left.double(), (codes[:, None] - zeros).double())
+
+
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize(("dtype", "mantissa"), [(torch.bfloat16, 7), (torch.float16, 10)], ids=str)
 def test_signs_are_exact_in_every_place(dtype: torch.dtype, mantissa: int, folded: bool) -> None:
