@@ -318,7 +318,10 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
     }
     if constexpr (BY_ROWS && !BESIDE) copies_wait<0>();
     barrier_of(1, THREADS);  // all have read the ring, and used the last partial sums
-    store_partials(room.partials, p, row_warp, slice, acc);
+    if constexpr (HALF_SUMS)
+      store_half_partials(room.partials, p, row_warp, slice, acc);
+    else
+      store_partials(room.partials, p, row_warp, slice, acc);
     if (BY_ROWS && !BESIDE && block + 1 < share.row_blocks) lay_out_row_tables(BLOCK_TILES, room.tables, threadIdx.x, THREADS);
     barrier_of(OUTLIERS ? 2 : 1, THREADS + OUTLIER_THREADS);
     ask_for_next_tables(p, share, room, block + 2);

@@ -30,7 +30,6 @@ constexpr int BLOCK_TILES = ROW_WARPS * ROW_TILES;
 constexpr int BLOCK_ROWS = BLOCK_TILES * 16;
 constexpr int WARPS = ROW_WARPS * K_WARPS;
 constexpr int THREADS = WARPS * 32;
-constexpr int PARTIAL_STRIDE = BLOCK_ROWS + 4;  // of one token: four tokens of a warp's store then fall into four banks
 
 // How numbers of one to three bits are multiplied: single bits with up to 8 tokens as places (below), else with their powers of two.
 // With more tokens the sparse instruction, which takes two thirds longer, costs more than the decoding that it saves.
@@ -288,89 +287,6 @@ INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int ti
 
 #include "few_outliers.cuh"
 #include "few_kept.cuh"
-
-// ---- The end of a row block ------------------------------------------------------------------------------------------
-// Each warp's sums to shared memory as [slice][token][row]; then every output is added up over the slices, in order.
-INLINE void store_partials(float* partials, const Arguments& p, int row_warp, int slice, float (*acc)[TOKEN_TILES][4]) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  UNROLL for (int r = 0; r < ROW_TILES; r++) UNROLL for (int n = 0; n < TOKEN_TILES; n++) UNROLL for (int j = 0; j < 4; j++) {
-    const int row = (row_warp * ROW_TILES + r) * 16 + g + 8 * (j >> 1), token = n * 8 + 2 * t + (j & 1);
-    if (token < p.M) partials[(slice * p.M + token) * PARTIAL_STRIDE + row] = acc[r][n][j];
-  }
-}
-
-INLINE u32 output_of(const Arguments& p, int n, float factor, float sum, const float* outlier) {
-  if constexpr (SCALE >= 3) sum *= factor;
-  if constexpr (GROUP == 0) sum *= read_scale(p.scale, n);
-  if constexpr (OUTLIERS) sum += *outlier;
-  if (p.bias) sum += from_half(p.bias[n]);
-  return to_half(sum);
-}
-// Two rows, from an even one on; `outliers`: what their outliers come to.
-INLINE void store_outputs(const Arguments& p, int first_tile, int row, int token, float factor, float2 sum, const float* outliers) {
-  const int n = first_tile * 16 + row;
-  u16* to = p.y + (size_t)token * p.N + n;
-  if (n + 1 < p.N) {
-    const u32 upper = output_of(p, n, factor, sum.x, outliers), lower = output_of(p, n + 1, factor, sum.y, outliers + 1);
-    if (((p.N | (size_t)p.y >> 1) & 1) == 0)
-      *(u32*)to = upper | lower << 16;
-    else
-      to[0] = (u16)upper, to[1] = (u16)lower;
-  } else if (n < p.N) {
-    to[0] = (u16)output_of(p, n, factor, sum.x, outliers);
-  }
-}
-
-// What every output is multiplied by where scales are bytes: asked for at a kernel's start, since its end waits for it.
-INLINE float factor_of(const Arguments& p) {
-  return SCALE >= 3 ? (p.factor ? *p.factor : 1.0f) * (SCALED ? 1 << SCALED_SHRINK : 1) : 1.0f;
-}
-
-// Scales of rows as well: they are asked for at the start of a row block, into the second-level cache.
-INLINE void prefetch_row_scales(const Arguments& p, int first_tile, int thread) {
-  if constexpr (GROUP == 0) {
-    const int at = first_tile * 16 * SCALE_BYTES + thread * 128;
-    if (thread * 128 < BLOCK_ROWS * SCALE_BYTES && at < p.row_tiles * 16 * SCALE_BYTES)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(p.scale + at));
-  }
-}
-
-// Outputs are finished two rows at a time, `pair` after `pair` along the rows and then the tokens.
-INLINE float2 sum_of_slices(const float* partials, int M, int pair) {
-  const float* from = partials + pair / (BLOCK_ROWS / 2) * PARTIAL_STRIDE + pair % (BLOCK_ROWS / 2) * 2;
-  float2 sum = {0, 0};
-  UNROLL for (int slice = 0; slice < K_WARPS; slice++) {
-    const float2 part = *(const float2*)(from + slice * M * PARTIAL_STRIDE);
-    sum.x += part.x, sum.y += part.y;
-  }
-  return sum;
-}
-INLINE void store_pair(const Arguments& p, int first_tile, int pair, float factor, float2 sum, const float* outliers) {
-  store_outputs(p, first_tile, pair % (BLOCK_ROWS / 2) * 2, pair / (BLOCK_ROWS / 2), factor, sum, outliers + 2 * pair);
-}
-INLINE void finish(const float* partials, const Arguments& p, float factor, int first_tile, int thread, const float* outliers,
-                   int threads = THREADS) {
-  for (int pair = thread; pair < p.M * BLOCK_ROWS / 2; pair += threads)
-    store_pair(p, first_tile, pair, factor, sum_of_slices(partials, p.M, pair), outliers);
-}
-
-#if CLUSTER > 1
-// The same where a cluster's blocks share K. Each is responsible for a part of the outputs and has an inbox, [block][pair], where
-// the others send their sums; it is outside of the ring, which a slower block may still be reading.
-INLINE int inbox_bytes(const Arguments& p) { return (p.M * BLOCK_ROWS * 4 + 127) & ~127; }
-INLINE void finish_in_cluster(const float* partials, const float2* inbox, u32 bell, const Arguments& p, float factor,
-                              int first_tile, int thread, const float* outliers) {
-  const int part = p.M * BLOCK_ROWS / 2 / CLUSTER, rank = cluster_rank();
-  for (int pair = thread; pair < part * CLUSTER; pair += THREADS)
-    send(shared_address(inbox + rank * part + pair % part), sum_of_slices(partials, p.M, pair), bell, pair / part);
-  mbarrier_wait_for_cluster(bell, 0);
-  for (int i = thread; i < part; i += THREADS) {
-    float2 sum = {0, 0};
-    UNROLL for (int block = 0; block < CLUSTER; block++)
-      sum.x += inbox[block * part + i].x, sum.y += inbox[block * part + i].y;
-    store_pair(p, first_tile, rank * part + i, factor, sum, outliers);
-  }
-}
-#endif
+#include "few_sums.cuh"
 
 extern __shared__ __align__(128) u8 shared[];

@@ -57,6 +57,8 @@ class Config:
         which is worth much for small weights.
     beside: a warp lays out the tables of rows of the next row block, in a second place, and adds up the sums of the last one
         (ring only, tables of rows only).
+    half_sums: partial sums of the slices of K leave in two turns, in half of the room, which beside large tables may be another
+        stage (ring only); a barrier more at the end of a row block.
     """
 
     ring: bool
@@ -71,6 +73,7 @@ class Config:
     blocks: int = 1
     seats: int = 1
     beside: bool = False
+    half_sums: bool = False
 
     @property
     def block_tiles(self) -> int:
@@ -117,6 +120,7 @@ def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> d
         "KEPT": int(weight.kept is not None),
         "ROW_COPIES": row_copies(config.block_tiles),
         "BESIDE": int(config.beside),
+        "HALF_SUMS": int(config.half_sums),
     }
 
 
@@ -203,7 +207,8 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     """Dynamic shared memory of a launch, laid out as the source does."""
     rows = config.block_tiles * 16
     k_tiles = weight.codes.shape[1]
-    partials = config.k_warps * M * (rows + 4) * 4
+    slices = ceil_divide(config.k_warps, 2) if config.half_sums else config.k_warps
+    partials = slices * M * (rows + 4) * 4
     tables = table_room(weight, config.block_tiles) + made_room(weight, config.block_tiles * config.k_warps)
     if not config.ring:
         tokens = 0 if weight.outliers is not None else M * 272
@@ -243,6 +248,8 @@ def fits(weight: TileWeight, config: Config, M: int, capability: tuple[int, int]
     if config.cluster not in (1, 2, 4, 8) or config.share > 8:  # a cluster's blocks divide 8 pairs of rows
         return False
     if config.share > 1 and (config.cluster > 1 or not config.ring):
+        return False
+    if config.half_sums and (config.beside or not config.ring):
         return False
     if config.beside and not (config.ring and config.cluster == 1 and by_rows(weight) and weight.outliers is None):
         return False

@@ -135,9 +135,7 @@ def config_for(weight: TileWeight, M: int) -> Config:
     return default_config(weight, M, capability, facts.multi_processor_count)
 
 
-def _fitting(
-    weight: TileWeight, measured: Config, M: int, capability: tuple[int, int], multiprocessors: int
-) -> Config | None:
+def _fitting(weight: TileWeight, measured: Config, M: int, capability: tuple[int, int], multiprocessors: int) -> Config | None:
     """The configuration, with a shallower ring where the weight has more beside its codes, or more tokens, than what was
     measured; None where it would be less than two thirds as deep, which is no longer what was measured."""
     for stages in range(measured.stages, ceil_divide(2 * measured.stages, 3) - 1, -1):

@@ -201,13 +201,15 @@ def candidates(weight: TileWeight, M: int, capability: tuple[int, int], multipro
         small = shared_bytes(weight, config, M, grid) * config.blocks <= HALF_SHARED
         if config.seats > config.blocks and not small:
             continue  # registers for the next launch's blocks are no use without the shared memory
+        if config.half_sums and fits(weight, replace(config, half_sums=False), M, capability, multiprocessors):
+            continue  # nor half the room for sums where there is the whole
         for kept in {small, False}:
             deepest[replace(config, stages=0), kept] = config
     return list(dict.fromkeys(deepest.values()))
 
 
 def shortlist(weight: TileWeight, M: int, capability: tuple[int, int], multiprocessors: int, name: str) -> list[Config]:
-    """Of `candidates` those whose cut has won for some weight and as many tokens on the device `name`, up to thirty; all
+    """Of `candidates` those whose cut has won for some weight and as many tokens on the device `name`, up to forty; all
     of them where none has."""
     few = M <= cuda_table.FEWEST
     won = {
@@ -228,7 +230,8 @@ def _fill(weight: TileWeight, config: Config, multiprocessors: int) -> float:
 
 
 def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
-    """Every cut; x is fetched together where it is much, and comes with the stages where warps would fetch it several times."""
+    """Every cut; x is fetched together where it is much, and comes with the stages where warps would fetch it several times. It
+    then leaves the least room for sums."""
     C = weight.codes.shape[1]
     for row_tiles in (1, 2, 3, 4):
         for k_warps in (4, 8, 16):
@@ -248,6 +251,8 @@ def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
             yield replace(config, stages=stages, blocks=blocks, seats=seats)
             if by_rows(weight) and cluster == 1:
                 yield replace(config, stages=stages, blocks=blocks, seats=seats, beside=True)
+            if config.stages_hold_x and cluster == 1:
+                yield replace(config, stages=stages, blocks=blocks, seats=seats, half_sums=True)
 
 
 def measure(

@@ -6,7 +6,7 @@ Shape legend: M tokens, N out features, K in features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,19 +16,24 @@ from aerogel.kernels.gemm import cuda_wgmma
 from aerogel.kernels.gemm.cuda_ranked import ranked
 from aerogel.kernels.gemm.cuda_tune import weight_copies
 from aerogel.kernels.gemm.cuda_weight import TileWeight
-from aerogel.kernels.gemm.cuda_wgmma import SOURCE, Config, microseconds
+from aerogel.kernels.gemm.cuda_wgmma import SOURCE, Config, deepest, microseconds
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan, macros_of
 from aerogel.kernels.gemm.cuda_wgmma_table import cuts_for
 
 TRIED = 16
 """Cuts of the cost model, which is right to 15 % or so: the fastest is nearly always among them."""
+MOST_WHOLE = 64
+"""Tokens up to which a whole tile is tried as one set of fragments (`batch` 8)."""
 
 
 def candidates(weight: TileWeight, M: int, multiprocessors: int, name: str) -> list[Config]:
-    """Cuts worth a measurement: the one that is in use on the device `name`, and the cost model's TRIED first."""
+    """Cuts worth a measurement: the one in use on the device `name`, the cost model's TRIED first, and of these the ones that
+    can hold a whole tile's fragments with them: products of few tokens are short, and more of them hide more decoding."""
     known = [config for rows, config in cuts_for(weight, M, name) if rows == weight.N]
     liked = sorted(cuda_wgmma.candidates(weight, M), key=lambda config: microseconds(weight, config, M, multiprocessors))
-    return list(dict.fromkeys([*known, *liked[:TRIED]]))
+    few = (config for config in liked[:TRIED] if config.tokens <= MOST_WHOLE and config.warpgroups * config.blocks <= 3)
+    whole = [deepest(weight, replace(config, batch=8)) for config in few if config.resident == 1 and weight.outliers is None]
+    return list(dict.fromkeys(config for config in (*known, *liked[:TRIED], *whole) if config is not None))
 
 
 def tune(weight: TileWeight, tokens: Sequence[int]) -> dict[str, dict[str, Any]]:

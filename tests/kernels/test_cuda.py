@@ -150,6 +150,18 @@ def test_integer_zero_points_of_four_bits(dtype: torch.dtype, size: int) -> None
         check(weight, dense, config, M, dtype)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available() or capability() < (9, 0), reason="rings need compute capability 9.0")
+@pytest.mark.parametrize("k_warps", [2, 3])
+@pytest.mark.parametrize("N", [130, 4500])
+def test_partial_sums_in_two_turns(N: int, k_warps: int) -> None:
+    """Of an even and an odd number of slices, of one row block and of several one after the other."""
+    weight = weight_of(N, 1100, 4, (64, "integer", torch.bfloat16))
+    dense = dense64(weight)
+    for row_warps, M in itertools.product((1, 2), (5, 16)):
+        ring = Config(ring=True, row_tiles=1, row_warps=row_warps, k_warps=k_warps, stages=2, half_sums=True)
+        check(weight, dense, ring, M, torch.bfloat16)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("scope", ["tensor", "row", "group"])
 def test_tables(bits: int, scope: str) -> None:
