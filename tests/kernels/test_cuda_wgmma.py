@@ -77,7 +77,7 @@ def test_chooses_a_cut_that_fits_for_any_weight(N: int, K: int, bits: int, group
 
 def test_every_measured_configuration_fits() -> None:
     entries = cuda_wgmma_table.table("NVIDIA H100 80GB HBM3")
-    assert len(entries) == 76
+    assert len(entries) >= 82
     for key, by_tokens in entries.items():
         named, group, shape = key.split("/")
         kind, beside = named.removesuffix("o"), named.endswith("o")
