@@ -88,6 +88,7 @@ def test_every_measured_configuration_fits() -> None:
             "4r": {"table": N},
             "4p": {"table": 2, "pick": torch.uint8},
             "4f": {"scale": torch.uint8},
+            "4z": {"zero": torch.uint8},
             "4b": {"scale": OF_ROWS, "zero": torch.bfloat16},
         }
         bits, held = int(kind[0]), kinds.get(kind, {})
