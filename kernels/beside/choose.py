@@ -1,15 +1,18 @@
 """Which code adds what stands beside a packed weight, behind an operator that torch.compile and traced steps see whole.
 
-On a CPU the compiled loop, elsewhere torch's operators. On an H100 the sparse product of the library costs as much as seven
-matmuls of 4 bits at one token: there the matmul adds what it can itself (`Kernel.lay_beside`), and this is for the rest.
+On a CPU the compiled loop, on an NVIDIA GPU a small kernel for outliers, elsewhere torch's operators. On a GPU the matmul adds
+what it can itself (`Kernel.lay_beside`), and this is for the rest: the library's sparse product costs as much as seven matmuls
+of 4 bits at one token.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from aerogel.kernels.beside import cpu, ref
+from aerogel.kernels.beside import cpu, cuda, ref
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.native.library import missing
 
@@ -34,6 +37,14 @@ def _add_cpu(y_MN: Tensor, x_MK: Tensor, *tensors: Tensor | None) -> Tensor:
     return cpu.add(y_MN, x_MK, beside)
 
 
+def _add_cuda(y_MN: Tensor, x_MK: Tensor, *tensors: Tensor | None) -> Tensor:
+    beside = Beside(*tensors)
+    if not cuda.takes(y_MN, x_MK, beside):
+        return ref.add(y_MN, x_MK, beside)
+    columns = replace(beside, start_N1=None, column_E=None, value_E=None)
+    return cuda.add(ref.add(y_MN, x_MK, columns), x_MK, beside)
+
+
 def _add_reference(y_MN: Tensor, x_MK: Tensor, *tensors: Tensor | None) -> Tensor:
     return ref.add(y_MN, x_MK, Beside(*tensors))
 
@@ -43,5 +54,6 @@ def _fake(y_MN: Tensor, x_MK: Tensor, *tensors: Tensor | None) -> Tensor:
 
 
 _library.impl("add_beside", _add_cpu, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("add_beside", _add_cuda, "CUDA")  # type: ignore[no-untyped-call]
 _library.impl("add_beside", _add_reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("aerogel::add_beside", _fake, lib=_library)

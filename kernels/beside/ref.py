@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 with warnings.catch_warnings():
-    # torch says once per process that CSR tensors are in beta; said here, where nobody can act on it.
+    # torch says once per process that CSR tensors are in beta, and some versions that nothing checks them; said here, where nobody
+    # can act on it. Models are built with meta as the default device.
     warnings.simplefilter("ignore", UserWarning)
-    torch.zeros(1, 1, device="cpu").to_sparse_csr()  # models are built with meta as the default device
+    _one = torch.zeros(1, 1, device="cpu").to_sparse_csr()
+    torch.sparse_csr_tensor(_one.crow_indices(), _one.col_indices(), _one.values(), (1, 1), check_invariants=False)
 
 
 NAMES = ("beside_start", "beside_column", "beside_value", "beside_index", "beside_kept")

@@ -264,7 +264,8 @@ def candidates(weight: TileWeight, M: int) -> tuple[Config, ...]:
     """Cuts worth a measurement or an estimate, each with the deepest rings that fit."""
     found: list[Config] = []
     looked_up = weight.table is not None and (weight.bits == 4 or paired(weight) > 0)
-    for tokens, warpgroups, blocks, resident in (*CUTS, *(LOOK_UP_CUTS if looked_up else ())):
+    waits = looked_up or weight.outliers is not None
+    for tokens, warpgroups, blocks, resident in (*CUTS, *(WAITING_CUTS if waits else ())):
         if tokens >= 2 * M and tokens > 16:
             continue
         for split in range(1, 9 if warpgroups < 4 else 2):
@@ -286,8 +287,8 @@ CUTS = (
     *((tokens, 2, 1, 2) for tokens in (16, 32, 48, 64)),
 )
 """(tokens, warpgroups, blocks, resident) that compile without spills."""
-LOOK_UP_CUTS = tuple((tokens, 4, 1, 1) for tokens in (32, 64))
-"""Likewise for tables that lie in shared memory: four warps of each scheduler wait for them in turn."""
+WAITING_CUTS = tuple((tokens, 4, 1, 1) for tokens in (32, 64))
+"""Likewise for what lies in shared memory, tables and sheets of outliers: four warps of each scheduler wait for it in turn."""
 
 
 def microseconds(weight: TileWeight, config: Config, M: int, multiprocessors: int) -> float:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import BadInput
-from aerogel.kernels.beside import choose, cpu, ref
+from aerogel.kernels.beside import choose, cpu, cuda, ref
 from aerogel.kernels.beside.ref import Beside
+from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.gemm.cpu import Native, linear
 from aerogel.kernels.gemm.cpu_lookup import NativeLookup
 from aerogel.kernels.gemm.cpu_own import NativeOwn
@@ -197,3 +198,42 @@ def test_what_stands_beside_tables_does_not_meet_rounded_inputs() -> None:
     quiet_MK = x_MK.index_fill(1, beside.index_C.long(), 0)
     wanted_MN = ref.add(NativeTables.run(quiet_MK, layout, problem).float(), x_MK.float(), beside)
     close(NativeTables.run(x_MK, layout | beside.operands(), problem), wanted_MN)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+@pytest.mark.parametrize("M", [1, 3, 5, 100])
+def test_the_cuda_source_compiles(M: int, capability: tuple[int, int]) -> None:
+    try:
+        compiler = nvrtc.compiler()
+    except ImportError as error:
+        pytest.skip(str(error))
+    found = cuda.macros(M, torch.bfloat16, torch.float16, torch.int16)
+    assert compiler.compile(cuda.SOURCE, sources.sources_of(cuda.SOURCE), found, capability)[:4] == b"\x7fELF"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kinds", ["o", "oc"])
+@pytest.mark.parametrize("value", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_cuda_kernel_is_the_definition(kinds: str, value: torch.dtype, dtype: torch.dtype) -> None:
+    """Rows without outliers and full ones, any number of tokens, wide columns, the same bits again; an infinite input where no
+    outlier meets it changes nothing."""
+    for N, K in ((1, 1), (33, 50), (300, 1000), (40, 70000)):
+        beside = beside_of(N, K, kinds, value, share=0.02, device="cuda")
+        kept = None if beside.kept_NC is None else beside.kept_NC.abs()
+        magnitudes = replace(beside, value_E=beside.value_E.abs(), kept_NC=kept)  # type: ignore[union-attr]
+        for M in (1, 2, 3, 4, 5, 8, 16, 17, 40, 129):
+            random = torch.Generator().manual_seed(M)
+            x_MK, y_MN = (torch.randn(M, width, generator=random).to(dtype).cuda() for width in (K, N))
+            assert cuda.takes(y_MN, x_MK, beside)
+            found = choose.add(y_MN, x_MK, beside)
+            # Each kind is rounded once, at the size of what is added, whatever cancels.
+            error = (found.float() - ref.add(y_MN.float(), x_MK.float(), beside)).norm()
+            size = ref.add(y_MN.float().abs(), x_MK.float().abs(), magnitudes).norm()
+            assert error <= len(kinds) * TOLERANCE[dtype] * size, (N, K, M, float(error / size))
+            assert torch.equal(choose.add(y_MN, x_MK, beside), found)
+    beside = beside_of(8, 64, "o", value, device="cuda")
+    beside = replace(beside, start_N1=torch.tensor([0, 1, 1, 1, 1, 1, 1, 1, 1], dtype=torch.int32, device="cuda"))
+    for M in (2, 9):
+        x_MK, y_MN = torch.full((M, 64), torch.inf, dtype=dtype, device="cuda"), torch.zeros(M, 8, dtype=dtype, device="cuda")
+        assert choose.add(y_MN, x_MK, beside)[:, 1:].eq(0).all()
