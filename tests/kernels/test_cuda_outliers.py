@@ -35,6 +35,7 @@ from aerogel.kernels.gemm.cuda_wgmma import candidates, deepest
 from aerogel.kernels.gemm.cuda_wgmma import defines as many_defines
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan as ManyPlan
 from aerogel.kernels.gemm.cuda_wgmma_plan import macros_of
+from aerogel.kernels.linear import Linear
 from aerogel.kernels.problem import Problem
 from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.pack import tiles
@@ -296,6 +297,24 @@ def test_kept_columns_alone_and_compiled() -> None:
         x_MK = torch.randn(M, 200, device="cuda").bfloat16()
         close(layer(x_MK), wanted_of(layer, x_MK, "c"))
         assert torch.equal(compiled(x_MK), layer(x_MK))
+
+
+@pytest.mark.gpu
+def test_beside_rounded_inputs() -> None:
+    """Outliers meet inputs as they are, after a product that rounds them."""
+    N, K = 72, 200
+    w_NK = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
+    codes = quantized(IntGrid(bits=8), w_NK, IntGrid(bits=8).fit(w_NK))
+    plain = Linear.from_codes(codes, activations="int8", dtype=torch.bfloat16).cuda()
+    layer = SidecarLinear.from_codes(codes, activations="int8", dtype=torch.bfloat16).cuda()
+    beside = beside_of(N, K, device="cuda", kinds="o")
+    layer.keep(Outliers(start_N1=beside.start_N1, column_E=beside.column_E, value_E=beside.value_E).tensors())  # type: ignore[arg-type]
+    assert layer.kernel_name == "cuda-int8" and layer._laid is None
+    for M in (1, 3, 16, 40):
+        x_MK = torch.randn(M, K, generator=torch.Generator("cuda").manual_seed(M), device="cuda").bfloat16()
+        added = x_MK.double().cpu() @ dense_of(beside_of(N, K, kinds="o"), N, K).T
+        wanted = plain(x_MK).double().cpu() + added
+        close(layer(x_MK), (wanted, float(wanted.norm())))
 
 
 def compiled_ahead(weight: Any, cuts: Sequence[ManyConfig]) -> None:
