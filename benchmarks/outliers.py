@@ -189,9 +189,9 @@ def main() -> None:
             for row in found:
                 rows.append({"format": name, **row})
                 print(rows[-1], flush=True)
-    if chosen.out:
-        held = {"command": " ".join(sys.argv), "machine": machine(), "versions": versions(), "rows": rows}
-        chosen.out.write_text(json.dumps(held, indent=1) + "\n", "utf-8")
+                if chosen.out:  # what has been measured stays, whatever becomes of the rest
+                    held = {"command": " ".join(sys.argv), "machine": machine(), "versions": versions(), "rows": rows}
+                    chosen.out.write_text(json.dumps(held, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
