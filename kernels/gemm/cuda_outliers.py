@@ -6,7 +6,7 @@
 A few tokens look up or gather their inputs, which costs little more than the bytes; with many tokens an outlier is put where
 its code says nothing, and multiplied with it. A sheet is 64 rows x 64 columns; a place counts bytes of its numbers of 16 bits
 in fragments; `unit` is what sums of codes are multiplied with in the end, 1 but beside scales of a byte
-(`block_scales.unit_of_sums`):
+(`block_scales.unit_of_sums`; a power of two for weights that were quantized here, else a value is rounded once more):
 
     word = value / unit | sheet % 8 << 16 | place << 19
     place = 2048 * (row tile % 4) + 512 * (s % 4) + 16 * (4 * g + t) + 4 * i + 2 * e      the letters as in `pack/tiles.py`
