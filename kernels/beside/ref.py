@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 with warnings.catch_warnings():
-    # torch says once per process that CSR tensors are in beta, and some versions that nothing checks them; said here, where nobody
+    # torch says once per process that CSR tensors are in beta, and some versions that nothing checks them: here, where nobody
     # can act on it. Models are built with meta as the default device.
     warnings.simplefilter("ignore", UserWarning)
     _one = torch.zeros(1, 1, device="cpu").to_sparse_csr()
