@@ -21,7 +21,8 @@ with warnings.catch_warnings():
     # can act on it. Models are built with meta as the default device.
     warnings.simplefilter("ignore", UserWarning)
     _one = torch.zeros(1, 1, device="cpu").to_sparse_csr()
-    torch.sparse_csr_tensor(_one.crow_indices(), _one.col_indices(), _one.values(), (1, 1), check_invariants=False)
+    _parts = _one.crow_indices(), _one.col_indices(), _one.values()
+    torch.sparse_csr_tensor(*_parts, (1, 1), device="cpu", check_invariants=False)
 
 
 NAMES = ("beside_start", "beside_column", "beside_value", "beside_index", "beside_kept")
