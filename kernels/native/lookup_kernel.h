@@ -286,7 +286,8 @@ Status lookup(const Lookup& weight, const Call& call) {
     plan.strips = ceil_div(weight.rows, kLookupStrip), plan.tiles = ceil_div(weight.columns, kLookupTile);
     plan.groups = weight.group ? ceil_div(weight.columns, weight.group) : 1;
     plan.padded = call.tokens == 1 ? 1 : ceil_div(call.tokens, kLookupTokens) * kLookupTokens;
-    const bool many = call.tokens >= kPanelTokens;
+    // Integers of 16 bits are multiplied in pairs on wide registers, which is as fast as panels until activations leave the cache.
+    const bool many = call.tokens >= (kNative == 16 && P::kPlanes == 2 ? 128 : kPanelTokens);
     const size_t few_bytes = static_cast<size_t>(plan.padded * plan.tiles * kLookupTile) * sizeof(typename P::Element);
     const size_t x_bytes = many ? run_panels_bytes(call.tokens, plan.tiles) : few_bytes;
     const size_t units = static_cast<size_t>(plan.padded * plan.tiles), steps = static_cast<size_t>(plan.tiles * 8);

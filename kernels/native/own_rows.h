@@ -117,7 +117,7 @@ OwnRows own_rows_for(int block_rows) {
     }
 }
 
-#if !defined(__AVX512BF16__)
+#if !defined(__AVX512F__)
 // Of sixteen columns of a strip: the even ones of the first eight, the odd ones, and the same of the last.
 template <int BITS, bool SHARED, int STEP>
 LOOKUP_STEP void own_numbers(const OwnStrips<BITS, SHARED, 1>& from, int64_t tile, float* to) {
@@ -154,12 +154,12 @@ inline void own_finish_panel(const void* of, int64_t strip, int64_t first, int64
 }
 #endif
 
-// Whether panels are decoded: where bfloat16 is multiplied more tokens share a decoding as it is.
-inline bool own_many(const Call& call) { return kOwnElement == 4 && call.tokens >= kPanelTokens; }
+// Whether panels are decoded. With wide registers four strips meet four tokens together, and bfloat16 lets more tokens share a decoding.
+inline bool own_many(const Call& call) { return kNative < 16 && call.tokens >= kPanelTokens; }
 
 template <int BITS>
 Status own_width(const OwnPlan& plan) {
-#if !defined(__AVX512BF16__)
+#if !defined(__AVX512F__)
     if (own_many(*plan.call)) {
         const auto panel = plan.weight->shared ? own_panel<BITS, true> : own_panel<BITS, false>;
         float* x = reinterpret_cast<float*>(plan.x);

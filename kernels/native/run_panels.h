@@ -2,7 +2,8 @@
 //
 // A panel is sixteen rows by two tiles of floats, 16 KB that stay in the first-level cache: vectors of four runs as byte lookups leave
 // them, a row in each run, so nothing is turned; the four lanes of a row's sum are added at its end. A block of tokens meets the four
-// strips of a panel one after the other, from the same cache. Products and sums in float32.
+// strips of a panel from the same cache, one after the other, or all together where there are registers for it: then they share what
+// is read of the tokens. Products and sums in float32.
 //
 // Instructions for 32 weights on AVX2, once the panel is there: 4 products for each token and half as many loads.
 #pragma once
@@ -15,9 +16,9 @@
 namespace aerogel {
 namespace UNIT {
 
-// Tokens from which on panels are worth their decoding, and those of a block: as many as there are registers for their sums.
+// Tokens from which on panels are worth their decoding, those of a block, and the strips that it meets together.
 constexpr int64_t kPanelTokens = 9;
-constexpr int kBlockTokens = kNative == 16 ? 12 : kNative == 8 ? 6 : 4;
+constexpr int kBlockTokens = kNative >= 8 ? 6 : 4, kTogether = kNative == 16 ? 4 : 1;
 // Strips and tiles of a panel; tokens of a pass, whose totals stay in the second-level cache.
 constexpr int kRunStrips = 4;
 constexpr int64_t kRunTiles = 2, kRunPass = 528;
@@ -38,18 +39,26 @@ inline size_t run_panels_bytes(int64_t tokens, int64_t tiles) {
     return static_cast<size_t>(ceil_div(tokens, kBlockTokens) * kBlockTokens * tiles * kLookupTile) * sizeof(float);
 }
 
-// Adds what `count` vectors of a panel give with a block of tokens to totals [token][16].
-inline void add_panel(const float* panel, const float* x, int64_t count, float* total) {
-    F16 sum[kBlockTokens];
-    repeat<kBlockTokens>([&](int m) ALWAYS { sum[m] = load<F16>(total + 16 * m); });
+// Adds what `count` vectors of each of some strips give with a block of tokens to totals [strip][token][16], whose strips lie `stride`
+// apart.
+inline void add_panel(const float* panel, const float* x, int64_t count, float* total, int64_t stride) {
+    F16 sum[kTogether][kBlockTokens];
+    repeat<kTogether * kBlockTokens>([&](int i) ALWAYS {
+        sum[i / kBlockTokens][i % kBlockTokens] = load<F16>(total + i / kBlockTokens * stride + i % kBlockTokens * 16);
+    });
     for (int64_t four = 0; four < count; ++four, panel += 16, x += 4 * kBlockTokens) {
-        const F16 w = load<F16>(panel);
+        F16 w[kTogether];
+        repeat<kTogether>([&](int r) ALWAYS { w[r] = load<F16>(panel + r * count * 16); });
         repeat<kBlockTokens>([&](int m) ALWAYS {
             const NativeF same = reinterpret_cast<NativeF>(every_run(x + 4 * m));
-            repeat<kParts>([&](int part) ALWAYS { sum[m].part[part] = w.part[part] * same + sum[m].part[part]; });
+            repeat<kTogether>([&](int r) ALWAYS {
+                repeat<kParts>([&](int part) ALWAYS { sum[r][m].part[part] = w[r].part[part] * same + sum[r][m].part[part]; });
+            });
         });
     }
-    repeat<kBlockTokens>([&](int m) ALWAYS { store(total + 16 * m, sum[m]); });
+    repeat<kTogether * kBlockTokens>([&](int i) ALWAYS {
+        store(total + i / kBlockTokens * stride + i % kBlockTokens * 16, sum[i / kBlockTokens][i % kBlockTokens]);
+    });
 }
 
 // A token among those of its block, zeros beyond the last column and token.
@@ -64,23 +73,27 @@ inline void place_in_fours(const RunPanels& p, int64_t token) {
     }
 }
 
-// Four strips from `first` on, and blocks of tokens start .. stop - 1; `panel` and `totals` are the thread's own.
+// Four strips from `first` on, and blocks of tokens start .. stop - 1; `panel` and `totals` are the thread's own. Strips beyond the last
+// repeat it.
 inline void run_unit(const RunPanels& p, int64_t first, int64_t start, int64_t stop, float* panel, float* totals) {
-    const int64_t strips = p.strips - first < kRunStrips ? p.strips - first : kRunStrips, blocks = stop - start;
     constexpr int64_t kBlock = kBlockTokens * 16;
-    memset(totals, 0, sizeof(float) * static_cast<size_t>(strips * blocks * kBlock));
+    const int64_t blocks = stop - start, stride = blocks * kBlock;
+    memset(totals, 0, sizeof(float) * static_cast<size_t>(kRunStrips * stride));
     for (int64_t tile = 0; tile < p.tiles; tile += kRunTiles) {
         const int64_t tiles = p.tiles - tile < kRunTiles ? p.tiles - tile : kRunTiles, count = tiles * kFours;
-        for (int64_t r = 0; r < strips; ++r) {
-            for (int64_t t = 0; t < tiles; ++t) p.panel(p.plan, first + r, tile + t, panel + (r * count + t * kFours) * 16);
+        for (int64_t r = 0; r < kRunStrips; ++r) {
+            const int64_t strip = first + r < p.strips ? first + r : p.strips - 1;
+            for (int64_t t = 0; t < tiles; ++t) p.panel(p.plan, strip, tile + t, panel + (r * count + t * kFours) * 16);
         }
         for (int64_t block = 0; block < blocks; ++block) {
             const float* x = p.x + ((start + block) * p.tiles + tile) * kFours * kBlockTokens * 4;
-            for (int64_t r = 0; r < strips; ++r) add_panel(panel + r * count * 16, x, count, totals + (r * blocks + block) * kBlock);
+            for (int64_t r = 0; r < kRunStrips; r += kTogether) {
+                add_panel(panel + r * count * 16, x, count, totals + r * stride + block * kBlock, stride);
+            }
         }
     }
-    for (int64_t r = 0; r < strips; ++r) {
-        p.finish(p.plan, first + r, start * kBlockTokens, blocks * kBlockTokens, totals + r * blocks * kBlock);
+    for (int64_t r = 0; r < kRunStrips && first + r < p.strips; ++r) {
+        p.finish(p.plan, first + r, start * kBlockTokens, blocks * kBlockTokens, totals + r * stride);
     }
 }
 
