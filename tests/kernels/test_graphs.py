@@ -27,6 +27,7 @@ from aerogel.pack import FORMATS
 from aerogel.pack.config import choose_format
 from aerogel.pack.format import Activations
 from aerogel.quantize import GRIDS
+from aerogel.quantize.formats.affine import Affine
 from aerogel.quantize.formats.bipolar import Bipolar
 from aerogel.quantize.formats.bitmod import Bitmod
 from aerogel.quantize.formats.complex import Complex
@@ -47,6 +48,7 @@ KINDS: list[tuple[Any, Activations]] = [
     (IntGrid(bits=4, group_size=32), "int8"),
     (IntGrid(bits=8), "int8"),
     (Ternary(), "none"),
+    (Affine(bits=3, group_size=32), "none"),
     (Fp8Grid(), "none"),
     (Fp8Grid(), "fp8"),
     (Fp8Grid(strategy="block"), "fp8"),
