@@ -204,7 +204,7 @@ INLINE void decode_pairs(u32 word, u32 upper, u32 lower, u32* a) {
   UNROLL for (int i = 0; i < 4; i++) a[i] = load_shared_u32(place_of_pair<PAIR_STEP>(word, i, i & 1 ? lower : upper));
 }
 INLINE void decode_by_rows(const u32* words, int s, const RowTable& upper, u32 lower, u32* a) {
-  UNROLL for (int j = 0; j < 2; j++) a[1 + 2 * j] = load_shared_u32(place_of_pair<EIGHT_STEP>(words[s | 1], s % 2 * 2 + j, lower));
+  look_up_eight(words[s | 1], s & 1, lower, a[1], a[3]);
   look_up_row(words[s & ~1], s & 1, upper, a[0], a[2]);
 }
 INLINE RowTable load_row_table(u32 room) {
@@ -222,11 +222,13 @@ INLINE void ask_for_row_tables(const u16* table, int first, int tiles, int end, 
   }
 }
 INLINE void lay_out_row_tables(int tiles, u8* room, int thread, int threads) {
-  for (int i = thread; i < tiles * EIGHT_UNITS; i += threads) {
-    const int unit = i % EIGHT_UNITS;
-    u8* place = room + i / EIGHT_UNITS * ROW_TABLE_BYTES;
+  const int parts = tiles * EIGHT_UNITS * 2 <= threads ? 2 : 1, units = EIGHT_UNITS * parts;
+  for (int i = thread; i < tiles * units; i += threads) {
+    const int unit = i % units;
+    u8* place = room + i / units * ROW_TABLE_BYTES;
     const u16* rows = (const u16*)(place + AT_ROWS);
-    lay_out_eight(rows + 8 * 16, place, unit);
+    lay_out_eight(rows + 8 * 16, place, unit, parts);
+    if (unit >= EIGHT_UNITS) continue;
     const u16 number = rows[unit];
     u8* to = place + AT_ROW_BYTES + unit / 16 * 32 + unit % 16;
     to[0] = (u8)number, to[16] = (u8)(number >> 8);

@@ -83,6 +83,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
   if constexpr (KEPT) kept.copy(first_tile);
   lay_out_tables(p, shared, first_tile, BY_ROWS ? 0 : ask_for_tables(p, shared, first_tile));
   if constexpr (TABLE) barrier_of(1, THREADS);
+  OwnTables own_tables;
+  own_tables.load(shared_address(shared), 0);
   wait_for_previous_kernel();
   if constexpr (OUTLIERS)
     for (int t = tile; t < p.k_tiles; t += WARPS) fetch_tokens(p, outlier_place.x + t * 256, t, outlier_place.x_stride);
@@ -117,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
     make_planes<1>(made, side, Side<1>::bytes, tile, group_of(tile, 0), p.groups);
     UNROLL for (int r = 0; r < ROW_TILES; r++)
       multiply_tile<1>(words[r], side + r * Side<1>::bytes, r, tile, group_of(tile, 0), p.groups,
-                       table_at(shared_address(shared), r, g), table_at(shared_address(shared), r, g + 8), made + r * MADE_BYTES, x, acc[r]);
+                       table_at(shared_address(shared), r, g), table_at(shared_address(shared), r, g + 8), own_tables[r], made + r * MADE_BYTES, x, acc[r]);
     __syncwarp();
     if (tile + 2 * WARPS < p.k_tiles) {
       fetch_side(p, slot + sides, first_tile, tile + 2 * WARPS);

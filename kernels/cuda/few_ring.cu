@@ -26,12 +26,12 @@ static_assert(!OUTLIER_SHARE || (X_RESIDENT && CLUSTER == 1), "outliers find all
 constexpr bool X_TURNED = OUTLIERS_TURNED && OUTLIER_SHARE;
 constexpr bool SIDES = GROUP != 0 || ZERO != 0 || TABLE == 3;
 
-// Warps beside the multiplying ones: the one that produces, with BESIDE another (few_beside.cuh), and with 8 multiplying warps three
+// Warps beside the multiplying ones: the one that produces, with BESIDE two more (few_beside.cuh), and with 8 multiplying warps three
 // more that only give up registers, which a multiprocessor hands out by warpgroups. Many row tiles of 16 tokens are too much for the 168 that 9 warps could have.
 #ifndef BESIDE
 #define BESIDE 0
 #endif
-constexpr int PRODUCER_THREADS = TRADE ? 128 : BESIDE ? 64 : 32, ALL_WARPS = WARPS + PRODUCER_THREADS / 32;
+constexpr int PRODUCER_THREADS = TRADE ? 128 : BESIDE ? 96 : 32, ALL_WARPS = WARPS + PRODUCER_THREADS / 32;
 
 // This block's part of the work: its k tiles (a cluster's blocks share K), its row blocks.
 struct Share {
@@ -104,7 +104,7 @@ INLINE void fetch_weights(const Arguments& p, u32 stage, u32 full, int row_block
   const int lane = threadIdx.x & 31, rows = max(min(BLOCK_TILES, p.row_tiles - row_block * BLOCK_TILES), 0);
   const int first = group_of(tile, 0), groups = min(group_of(tile + tiles - 1, RUNS - 1), p.groups - 1) - first + 1;
   const u32 side_bytes = SIDES ? groups * 16 * ((GROUP ? SCALE_BYTES : 0) + ZERO_BYTES + PICK_BYTES) : 0;
-  if (lane == 0) mbarrier_expect(full, rows * (tiles * TILE_BYTES + side_bytes) + token_bytes);
+    if (lane == 0) mbarrier_expect(full, rows * (tiles * TILE_BYTES + side_bytes) + token_bytes);
   __syncwarp();
   for (int r = lane; r < rows; r += 32) {
     const size_t row_tile = (size_t)row_block * BLOCK_TILES + r, place = (row_tile * p.groups + first) * 16;
@@ -271,6 +271,8 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
     renew_tables(p, room, block, first_row_tile);
     if (block == 0) ask_for_next_tables(p, share, room, 1);
     const u32 tables = shared_address(tables_of_block(room, block));
+    OwnTables own_tables;
+    own_tables.load(tables, row_warp * ROW_TILES);
     if constexpr (KEPT) kept.copy(first_row_tile + row_warp * ROW_TILES), copies_commit();
     for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {
       const int tile = share.first_tile + stage_of(share, stage) * K_WARPS + slice;
@@ -297,7 +299,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
           load_words_from_shared(place + row_tile * CODE_BYTES + slice * TILE_BYTES, lane, words);
           multiply_tile<K_WARPS>(words, place + BLOCK_TILES * CODE_BYTES + row_tile * SIDE_BYTES, r, tile,
                                  group_of(tile - slice, 0), p.groups, table_at(tables, row_tile, g),
-                                 table_at(tables, row_tile, g + 8), made + r * MADE_BYTES, x, acc[r]);
+                                 table_at(tables, row_tile, g + 8), own_tables[r], made + r * MADE_BYTES, x, acc[r]);
         }
       }
       __syncwarp();
@@ -374,7 +376,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
   } else {
     if constexpr (TRADE) registers_give<40>();
     if (warp == WARPS) produce(p, share, room);
-    if (BESIDE && warp == WARPS + 1) work_beside(p, share, room);
+    if (BESIDE && warp == WARPS + 1) lay_out_beside(p, share, room);
+    if (BESIDE && warp == WARPS + 2) add_up_beside(p, share, room);
     const int thread = threadIdx.x - THREADS - PRODUCER_THREADS;
     if (beside)
       sum_outliers(p, room.outliers, thread, share.row_start * BLOCK_ROWS, share.row_step * BLOCK_ROWS, share.row_blocks,

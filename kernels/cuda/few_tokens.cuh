@@ -233,17 +233,28 @@ template <int TILES> INLINE void make_planes(u8* room, const u8* sides, int stri
   }
 }
 
+// The tables of rows g in registers for a whole row block, where these allow it: read anew for every tile they are a load in six.
+constexpr bool TABLES_STAY = BY_ROWS && !OUTLIERS && !KEPT && ROW_TILES * TOKEN_TILES * WARPS < 64;
+struct OwnTables {
+  RowTable rows[TABLES_STAY ? ROW_TILES : 1];
+  INLINE void load(u32 tables, int first_tile) {
+    if constexpr (TABLES_STAY)
+      UNROLL for (int r = 0; r < ROW_TILES; r++) rows[r] = load_row_table(table_at(tables, first_tile + r, (threadIdx.x & 31) >> 2));
+  }
+  INLINE const RowTable& operator[](int r) const { return rows[TABLES_STAY ? r : 0]; }
+};
+
 // acc += W x for one tile, all 8 steps: the warp's row tile `row_tile`. `first` is the group that `side` begins with, `groups` how
 // many there are; the tables of rows g and g + 8 lie at `table_upper` and `table_lower`, those of bit planes at `made`.
 template <int TILES>
 INLINE void multiply_tile(const u32* words, const u8* side, int row_tile, int tile, int first, int groups, u32 table_upper,
-                          u32 table_lower, const u8* made, const Tokens& x, float (*acc)[4]) {
+                          u32 table_lower, const RowTable& own_table, const u8* made, const Tokens& x, float (*acc)[4]) {
   // What lies beside the tile's first group, for row g; other groups are at places that the compiler knows, if it can.
   const int own = (group_of(tile, 0) - first) * 16 + ((threadIdx.x & 31) >> 2);
   const u8 *scales = side + own * SCALE_BYTES, *zeros = side + Side<TILES>::zeros + own * ZERO_BYTES;
   const u8* picks = side + Side<TILES>::picks + own;
   Decoding by = {{table_upper, table_lower}, {}, {}, {}, {}};
-  if constexpr (BY_ROWS) by.own = load_row_table(table_upper);
+  if constexpr (BY_ROWS) by.own = TABLES_STAY ? own_table : load_row_table(table_upper);
   UNROLL for (int run = 0; run < RUNS; run++) {
     const int at = 16 * (STEADY ? run_group(run) : min(group_of(tile, run), groups - 1) - group_of(tile, 0));
     UNROLL for (int h = 0; h < 2; h++) {

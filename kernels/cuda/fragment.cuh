@@ -253,10 +253,9 @@ FN u32 looked_up(const Codes& codes, int s, int i, u32 table) {
 }
 FN void look_up(u32 (&a)[4], const Codes& codes, int s, const GroupOf2Rows& group) {
     if constexpr (BY_ROWS) {
-        const u32 *words = codes.four[0], place = group.table[1];
+        const u32* words = codes.four[0];
+        look_up_eight(words[s | 1], s & 1, group.table[1], a[1], a[3]);
         look_up_row(words[s & ~1], s & 1, group.own, a[0], a[2]);
-#pragma unroll
-        for (int j = 0; j < 2; j++) a[1 + 2 * j] = load_pair(place_of_pair<EIGHT_STEP>(words[s | 1], s % 2 * 2 + j, place));
     } else {
 #pragma unroll
         for (int i = 0; i < 4; i++) a[i] = looked_up(codes, s, i, group.table[i % 2]);

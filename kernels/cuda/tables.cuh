@@ -4,7 +4,7 @@
 // In shared memory: a byte is the number of a pair, and one load gives a register. Lanes of a warp want 32 of 256 pairs and must
 // not meet in the banks. Of one table for all rows there is a copy for every lane (32 KB, no conflict). Of a table for each row
 // there are 8 side by side, one for each of the eight rows that a load serves (8 KB): its four lanes have four banks for
-// themselves, and a load takes three turns on average; two where there are two copies.
+// themselves, and a load takes three turns on average; two where there are two copies. Or numbers lie there one by one.
 //
 // In registers: a byte permutation looks up four codes among eight bytes, so 16 entries take two for their low and two for their
 // high bytes, the codes' upper bits choose between them, and two put the bytes together. Ten instructions for two registers, where
@@ -86,34 +86,77 @@ static __device__ __forceinline__ void lay_out_pairs(u32 own, int tables, u8* ro
 }
 
 // All pairs of 8 tables, which lie one after the other, side by side, each ROW_COPIES times: pair p of table g at p * EIGHT_STEP + g *
-// 4 * ROW_COPIES. With two copies two lanes share two banks, and a load takes two turns instead of three; where a block has few row
-// tiles there is room. In 128 units, each of them 16 pairs of one table: smaller ones read more, and took 2 us longer in 28.
+// 4 * ROW_COPIES. With two copies two lanes share two banks, and a load takes two turns instead of three. In 128 units, each of them 16
+// pairs of one table, or where there are threads for it in 256 of 8: smaller ones read more, which took a single warp 2 us longer in 28.
+//
+// Or numbers one by one (ROW_COPIES 0), a copy for each of the four lanes that look a row up: number n of lane l at 128 n + 4 l, in the
+// lower half of four bytes. No two lanes meet, and a quarter of the room is filled by a sixteenth of the stores, but a register takes two
+// loads and what puts them together, eight instructions a step more: for where room is what counts.
 #ifndef ROW_COPIES
 #define ROW_COPIES 1
 #endif
-constexpr int EIGHT_STEP = 8 * 4 * ROW_COPIES, EIGHT_BYTES = 256 * EIGHT_STEP, EIGHT_UNITS = 128;
-// Of table g, which is `row`, the pairs of `lower`, number `low`. A warp of 8 tables and 4 lower numbers writes to all banks.
-static __device__ __forceinline__ void lay_out_unit(const RowNumbers& row, u32 lower, int low, int g, u8* room) {
+constexpr bool ONE_BY_ONE = ROW_COPIES == 0;
+constexpr int NUMBER_STEP = 32 * 4, EIGHT_STEP = ONE_BY_ONE ? NUMBER_STEP : 8 * 4 * ROW_COPIES;
+constexpr int EIGHT_BYTES = (ONE_BY_ONE ? 16 : 256) * EIGHT_STEP, EIGHT_UNITS = 128;
+
+// Of table g the pairs of `lower`, number `low`, with `count` numbers from `first` on, which `pairs` holds. A warp of 8 tables and 4
+// lower numbers writes to all banks.
+static __device__ __forceinline__ void lay_out_unit(const u32* pairs, int first, int count, u32 lower, int low, int g, u8* room) {
+  if constexpr (ONE_BY_ONE) {
+    if (first == 0) ((uint4*)room)[low * 8 + g] = make_uint4(lower, lower, lower, lower);
+  } else {
 #pragma unroll
-  for (int high = 0; high < 16; high++) {
-    const u32 pair = __byte_perm(lower, row.pairs[high / 2], high & 1 ? 0x7610 : 0x5410);
-    u8* to = room + (high * 16 + low) * EIGHT_STEP + g * 4 * ROW_COPIES;
-    if constexpr (ROW_COPIES == 2) *(uint2*)to = make_uint2(pair, pair);
-    else *(u32*)to = pair;
+    for (int i = 0; i < count; i++) {
+      const u32 pair = __byte_perm(lower, pairs[i / 2], i & 1 ? 0x7610 : 0x5410);
+      u8* to = room + ((first + i) * 16 + low) * EIGHT_STEP + g * 4 * ROW_COPIES;
+      if constexpr (ROW_COPIES == 2) *(uint2*)to = make_uint2(pair, pair);
+      else *(u32*)to = pair;
+    }
   }
 }
-// Where a lane finds those of row `row`.
-static __device__ __forceinline__ u32 place_of_row(int row, int lane) { return (row * ROW_COPIES + lane % ROW_COPIES) * 4; }
-static __device__ __forceinline__ void lay_out_eight(const u16* tables, u8* room, int unit) {
-  const int g = unit % 8, low = unit / 8;
+// One of `parts` times EIGHT_UNITS units.
+static __device__ __forceinline__ void lay_out_eight(const u16* tables, u8* room, int unit, int parts) {
+  const int g = unit % 8, low = unit / 8 % 16, part = unit / EIGHT_UNITS;
   const u16* own = tables + g * 16;
-  lay_out_unit(row_numbers(own), own[low], low, g, room);
+  if (parts == 1) {
+    lay_out_unit(row_numbers(own).pairs, 0, 16, own[low], low, g, room);
+  } else {
+    const uint4 half = ((const uint4*)own)[part];
+    const u32 pairs[4] = {half.x, half.y, half.z, half.w};
+    lay_out_unit(pairs, 8 * part, 8, own[low], low, g, room);
+  }
 }
-// The same by one warp, of which a lane has the numbers of row `lane` % 8.
+// All of them by one warp, of which a lane has the numbers of row `lane` % 8.
 static __device__ __forceinline__ void lay_out_eight(const RowNumbers& row, u8* room, int lane) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const u32 two = lane & 16 ? row.pairs[2 * i + 1] : row.pairs[2 * i];
-    lay_out_unit(row, lane & 8 ? two >> 16 : two & 0xFFFF, 4 * i + lane / 8, lane % 8, room);
+    lay_out_unit(row.pairs, 0, 16, lane & 8 ? two >> 16 : two & 0xFFFF, 4 * i + lane / 8, lane % 8, room);
   }
+}
+
+// Where a lane finds those of row `row`, and the registers of that row in step `odd` of a pair of steps, as `look_up_row` gives them.
+static __device__ __forceinline__ u32 place_of_row(int row, int lane) {
+  if constexpr (ONE_BY_ONE) return lane * 4;
+  constexpr int copies = ONE_BY_ONE ? 1 : ROW_COPIES;
+  return (row * copies + lane % copies) * 4;
+}
+static __device__ __forceinline__ u32 load_four_bytes(u32 place) {
+  u32 found;
+  asm("ld.shared.u32 %0, [%1];" : "=r"(found) : "r"(place));
+  return found;
+}
+static __device__ __forceinline__ void look_up_eight(u32 eight, int odd, u32 room, u32& first, u32& second) {
+  u32 found[2];
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    if constexpr (ONE_BY_ONE) {
+      const u32 low = eight & 0x0F0F0F0Fu, high = eight & 0xF0F0F0F0u;  // 16 times the code
+      const u32 upper = load_four_bytes(place_of_pair<NUMBER_STEP / 16>(high, 2 * odd + j, room));
+      found[j] = upper * 65536 + load_four_bytes(place_of_pair<NUMBER_STEP>(low, 2 * odd + j, room));
+    } else {
+      found[j] = load_four_bytes(place_of_pair<EIGHT_STEP>(eight, 2 * odd + j, room));
+    }
+  }
+  first = found[0], second = found[1];
 }

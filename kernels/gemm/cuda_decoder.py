@@ -13,9 +13,9 @@ from aerogel.kernels.gemm.block_scales import E5M3, E8M0
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.plane_tables import OF_BLOCKS, OF_ROWS
 
-PAIR_BYTES, EIGHT_BYTES, ROW_NUMBERS_BYTES = 32 << 10, 8 << 10, 24 * 32
-"""Of a table's pairs of numbers, or of a table of 256; of a copy of those that half of a row tile looks up; of the numbers of
-its rows' tables beside them. See tables.cuh, entries.cuh and decode.cuh."""
+PAIR_BYTES, ROW_NUMBERS_BYTES = 32 << 10, 24 * 32
+"""Of a table's pairs of numbers, or of a table of 256; of the numbers of a row tile's tables beside what is looked up. See
+tables.cuh, entries.cuh and decode.cuh."""
 SCALE_NUMBER = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, E5M3: 3, E8M0: 4, OF_ROWS: 5, OF_BLOCKS: 6}
 
 
@@ -63,17 +63,16 @@ def paired(weight: TileWeight) -> int:
     return len(weight.table) if len(weight.table) <= most else 0
 
 
-def table_room(weight: TileWeight, row_tiles: int) -> int:
-    """Bytes of the tables that a block of so many row tiles keeps, laid out for looking up."""
+def table_room(weight: TileWeight, row_tiles: int, copies: int = 1) -> int:
+    """Bytes of the tables that a block of so many row tiles keeps, laid out for looking up; of those of rows so many copies."""
     if by_rows(weight):
-        return row_tiles * (row_copies(row_tiles) * EIGHT_BYTES + ROW_NUMBERS_BYTES)
+        return row_tiles * (eight_bytes(copies) + ROW_NUMBERS_BYTES)
     return paired(weight) * PAIR_BYTES or table_bytes(weight, row_tiles)
 
 
-def row_copies(row_tiles: int) -> int:
-    """Copies of the pairs of rows' tables that a block of so many row tiles keeps with few tokens: with two, look-ups wait less
-    (2 % of 4096x4096 with 16 tokens), but four row tiles would leave too little room for the ring (20 % of 57344x8192)."""
-    return 2 if row_tiles <= 3 else 1
+def eight_bytes(copies: int) -> int:
+    """Bytes of the tables of half of a row tile's rows: copies of all pairs, or with none of them the numbers one by one."""
+    return copies * (8 << 10) if copies else 2 << 10
 
 
 def made_room(weight: TileWeight, row_tiles: int) -> int:

@@ -22,7 +22,6 @@ from aerogel.kernels.gemm.cuda_decoder import (
     by_rows,
     decoder_defines,
     made_room,
-    row_copies,
     side_bytes,
     table_bytes,
     table_room,
@@ -55,10 +54,12 @@ class Config:
     blocks: row blocks resident on a multiprocessor at once.
     seats: blocks that a multiprocessor has registers for. More than `blocks` let those of the next launch move in early,
         which is worth much for small weights.
-    beside: a warp lays out the tables of rows of the next row block, in a second place, and adds up the sums of the last one
+    beside: warps lay out the tables of rows of the next row block, in a second place, and add up the sums of the last one
         (ring only, tables of rows only).
     half_sums: partial sums of the slices of K leave in two turns, in half of the room, which beside large tables may be another
         stage (ring only); a barrier more at the end of a row block.
+    copies: of all pairs of numbers in shared memory, for tables of rows. With two, look-ups wait less for each other, with
+        none numbers are looked up one by one, in a quarter of the room of one copy. None: two for up to three row tiles.
     """
 
     ring: bool
@@ -74,6 +75,12 @@ class Config:
     seats: int = 1
     beside: bool = False
     half_sums: bool = False
+    copies: int | None = None
+
+    @property
+    def row_copies(self) -> int:
+        """Copies of the pairs of rows' tables; four row tiles of two leave too little room for the ring."""
+        return self.copies if self.copies is not None else 2 if self.block_tiles <= 3 else 1
 
     @property
     def block_tiles(self) -> int:
@@ -118,7 +125,7 @@ def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> d
         "WHOLE": int(weight.K % 128 == 0),
         **outlier_defines(weight, config, M),
         "KEPT": int(weight.kept is not None),
-        "ROW_COPIES": row_copies(config.block_tiles),
+        "ROW_COPIES": config.row_copies,
         "BESIDE": int(config.beside),
         "HALF_SUMS": int(config.half_sums),
     }
@@ -200,7 +207,7 @@ def trades(config: Config, M: int) -> bool:
 def threads_of(config: Config, M: int, outliers: bool = False) -> int:
     """Threads of a block."""
     beside = outlier_warps(config, M) if outliers else 0
-    return 32 * (config.warps + (4 if trades(config, M) else int(config.ring) + int(config.beside)) + beside)
+    return 32 * (config.warps + (4 if trades(config, M) else int(config.ring) + 2 * int(config.beside)) + beside)
 
 
 def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
@@ -209,7 +216,7 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     k_tiles = weight.codes.shape[1]
     slices = ceil_divide(config.k_warps, 2) if config.half_sums else config.k_warps
     partials = slices * M * (rows + 4) * 4
-    tables = table_room(weight, config.block_tiles) + made_room(weight, config.block_tiles * config.k_warps)
+    tables = table_room(weight, config.block_tiles, config.row_copies) + made_room(weight, config.block_tiles * config.k_warps)
     if not config.ring:
         tokens = 0 if weight.outliers is not None else M * 272
         slots = config.warps * 2 * (tokens + config.row_tiles * side_bytes(weight, 128))

@@ -236,7 +236,8 @@ def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
     for row_tiles in (1, 2, 3, 4):
         for k_warps in (4, 8, 16):
             if k_warps <= C:
-                yield Config(ring=False, row_tiles=row_tiles, k_warps=k_warps)
+                for _, laid in _laid_out(weight, cluster=2):
+                    yield Config(ring=False, row_tiles=row_tiles, k_warps=k_warps, copies=laid)
     for row_tiles, (row_warps, k_warps), (cluster, share) in itertools.product(range(1, 9), _WARPS, _CLUSTERS):
         if k_warps * cluster > C or (share > 1 and M <= 4):
             continue
@@ -248,11 +249,18 @@ def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
         alone = [(1, 1)] if M > 4 or weight.outliers is not None else [(1, 1), (1, 2)]
         seated = [*alone, (2, 1)] if cluster == share == 1 and row_warps * k_warps <= 8 else alone
         for config, (blocks, seats), stages in itertools.product(placed, seated, range(2, 13)):
-            yield replace(config, stages=stages, blocks=blocks, seats=seats)
-            if by_rows(weight) and cluster == 1:
-                yield replace(config, stages=stages, blocks=blocks, seats=seats, beside=True)
+            for beside, laid in _laid_out(weight, cluster):
+                yield replace(config, stages=stages, blocks=blocks, seats=seats, beside=beside, copies=laid)
             if config.stages_hold_x and cluster == 1:
                 yield replace(config, stages=stages, blocks=blocks, seats=seats, half_sums=True)
+
+
+def _laid_out(weight: TileWeight, cluster: int) -> Iterator[tuple[bool, int | None]]:
+    """Who lays tables of rows out, and how: `beside` and `copies`."""
+    if not by_rows(weight):
+        yield False, None
+    else:
+        yield from itertools.product((False, True) if cluster == 1 else (False,), (0, 1, 2))
 
 
 def measure(

@@ -24,10 +24,10 @@ from aerogel.kernels import gpu_here
 from aerogel.kernels.cuda.tensor_map import LARGEST_BOX
 from aerogel.kernels.gemm.cuda import Runner
 from aerogel.kernels.gemm.cuda_decoder import (
-    EIGHT_BYTES,
     PAIR_BYTES,
     SCALE_NUMBER,
     by_rows,
+    eight_bytes,
     made_room,
     paired,
     table_bytes,
@@ -61,6 +61,7 @@ class Config:
     x_stages: of 64 columns, of 128 where batch is 8. w_stages: of w_tiles * 128 columns.
     batch: k16 steps decoded at a time (2, 4 or 8). lead: x stages by which warpgroups start one after the other.
     resident: blocks that fit on a multiprocessor at once. span: blocks of tokens that share a strip of weights in cache.
+    copies: of the pairs of tables of rows in shared memory (`cuda_few.Config`).
     """
 
     tokens: int
@@ -75,6 +76,7 @@ class Config:
     lead: int = 0
     resident: int = 1
     span: int = 8
+    copies: int = 1
 
     @property
     def row_tiles(self) -> int:
@@ -141,6 +143,7 @@ def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str,
         "SHARED_BYTES": shared_bytes(weight, config),
         "OUTLIERS": int(weight.outliers is not None),
         "LINES": list_lines(config),
+        **({"ROW_COPIES": config.copies} if by_rows(weight) else {}),
     }
 
 
@@ -158,11 +161,11 @@ class Space(NamedTuple):
         return max(x_stages * self.x_stage + w_stages * self.w_stage, self.sums) + self.beside + 16 * (x_stages + w_stages)
 
 
-def table_room(weight: TileWeight, row_tiles: int) -> int:
+def table_room(weight: TileWeight, row_tiles: int, copies: int = 1) -> int:
     """Bytes of tables in shared memory: those of 16 numbers for each row for half of the rows, those of bit planes where a tile
     has several groups."""
     if by_rows(weight):
-        return row_tiles * EIGHT_BYTES
+        return row_tiles * eight_bytes(copies)
     if weight.planes:
         return made_room(weight, row_tiles) if weight.group_size % 128 else 0
     return paired(weight) * PAIR_BYTES or table_bytes(weight, row_tiles)
@@ -192,7 +195,7 @@ def space(weight: TileWeight, config: Config) -> Space:
         + ceil_divide(touched * scale, 128) * 128
         + ceil_divide(touched * zero, 128) * 128,
         sums=ceil_divide(pieces, config.split) * config.split * threads * 32 if config.split > 1 else 0,
-        beside=out + table_room(weight, config.row_tiles) + sheets + 16,
+        beside=out + table_room(weight, config.row_tiles, config.copies) + sheets + 16,
     )
 
 
