@@ -222,10 +222,10 @@ def kept() -> int:
 
 
 def blocks() -> int:
-    """Tables over three row blocks of a block of threads, which lays those of rows out in two places in turn: how many results
+    """Tables over five row blocks of a block of threads, which lays those of rows out in two places in turn: how many results
     are wrong."""
     wrong, columns = 0, 256
-    rows = 3 * 16 * torch.cuda.get_device_properties(0).multi_processor_count
+    rows = 5 * 16 * torch.cuda.get_device_properties(0).multi_processor_count
     few = FewConfig(ring=True, row_tiles=1, k_warps=2, stages=2)
     for (name, group, beside), M in itertools.product((("rows", 0, False), ("rows", 0, True), ("groups", 64, False)), (3, 16)):
         config, weight = replace(few, beside=beside), random_numbers(rows, columns, name, group, "cuda")

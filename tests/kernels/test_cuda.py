@@ -183,15 +183,17 @@ def test_tables(bits: int, scope: str) -> None:
 @pytest.mark.parametrize("name", ["table", "rows", "groups"])
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 def test_tables_over_several_row_blocks(name: str, dtype: torch.dtype) -> None:
-    """A block's later row blocks want other tables of rows."""
+    """A block's later row blocks want other tables of rows, which lie there as pairs, so often, or one by one."""
     facts = torch.cuda.get_device_properties(0)
-    for N in (200, 48 * facts.multi_processor_count):
+    for N in (200, 80 * facts.multi_processor_count):
         weight = random_numbers(N, 640, name, 0 if name == "rows" else 64, "cuda")
         weight = replace(weight, table=None if weight.table is None else weight.table.to(dtype))
         dense = dense64(weight)
-        tall = [replace(config, row_tiles=1) for config in configs()]  # three row blocks of a block of threads
+        tall = [replace(config, row_tiles=1) for config in configs()]  # five row blocks of a block of threads
         beside = [replace(config, beside=True) for config in (*configs(), *tall) if config.ring]
-        for config, M in itertools.product((*configs(), *beside), (3, 16)):
+        laid = zip((*configs(), *beside), itertools.cycle((0, 1, 2)))
+        cuts = [replace(config, copies=copies) for config, copies in laid] if name == "rows" else configs()
+        for config, M in itertools.product(cuts, (3, 16)):
             if fits(weight, config, M, capability(), facts.multi_processor_count):
                 check(weight, dense, config, M, dtype)
 

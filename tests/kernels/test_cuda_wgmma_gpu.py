@@ -149,13 +149,13 @@ def test_tables(hopper: None, bits: int, scope: str) -> None:
 
 @pytest.mark.parametrize("name", ["table", "rows", "groups"])
 def test_tables_over_several_row_blocks(hopper: None, name: str) -> None:
-    """A block's later row blocks want other tables of rows."""
+    """A block's later row blocks want other tables of rows, which lie there as pairs, so often, or one by one."""
     for N, dtype in ((200, torch.float16), (300 * 64, torch.bfloat16)):
         weight = random_numbers(N, 384, name, 0 if name == "rows" else 64, "cuda")
         assert weight.table is not None
         weight = replace(weight, table=weight.table.to(dtype))
-        for config in (SMALL, CONFIGS[1], CONFIGS[2]):
-            cut = deepest(weight, config)
+        for config, copies in itertools.product((SMALL, CONFIGS[1], CONFIGS[2]), (0, 1, 2) if name == "rows" else (1,)):
+            cut = deepest(weight, replace(config, copies=copies))
             if cut is not None:
                 check(weight, cut, 40, dtype)
 
