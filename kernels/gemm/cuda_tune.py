@@ -236,31 +236,31 @@ def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
     for row_tiles in (1, 2, 3, 4):
         for k_warps in (4, 8, 16):
             if k_warps <= C:
-                for _, laid in _laid_out(weight, cluster=2):
-                    yield Config(ring=False, row_tiles=row_tiles, k_warps=k_warps, copies=laid)
+                yield from _laid_out(weight, Config(ring=False, row_tiles=row_tiles, k_warps=k_warps))
     for row_tiles, (row_warps, k_warps), (cluster, share) in itertools.product(range(1, 9), _WARPS, _CLUSTERS):
         if k_warps * cluster > C or (share > 1 and M <= 4):
             continue
         plain = Config(ring=True, row_tiles=row_tiles, row_warps=row_warps, k_warps=k_warps, cluster=cluster, share=share)
         placed = [replace(plain, x_resident=True), plain]
-        if share == 1 and M > 4:
+        if share == 1 and (M > 4 or by_rows(weight)):
             placed.append(replace(plain, x_in_stage=True))
         # Warps that add outliers leave no seats to the next launch; `config_for` does not take such a cut for them.
         alone = [(1, 1)] if M > 4 or weight.outliers is not None else [(1, 1), (1, 2)]
         seated = [*alone, (2, 1)] if cluster == share == 1 and row_warps * k_warps <= 8 else alone
         for config, (blocks, seats), stages in itertools.product(placed, seated, range(2, 13)):
-            for beside, laid in _laid_out(weight, cluster):
-                yield replace(config, stages=stages, blocks=blocks, seats=seats, beside=beside, copies=laid)
+            yield from _laid_out(weight, replace(config, stages=stages, blocks=blocks, seats=seats))
             if config.stages_hold_x and cluster == 1:
                 yield replace(config, stages=stages, blocks=blocks, seats=seats, half_sums=True)
 
 
-def _laid_out(weight: TileWeight, cluster: int) -> Iterator[tuple[bool, int | None]]:
-    """Who lays tables of rows out, and how: `beside` and `copies`."""
+def _laid_out(weight: TileWeight, config: Config) -> Iterator[Config]:
+    """The cut, with tables of rows in every way in which these are laid out."""
     if not by_rows(weight):
-        yield False, None
-    else:
-        yield from itertools.product((False, True) if cluster == 1 else (False,), (0, 1, 2))
+        yield config
+        return
+    for beside in (False, True) if config.ring and config.cluster == 1 else (False,):
+        for copies_of_pairs in (None, 0, 1 if config.row_copies == 2 else 2):
+            yield replace(config, beside=beside, copies=copies_of_pairs)
 
 
 def measure(
