@@ -76,7 +76,7 @@ class IntGrid:
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            one = "; one bit needs a floating zero point, write format: affine" if self.bits == 1 else ""
+            one = "; one bit needs a floating zero point, write affine in the place of int" if self.bits == 1 else ""
             raise BadInput(f"bits must lie between 2 and 8, found {self.bits}{one}")
         check_group_size(self.group_size)
         check_wide(self.scale_dtype)

@@ -9,8 +9,8 @@ import torch
 from tests.quantize.test_tables import GRIDS, weight
 
 from aerogel.kernels.gemm.block_scales import tile_numbers
-from aerogel.kernels.gemm.cuda_weight import SCALE_DTYPES, codes_of, order_of, tensors_of
-from aerogel.kernels.gemm.small_floats import float_kind, mantissa_bits
+from aerogel.kernels.gemm.cuda_weight import codes_of, order_of, tensors_of
+from aerogel.kernels.gemm.small_floats import float_kind, kind_of, mantissa_bits
 from aerogel.pack import tiles, words
 from aerogel.pack.mirrored_tables import SIGN
 from aerogel.pack.tile_orders import unpack_in_order
@@ -68,19 +68,21 @@ def test_a_table_per_row() -> None:
 
 
 @pytest.mark.parametrize("grid", [Nvfp4(), Mx(), Nf4(), Bitmod(), Fp8Grid()], ids=str)
-def test_portable_kernels_get_codes_tables_and_wide_scales(grid: Any) -> None:
-    """The words of the Triton kernels know no order of bits and no scales in bytes: table[code] * scale is the weight."""
+def test_portable_kernels_get_codes_in_no_order_tables_and_scales(grid: Any) -> None:
+    """The words of the Triton kernels know no order of bits and no mirrored tables; floats and bytes are those of tiles."""
     w_NK = torch.randn(48, 256, generator=torch.Generator().manual_seed(0))
     codes = quantized(grid, w_NK, grid.fit(w_NK))
     layout = tensors_of(codes, words.pack_words)
-    assert layout["tile_scale"].dtype in SCALE_DTYPES
-    u_NK = words.unpack_words(layout["tile_codes"], layout["tile_codes"].shape[2] // 256, 48, 256).long()
+    bits = layout["tile_codes"].shape[2] // 256
+    u_NK = words.unpack_words(layout["tile_codes"], bits, 48, 256).long()
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         found = tiles.unpack_rows_of_tiles(values, 48)
         return found.repeat_interleave(256 // found.shape[1], 1)
 
+    mantissa = mantissa_bits(grid)
+    table = torch.tensor([float_numbers(kind_of(bits, mantissa))]) if mantissa else layout["tile_table"].float()
     which = spread(layout["tile_pick"]).long() if "tile_pick" in layout else torch.zeros_like(u_NK)
-    dense = layout["tile_table"].float()[which, u_NK] * spread(layout["tile_scale"]).float()
-    torch.testing.assert_close(dense, codes.decode(), rtol=1e-6, atol=0)
+    scale = spread(tile_numbers(layout["tile_scale"])) * layout.get("tile_factor", 1)
+    torch.testing.assert_close(table[which, u_NK] * scale, codes.decode(), rtol=1e-6, atol=0)
     assert torch.equal(codes_of(layout, grid, 48, 256, words.unpack_words).decode(), codes.decode())

@@ -75,7 +75,7 @@ def test_fp8_needs_no_search(layer):
 
 
 def test_what_cannot_be_stored_is_refused():
-    with pytest.raises(BadInput, match="format: affine"):
+    with pytest.raises(BadInput, match="write affine"):
         IntGrid(bits=1)
     with pytest.raises(BadInput, match="format: affine"):
         Hqq(grid=Fp8Grid())
