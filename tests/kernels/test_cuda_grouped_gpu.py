@@ -146,7 +146,7 @@ KERNELS: list[tuple[Any, str]] = [
     (PlaneGrid(bits=3, group_size=32), "cuda-planes"),
     (PlaneGrid(bits=4, group_size=128, scale_dtype=torch.bfloat16), "cuda-planes"),
     (PlaneGrid(bits=6, group_size=40), "cuda-planes"),
-    (KMeans(bits=5, rounds=2), "each"),
+    (KMeans(bits=5, rounds=2), "triton"),
 ]
 """Numbers, and who multiplies experts of them."""
 

@@ -155,7 +155,7 @@ def test_prompts_of_rounded_lengths_are_read_as_transformers_reads_them(name: st
 
 def test_a_prompt_is_the_same_work_each_time() -> None:
     model = build("llama").to("cuda", torch.bfloat16)
-    decoder, ids = Decoder(model), torch.arange(3, 100)[None]
+    decoder, ids = Decoder(model), torch.arange(3, 48)[None]
     list(decoder.stream(list(ids), 2))
     with torch.inference_mode():
         logits = [decoder.session.fill(ids.cuda(), torch.zeros(1, dtype=torch.int64, device="cuda")) for _ in range(4)]
