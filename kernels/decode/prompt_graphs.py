@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from aerogel.kernels.sidecars import ColumnProduct
 
@@ -60,6 +61,25 @@ def unfit(model: PreTrainedModel) -> str | None:
     if any(isinstance(module, ColumnProduct) and module.looks for module in model.modules()):
         return "its kept columns depend on all tokens of the input"
     return None
+
+
+@contextmanager
+def causal_without_masks() -> Iterator[None]:
+    """Models inside leave the causal mask out while a graph is captured, as they do otherwise.
+
+    transformers (5.17, say) makes every mask while it sees a capture, since whether padding can be ignored depends on values.
+    With a mask attention takes a slower kernel; prompts that are captured have no padding.
+    """
+    name = "is_tracing"
+    kept = getattr(masking_utils, name, None)
+    if kept is None:
+        yield
+        return
+    setattr(masking_utils, name, lambda tensor=None: False)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, kept)
 
 
 @dataclass(frozen=True)
@@ -112,7 +132,7 @@ class PromptGraphs:
         graph = torch.cuda.CUDAGraph()
         ids_BT, last_1 = ids_BT.clone(), last_1.clone()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with causal_without_masks(), torch.cuda.graph(graph, pool=self._pool):
                 logits_BV = forward(ids_BT, last_1)
         except RuntimeError as error:
             # Some operators talk to the host inside; prompts are then read uncaptured, and the report says so.

@@ -15,6 +15,7 @@ from aerogel.kernels.decode.fuse import fuse
 from aerogel.kernels.decode.loop import Decoder
 from aerogel.kernels.decode.lower import lower
 from aerogel.kernels.decode.merge import merge
+from aerogel.kernels.decode.prompt_graphs import causal_without_masks, rounded
 from aerogel.kernels.decode.sample import Sampling
 from aerogel.kernels.decode.trace import Program, clean, trace
 
@@ -218,3 +219,29 @@ def test_a_real_model_says_what_transformers_says() -> None:
     decoder = Decoder(load(folder, dtype=torch.float32, merge=True))
     assert list(decoder.stream(prompts, 16)) == expected
     assert decoder.way == "fused"
+
+
+def test_a_capture_leaves_the_causal_mask_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a model does when nothing is captured; with a mask attention takes a slower kernel."""
+    masks: list[Any] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Any, **options: Any) -> Tensor:
+        masks.append(options.get("attn_mask"))
+        return attention(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model = build("llama")
+    with torch.no_grad(), causal_without_masks():
+        model(torch.arange(3, 20)[None])
+    assert masks
+    assert all(mask is None for mask in masks)
+
+
+def test_prompts_are_read_at_few_lengths() -> None:
+    lengths = [rounded(tokens) for tokens in range(1, 4097)]
+    assert all(tokens <= length for tokens, length in enumerate(lengths, start=1))
+    assert lengths[:16] == list(range(1, 17))
+    assert max(length / tokens for tokens, length in enumerate(lengths, start=1) if tokens > 256) < 1.25
+    assert len(set(lengths)) < 100
