@@ -125,10 +125,13 @@ def config_for(weight: TileWeight, M: int) -> Config:
     held = places(weight)
     held = held if weight.outliers is None else (*(f"o/{place}" for place in held), *held)
     alike = (f"{place}/m{size}" for place in held for size in classes_like(M))
-    for measured in (Config(**known[key]["config"]) for key in alike if key in known):
+    for key in (key for key in alike if key in known):
+        measured = Config(**known[key]["config"])
         # Warps that add outliers leave no seats to the next launch, and a cut that is made for these is a slow one without.
         if weight.outliers is not None and measured.seats > 1:
             continue
+        if key == key_of(weight, M) and fits(weight, measured, M, capability, facts.multi_processor_count):
+            return measured  # for just this: what room it leaves has been measured with it
         config = _fitting(weight, measured, M, capability, facts.multi_processor_count)
         if config is not None:
             return config
