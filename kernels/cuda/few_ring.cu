@@ -106,6 +106,7 @@ INLINE void fetch_weights(const Arguments& p, u32 stage, u32 full, int row_block
   const u32 side_bytes = SIDES ? groups * 16 * ((GROUP ? SCALE_BYTES : 0) + ZERO_BYTES + PICK_BYTES) : 0;
     if (lane == 0) mbarrier_expect(full, rows * (tiles * TILE_BYTES + side_bytes) + token_bytes);
   __syncwarp();
+  if constexpr (SANITIZE) fence_copies();
   for (int r = lane; r < rows; r += 32) {
     const size_t row_tile = (size_t)row_block * BLOCK_TILES + r, place = (row_tile * p.groups + first) * 16;
     const u32 side = stage + BLOCK_TILES * CODE_BYTES + r * SIDE_BYTES;
@@ -232,7 +233,7 @@ INLINE void wait_for_inputs(const Arguments& p, const Room& room, int thread) {
     for (int stage = 0; stage < stages; stage++) {
       mbarrier_wait(x_is_here(room, stage), 0);
       turn(stage * K_WARPS, min((stage + 1) * K_WARPS, p.k_tiles));
-      if ((thread & 31) == 0) mbarrier_arrive(x_is_turned(room, stage));
+      if (arrives(thread & 31)) mbarrier_arrive(x_is_turned(room, stage));
     }
     mbarrier_wait(x_is_turned(room, stages - 1), 0);
   } else {
@@ -243,7 +244,7 @@ INLINE void wait_for_inputs(const Arguments& p, const Room& room, int thread) {
 INLINE void init_barriers_of_outliers(const Arguments& p, const Share& share, const Room& room) {
   if (!X_TURNED) return mbarrier_init(room.outliers.here, 1);
   for (int stage = 0; stage < share.stages; stage++) {
-    mbarrier_init(x_is_here(room, stage), 1), mbarrier_init(x_is_turned(room, stage), OUTLIER_WARPS);
+    mbarrier_init(x_is_here(room, stage), 1), mbarrier_init(x_is_turned(room, stage), OUTLIER_WARPS * ARRIVALS);
     mbarrier_expect(x_is_here(room, stage), p.M * min(K_WARPS, p.k_tiles - stage * K_WARPS) * 256);
   }
 }

@@ -5,6 +5,10 @@
 // order in the memory model of the PTX ISA). racecheck follows an arrival back to the thread that arrives and no further. So in its
 // build every lane arrives, for what it did itself, and the barrier counts 32 for each warp: a phase then ends when all lanes have
 // arrived, where else it ends when they have met in the __syncwarp and one has. What is ordered there is ordered here.
+//
+// Where the copy engine fills a stage again there is no fence between it and the loads that emptied the stage: a fence makes what stores
+// wrote visible to the engine, and nobody stores there; what was loaded is in registers when its lane arrives. racecheck asks for one
+// since version 2026.4, and is given it.
 
 #pragma once
 
