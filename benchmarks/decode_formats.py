@@ -112,7 +112,11 @@ def main() -> int:
         return 1 if make(given.model, given.folder, wanted) else 0
     places = {DENSE: given.model, **{name: given.folder / name.replace(" ", "_").replace(",", "") for name in wanted}}
     there = {name: place for name, place in places.items() if (place / "config.json").exists() and not name.startswith(SLOW)}
-    decoders = {name: Decoder(load_to_decode(place, dtype=torch.bfloat16)) for name, place in there.items()}
+    decoders: dict[str, Decoder] = {}
+    for name, place in there.items():
+        start = time.perf_counter()
+        decoders[name] = Decoder(load_to_decode(place, dtype=torch.bfloat16))
+        sys.stderr.write(f"{name:44s} loaded in {time.perf_counter() - start:.1f} s\n")
     rows: dict[str, Any] = {name: {"ms": {}, "tokens_per_second": {}, "over": {}} for name in decoders}
     for batch in given.batch:
         taken = measure(decoders, batch, given.new, given.rounds)
@@ -120,14 +124,12 @@ def main() -> int:
             row["ms"][batch] = round(statistics.median(taken[name]), 3)
             row["tokens_per_second"][batch] = round(1e3 * batch / row["ms"][batch], 1)
             row["over"][batch] = round(statistics.median(a / b for a, b in zip(taken[name], taken[BASE], strict=True)), 3)
-    for name, row in rows.items():
-        row["ran"] = facts(decoders[name])
-        sys.stdout.write(f"{name:44s} {row['ms']} {row['over']} {row['ran'].get('loop')} {row['ran'].get('kernels')}")
-        sys.stdout.write(f" {row['ran'].get('not', '')}\n")
-    if given.out:
-        command = f"python benchmarks/decode_formats.py MODEL --folder DIR --rounds {given.rounds} --new {given.new}"
-        held = {"command": command, "machine": machine(), "versions": versions(), "rows": rows}
-        given.out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+            row["ran"] = facts(decoders[name])
+            sys.stdout.write(f"{name:44s} batch {batch:3d} {row['ms'][batch]:8.2f} ms {row['over'][batch]:6.3f} {row['ran']}\n")
+        if given.out:  # after each batch: a run that is cut off has measured what it has measured
+            command = f"python benchmarks/decode_formats.py MODEL --folder DIR --rounds {given.rounds} --new {given.new}"
+            held = {"command": command, "machine": machine(), "versions": versions(), "rows": rows}
+            given.out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
