@@ -97,7 +97,7 @@ class PromptGraphs:
         self.reason = unfit(model)
         self._seen: set[int] = set()
         self._captured: OrderedDict[int, _Captured] = OrderedDict()
-        self._fits = self.reason is None
+        self._fits = self.reason is None  # lengths are rounded; so they stay where a capture fails, which is another reason
         self._pool = None if self.reason else torch.cuda.graph_pool_handle()  # one: no two of them run at a time
 
     def length(self, batch: int, tokens: int) -> int:
