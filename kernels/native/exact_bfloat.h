@@ -117,7 +117,7 @@ struct Exact : FloatSums {
     template <int BITS, Form FORM, int STEP>
     static INLINE void weights(const Decoder& d, const uint8_t* tile, const U16& pick, Operand (&out)[kOperands]) {
         __m512i u;
-        if constexpr (BITS == 4 || BITS == 2) {
+        if constexpr (BITS == 4 || BITS <= 2) {
             // One limb: its neighbours are bits that an index leaves out.
             constexpr int kPer = 8 / BITS, kShift = BITS * (STEP % kPer);
             u = _mm512_srli_epi32(reinterpret_cast<__m512i>(load<U16>(tile + kVector * (STEP / kPer)).part[0]), kShift);

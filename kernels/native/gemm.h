@@ -35,7 +35,7 @@ constexpr int most_rows() {
 #if defined(AEROGEL_SANITIZE)
 constexpr bool tuned(int bits) { return kMostRows > 0 && bits == 3; }  // one width, of two limbs, stands for all of them
 #else
-constexpr bool tuned(int bits) { return kMostRows > 0 && (bits == 2 || bits == 3 || bits == 4 || bits == 8); }
+constexpr bool tuned(int bits) { return kMostRows > 0 && (bits <= 4 || bits == 8); }
 #endif
 // Which sizes of the loop for few rows are compiled for a form of codes: all, all but two rows, or none. Arithmetic that is not made for
 // tables has it for those of bytes alone; two bits are never picked among tables. Where arithmetic is, floats of 5 and 6 bits
@@ -46,7 +46,7 @@ constexpr Sizes sizes_for(int bits, Form form, bool ragged) {
     const bool made_for_tables = P::kOperands == 2;
     if (ragged) return tuned(bits) && made_for_tables && (bits == 3 || bits == 4) ? kSomeSizes : kNoSizes;
     if (form != kIntegers && !made_for_tables) return tuned(bits) && bits == 8 ? kAllSizes : kNoSizes;
-    if (form == kTables && bits == 2) return kNoSizes;
+    if ((form == kTables && bits <= 2) || (P::kOperands == 1 && bits == 1)) return kNoSizes;
     if (form == kOneTable && tuned(4) && (bits == 5 || bits == 6)) return kSomeSizes;
     return tuned(bits) ? kAllSizes : kNoSizes;
 }
@@ -269,14 +269,15 @@ void choose_blocks(Plan& plan) {
     const int64_t rows = plan.call->tokens * plan.terms;
     plan.form = P::form(!plan.weight->table ? kIntegers : plan.weight->pick ? kTables : kOneTable);
     const Sizes sizes = sizes_for<P>(plan.weight->bits, plan.form, plan.ragged());
-    plan.few = !P::kTiles && sizes != kNoSizes && (rows <= most_rows<P>() || decodes_anew<P>(plan));
+    const bool folds = P::folds(*plan.weight, rows);
+    plan.few = !P::kTiles && sizes != kNoSizes && (rows <= most_rows<P>() || (!folds && decodes_anew<P>(plan)));
     plan.block_rows = P::kTiles ? kTileRows : rows == 1 ? 1 : kPanelRows;
     if (plan.few) {
         const int64_t wanted = rows < most_rows<P>() ? rows : most_rows<P>();
         for (plan.block_rows = 1; plan.block_rows < wanted;) plan.block_rows *= 2;
         if (plan.block_rows == 2 && sizes == kSomeSizes) plan.block_rows = 4;
     }
-    if (!plan.few && P::folds(*plan.weight, rows)) set_segments<P>(plan, true);
+    if (!plan.few && folds) set_segments<P>(plan, true);
     plan.moved = !plan.few && kMoves[plan.weight->bits == 8];
     // A block holds whole tokens.
     plan.tokens_per_block = plan.block_rows / plan.terms;
