@@ -258,7 +258,7 @@ def structs(
     """
     M, K = x_MK.shape
     for tensor in (x_MK, codes, scale):
-        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        if not tensor.is_contiguous() or not tensor.is_cpu:
             raise BadInput("a CPU matmul wants contiguous tensors in main memory; call .contiguous() and .cpu() on them")
     kinds = library.TYPES
     if x_MK.dtype not in kinds or scale.dtype not in kinds or codes.dtype != torch.uint8:

@@ -145,14 +145,14 @@ def struct_of(layout: Layout, N: int, K: int, group: int) -> library.Lookup:
     """The weight as the library takes it, valid while the tensors live. Raises `BadInput` for other tensors."""
     pick = layout.get("pick")
     held = [layout[name] for name in ("codes", "scale", "number", "fixed", "unit")]
-    if any(not tensor.is_contiguous() or tensor.device.type != "cpu" for tensor in held):
+    if any(not tensor.is_contiguous() or not tensor.is_cpu for tensor in held):
         raise BadInput("a CPU matmul wants contiguous tensors in main memory; call .contiguous() and .cpu() on them")
     codes, scale, number, fixed, unit = held
     if codes.dtype != torch.uint8 or scale.dtype not in library.SCALES or unit.dtype != torch.float32:
         raise BadInput(f"a weight of tables wants uint8 codes and float scales, found {codes.dtype} and {scale.dtype}")
     where = [None if tensor is None else tensor.data_ptr() for tensor in (codes, scale, pick, number, fixed, unit)]
     sizes = [0 if tensor is None else tensor.nbytes for tensor in (codes, scale, pick, number, fixed, unit)]
-    factor = float(layout["factor"])
+    factor = library.number(layout["factor"])
     return library.Lookup(*where, *sizes, N, K, group, len(number), factor, codes.shape[-1] // 64, library.SCALES[scale.dtype])
 
 
@@ -172,7 +172,7 @@ def call_of(
     """
     kinds = library.TYPES
     for tensor in (x_MK, y_MN, *([] if bias_N is None else [bias_N])):
-        if tensor.dtype not in kinds or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        if tensor.dtype not in kinds or not tensor.is_contiguous() or not tensor.is_cpu:
             raise BadInput(f"a CPU matmul wants contiguous float tensors in main memory, found {tensor.dtype}; cast it")
     return library.Call(
         x_MK.data_ptr(),

@@ -137,7 +137,7 @@ def struct_of(layout: Layout, N: int, K: int, group: int, shared: int = 0) -> li
     """The weight as the library takes it, valid while the tensors live. Raises `BadInput` for other tensors."""
     codes, table = layout["codes"], layout["table"]
     for tensor in (codes, table):
-        if not tensor.is_contiguous() or tensor.device.type != "cpu" or tensor.dtype != torch.uint8:
+        if not tensor.is_contiguous() or not tensor.is_cpu or tensor.dtype != torch.uint8:
             raise BadInput(f"a CPU matmul wants contiguous uint8 tensors in main memory, found {tensor.dtype}")
     where, sizes = (codes.data_ptr(), table.data_ptr()), (codes.nbytes, table.nbytes)
     return library.OwnTables(*where, *sizes, N, K, group, shared, codes.shape[-1] // 64)

@@ -157,7 +157,7 @@ def structs(
 ) -> tuple[library.Weight, library.Call]:
     """What `linear` hands over, valid while the tensors live. Raises `BadInput` for tensors that no kernel reads."""
     weight = struct_of(layout, N, x_MK.shape[1], group)
-    if path < 0 and x_MK.dtype != torch.bfloat16 and float(layout["unit"]) != 1.0:
+    if path < 0 and x_MK.dtype != torch.bfloat16 and library.number(layout["unit"]) != 1.0:
         best = library.best("exact")
         path = library.PATHS.index(FLOAT32_PATHS.get(best, best))
     return weight, cpu_lookup.call_of(x_MK, bias_N, y_MN, "exact", path, threads, beside)
@@ -169,11 +169,11 @@ def struct_of(layout: Layout, N: int, K: int, group: int) -> library.Weight:
     if codes is None or scale is None or table is None:
         raise BadInput("a weight of tables wants codes, scale and table; these tensors do not belong to this kernel")
     for tensor in (codes, scale, table, *([] if pick is None else [pick])):
-        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        if not tensor.is_contiguous() or not tensor.is_cpu:
             raise BadInput("a CPU matmul wants contiguous tensors in main memory; call .contiguous() and .cpu() on them")
     if codes.dtype != torch.uint8 or scale.dtype not in library.SCALES or table.dtype != torch.float32:
         raise BadInput(f"a weight of tables wants uint8 codes and float scales, found {codes.dtype} and {scale.dtype}")
-    where = [None if tensor is None else tensor.data_ptr() for tensor in (codes, scale, None, table, pick)]
-    sizes = [0 if tensor is None else tensor.nbytes for tensor in (codes, scale, None, table, pick)]
-    factor = float(layout["factor"]) / float(layout["unit"])
+    where = (codes.data_ptr(), scale.data_ptr(), None, table.data_ptr(), None if pick is None else pick.data_ptr())
+    sizes = (codes.nbytes, scale.nbytes, 0, table.nbytes, 0 if pick is None else pick.nbytes)
+    factor = library.number(layout["factor"]) / library.number(layout["unit"])
     return library.Weight(*where, *sizes, N, K, group, factor, codes.shape[-1] // 64, library.SCALES[scale.dtype])

@@ -141,9 +141,6 @@ void panels(const Plan& plan, Decode decode, int64_t start, int64_t stop, int64_
         const int64_t tiles = plan.tiles - tile < step ? plan.tiles - tile : step;
         for (int64_t strip = start; strip < stop; strip += R) {
             decode(plan, R, strip, tile, tiles, operands, begin);
-            if constexpr (P::kFolds) {
-                if (plan.folded) fold<P, R>(plan, strip, tile, tiles, operands);
-            }
             float* to = totals + (strip - start) / R * strip_size;
             for (int64_t block = 0; block < count; ++block, to += block_size) {
 #if defined(AEROGEL_TILES)
@@ -233,6 +230,8 @@ Status multiply_form(Plan& plan) {
             plan.ragged() ? loop_for<P, BITS, FORM, true>(plan.block_rows) : loop_for<P, BITS, FORM, false>(plan.block_rows));
     } else if (plan.block_rows == 1) {
         return many<P, kRange, kThinStrips, 1>(plan, decode<P, BITS, FORM>);
+    } else if (P::kFolds && plan.block_rows == kMostRows) {
+        if constexpr (P::kFolds) return many<P, kRange, 1, kMostRows>(plan, decode<P, BITS, FORM>);
     } else {
         return many<P, kRange, kPanelStrips, kPanelRows>(plan, decode<P, BITS, FORM>);
     }
@@ -253,13 +252,15 @@ Status multiply(Plan& plan) {
     return kBadTable;
 }
 
+// Rows of all tokens in blocks of so many, which hold whole tokens.
+inline int64_t rows_in_blocks(const Plan& plan, int64_t rows) { return ceil_div(plan.call->tokens, rows / plan.terms) * rows; }
+
 // Whether many rows are multiplied where codes are decoded, block by block: bfloat16 products leave time for it. A panel takes an eighth
 // more for a row, but its blocks are smaller, and of many long rows it finds more in the second-level cache.
 template <class P>
 bool decodes_anew(const Plan& plan) {
     if (P::kOperands != 2 || plan.call->tokens > kFewTokens) return false;
-    const int64_t whole = ceil_div(plan.call->tokens, most_rows<P>() / plan.terms) * most_rows<P>();
-    return 8 * whole <= 9 * kPanelRows * ceil_div(plan.call->tokens, kPanelRows / plan.terms);
+    return 8 * rows_in_blocks(plan, most_rows<P>()) <= 9 * rows_in_blocks(plan, kPanelRows);
 }
 
 // Rows of a block, and how many blocks, for all tokens of the call.
@@ -277,7 +278,11 @@ void choose_blocks(Plan& plan) {
         for (plan.block_rows = 1; plan.block_rows < wanted;) plan.block_rows *= 2;
         if (plan.block_rows == 2 && sizes == kSomeSizes) plan.block_rows = 4;
     }
-    if (!plan.few && folds) set_segments<P>(plan, true);
+    if (!plan.few && folds) {
+        // Without scales to apply, larger blocks that one strip meets are as good as those that two meet.
+        set_segments<P>(plan, true);
+        if (rows_in_blocks(plan, kMostRows) < rows_in_blocks(plan, kPanelRows)) plan.block_rows = kMostRows;
+    }
     plan.moved = !plan.few && kMoves[plan.weight->bits == 8];
     // A block holds whole tokens.
     plan.tokens_per_block = plan.block_rows / plan.terms;

@@ -250,6 +250,17 @@ def check(status: int, what: str) -> None:
         raise BadInput(f"{what} cannot be run: {STATUS.get(status, f'status {status}')}; the tensors do not belong together")
 
 
+def number(tensor: torch.Tensor) -> float:
+    """The one float32 of a tensor in main memory, unlike torch's `item` at a small part of what a product of one token takes.
+
+    Raises:
+        BadInput: it is of another type, or elsewhere.
+    """
+    if tensor.dtype != torch.float32 or not tensor.is_cpu:
+        raise BadInput(f"a number beside a weight must be float32 in main memory, found {tensor.dtype} on {tensor.device}")
+    return ctypes.c_float.from_address(tensor.data_ptr()).value
+
+
 def read_bandwidth(memory: torch.Tensor, threads: int) -> float:
     """Bytes per second at which `threads` threads read `memory` (uint8, contiguous) once, in whole pieces of 128 KiB."""
     return float(library().aerogel_native_read(memory.data_ptr(), memory.nbytes, threads))

@@ -22,7 +22,8 @@ inline __attribute__((noinline)) U16 byte_offsets(const Plan& plan, int64_t stri
 }
 
 // Operands of tiles first .. first + count - 1 of R strips: [tile][step][operand][strip], signed codes where the arithmetic wants
-// them. One function for any R, which only says how far apart vectors lie. Where activations are moved, `begin` [segment][strip] gets what the sums of each segment begin with.
+// them, with their scales where they are folded (`folds` in exact_bfloat.h). One function for any R, which only says how far apart
+// vectors lie. Where activations are moved, `begin` [segment][strip] gets what the sums of each segment begin with.
 template <class P, int BITS, Form FORM>
 void decode(const Plan& plan, int64_t R, int64_t first_strip, int64_t first, int64_t count, uint8_t* to, I16* begin) {
     constexpr bool kMoves = P::template moves<BITS>();
@@ -34,15 +35,20 @@ void decode(const Plan& plan, int64_t R, int64_t first_strip, int64_t first, int
             const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
             const uint8_t* codes = static_cast<const uint8_t*>(plan.weight->codes) + strip * plan.strip_bytes + tile * tile_bytes<BITS>();
             U16 offsets, picks;
+            F16 scale;
             uint8_t* operand = to + r * kVector;
             unroll<8>([&](auto step) ALWAYS {
                 typename P::Operand w[P::kOperands];
                 const int64_t octet = tile * kOctets + step / 2, group = plan.group_at[octet];
                 if (step == 0 || (step % 2 == 0 && group != plan.group_at[octet - 1])) {
                     picks = picks_of<P, BITS, FORM>(plan, strip, group);
+                    if (P::kFolds && plan.folded) scale = factors_of(plan, strip, group, 0.0f).scale;
                     if constexpr (P::template signed_codes<BITS>()) offsets = byte_offsets(plan, strip, group, P::template bias<BITS, FORM>());
                 }
                 P::template weights<BITS, FORM, step>(decoder, codes, picks, w);
+                if constexpr (P::kFolds) {
+                    if (plan.folded) unroll<P::kOperands>([&](auto o) ALWAYS { w[o] = P::scaled(w[o], scale); });
+                }
                 if constexpr (P::template signed_codes<BITS>()) w[0] = P::less(w[0], offsets);
                 if constexpr (kMoves) {
                     I16& sum = begin[(plan.segment_at[octet] - first_segment) * R + r];
@@ -52,22 +58,6 @@ void decode(const Plan& plan, int64_t R, int64_t first_strip, int64_t first, int
             });
         }
         to += 8 * P::kOperands * R * kVector;
-    }
-}
-
-// Multiplies scales into the operands of a decoded panel, where that is exact (`folds` in exact_bfloat.h).
-template <class P, int R>
-void fold(const Plan& plan, int64_t first_strip, int64_t first, int64_t count, uint8_t* operands) {
-    constexpr int kEach = 8 / kOctets * P::kOperands;  // vectors of an octet of a strip
-    for (int64_t octet = kOctets * first; octet < kOctets * (first + count); ++octet, operands += kEach * R * kVector) {
-        for (int r = 0; r < R; ++r) {
-            const int64_t strip = first_strip + r < plan.strips ? first_strip + r : plan.strips - 1;
-            const F16 scale = factors_of(plan, strip, plan.group_at[octet], 0.0f).scale;
-            repeat<kEach>([&](int i) ALWAYS {
-                uint8_t* at = operands + (i * R + r) * kVector;
-                store(at, P::scaled(load<typename P::Operand>(at), scale));
-            });
-        }
     }
 }
 

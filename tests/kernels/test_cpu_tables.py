@@ -196,7 +196,7 @@ def test_all_256_bytes_of_e4m3_and_its_nan() -> None:
 
 
 @pytest.mark.parametrize("path", library.PATHS)
-@pytest.mark.parametrize("M", [3, 16, 128])
+@pytest.mark.parametrize("M", [3, 16, 24, 32, 128])
 def test_scales_multiplied_into_numbers_round_nothing(path: str, M: int) -> None:
     """One input at a time gives the weight itself, for few tokens, and for so many that scales are folded (exact_bfloat.h)."""
     if path not in library.paths():
@@ -208,6 +208,7 @@ def test_scales_multiplied_into_numbers_round_nothing(path: str, M: int) -> None
         Mx(kind="e2m1"),
         Mx(kind="e4m3"),
         Bitmod(group_size=32, scale_dtype=torch.bfloat16),
+        Bitmod(bits=4, group_size=32, scale_dtype=torch.float8_e4m3fn),
     ):
         codes = codes_on(grid, 40, 128)
         if codes.scale_NG.dtype == torch.float8_e4m3fn:
