@@ -26,9 +26,13 @@ from aerogel.kernels.gemm import cuda
 from aerogel.kernels.gemm.cuda_tune import random_weight
 from aerogel.kernels.linear import Linear
 from aerogel.pack.format import Activations
+from aerogel.quantize.formats.affine import Affine
+from aerogel.quantize.formats.bitmod import Bitmod
+from aerogel.quantize.formats.kmeans import KMeans
 from aerogel.quantize.formats.mx import Mx
 from aerogel.quantize.formats.nf4 import Nf4
 from aerogel.quantize.formats.nvfp4 import Nvfp4
+from aerogel.quantize.formats.rf8 import Rf8
 from aerogel.quantize.grids import Fp8Grid, IntGrid, quantized
 from aerogel.quantize.planes import PlaneGrid
 
@@ -41,8 +45,16 @@ KINDS: dict[str, tuple[Any, Activations]] = {
     "nvfp4": (Nvfp4(), "none"),
     "planes": (PlaneGrid(bits=3, group_size=32, scale_dtype=torch.bfloat16), "none"),
     "signs": (PlaneGrid(bits=1, group_size=64, scale_dtype=torch.bfloat16), "none"),
+    "codebooks": (KMeans(bits=4, rounds=2), "none"),
+    "bitmod": (Bitmod(bits=4, group_size=64), "none"),
+    "affine": (Affine(bits=4, group_size=64, scale_dtype=torch.bfloat16), "none"),
+    "rf8": (Rf8(), "none"),
+    "blocks": (Fp8Grid(strategy="block"), "fp8"),
 }
 """Numbers of a weight, and how inputs are rounded. `outliers` is another, of int4 with single numbers and columns beside it."""
+
+ROUNDED = 1.2e-2
+"""Relative error where a table's numbers or floating zero points are rounded to bfloat16 as well."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,6 +109,19 @@ def test_drawn_problems(bits: int, N: int, K: int, M: int, size: int, zero: str,
     assert error <= BOUND[dtype] * (1 if M * N >= 32 else 2), float(error)
 
 
+@pytest.mark.parametrize("kind", [kind for kind, (_, activations) in KINDS.items() if activations == "none"])
+@settings(max_examples=4, deadline=None, derandomize=True, database=None)
+@given(N=st.integers(1, 500), K=st.integers(1, 1200), M=st.integers(1, 16) | st.integers(17, 200))
+def test_drawn_problems_in_every_kind_of_numbers(kind: str, N: int, K: int, M: int) -> None:
+    K += K % 2 if kind in ("mxfp4", "nvfp4") else 0  # their checkpoints hold two columns in a byte
+    layer, x_MK = layer_of(kind, N, K, bias=False), inputs(M, K)
+    found = layer(x_MK)
+    assert torch.equal(found, layer(x_MK)), "two runs differ"
+    x, w = x_MK.double(), layer.dequantize(torch.float32).double()
+    error = (found.double() - x @ w.T).norm() / (x.square() @ w.T.square()).sqrt().norm()
+    assert error <= ROUNDED, float(error)
+
+
 # ---- damage ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", [*KINDS, "outliers"])
 def test_damage_stays_in_its_token(kind: str) -> None:
@@ -127,7 +152,7 @@ def test_a_stored_scale_hides_no_damage(kind: str) -> None:
 
 
 # ---- inputs that lie anywhere ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4", "planes", "outliers"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4", "planes", "codebooks", "blocks", "outliers"])
 def test_inputs_lie_anywhere(kind: str) -> None:
     N, K = 144, 544
     layer = layer_of(kind, N, K)
@@ -168,7 +193,7 @@ def test_inputs_of_experts_lie_anywhere() -> None:
 
 # ---- launches that overlap -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("M", [4, 64])
-@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4", "planes", "outliers"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4", "planes", "codebooks", "blocks", "outliers"])
 def test_replays_of_overlapping_launches(kind: str, M: int) -> None:
     """Sixteen launches, each of which reads what the last one wrote, in a graph replayed three hundred times."""
     K = 1024
