@@ -31,10 +31,10 @@ from aerogel.kernels.beside import choose as beside_ops
 from aerogel.kernels.beside.cpu import fits, tiles_of
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gradients import inference_only
+from aerogel.kernels.hadamard import choose as hadamard_ops
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.packed import Uncast
 from aerogel.pack.format import Activations
-from aerogel.quantize.hadamard import hadamard
 from aerogel.quantize.sidecars import SIDECARS, Sidecar
 
 
@@ -154,10 +154,14 @@ class RotationProduct(Product):
         """Reads the block once: a call must not wait for the device."""
         self._ready = int(self.block_1)
 
+    @property
+    def held(self) -> tuple[Tensor, int]:
+        """Signs int8 [K] and the block."""
+        return self.signs_K, self._ready
+
     def forward(self, x_MK: Tensor) -> Tensor:
         """x R in x's type, from float32."""
-        turned: Tensor = hadamard(x_MK.float(), self.signs_K, self._ready).to(x_MK.dtype)
-        return turned
+        return hadamard_ops.turned(x_MK, *self.held)
 
 
 PRODUCTS: dict[str, type[Product]] = {
@@ -261,11 +265,16 @@ class SidecarLinear(Linear):
 
     def added_by_kernel(self) -> Beside | None:
         """What the kernel adds itself at every call, perhaps nothing, for callers that record calls; None where more runs than
-        the kernel and `rows_added`."""
+        the kernel, `turned_before` and `rows_added`."""
         stored = self._stored()
         by_kernel = self._adds or not stored.operands()
-        before = self._modules.keys() & {"input_scale", "rotation"}
-        return stored if by_kernel and not self._looks() and not before else None
+        scaled = "input_scale" in self._modules
+        return stored if by_kernel and not self._looks() and not scaled else None
+
+    def turned_before(self) -> tuple[Tensor, int] | None:
+        """The rotation of its inputs before everything else: signs int8 [K] and the block; None where there is none."""
+        rotation = self._modules.get("rotation")
+        return rotation.held if isinstance(rotation, RotationProduct) else None
 
     def rows_added(self) -> tuple[Linear, Tensor] | None:
         """The linear whose outputs join some of this one's, and which, int64 [R]; None where there is none."""

@@ -23,17 +23,20 @@ from torch import Tensor, nn
 
 from aerogel.errors import BadInput
 from aerogel.kernels.decode.direct import Block, DenseHead, Direct, Sizes
-from aerogel.kernels.decode.merge import whole_of
+from aerogel.kernels.decode.merge import Merged, whole_of
+from aerogel.kernels.decode.merge_beside import MergedBeside, tensors_beside
 from aerogel.kernels.decode.operations import KERNELS
 from aerogel.kernels.embedding import PackedEmbedding
 from aerogel.kernels.linear import Linear, stored_shapes
 from aerogel.kernels.native import library
+from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.model.native import Native as NativeSource
 from aerogel.model.reader import CheckpointReader
 from aerogel.model.source import check_config
 from aerogel.model.stored_bits import bits_wanted
 from aerogel.pack.scheme import NotServed
 from aerogel.pack.source import Source, open_source
+from aerogel.quantize import sidecars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -268,17 +271,20 @@ class _Checkpoint:
         return tensor
 
     def packed(self, name: str, N: int, K: int) -> Linear:
-        """The linear [N, K] of a packed weight, as it is stored."""
+        """The linear [N, K] of a packed weight, as it is stored, with what stands beside it."""
         if name not in self.groups:
             raise NotDirect(f"{name} is not packed")
         header = {local: self.entries[tensor].dtype for local, tensor in self.groups[name].items()}
         scheme = self.source.scheme((name,), header, ("Linear",))
         wanted = stored_shapes(scheme, N, K)
         tensors = {local: self.take(tensor) for local, tensor in self.groups[name].items()}
+        beside = {local: tensors.pop(local) for local in sidecars.NAMES if local in tensors}
+        sidecars.read(beside, N, K, name)  # refuses damage
         if {local: (tuple(tensor.shape), tensor.dtype) for local, tensor in tensors.items()} != wanted:
             raise NotDirect(f"{name} is stored with more or other tensors than its format's")
         bias = self.dense(f"{name}.bias", N) if f"{name}.bias" in self.entries else None
-        layer = Linear(K, N, scheme, bias=bias is not None, dtype=self.dtype, device="meta")
+        options: dict[str, Any] = {"bias": bias is not None, "dtype": self.dtype, "device": "meta"}
+        layer = SidecarLinear(K, N, scheme, beside=beside, **options) if beside else Linear(K, N, scheme, **options)
         layer.fill(tensors)
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
@@ -289,9 +295,12 @@ def _merged(parts: Sequence[Linear]) -> Linear:
     first = parts[0]
     if any(part.scheme != first.scheme or (part.bias is None) != (first.bias is None) for part in parts):
         raise NotDirect("linears that read the same input differ in format")
-    whole = whole_of(parts)
+    beside = tensors_beside(parts)
+    whole = None if beside is None else whole_of(parts, MergedBeside if beside else Merged)
     if whole is None:
         raise NotDirect("linears that read the same input cannot be merged")
+    if isinstance(whole, MergedBeside):
+        whole.keep(beside or {})
     return _served(whole)
 
 
@@ -302,6 +311,8 @@ def _ready(layer: Linear) -> Linear:
 def _served(layer: Linear) -> Linear:
     if not issubclass(layer._kernel, KERNELS):
         raise NotDirect(f"a weight [{layer.out_features}, {layer.in_features}] is run by the kernel '{layer.kernel_name}'")
+    if isinstance(layer, SidecarLinear) and layer.added_by_kernel() is None:
+        raise NotDirect(f"what stands beside a weight [{layer.out_features}, {layer.in_features}] is not compiled")
     return layer
 
 

@@ -20,6 +20,7 @@ from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.embedding import PackedEmbedding, wanted
 from aerogel.kernels.gemm import cpu_lookup, cpu_own, cpu_tables
 from aerogel.kernels.gemm.cpu import Native, structs
+from aerogel.kernels.hadamard import cpu as hadamard_cpu
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.native import library
 from aerogel.kernels.sidecars import SidecarLinear
@@ -27,7 +28,11 @@ from aerogel.pack import own_tables
 
 KERNELS = (Native, cpu_lookup.NativeLookup, cpu_tables.NativeTables, cpu_own.NativeOwn)
 """Whose products compiled operations are."""
-KINDS = {"gemm": 0, "attend": 1, "norm": 2, "gate": 3, "lookup": 4, "rows": 5, "prompt": 6, "own": 7, "row_sums": 8}
+KINDS = {
+    name: number
+    for number, name in enumerate(("gemm", "attend", "norm", "gate", "lookup", "rows", "prompt", "own", "row_sums", "hadamard"))
+}
+"""By their number in kernels/native/step_structs.h."""
 
 
 class _Operation(ctypes.Structure):
@@ -47,6 +52,7 @@ class Operations:
         self._steps: list[Callable[[], object]] = []
         self._pending: list[_Operation] = []
         self._kept: list[Any] = []
+        self._turned: dict[torch.Size, Tensor] = {}
 
     @property
     def calls(self) -> int:
@@ -78,6 +84,9 @@ class Operations:
         more = module.rows_added() if isinstance(module, SidecarLinear) else None
         if not _compiled(module, x) or (more is not None and not _compiled(more[0], x)):
             return False
+        rotation = module.turned_before() if isinstance(module, SidecarLinear) else None
+        if rotation is not None:
+            x = self._rotated(x, *rotation)
         self._product(module, x, y)
         if more is not None:
             linear, index_R = more
@@ -87,6 +96,12 @@ class Operations:
             sizes = y.numel() // y.shape[-1], y.shape[-1], linear.out_features
             self.add("row_sums", library.RowSums(*where, *sizes, library.TYPES[y.dtype]), None, part, index_R, y)
         return True
+
+    def _rotated(self, x: Tensor, signs_K: Tensor, block: int) -> Tensor:
+        """x in another basis: memory of all rotations of that shape, read before the next of them is made."""
+        turned = self._turned.setdefault(x.shape, torch.empty_like(x))
+        self.add("hadamard", hadamard_cpu.arguments(x, signs_K, block, turned), None, x, signs_K, turned)
+        return turned
 
     def _product(self, module: Linear, x: Tensor, y: Tensor) -> None:
         """The operation of one weight, with what its kernel adds itself."""

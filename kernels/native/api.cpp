@@ -97,7 +97,7 @@ Status aerogel::add_beside(const Call& call, int64_t rows, int64_t columns, int3
     return call.beside ? path_entry(path).step.beside(beside_of(call, rows, columns)) : kDone;
 }
 
-int32_t aerogel_native_version() { return 15; }
+int32_t aerogel_native_version() { return 16; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });
@@ -196,6 +196,16 @@ int32_t aerogel_native_gate(const Gate* g) {
     return path_entry(best_path(kExact)).step.gate(*g);
 }
 
+int32_t aerogel_native_hadamard(const Hadamard* h) {
+    constexpr int64_t kMost = int64_t{1} << 28;
+    if (h->rows < 0 || h->rows > kMost || h->size < 1 || h->size > kMost) return kBadShape;
+    if (h->block < 1 || (h->block & (h->block - 1)) != 0 || h->size % h->block != 0) return kBadShape;
+    if (!known_type(h->type)) return kBadType;
+    Hadamard bounded = *h;
+    bounded.threads = bounded_threads(h->threads);
+    return path_entry(best_path(kExact)).step.hadamard(bounded);
+}
+
 int32_t aerogel_native_beside(const Beside* b) {
     const Status status = check_added(*b);
     if (status != kDone || b->tokens == 0) return status;
@@ -225,6 +235,7 @@ int32_t aerogel_native_program(const Operation* operations, int64_t count, int64
             case kNorm: status = aerogel_native_norm(static_cast<const Norm*>(each.arguments)); break;
             case kPrompt: status = aerogel_native_prompt(static_cast<const Prompt*>(each.arguments)); break;
             case kGate: status = aerogel_native_gate(static_cast<const Gate*>(each.arguments)); break;
+            case kHadamard: status = aerogel_native_hadamard(static_cast<const Hadamard*>(each.arguments)); break;
             case kRowSums: status = aerogel_native_row_sums(static_cast<const RowSums*>(each.arguments)); break;
             default: break;
         }

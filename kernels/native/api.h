@@ -57,6 +57,7 @@ PUBLIC int32_t aerogel_native_attend(const aerogel::Attend* arguments);
 PUBLIC int32_t aerogel_native_prompt(const aerogel::Prompt* arguments);
 PUBLIC int32_t aerogel_native_norm(const aerogel::Norm* arguments);
 PUBLIC int32_t aerogel_native_gate(const aerogel::Gate* arguments);
+PUBLIC int32_t aerogel_native_hadamard(const aerogel::Hadamard* arguments);
 
 // Adds what stands beside a weight (beside.h) to any product; columns are within bounds by the caller's word. Returns a Status.
 PUBLIC int32_t aerogel_native_beside(const aerogel::Beside* arguments);

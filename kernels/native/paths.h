@@ -20,6 +20,7 @@ struct Step {
     Status (*prompt)(const Prompt&);
     Status (*norm)(const Norm&);
     Status (*gate)(const Gate&);
+    Status (*hadamard)(const Hadamard&);
     Status (*beside)(const Beside&);
     Status (*prepare)(const Beside&, int threads, Adding& to);  // the same for a matmul whose own threads add
     uint64_t (*read)(const void* memory, int64_t bytes);  // reads multiples of 256 bytes, returns something of all of them

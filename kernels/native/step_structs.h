@@ -48,6 +48,15 @@ struct Gate {
     int32_t type, threads;
 };
 
+struct Hadamard {
+    const void* x;        // [rows, size]
+    const int8_t* signs;  // [size], each 1 or -1
+    void* y;              // [rows, size]: x itself, or apart from it
+    int64_t rows, size;
+    int64_t block;  // numbers that are mixed: a power of two that divides `size`
+    int32_t type, threads;
+};
+
 struct Rows {
     const int64_t* ids;  // [count]: rows of a weight
     void* to;            // [count, columns]
@@ -64,7 +73,7 @@ struct RowSums {
 };
 
 // One operation of a program: a matmul (Weight, Lookup or OwnTables, and Call), rows of a weight (Weight and Rows) or one of the above.
-enum Kind : int32_t { kGemm = 0, kAttend = 1, kNorm = 2, kGate = 3, kLookup = 4, kRows = 5, kPrompt = 6, kOwn = 7, kRowSums = 8 };
+enum Kind : int32_t { kGemm = 0, kAttend = 1, kNorm = 2, kGate = 3, kLookup = 4, kRows = 5, kPrompt = 6, kOwn = 7, kRowSums = 8, kHadamard = 9 };
 
 struct Operation {
     int32_t kind, reserved;

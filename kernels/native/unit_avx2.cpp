@@ -3,6 +3,7 @@
 #include "attend.h"
 #include "beside.h"
 #include "gemm.h"
+#include "hadamard.h"
 #include "lookup_many.h"
 #include "own_rows.h"
 #include "paths.h"
@@ -20,7 +21,7 @@ Status int8_avx2(const Weight& weight, const Call& call) { return avx2::run<avx2
 Status own_avx2(const OwnTables& weight, const Call& call) { return avx2::own_tables(weight, call); }
 extern const Step step_avx2;
 const Step step_avx2 = {
-    avx2::attend, avx2::attend_prompt, avx2::norm, avx2::gate, avx2::add_beside, avx2::prepare, avx2::read_all,
+    avx2::attend, avx2::attend_prompt, avx2::norm, avx2::gate, avx2::hadamard, avx2::add_beside, avx2::prepare, avx2::read_all,
     {avx2::lookup<avx2::Real>, avx2::lookup<avx2::Fixed>},
 };
 

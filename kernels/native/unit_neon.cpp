@@ -3,6 +3,7 @@
 #include "attend.h"
 #include "beside.h"
 #include "gemm.h"
+#include "hadamard.h"
 #include "lookup_many.h"
 #include "own_rows.h"
 #include "paths.h"
@@ -15,7 +16,7 @@ Status int8_neon(const Weight& weight, const Call& call) { return neon::run<neon
 Status own_neon(const OwnTables& weight, const Call& call) { return neon::own_tables(weight, call); }
 extern const Step step_neon;
 const Step step_neon = {
-    neon::attend, neon::attend_prompt, neon::norm, neon::gate, neon::add_beside, neon::prepare, neon::read_all,
+    neon::attend, neon::attend_prompt, neon::norm, neon::gate, neon::hadamard, neon::add_beside, neon::prepare, neon::read_all,
     {neon::lookup<neon::Real>, neon::lookup<neon::Fixed>},
 };
 

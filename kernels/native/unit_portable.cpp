@@ -3,6 +3,7 @@
 #include "attend.h"
 #include "beside.h"
 #include "gemm.h"
+#include "hadamard.h"
 #include "lookup_many.h"
 #include "own_rows.h"
 #include "paths.h"
@@ -15,7 +16,7 @@ Status int8_portable(const Weight& weight, const Call& call) { return portable::
 Status own_portable(const OwnTables& weight, const Call& call) { return portable::own_tables(weight, call); }
 extern const Step step_portable;
 const Step step_portable = {
-    portable::attend, portable::attend_prompt, portable::norm, portable::gate, portable::add_beside, portable::prepare, portable::read_all,
+    portable::attend, portable::attend_prompt, portable::norm, portable::gate, portable::hadamard, portable::add_beside, portable::prepare, portable::read_all,
     {portable::lookup<portable::Real>, portable::lookup<portable::Fixed>},
 };
 

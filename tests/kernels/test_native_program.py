@@ -22,8 +22,10 @@ from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.quantize.formats.kmeans import KMeans
 from aerogel.quantize.formats.nf4 import Nf4
 from aerogel.quantize.grids import IntGrid, quantized
+from aerogel.quantize.hadamard import random_signs
 from aerogel.quantize.outliers import Outliers
 from aerogel.quantize.planes import PlaneGrid
+from aerogel.quantize.rotation import Rotation
 from aerogel.quantize.rows import Rows
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
@@ -122,6 +124,32 @@ def test_rows_of_more_bits_are_operations(dtype: torch.dtype, outliers: bool) ->
     assert (operations.count, operations.calls) == (3, 1)
     assert torch.equal(y, layer(x))
     assert not torch.equal(y[..., index_R], Linear.from_codes(codes, dtype=dtype)(x)[..., index_R])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_rotation_of_inputs_is_an_operation_and_all_see_its_result(dtype: torch.dtype, rows: bool) -> None:
+    grid = IntGrid(bits=4, group_size=32)
+    signs_K = random_signs(64, torch.Generator().manual_seed(1)).to(torch.int8)
+    rotation, layers = Rotation(signs_K=signs_K, block_1=torch.tensor([16], dtype=torch.int32)), []
+    for N in (80, 48):
+        weight_NK, index_R = torch.randn(N, 64), torch.tensor([3, 17, 40])
+        layer = SidecarLinear.from_codes(quantized(grid, weight_NK, grid.fit(weight_NK)), dtype=dtype)
+        layer.keep(rotation.tensors())
+        if rows:
+            finer_RK = weight_NK[index_R] / 9
+            layer.keep(Rows.of(index_R, quantized(grid, finer_RK, grid.fit(finer_RK))).tensors())
+        layers.append(layer)
+    x = [torch.randn(2, 1, 64).to(dtype) for _ in layers]
+    y = [torch.empty(2, 1, layer.out_features, dtype=dtype) for layer in layers]
+    operations = Operations()
+    assert all(operations.linear(*each) for each in zip(layers, x, y, strict=True))
+    for _ in range(2):
+        operations.run()
+        for layer, given, found in zip(layers, x, y, strict=True):
+            assert torch.equal(found, layer(given))
+            given.copy_(torch.randn_like(given))
+    assert (operations.count, operations.calls) == (8 if rows else 4, 1)
 
 
 @pytest.mark.parametrize(

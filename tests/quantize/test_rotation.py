@@ -81,7 +81,8 @@ def test_a_linear_rotates_its_inputs_and_a_tied_embedding_does_not_read_rotated_
     torch.testing.assert_close(linear.dequantize(), turned.weight_NK)
     ids = torch.tensor([5, 39])
     torch.testing.assert_close(PackedEmbedding(linear)(ids), turned.weight_NK[ids])
-    assert linear.added_by_kernel() is None  # compiled steps would leave the rotation out
+    before = linear.turned_before()
+    assert before is not None and torch.equal(before[0], tensors["input_signs"]) and before[1] == 32
 
 
 def test_linears_with_one_input_share_signs_and_damage_is_found(make_layer: MakeLayer) -> None:
