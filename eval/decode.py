@@ -23,6 +23,10 @@ from aerogel.kernels.decode.loop import Decoder
 from aerogel.kernels.linear import Linear
 
 
+WHOLE = ("Linear", "Merged", "SidecarLinear", "MergedBeside")
+"""Classes of packed linears that run a kernel; parts of a merged one have it from the whole."""
+
+
 @dataclass(frozen=True)
 class Decoded:
     """tokens_BR: int64 [B, R]. first_seconds: prompt to first token. rest_seconds: the R-1 tokens after it."""
@@ -57,7 +61,7 @@ def decode(decoder: Decoder, ids_BT: Tensor, new_tokens: int) -> Decoded:
 def facts(decoder: Decoder) -> dict[str, Any]:
     """The loop that ran and the kernels of packed linears, by how many linears each ran; how many of them round inputs
     although the checkpoint does not say so, where any does."""
-    linears = [module for module in decoder.model.modules() if type(module).__name__ in ("Linear", "Merged")]
+    linears = [module for module in decoder.model.modules() if type(module).__name__ in WHOLE]
     kernels = Counter(module.kernel_name or "not chosen" for module in linears if isinstance(module, Linear))
     rounding = sum(module.rounds_activations for module in linears if isinstance(module, Linear))
     return decoder.facts() | {"kernels": dict(kernels)} | ({"rounding": rounding} if rounding else {})

@@ -6,7 +6,8 @@ Orthonormal, so that nothing but rounding changes: codes are chosen for W R, who
 they were, calibration's H becomes R^T H R, and the model computes x R before each product. QuaRot (Ashkboos et al. 2024, arXiv
 2404.00456) and QuIP# (Tseng et al. 2024, arXiv 2402.04396) do this to whole rows and fold it into norms where that is
 possible; FP4 training does it in blocks (`emulate/training.py`). Here every linear has its own, online: nothing of the model
-has to be understood, and it costs a small product for each input, 2 block operations a value, and what it takes to launch it.
+has to be understood, and it costs log2(block) additions for each input and one launch (`kernels/hadamard`); linears that are
+merged because they read the same input share one.
 
 Stored: `input_signs` int8 [K] (D) and `input_block` int32 [1]. The signs follow from seed and K alone, so that linears which
 read the same input share them and can still be merged.

@@ -4,7 +4,7 @@
 // that name a vector are sums and differences of two vectors; of the four that name a lane, each is one exchange of lanes and one
 // product with signs, which is exact. Four vectors stay in registers; digits above them pass through memory once each.
 //
-// Instructions for sixteen numbers on AVX-512 with blocks of 64: 10 for the transform, 15 for signs and 16-bit numbers.
+// Instructions for sixteen numbers on AVX-512 with blocks of 64: 10 for the transform, 16 for signs and 16-bit numbers.
 #pragma once
 #include "numbers.h"
 #include "pool.h"

@@ -16,6 +16,7 @@ from tests.model.test_direct import PROMPTS, steps
 from tests.model.tiny import ids_file, recipe
 
 from aerogel.errors import BadInput
+from aerogel.eval.decode import facts
 from aerogel.kernels.decode.direct import Direct
 from aerogel.kernels.decode.loop import Decoder
 from aerogel.kernels.decode.merge_beside import MergedBeside
@@ -67,7 +68,8 @@ def test_a_rotation_is_one_operation_for_linears_that_read_the_same_input(tmp_pa
         decoder = Decoder(load_to_decode(made(tmp_path / str(len(counts)), stage)))
         assert len(list(decoder.stream(PROMPTS[:1], 3))) == 3
         counts.append(decoder.facts()["operators"])
-    model: Any = decoder.model
+        model: Any = decoder.model
+        assert sum(facts(decoder)["kernels"].values()) == 4 * len(model.layers)
     assert counts[1] - counts[0] == 4 * len(model.layers)  # before q, k and v; the output; gate and up; down
 
 
