@@ -22,7 +22,6 @@ from torch import Tensor
 from aerogel.kernels.decode.loop import Decoder
 from aerogel.kernels.linear import Linear
 
-
 WHOLE = ("Linear", "Merged", "SidecarLinear", "MergedBeside")
 """Classes of packed linears that run a kernel; parts of a merged one have it from the whole."""
 
