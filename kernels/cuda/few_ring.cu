@@ -104,9 +104,8 @@ INLINE void fetch_weights(const Arguments& p, u32 stage, u32 full, int row_block
   const int lane = threadIdx.x & 31, rows = max(min(BLOCK_TILES, p.row_tiles - row_block * BLOCK_TILES), 0);
   const int first = group_of(tile, 0), groups = min(group_of(tile + tiles - 1, RUNS - 1), p.groups - 1) - first + 1;
   const u32 side_bytes = SIDES ? groups * 16 * ((GROUP ? SCALE_BYTES : 0) + ZERO_BYTES + PICK_BYTES) : 0;
-    if (lane == 0) mbarrier_expect(full, rows * (tiles * TILE_BYTES + side_bytes) + token_bytes);
+  if (lane == 0) mbarrier_expect(full, rows * (tiles * TILE_BYTES + side_bytes) + token_bytes);
   __syncwarp();
-  if constexpr (SANITIZE) fence_copies();
   for (int r = lane; r < rows; r += 32) {
     const size_t row_tile = (size_t)row_block * BLOCK_TILES + r, place = (row_tile * p.groups + first) * 16;
     const u32 side = stage + BLOCK_TILES * CODE_BYTES + r * SIDE_BYTES;
@@ -303,6 +302,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
                                  table_at(tables, row_tile, g + 8), own_tables[r], made + r * MADE_BYTES, x, acc[r]);
         }
       }
+      fence_loads();
       __syncwarp();
       if (share.readers == 1 && arrives(lane)) mbarrier_arrive(room.empty + 8 * slot.index);
       for (int rank = SANITIZE ? 0 : lane; X_SHARE > 1 && share.readers > 1 && rank < X_SHARE; rank += SANITIZE ? 1 : 32)

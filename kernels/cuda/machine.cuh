@@ -213,9 +213,6 @@ INLINE void mbarrier_wait(u32 barrier, u32 phase) {
       ::"r"(barrier), "r"(phase) : "memory");
 }
 
-// What was stored to shared memory before is there for the copy engine.
-INLINE void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // The copy engine: `bytes` (a multiple of 16) to shared memory, counted by the barrier.
 INLINE void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),

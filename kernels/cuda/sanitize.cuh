@@ -6,9 +6,9 @@
 // build every lane arrives, for what it did itself, and the barrier counts 32 for each warp: a phase then ends when all lanes have
 // arrived, where else it ends when they have met in the __syncwarp and one has. What is ordered there is ordered here.
 //
-// Where the copy engine fills a stage again there is no fence between it and the loads that emptied the stage: a fence makes what stores
-// wrote visible to the engine, and nobody stores there; what was loaded is in registers when its lane arrives. racecheck asks for one
-// since version 2026.4, and is given it.
+// Where the copy engine fills a stage again no fence stands between it and the loads that emptied the stage: what was loaded is in
+// registers when its lane arrives, and it is stores whose way to the engine a fence makes sure of. racecheck asks for one behind loads
+// too since version 2026.4, from those who loaded, and is given it.
 
 #pragma once
 
@@ -17,3 +17,8 @@
 #endif
 constexpr int ARRIVALS = SANITIZE ? 32 : 1;  // of a warp
 static __device__ __forceinline__ bool arrives(int lane) { return SANITIZE || lane == 0; }
+static __device__ __forceinline__ void fence_loads() {  // from a stage, before it is given back
+#if SANITIZE
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}

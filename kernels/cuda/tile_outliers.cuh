@@ -56,16 +56,8 @@ struct Filler {
     }
     // What was asked for LINES - 3 times before is there. That is soon enough: a line is asked for when its place is free, with next at
     // most 64 words into the line behind that, and looked at when next is within 63 words of it, at least 64 * (LINES - 2) - 62 words
-    // later; a time puts in no more than 64. racecheck warns of what is looked at behind such a wait, and behind one that leaves nothing
-    // on its way (its build) as well; why is not known.
-    FN void await() const { copies_commit(), copies_wait<SANITIZE ? 0 : LINES - 3>(), meet(); }
-    FN void meet() const {
-#if SANITIZE
-        meet_wait(10 + unit, 32);
-#else
-        __syncwarp();
-#endif
-    }
+    // later; a time puts in no more than 64.
+    FN void await() const { copies_commit(), copies_wait<LINES - 3>(), __syncwarp(); }
     FN void look() {
 #pragma unroll
         for (int pass = 0; pass < 2; pass++) words[pass] = ((const u32*)ring())[(next + 32 * pass + lane) % RING];
@@ -119,10 +111,11 @@ struct Filler {
         held[which][0] = words[0], held[which][1] = words[1];
 #pragma unroll 1
         while (more) {
+            __syncwarp();  // what was looked at may be in the line that is asked for
             ask(was), await(), look();
             was = next, more = put_in(which), crowded[which] = true;
         }
-        meet();
+        __syncwarp();
         if (arrives(lane)) barrier_arrive(barriers.sheet_full(unit / BLOCKS, which));
         ask(was), await(), look();
         number += NEXT_SHEET;

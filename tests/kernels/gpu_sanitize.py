@@ -1,7 +1,8 @@
 """Every CUDA kernel at small ragged shapes, to be run under compute-sanitizer: `make gpu-sanitize`.
 
 Arguments: widths of integers in bits, and sections (SECTIONS); all of them without any. With `racecheck` among them kernels are
-built so that this tool can follow who waits for whom (kernels/cuda/sanitize.cuh); memcheck runs them as they are.
+built so that this tool can follow who waits for whom (kernels/cuda/sanitize.cuh); memcheck runs them as they are. `2/5` is the
+second of five processes that share the matmuls of weights alone, since the tool needs seconds for each.
 
 Buffers come from the driver one by one (PYTORCH_NO_CUDA_MEMORY_CACHING), so that a byte beyond one of them is an error, and
 results are compared with a dense product, so that nothing passes by not running.
@@ -12,8 +13,9 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from tests.kernels.test_cuda_kept import GRIDS, layer_of, wanted_of
@@ -59,24 +61,24 @@ MANY_INT8 = ((128, 1, 1, 2), (64, 1, 1, 4), (256, 1, 2, 4))
 """As `cuda_int8.CUTS`."""
 SECTIONS = ("scales", "tables", "floats", "planes", "outliers", "kept", "rounded", "grouped", "blocks")
 RACECHECK = "racecheck"
-Case = tuple[str, cuda.Runner, int]
+Case = tuple[str, Callable[[], cuda.Runner], int]
 
 
 def cases(weight: TileWeight, every_cut: bool) -> Iterator[Case]:
-    """(what it is, the run, tokens) of each implementation that takes the weight; every cut of them where asked."""
+    """(what it is, what plans the run, tokens) of each implementation that takes the weight; every cut of them where asked."""
     dtype, capability = torch.bfloat16, torch.cuda.get_device_capability()
     for M in TOKENS:
         for found in cuda.implementations():
             if found.refuses(weight, M, dtype, capability) is None:
-                yield f"{found.name} M={M}", found.plan(weight, M, dtype), M
+                yield f"{found.name} M={M}", partial(found.plan, weight, M, dtype), M
     hopper = capability[0] == 9
     for few, M in itertools.product(FEW if every_cut else (), (3, 7, 16)):
         if fits(weight, few, M, capability, torch.cuda.get_device_properties(0).multi_processor_count):
-            yield f"{few}", FewPlan(weight, few, M, dtype), M
+            yield f"{few} M={M}", partial(FewPlan, weight, few, M, dtype), M
     for many in MANY if every_cut and hopper else ():
         config = deepest(weight, many)
         if config is not None:
-            yield f"{config}", Plan(weight, config, 70, dtype), 70
+            yield f"{config} M=70", partial(Plan, weight, config, 70, dtype), 70
 
 
 def weights(asked: list[str]) -> Iterator[tuple[str, TileWeight, bool]]:
@@ -133,7 +135,9 @@ def outliers() -> Iterator[tuple[str, TileWeight, bool]]:
 
 def main() -> int:
     """0 when every result is right."""
-    words = [word for word in sys.argv[1:] if word != RACECHECK]
+    shares = [word for word in sys.argv[1:] if "/" in word] or ["1/1"]
+    part, parts = map(int, shares[-1].split("/"))
+    words = [word for word in sys.argv[1:] if word != RACECHECK and word not in shares]
     asked = words or [*(str(bits) for bits in range(1, 9)), *SECTIONS]
     unknown = [word for word in asked if not word.isdigit() and word not in SECTIONS]
     if unknown:
@@ -145,18 +149,20 @@ def main() -> int:
     build = ["-DSANITIZE=1"] if RACECHECK in sys.argv else []
     nvrtc.OPTIONS = (*nvrtc.OPTIONS, "-lineinfo", *build)  # reports name lines
     wrong = count = 0
+    turn = itertools.cycle(range(1, parts + 1))
     for what, weight, every_cut in weights(asked):
         reference = dequantize(weight, torch.bfloat16)
-        for name, run, M in cases(weight, every_cut):
-            x = torch.randn(M, K, device="cuda").bfloat16()
+        for name, plan, M in cases(weight, every_cut):
+            if next(turn) != part:
+                continue
+            run, x = plan(), torch.randn(M, K, device="cuda").bfloat16()
             y = torch.full((M, weight.N), torch.nan, device="cuda", dtype=torch.bfloat16)
             run(x, None, y)
             wanted = (x @ reference.T).float()
             error = float((y.float() - wanted).norm() / wanted.norm())
             count += 1
-            if not error < 1e-2:
-                wrong += 1
-                print(f"{what}: {name} is off by {error:.2g}", flush=True)
+            print(f"{what}: {name}: relative error {error:.2g}", flush=True)  # behind what the tool says of it
+            wrong += not error < 1e-2
     for section, run_all in (("kept", kept), ("rounded", rounded), ("grouped", grouped), ("blocks", blocks)):
         if section in asked:
             found = run_all()
