@@ -54,7 +54,7 @@ gpu-test: .venv/.tools ## tests that need a CUDA device
 gpu-sanitize: .venv/.sanitizer ## the CUDA kernels under compute-sanitizer: memory errors, then races in shared memory
 	$(SANITIZE) --tool memcheck $(BIN)/python tests/kernels/gpu_sanitize.py
 	$(SANITIZE) --tool racecheck --show-backtrace no \
-	  $(BIN)/python tests/kernels/gpu_sanitize.py racecheck 3 4 8 scales tables floats planes outliers kept rounded grouped blocks
+	  $(BIN)/python tests/kernels/gpu_sanitize.py racecheck 3 4 8 scales tables floats planes outliers kept rounded grouped blocks others
 
 peer-test: .venv/.tools $(PEERS:%=.venv-peers/%/.made) ## other tools make checkpoints, each in its own environment; we read them
 	$(OFFLINE) OMP_NUM_THREADS=1 AEROGEL_PEERS=.venv-peers/made $(BIN)/python -m pytest -q -m peers

@@ -21,7 +21,13 @@ import torch
 from tests.kernels.test_cuda_kept import GRIDS, layer_of, wanted_of
 from tests.kernels.test_cuda_outliers import beside_of
 
+from aerogel.kernels.beside import cuda as cuda_beside
+from aerogel.kernels.beside import ref
+from aerogel.kernels.beside.choose import add
+from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.cuda import nvrtc
+from aerogel.kernels.entropy import cuda as entropy_cuda
+from aerogel.kernels.entropy import ref as entropy
 from aerogel.kernels.gemm import cuda, cuda_int8
 from aerogel.kernels.gemm.block_scales import unit_of_sums
 from aerogel.kernels.gemm.cuda_dense import dequantize
@@ -32,6 +38,7 @@ from aerogel.kernels.gemm.cuda_kept import KEPT, KeptOperand
 from aerogel.kernels.gemm.cuda_made import Gated, Normed
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_quantize import E4M3, INT8, ROUNDED, Quantizer
+from aerogel.kernels.gemm.cuda_spread import Spread, spread_out
 from aerogel.kernels.gemm.cuda_tune import random_numbers, random_planes, random_weight
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import Config, deepest
@@ -59,7 +66,7 @@ MANY = (
 )
 MANY_INT8 = ((128, 1, 1, 2), (64, 1, 1, 4), (256, 1, 2, 4))
 """As `cuda_int8.CUTS`."""
-SECTIONS = ("scales", "tables", "floats", "planes", "outliers", "kept", "rounded", "grouped", "blocks")
+SECTIONS = ("scales", "tables", "floats", "planes", "outliers", "kept", "rounded", "grouped", "blocks", "others")
 RACECHECK = "racecheck"
 Case = tuple[str, Callable[[], cuda.Runner], int]
 
@@ -163,7 +170,7 @@ def main() -> int:
             count += 1
             print(f"{what}: {name}: relative error {error:.2g}", flush=True)  # behind what the tool says of it
             wrong += not error < 1e-2
-    for section, run_all in (("kept", kept), ("rounded", rounded), ("grouped", grouped), ("blocks", blocks)):
+    for section, run_all in SINGLE.items():
         if section in asked:
             found = run_all()
             wrong += found
@@ -242,6 +249,27 @@ def blocks() -> int:
     return wrong
 
 
+def others() -> int:
+    """What is no matmul: outliers of any number of tokens, columns spread out, entropy codes: how many results are wrong."""
+    wrong, beside = 0, beside_of(N, K, device="cuda")
+    assert cuda_beside.takes(torch.empty(1, N, device="cuda").bfloat16(), torch.empty(1, K, device="cuda").bfloat16(), beside)
+    there = Beside(*(tensor if tensor is None else tensor.cpu() for tensor in beside.all()))
+    for M in (1, 3, 7, 16, 40):
+        x, y = torch.randn(M, K, device="cuda").bfloat16(), torch.randn(M, N, device="cuda").bfloat16()
+        wanted = ref.add(y.float().cpu(), x.float().cpu(), there)
+        wrong += not float((add(y, x, beside).float().cpu() - wanted).norm() / wanted.norm()) < 1e-2
+        spread = Spread(K=K, group=40, copies=2, columns=2048)
+        wrong += not torch.equal(spread_out(x, spread).cpu(), spread_out(x.cpu(), spread))
+    for count in (1, 257, 5000):
+        symbols = torch.randn(count).bfloat16().view(torch.int16).bitwise_right_shift(7).to(torch.uint8)
+        coded = entropy.encode(symbols)
+        coded = replace(coded, stream=coded.stream.cuda(), lengths=coded.lengths.cuda(), code=coded.code.cuda())
+        rest, numbers = torch.zeros_like(symbols, device="cuda"), torch.full((count,), torch.nan, device="cuda").bfloat16()
+        joined = entropy_cuda.decode_bfloat16(coded, rest, numbers).view(torch.int16).bitwise_right_shift(7).to(torch.uint8)
+        wrong += not (torch.equal(entropy_cuda.decode(coded).cpu(), symbols) and torch.equal(joined.cpu(), symbols))
+    return wrong
+
+
 def grouped() -> int:
     """Experts of ragged loads on Hopper: how many results are wrong."""
     if torch.cuda.get_device_capability()[0] != 9:
@@ -265,6 +293,9 @@ def grouped() -> int:
             wrong += not float((add_experts(y, place, share).float() - wanted).norm() / wanted.norm()) < 1e-2
     return wrong
 
+
+SINGLE = {"kept": kept, "rounded": rounded, "grouped": grouped, "blocks": blocks, "others": others}
+"""Sections that compare their own results."""
 
 if __name__ == "__main__":
     sys.exit(main())
