@@ -104,14 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
     if (OUTLIERS && tile == warp) {
       if constexpr (OUTLIERS_TURNED)
         for (int t = tile; t < p.k_tiles; t += WARPS) turn_tokens(outlier_place.x + t * 256, outlier_place.x_stride);
-      // racecheck does not see what an arrival without a wait orders: it then reports the sums that are written before barrier 2 and
-      // read behind it as a race, even where a barrier of the whole block stands between them, and no longer where this is a wait. That
-      // would be for the first copies of the outliers' warps, half a microsecond.
-#if SANITIZE
-      barrier_of(4, THREADS + OUTLIER_THREADS);
-#else
       arrive_at(4, THREADS + OUTLIER_THREADS);
-#endif
     }
     Tokens x;
     if constexpr (OUTLIERS)
