@@ -68,7 +68,7 @@ native-sanitize: .venv/.tools ## the tests of the CPU kernels under the address,
 	  ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_native_ops.py \
-	  tests/kernels/test_native_program.py tests/kernels/test_beside.py
+	  tests/kernels/test_native_program.py tests/kernels/test_beside.py tests/kernels/test_hadamard.py
 	$(PYTHON) kernels/native/build.py build/threads/libaerogel_native.so --sanitize-threads --machine portable
 	g++ -std=c++17 -O1 -g1 -fsanitize=thread -o build/threads/selftest tests/kernels/native_selftest.cpp \
 	  -Lbuild/threads -laerogel_native -Wl,-rpath,'$$ORIGIN' -lpthread

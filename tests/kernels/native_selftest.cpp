@@ -215,10 +215,47 @@ double own_error_of(int path, int bits, int64_t N, int64_t K, int64_t group, int
     return std::sqrt(wrong / all);
 }
 
+// A rotation of inputs in blocks: the largest error beside the largest number.
+double hadamard_error_of(int path, int64_t K, int64_t block, int64_t M) {
+    std::vector<float> x(static_cast<size_t>(M * K)), y(x.size());
+    std::vector<int8_t> signs(static_cast<size_t>(K));
+    for (float& each : x) each = uniform();
+    for (int8_t& each : signs) each = random_bits() % 2 ? 1 : -1;
+    const Hadamard arguments{x.data(), signs.data(), y.data(), M, K, block, kFloat32, 3};
+    aerogel_native_choose_among(1u << path);
+    const int32_t status = aerogel_native_hadamard(&arguments);
+    aerogel_native_choose_among(~0u);
+    if (status != kDone) return INFINITY;
+    double wrong = 0, most = 0;
+    for (int64_t at = 0; at < M * K; ++at) {
+        const int64_t first = at / block * block;
+        double sum = 0;
+        for (int64_t i = 0; i < block; ++i) {
+            const bool negative = __builtin_popcountll(static_cast<uint64_t>(i & (at - first))) % 2 != 0;
+            sum += (negative ? -1.0 : 1.0) * x[static_cast<size_t>(first + i)] * signs[static_cast<size_t>((first + i) % K)];
+        }
+        sum /= std::sqrt(static_cast<double>(block));
+        wrong = std::fmax(wrong, std::fabs(sum - y[static_cast<size_t>(at)])), most = std::fmax(most, std::fabs(sum));
+    }
+    return wrong / most;
+}
+
 }  // namespace
 
 int main() {
     int ran = 0, failed = 0;
+    for (int path = 0; path < 7; ++path) {
+        if (!(aerogel_native_able() >> path & 1)) continue;
+        for (int64_t block : {1, 2, 4, 8, 16, 32, 64, 128, 1024}) {
+            for (int64_t M : {1, 3, 40}) {
+                const double error = hadamard_error_of(path, block < 32 ? 5 * block : 3 * block, block, M);
+                ++ran;
+                if (error <= 1e-6) continue;
+                ++failed;
+                std::printf("path %d rotation in blocks of %d, M %d: %g\n", path, static_cast<int>(block), static_cast<int>(M), error);
+            }
+        }
+    }
     for (int path = 0; path < 7; ++path) {
         if (!(aerogel_native_able() >> path & 1)) continue;
         for (int bits = 1; bits <= 8; ++bits) {
