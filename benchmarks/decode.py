@@ -37,8 +37,11 @@ from aerogel.kernels.decode.loop import Decoder
 from aerogel.kernels.decode.merge import merge
 from aerogel.kernels.decode.trace import Program
 from aerogel.kernels.linear import Linear
+from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.pack.scheme import Scheme
 from aerogel.quantize.grids import IntGrid
+from aerogel.quantize.hadamard import random_signs
+from aerogel.quantize.rotation import Rotation
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -70,8 +73,8 @@ def dense(config: LlamaConfig, device: str) -> LlamaForCausalLM:
 
 
 def packed(config: LlamaConfig, device: str, kind: str, group: int | None, head_bits: int | None) -> LlamaForCausalLM:
-    """The same with random packed linears: `w4`, or with activations rounded to int8 `w4a8`. Only the embedding, the norms and
-    (without `head_bits`) the head are dense; activations of the head are never rounded."""
+    """The same with random packed linears: `w4`, with activations rounded to int8 `w4a8`, or in a rotated basis `w4h`. Only the
+    embedding, the norms and (without `head_bits`) the head are dense; inputs of the head are neither rounded nor rotated."""
     bits = int(kind[1])
     with torch.device("meta"):
         model = LlamaForCausalLM(config).eval()
@@ -82,8 +85,14 @@ def packed(config: LlamaConfig, device: str, kind: str, group: int | None, head_
         grid = IntGrid(bits=head_bits if head and head_bits else bits, group_size=group, scale_dtype=torch.bfloat16)
         rounded = kind.endswith("a8") and not head
         scheme = Scheme(format="pack-quantized", grid=grid, activations="int8" if rounded else "none")
-        layer = Linear(module.in_features, module.out_features, scheme, dtype=torch.bfloat16, device=device)
-        for key, buffer in layer.named_buffers():
+        sizes, options = (module.in_features, module.out_features, scheme), {"dtype": torch.bfloat16, "device": device}
+        if kind.endswith("h") and not head:
+            signs_K = random_signs(module.in_features, torch.Generator().manual_seed(module.in_features)).to(device, torch.int8)
+            rotation = Rotation(signs_K=signs_K, block_1=torch.tensor([64], dtype=torch.int32, device=device))
+            layer: Linear = SidecarLinear(*sizes, beside=rotation.tensors(), **options)
+        else:
+            layer = Linear(*sizes, **options)
+        for key, buffer in layer.named_buffers(recurse=False):
             if key == "weight_shape":
                 buffer.copy_(torch.tensor([module.out_features, module.in_features]))
             elif buffer.is_floating_point():
