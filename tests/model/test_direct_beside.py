@@ -20,7 +20,9 @@ from aerogel.eval.decode import facts
 from aerogel.kernels.decode.direct import Direct
 from aerogel.kernels.decode.loop import Decoder
 from aerogel.kernels.decode.merge_beside import MergedBeside
+from aerogel.kernels.embedding import PackedEmbedding
 from aerogel.kernels.native import library
+from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.model.compress import compress
 from aerogel.model.direct import NotDirect, load_to_decode
 from aerogel.model.direct import load as load_directly
@@ -71,6 +73,20 @@ def test_a_rotation_is_one_operation_for_linears_that_read_the_same_input(tmp_pa
         model: Any = decoder.model
         assert sum(facts(decoder)["kernels"].values()) == 4 * len(model.layers)
     assert counts[1] - counts[0] == 4 * len(model.layers)  # before q, k and v; the output; gate and up; down
+
+
+@pytest.mark.parametrize("name", ["outliers", "rotation"])
+def test_a_tied_head_has_them_too_and_its_embedding_is_in_the_model_s_basis(tmp_path: Path, name: str) -> None:
+    model = zoo.build("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "dense")
+    shared = {"method": "rtn", "bits": 8, "group_size": 16, **STAGES[name]}
+    head = {"quantize": {**shared, "targets": ["Embedding"], "ignore": []}}
+    compress(tmp_path / "dense", recipe(None, {"quantize": shared}, head), tmp_path / "out")
+    direct = load_directly(tmp_path / "out")
+    assert isinstance(direct.head, SidecarLinear) and isinstance(direct.embedding, PackedEmbedding)
+    assert steps(direct, "direct", PROMPTS) == steps(load(tmp_path / "out", merge=True), "fused", PROMPTS)
 
 
 def test_a_fresh_process_reads_them_without_transformers(tmp_path: Path) -> None:
