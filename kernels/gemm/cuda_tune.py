@@ -210,12 +210,12 @@ def candidates(weight: TileWeight, M: int, capability: tuple[int, int], multipro
 
 def shortlist(weight: TileWeight, M: int, capability: tuple[int, int], multiprocessors: int, name: str) -> list[Config]:
     """Of `candidates` those whose cut has won for some weight and as many tokens on the device `name`, up to forty; all
-    of them where none has."""
+    of them where none has. What has won beside outliers is tried there only."""
     few = M <= cuda_table.FEWEST
     won = {
         replace(Config(**entry["config"]), stages=0)
         for key, entry in cuda_table.table(name).items()
-        if (int(key.rpartition("/m")[2]) <= cuda_table.FEWEST) is few
+        if (int(key.rpartition("/m")[2]) <= cuda_table.FEWEST) is few and (weight.outliers is not None or key[:2] != "o/")
     }
     found = candidates(weight, M, capability, multiprocessors)
     return [config for config in found if replace(config, stages=0) in won] or found
@@ -234,7 +234,7 @@ def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
     then leaves the least room for sums."""
     C = weight.codes.shape[1]
     for row_tiles in (1, 2, 3, 4):
-        for k_warps in (4, 8, 16):
+        for k_warps in (4, 8, 12, 16):
             if k_warps <= C:
                 yield from _laid_out(weight, Config(ring=False, row_tiles=row_tiles, k_warps=k_warps))
     for row_tiles, (row_warps, k_warps), (cluster, share) in itertools.product(range(1, 9), _WARPS, _CLUSTERS):
