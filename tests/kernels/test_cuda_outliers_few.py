@@ -22,7 +22,8 @@ from aerogel.kernels.gemm.cuda_few import (
     outlier_tokens,
 )
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
-from aerogel.kernels.gemm.cuda_tune import random_weight
+from aerogel.kernels.gemm.cuda_table import config_for
+from aerogel.kernels.gemm.cuda_tune import measure, random_weight, with_outliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.pack import tiles
 from aerogel.quantize.outliers import Outliers
@@ -97,6 +98,16 @@ def test_wherever_few_outliers_are(which: str) -> None:
                     continue
                 same = [found[0].cpu()[~mask_NK[:, K // 2]].nan_to_num(0.5) for found in (other_MN, plain_MN)]
                 assert torch.equal(*same)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (6144, 4096), (28672, 4096), (57344, 8192), (4096, 14336), (8192, 28672)])
+def test_cuts_of_large_weights_do_not_spill(N: int, K: int) -> None:
+    """What runs fast without outliers may have no registers left beside the warps that add them, and takes twice the time."""
+    weight = with_outliers(random_weight(N, K, 4, 128, "cuda"))
+    for M in (1, 2, 4, 8):
+        if Few.refuses(weight, M, torch.bfloat16, torch.cuda.get_device_capability()) is None:
+            assert measure([weight], [config_for(weight, M)], M), M  # those that spill are left out, those that are wrong raise
 
 
 @pytest.mark.gpu
