@@ -114,17 +114,24 @@ struct Exact : FloatSums {
         return _mm512_mask_blend_epi8(upper, low, _mm512_permutex2var_epi8(d.part[4 * BYTE + 2], u, d.part[4 * BYTE + 3]));
     }
 
-    template <int BITS, Form FORM, int STEP>
+    // Keeps the compiler from one instruction of three operands, which takes the place of a product on Zen 4; two of two operands do not.
+    // Where one row leaves time for both, fewer are better.
+    static INLINE void apart(__m512i& bits) { asm("" : "+v"(bits)); }
+
+    template <int BITS, Form FORM, int STEP, int ROWS>
     static INLINE void weights(const Decoder& d, const uint8_t* tile, const U16& pick, Operand (&out)[kOperands]) {
         __m512i u;
         if constexpr (BITS == 4 || BITS <= 2) {
             // One limb: its neighbours are bits that an index leaves out.
             constexpr int kPer = 8 / BITS, kShift = BITS * (STEP % kPer);
             u = _mm512_srli_epi32(reinterpret_cast<__m512i>(load<U16>(tile + kVector * (STEP / kPer)).part[0]), kShift);
-            constexpr int kAndOr = 0xea;  // (a & b) | c
             if constexpr (FORM == kTables) {
-                u = _mm512_ternarylogic_epi32(u, _mm512_set1_epi8((1 << BITS) - 1), reinterpret_cast<__m512i>(pick.part[0]), kAndOr);
+                u = _mm512_and_si512(u, _mm512_set1_epi8((1 << BITS) - 1));
+                if constexpr (ROWS > 1) apart(u);
+                u = _mm512_or_si512(u, reinterpret_cast<__m512i>(pick.part[0]));
             }
+        } else if constexpr (BITS == 3) {
+            u = reinterpret_cast<__m512i>((FORM == kTables ? threes<STEP>(tile) | pick : threes<STEP>(tile)).part[0]);
         } else {
             u = reinterpret_cast<__m512i>((FORM == kTables ? quad<BITS, STEP>(tile) | pick : quad<BITS, STEP>(tile)).part[0]);
         }

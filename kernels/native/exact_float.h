@@ -78,7 +78,7 @@ struct Exact : NothingFolded, FloatSums {
     static constexpr bool kArithmetic = FORM == kTables && BITS > 4;
     // A lane's picked table is added to each code when it is alone in a lane.
     static constexpr uint32_t kPickedBytes = 1u;
-    template <int BITS, Form FORM, int STEP>
+    template <int BITS, Form FORM, int STEP, int ROWS>
     static INLINE void weights(const Decoder& d, const uint8_t* tile, const U16& pick, Operand (&out)[kOperands]) {
         const U16 u = quad<BITS, STEP>(tile);
         unroll<4>([&](auto j) ALWAYS {

@@ -38,7 +38,7 @@ struct Int8 : IntegersOnly {
     static constexpr int bias() {
         return kSigned && BITS == 8 ? 0 : 1 << (BITS - 1);  // 8-bit codes are moved before a signed product
     }
-    template <int BITS, Form FORM, int STEP>
+    template <int BITS, Form FORM, int STEP, int ROWS>
     static INLINE void weights(const Decoder&, const uint8_t* tile, const U16&, Operand (&out)[kOperands]) {
         out[0] = quad<BITS, STEP>(tile);
         if constexpr (kSigned && BITS == 8) unroll<kParts>([&](auto p) ALWAYS { out[0].part[p] ^= 0x80808080u; });

@@ -54,7 +54,7 @@ INLINE void accumulate(const typename P::Decoder& decoder, const uint8_t* const 
     unroll<COUNT>([&](auto step) ALWAYS {
         repeat<R>([&](int r) ALWAYS {
             typename P::Operand w[P::kOperands];
-            P::template weights<BITS, FORM, step>(decoder, codes[r], picks[r], w);
+            P::template weights<BITS, FORM, step, M>(decoder, codes[r], picks[r], w);
             unroll<P::kOperands>([&](auto o) ALWAYS {
                 constexpr int kNumber = step * P::kOperands + o, kChain = kNumber % CHAINS;
                 repeat<M>([&](int m) ALWAYS {

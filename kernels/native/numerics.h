@@ -28,6 +28,9 @@ enum Range { kNibbles, kBytes, kWide, kMoved };
 // its loops are compiled for, `form` of the weight's own.
 enum Form { kIntegers, kOneTable, kTables };
 
+// What `weights` of an arithmetic is told of the rows that its numbers meet where these are a panel's.
+constexpr int kRowsOfPanel = 16;
+
 // Bytes that hold whatever an arithmetic keeps of a weight's tables.
 constexpr int kDecoderBytes = 512;
 

@@ -59,6 +59,15 @@ INLINE OwnPairs own_eight(const uint8_t* x) {
 INLINE NativeF own_dot(const NativeF& sum, const OwnPairs& w, const OwnPairs& x) { return w.odd * x.odd + (w.even * x.even + sum); }
 #endif
 
+// The codes of a step of the rows of a part of a strip; bits 4 to 6 of a byte may be anything where lookups leave them out.
+template <int BITS, int STEP>
+INLINE NativeU own_codes(const uint8_t* tile, int part) {
+#if defined(__AVX2__)
+    if constexpr (BITS == 3) return threes<STEP>(tile).part[part];
+#endif
+    return quad<BITS, STEP>(tile).part[part];
+}
+
 // The low and high bytes of the numbers that a register of codes stands for, in tables of the rows of its part of a strip.
 template <int BITS>
 INLINE void own_bytes(const NativeU& code, int part, const uint8_t* table, NativeU& low, NativeU& high) {
@@ -73,7 +82,7 @@ INLINE void shared_bytes(const NativeU& code, const uint8_t* table, NativeU& low
 #if defined(__AVX512VBMI__)
     // All their bytes are in one register, or in half of it up to 3 bits.
     constexpr uint32_t kLast = (BITS == 4 ? 16u : 8u) * 0x01010101u;
-    const NativeU at = code | NativeU{0, 0, kLast, kLast, 0, 0, kLast, kLast, 0, 0, kLast, kLast, 0, 0, kLast, kLast};
+    const NativeU at = (BITS == 3 ? code & 0x07070707u : code) | NativeU{0, 0, kLast, kLast, 0, 0, kLast, kLast, 0, 0, kLast, kLast, 0, 0, kLast, kLast};
     __m512i all;
     if constexpr (BITS == 4) all = raw(load<U16>(table).part[0]);
     if constexpr (BITS <= 3) all = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
@@ -115,7 +124,7 @@ struct OwnStrips {
     INLINE void decode(int64_t tile, int part, NativeU (&w)[2][R]) const {
         const int64_t at = plan.group_at[tile * 8 + STEP] * kTableBytes;
         repeat<R>([&](int r) ALWAYS {
-            const NativeU code = quad<BITS, STEP>(codes[r] + tile * tile_bytes<BITS>()).part[part];
+            const NativeU code = own_codes<BITS, STEP>(codes[r] + tile * tile_bytes<BITS>(), part);
             NativeU low, high;
             if constexpr (SHARED) shared_bytes<BITS>(code, tables[r] + at, low, high);
             if constexpr (!SHARED) own_bytes<BITS>(code, part, tables[r] + at, low, high);
@@ -152,12 +161,17 @@ INLINE void own_runs(const OwnPlan& plan, int64_t first, const uint8_t* x, F16 (
     constexpr int kChains = R * M * kParts < 8 ? 4 / kParts + (kParts > 4) : 1;  // sums that take turns, to hide the latency of the product
     const OwnStrips<BITS, SHARED, R> from(plan, first);
     const int64_t strip_bytes = plan.tiles * tile_bytes<BITS>();
+    const int64_t tables_ahead = plan.groups * from.kTableBytes / plan.tiles * (kOwnAhead / tile_bytes<BITS>());
     F16 sum[M][R][kChains];
     repeat<M * R * kChains>([&](int i) ALWAYS { (&sum[0][0][0])[i] = zero_f(); });
     for (int64_t tile = 0; tile < plan.tiles; ++tile) {
         // Behind the end of a strip lies one of these; what is read next lies behind the last of them.
         const int64_t ahead = tile * tile_bytes<BITS>() + kOwnAhead, next = ahead < strip_bytes ? ahead : ahead + (R - 1) * strip_bytes;
         repeat<R>([&](int r) ALWAYS { repeat<BITS>([&](int line) ALWAYS { __builtin_prefetch(from.codes[r] + next + line * kVector); }); });
+        if (M == 1 && !SHARED && plan.groups > 1) {  // the lines of groups of 64 columns
+            const uint8_t* tables = from.tables[0] + plan.group_at[tile * 8] * from.kTableBytes + tables_ahead;
+            repeat<2>([&](int line) ALWAYS { __builtin_prefetch(tables + line * kVector); });
+        }
         unroll<8>([&](auto step) ALWAYS {
             own_step<BITS, SHARED, R, M, kChains, step>(from, tile, x, sum);
             x += M * kOwnStep;

@@ -38,7 +38,7 @@ struct Pairs : IntegersOnly, FloatSums {
         return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(entries)));
     }
 
-    template <int BITS, Form FORM, int STEP>
+    template <int BITS, Form FORM, int STEP, int ROWS>
     static INLINE void weights(const Decoder&, const uint8_t* tile, const U16&, Operand (&out)[kOperands]) {
         const U16 u = quad<BITS, STEP>(tile);
         const __m256i first = table<BITS, 0>(), second = table<BITS, 1>(), upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));

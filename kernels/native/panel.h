@@ -45,7 +45,7 @@ void decode(const Plan& plan, int64_t R, int64_t first_strip, int64_t first, int
                     if (P::kFolds && plan.folded) scale = factors_of(plan, strip, group, 0.0f).scale;
                     if constexpr (P::template signed_codes<BITS>()) offsets = byte_offsets(plan, strip, group, P::template bias<BITS, FORM>());
                 }
-                P::template weights<BITS, FORM, step>(decoder, codes, picks, w);
+                P::template weights<BITS, FORM, step, kRowsOfPanel>(decoder, codes, picks, w);
                 if constexpr (P::kFolds) {
                     if (plan.folded) unroll<P::kOperands>([&](auto o) ALWAYS { w[o] = P::scaled(w[o], scale); });
                 }
