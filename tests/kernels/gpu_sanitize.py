@@ -40,7 +40,7 @@ from aerogel.kernels.gemm.cuda_made import Gated, Normed
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_quantize import E4M3, INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_spread import Spread, spread_out
-from aerogel.kernels.gemm.cuda_tune import random_numbers, random_planes, random_weight
+from aerogel.kernels.gemm.cuda_tune import random_numbers, random_planes, random_weight, with_outliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import Config, deepest
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
@@ -244,17 +244,25 @@ def kept() -> int:
 
 
 def blocks() -> int:
-    """Tables over five row blocks of a block of threads, which lays those of rows out in two places in turn: how many results
-    are wrong."""
-    wrong, columns = 0, 256
+    """Weights of which a block of threads computes several parts in turn: tables, of which those of rows are laid out in two
+    places, and on Hopper sheets of outliers. How many results are wrong."""
+    plans: list[tuple[TileWeight, int, cuda.Runner]] = []
+    wrong, columns, dtype = 0, 256, torch.bfloat16
     rows = 5 * 16 * torch.cuda.get_device_properties(0).multi_processor_count
     few = FewConfig(ring=True, row_tiles=1, k_warps=2, stages=2)
     for (name, group, beside), M in itertools.product((("rows", 0, False), ("rows", 0, True), ("groups", 64, False)), (3, 16)):
-        config, weight = replace(few, beside=beside), random_numbers(rows, columns, name, group, "cuda")
-        x, y = torch.randn(M, columns, device="cuda").bfloat16(), torch.full((M, rows), torch.nan, device="cuda").bfloat16()
-        FewPlan(weight, config, M, torch.bfloat16)(x, None, y)
-        wanted = (x @ dequantize(weight, torch.bfloat16).T).float()
-        wrong += not float((y.float() - wanted).norm() / wanted.norm()) < 1e-2
+        weight = moved(random_numbers(rows, columns, name, group, "cpu"))
+        plans.append((weight, M, FewPlan(weight, replace(few, beside=beside), M, dtype)))
+    for many in (MANY[0], MANY[3]) if torch.cuda.get_device_capability()[0] == 9 else ():
+        weight = moved(with_outliers(random_weight(rows, columns, 4, 128, "cpu"), 0.02))
+        config = deepest(weight, many)
+        assert config is not None
+        plans.append((weight, 150, Plan(weight, config, 150, dtype)))
+    for weight, M, run in plans:
+        x, y = torch.randn(M, columns).bfloat16(), torch.full((M, rows), torch.nan).bfloat16().cuda()
+        run(x.cuda(), None, y)
+        wanted = x.float() @ dequantize(weight, dtype).cpu().float().T
+        wrong += not float((y.cpu().float() - wanted).norm() / wanted.norm()) < 1e-2
     return wrong
 
 
