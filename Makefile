@@ -50,7 +50,7 @@ gpu-test: .venv/.tools ## tests that need a CUDA device
 	$(OFFLINE) $(BIN)/python -m pytest -q -m gpu
 
 # The tool is that of CUDA 13.5 (2026.4), which pip brings. To 2025.3 whatever is written before a named barrier and read behind it is
-# a race where threads have arrived at another one without waiting.
+# a race where threads have arrived at another one without waiting. racecheck does not see copies by tensor maps (sanitize.cuh).
 gpu-sanitize: .venv/.sanitizer ## the CUDA kernels under compute-sanitizer: memory errors, then races in shared memory
 	$(SANITIZE) --tool memcheck $(BIN)/python tests/kernels/gpu_sanitize.py
 	$(SANITIZE) --tool racecheck --show-backtrace no \

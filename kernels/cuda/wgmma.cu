@@ -149,7 +149,6 @@ struct Consumer {
 
     FN void wait_weights() const { barrier_wait(barriers.w_full(w.slot), w.phase); }
     FN void release_weights() const {
-        fence_loads();
         __syncwarp();
         if (arrives(lane)) barrier_arrive(barriers.w_empty(w.slot));
     }
