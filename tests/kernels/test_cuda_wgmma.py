@@ -264,3 +264,13 @@ def test_cuts_of_tables_compile_without_spills(tables: int) -> None:
     for config in (config for M in (20, 60) for config in cuda_wgmma.candidates(weight, M) if config.warpgroups == 4):
         log = ptxas_log(defines(weight, config, torch.bfloat16))
         assert " 0 bytes spill stores" in log and "C75" not in log, (config, log)
+
+
+def test_no_more_registers_are_taken_than_a_block_begins_with() -> None:
+    """A warpgroup that asks for what is not there waits for ever."""
+    beside = ((1, 0, cuda_wgmma.REGISTERS), (1, 0, cuda_wgmma.REGISTERS_BESIDE))
+    for others, filler, cuts in (*beside, (2, cuda_wgmma.FILLER_REGISTERS, cuda_wgmma.REGISTERS_APART)):
+        for (warpgroups, resident), (producer, consumer) in cuts.items():
+            threads = 128 * (warpgroups + others)
+            begun = 65536 // (resident * threads) // 8 * 8 * threads
+            assert 128 * (producer + warpgroups * consumer + filler) <= begun, (warpgroups, resident, others)
