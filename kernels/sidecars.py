@@ -310,8 +310,9 @@ class SidecarLinear(Linear):
     @property
     def packed_bytes(self) -> int:
         """Bytes of codes and of what is stored beside them, as it was stored and as the kernel takes it."""
-        held = [tensor for product in self._products() for tensor in product.sidecar.tensors().values()]
-        return super().packed_bytes + sum(tensor.nbytes for tensor in (*held, *(self._laid or {}).values(), *self._tiles()))
+        stored = [tensor for product in self._products() for tensor in product.sidecar.tensors().values()]
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in (*stored, *(self._laid or {}).values(), *self._tiles())}
+        return super().packed_bytes + sum(held.values())
 
     def _tiles(self) -> list[Tensor]:
         tiles = self._stored().tiles

@@ -96,18 +96,33 @@ struct Results {
     }
     FN bool in_pieces() const { return p.N % 8 == 0 && p.y_stride % 8 == 0; }
 
+    // With ADDS 8 rows of a token join what y holds there.
+    FN uint4 added(const uint4& v, const u16* to) const {
+        if constexpr (!ADDS) return v;
+        const uint4 held = __ldcg((const uint4*)to);
+        const u32 here[4] = {v.x, v.y, v.z, v.w}, there[4] = {held.x, held.y, held.z, held.w};
+        u32 sum[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            sum[i] = pair_of(low_of(here[i]) + low_of(there[i]), low_of(here[i] >> 16) + low_of(there[i] >> 16));
+        return {sum[0], sum[1], sum[2], sum[3]};
+    }
+
     // They go to y, where there is such a token and there are such rows; the lane's token is `token` + `my_token`.
     FN void write(const uint4& v, int block, int token) const {
         if (at.token + token + my_token() >= at.end) return;
         u16* to = place_in_y(block, token);
         const int rows = p.N - my_row(block);
         if (in_pieces()) {
-            if (rows > 0) store_eight(to, v);
+            if (rows > 0) store_eight(to, added(v, to));
         } else {
             const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
             for (int e = 0; e < 8; e++)
-                if (e < rows) to[e] = (u16)(words[e / 2] >> (16 * (e % 2)));
+                if (e < rows) {
+                    const u16 sum = (u16)(words[e / 2] >> (16 * (e % 2)));
+                    to[e] = ADDS ? (u16)pair_of(low_of(sum) + low_of(__ldcg(to + e)), 0) : sum;
+                }
         }
     }
 
@@ -138,7 +153,7 @@ struct Results {
                 for (int i = 0; turn < TURNS && i < EACH; i++) pack(&acc[b][(first + 16 * i) / 2], first + 16 * i, rows, pairs[i]);
                 if (turn > 0 && whole) {
 #pragma unroll
-                    for (int i = 0; i < EACH; i++, to += step) store_eight(to, v[i]);
+                    for (int i = 0; i < EACH; i++, to += step) store_eight(to, added(v[i], to));
                 } else if (turn > 0) {
 #pragma unroll
                     for (int i = 0; i < EACH; i++) write(v[i], b, first - OUT_TOKENS + 16 * i);

@@ -21,6 +21,9 @@
 #ifndef KEPT
 #define KEPT 0
 #endif
+#ifndef ADDS
+#define ADDS 0  // 1: what y holds already is added to
+#endif
 #ifndef LINES
 #define LINES 0
 #endif

@@ -13,6 +13,9 @@ integer arithmetic.
 Up to `FEW_TOKENS` tokens, where rows are few, and before Hopper, memory decides and not the tensor cores: x is rounded to the
 same int8 values and multiplied in 16 bits by the weight-only kernels, without a second rounding of the weight.
 
+Sparse outliers meet x as it is. Their sums are the first to be in y, made beside the rounding of x, and any of these matmuls
+adds its product to what it finds there (on Hopper; elsewhere they are added behind it).
+
 Shape legend: M tokens, N out features, K in features, R row tiles, C k tiles, G groups along K.
 """
 
@@ -28,8 +31,10 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import RunFailed
+from aerogel.kernels import gpu_here
+from aerogel.kernels.beside import cuda as beside_cuda
 from aerogel.kernels.beside.ref import Beside
-from aerogel.kernels.gemm import cuda, cuda_few, cuda_few_plan, cuda_wgmma, cuda_wgmma_plan, cuda_wgmma_table
+from aerogel.kernels.gemm import cuda, cuda_dense, cuda_few, cuda_few_plan, cuda_wgmma, cuda_wgmma_plan, cuda_wgmma_table
 from aerogel.kernels.gemm.cuda_kept import KEPT, KeptOperand
 from aerogel.kernels.gemm.cuda_made import Made
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
@@ -56,6 +61,8 @@ CUTS = (
 )
 """(tokens, blocks of 64 rows of each warpgroup, blocks of a cluster that share x, steps at a time) that compile without spills
 and were the fastest at some size."""
+ADDED = ("added_start", "added_column", "added_value")
+"""Under which sparse outliers stand beside a layout's tensors, in the order of `Beside`."""
 
 Runner = Callable[..., None]
 
@@ -123,7 +130,8 @@ def many_tokens(
     kept: KeptOperand | None = None,
 ) -> Runner | None:
     """The integer matmul planned for M tokens; None where the device or the weight has none. It is called with (x_MK or what
-    makes it, bias_N or None, y_MN to be filled, and the scale of all tokens, float32 [1], where that is stored)."""
+    makes it, bias_N or None, y_MN to be filled, the scale of all tokens, float32 [1], where that is stored, and the
+    outliers where the weight `adds`)."""
     facts = torch.cuda.get_device_properties(weight.codes.device)
     if facts.major != 9:
         return None
@@ -134,12 +142,18 @@ def many_tokens(
 
     plan = Plan(weight, config, M, dtype, row_scale=r, kept=None if kept is None else kept.fragments)
     columns, keeps = 128 * weight.codes.shape[1], kept is not None
-    rounding = Quantizer(dtype=dtype, device=weight.codes.device, output=INT8, columns=columns, permuted=True, keeps=keeps)
+    rounding = Quantizer(
+        dtype=dtype, device=weight.codes.device, output=INT8, columns=columns, permuted=True, keeps=keeps, late=weight.adds
+    )
     which = None if kept is None else kept.columns
 
-    def run(x: Tensor | Made, bias_N: Tensor | None, y_MN: Tensor, fixed: Tensor | None = None) -> None:
+    def run(
+        x: Tensor | Made, bias_N: Tensor | None, y_MN: Tensor, fixed: Tensor | None = None, added: Beside | None = None
+    ) -> None:
         chosen_MC = None if which is None else y_MN.new_empty(M, which.columns)
         codes, scale_M = rounding(x, fixed, which, chosen_MC)
+        if added is not None and isinstance(x, Tensor):
+            beside_cuda.fill(y_MN, x, added)
         plan.launch(codes, scale_M, bias_N, y_MN, chosen=chosen_MC)
 
     return run
@@ -156,9 +170,18 @@ def some_tokens(weight: TileWeight, M: int, dtype: torch.dtype, kept: KeptOperan
     return cuda_wgmma_plan.Plan(weight, config, M, dtype, kept=kept.fragments)
 
 
+def adding_plan(weight: TileWeight, M: int, dtype: torch.dtype) -> cuda.Runner:
+    """The 16-bit matmul of a weight that `adds`; on Hopper."""
+    found = cuda.choose(weight, M, dtype, (9, 0))
+    if found is cuda_dense.Dense:
+        raise RunFailed("no packed kernel takes the weight, though integers without tables fit all of Hopper's")
+    return found.plan(weight, M, dtype)
+
+
 _plans: dict[tuple[object, ...], Runner | None] = {}
 _some_plans: dict[tuple[object, ...], cuda_wgmma_plan.Plan] = {}
 _few_plans: dict[tuple[object, ...], cuda_few_plan.Plan] = {}
+_added_plans: dict[tuple[object, ...], cuda.Runner] = {}
 
 
 def tiles_linear_int8(
@@ -172,31 +195,52 @@ def tiles_linear_int8(
     N: int,
     fixed: Tensor | None = None,
     kept: list[Tensor] | None = None,
+    outliers: list[Tensor] | None = None,
 ) -> Tensor:
     """`aerogel::tiles_linear_int8` on CUDA: x [M, K] bf16 or fp16, or the norm or gate that makes it and rounds it there, ->
     [M, N]; `row_scale` is that of `cuda_int8.row_scale`, `fixed` the scale of all tokens, float32 [1], where it is stored.
-    kept: the tensors of a `KeptOperand`."""
+    kept: the tensors of a `KeptOperand`. outliers: start, column and value as `Beside` has them, on Hopper; not with kept."""
     like = x if isinstance(x, Tensor) else x.x
     M, K = like.shape
     y = like.new_empty(M, N)
     if M == 0 or N == 0 or K == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand(M, N))
-    held_at = (None if tensor is None else tensor.data_ptr() for tensor in (codes, scale, zero, row_scale, *(kept or ())))
+    added = None if outliers is None else Beside(*outliers)
+    if added is not None:
+        x = (x if isinstance(x, Tensor) else x.settled()).contiguous()
+    given = (codes, scale, zero, row_scale, *(kept or ()), *(outliers or ()))
+    held_at = (None if tensor is None else tensor.data_ptr() for tensor in given)
     key = (*held_at, M, K, N, group_size, y.dtype, scale.dtype)
     operand = KeptOperand.given(kept)
+
+    def weight() -> TileWeight:
+        one = TileWeight(
+            codes=codes, scale=scale, zero=zero, table=None, pick=None, group_size=group_size, N=N, K=K, adds=added is not None
+        )  # fmt: skip
+        one.check()
+        return one
+
     with nullcontext() if y.get_device() == torch._C._cuda_getDevice() else torch.cuda.device(y.device):
         if M > FEW_TOKENS and key not in _plans:
-            held = TileWeight(codes=codes, scale=scale, zero=zero, table=None, pick=None, group_size=group_size, N=N, K=K)
-            held.check()
             if len(_plans) >= cuda.MOST_PLANS:
                 _plans.clear()
-            _plans[key] = many_tokens(held, row_scale, M, y.dtype, kept=operand)
+            _plans[key] = many_tokens(weight(), row_scale, M, y.dtype, kept=operand)
         runner = _plans.get(key)
         if runner is not None:
-            runner(x, bias, y, fixed)
+            runner(x, bias, y, fixed, added)
             return y
         columns = -(-K // 16) * 16
-        rounding = Quantizer(dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns, keeps=operand is not None)
+        keeps, late = operand is not None, added is not None
+        rounding = Quantizer(dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns, keeps=keeps, late=late)
+        if added is not None:
+            if key not in _added_plans:
+                if len(_added_plans) >= cuda.MOST_PLANS:
+                    _added_plans.clear()
+                _added_plans[key] = adding_plan(weight(), M, y.dtype)
+            rounded = rounding(x, fixed)[0]
+            beside_cuda.fill(y, x, added)  # type: ignore[arg-type]
+            _added_plans[key](rounded[:, :K].contiguous(), bias, y)
+            return y
         if operand is None:
             rounded = rounding(x, fixed)[0][:, :K].contiguous()
             return cuda.tiles_linear(rounded, codes, scale, zero, None, None, bias, group_size, N)
@@ -244,6 +288,7 @@ def _fake(
     N: int,
     fixed: Tensor | None = None,
     kept: list[Tensor] | None = None,
+    outliers: list[Tensor] | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], N)
 
@@ -251,7 +296,7 @@ def _fake(
 _library = torch.library.Library("aerogel", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "tiles_linear_int8(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor row_scale, Tensor? bias,"
-    " int group_size, int N, Tensor? fixed=None, Tensor[]? kept=None) -> Tensor",
+    " int group_size, int N, Tensor? fixed=None, Tensor[]? kept=None, Tensor[]? outliers=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("tiles_linear_int8", tiles_linear_int8, "CUDA")  # type: ignore[no-untyped-call]
@@ -282,9 +327,11 @@ class CudaInt8(Kernel):
 
     @staticmethod
     def lay_beside(beside: Beside, layout: Layout, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
-        """Kept columns; outliers want their inputs as they are, which only the weight-only kernels see."""
+        """Kept columns, or on Hopper sparse outliers."""
         kept = KeptOperand.of(beside, problem.N, problem.K, problem.dtype, place_K)
-        return None if kept is None else dict(zip(KEPT, kept.tensors(), strict=True))
+        if kept is not None:
+            return dict(zip(KEPT, kept.tensors(), strict=True))
+        return _lay_outliers(beside, problem, place_K)
 
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:
@@ -305,8 +352,21 @@ class CudaInt8(Kernel):
             problem.N,
             layout.get("input_scale"),
             [layout[name] for name in KEPT] if KEPT[0] in layout else None,
+            [layout[name] for name in ADDED] if ADDED[0] in layout else None,
         )
         return y_MN
+
+
+def _lay_outliers(beside: Beside, problem: Problem, place_K: Tensor | None) -> dict[str, Tensor] | None:
+    """As they are stored; None for what is not sparse outliers alone, and where they are added behind the matmul."""
+    start_N1, column_E, value_E = beside.start_N1, beside.column_E, beside.value_E
+    if start_N1 is None or column_E is None or value_E is None or beside.index_C is not None:
+        return None
+    capability = torch.cuda.get_device_capability(value_E.device)
+    if gpu_here.other_than_hopper(capability) or not beside_cuda.holds(problem.K, value_E.dtype, capability):
+        return None
+    column_E = column_E if place_K is None else place_K[column_E.long()].to(column_E.dtype)
+    return dict(zip(ADDED, (start_N1, column_E, value_E), strict=True))
 
 
 def _weight(layout: Layout, problem: Problem) -> TileWeight:

@@ -66,6 +66,7 @@ class TileWeight:
     factor: fp32 scalar that multiplies every scale, for scales of bytes; None for 1.
     outliers: weights that are added to what the codes say; None for none.
     kept: weights of columns beside the codes as fragments (`cuda_kept`), which have their own inputs; None for none.
+    adds: the product is added to what y holds, instead of written.
     """
 
     codes: Tensor
@@ -80,6 +81,7 @@ class TileWeight:
     factor: Tensor | None = None
     outliers: TileOutliers | None = None
     kept: Tensor | None = None
+    adds: bool = False
 
     @property
     def bits(self) -> int:

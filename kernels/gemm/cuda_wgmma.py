@@ -144,6 +144,7 @@ def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str,
         "OUTLIERS": int(weight.outliers is not None),
         "LINES": list_lines(config),
         **({"ROW_COPIES": config.copies} if by_rows(weight) else {}),
+        **({"ADDS": 1} if weight.adds else {}),
     }
 
 

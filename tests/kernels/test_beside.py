@@ -201,14 +201,23 @@ def test_what_stands_beside_tables_does_not_meet_rounded_inputs() -> None:
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
-@pytest.mark.parametrize("M", [1, 3, 5, 100])
-def test_the_cuda_source_compiles(M: int, capability: tuple[int, int]) -> None:
+@pytest.mark.parametrize("cut", cuda.SLICES, ids=str)
+def test_the_cuda_source_compiles(cut: tuple[int, int], capability: tuple[int, int]) -> None:
     try:
         compiler = nvrtc.compiler()
     except ImportError as error:
         pytest.skip(str(error))
-    found = cuda.macros(M, torch.bfloat16, torch.float16, torch.int16)
+    kinds = torch.bfloat16, torch.float16, torch.int32 if cut == (1, 1) else torch.int16
+    found = cuda.macros(cut, 4 // cut[1], *kinds, alone=capability == (9, 0))
     assert compiler.compile(cuda.SOURCE, sources.sources_of(cuda.SOURCE), found, capability)[:4] == b"\x7fELF"
+
+
+def test_blocks_take_as_many_tokens_as_fit() -> None:
+    """Few tokens take no more room than they need, long inputs leave room for fewer, and too long ones are refused."""
+    assert [cuda.slice_of(M, 4096, (9, 0)) for M in (1, 2, 3, 5, 9, 64)] == [(1, 1), (2, 1), (4, 1), (4, 2), (4, 4), (4, 4)]
+    assert cuda.slice_of(64, 8192, (9, 0)) == (4, 2) and cuda.slice_of(64, 4096, (8, 6)) == (4, 2)
+    assert cuda.slice_of(1, 200_000, (9, 0)) is None and not cuda.holds(200_000, torch.bfloat16, (9, 0))
+    assert [cuda.rows_of(N, 1, 132) for N in (28672, 8192, 4096)] == [4, 2, 1]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,112 @@
+"""Sparse outliers beside integers whose inputs are rounded to bytes, on the CUDA kernels: they meet the inputs as they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aerogel.kernels.cuda import nvrtc, sources
+from aerogel.kernels.gemm import cuda_few, cuda_int8, cuda_wgmma_plan
+from aerogel.kernels.gemm.cuda_quantize import ROUNDED, Quantizer
+from aerogel.kernels.gemm.cuda_quantize import macros as rounding_macros
+from aerogel.kernels.gemm.cuda_weight import TileWeight, tensors_of
+from aerogel.kernels.gemm.ref import quantize_int8
+from aerogel.kernels.sidecars import SidecarLinear
+from aerogel.quantize.codes import quantized
+from aerogel.quantize.grids import IntGrid
+from aerogel.quantize.outliers import Outliers
+
+GRIDS = [IntGrid(bits=8, scale_dtype=torch.bfloat16), IntGrid(bits=4, group_size=128, scale_dtype=torch.bfloat16)]
+
+
+def layer_of(grid: IntGrid, N: int, K: int, dtype: torch.dtype, bias: bool, device: str) -> tuple[SidecarLinear, Tensor]:
+    """A layer with 2 % of outliers, one row full of them and one without; the weight of the outliers alone, float64 [N, K]."""
+    random = torch.Generator().manual_seed(N)
+    mask_NK = torch.rand(N, K, generator=random) < 0.02
+    mask_NK[0], mask_NK[-1] = False, True
+    w_NK = torch.randn(N, K, generator=random)
+    outliers = Outliers.of(5 * w_NK, mask_NK)
+    codes = quantized(grid, w_NK.masked_fill(mask_NK, 0), grid.fit(w_NK))
+    bias_N = torch.randn(N, generator=random) if bias else None
+    layer = SidecarLinear.from_codes(codes, activations="int8", bias=bias_N, dtype=dtype).to(device)
+    layer.keep({name: tensor.to(device) for name, tensor in outliers.tensors().items()})
+    alone_NK = torch.zeros(N, K)
+    outliers.put(alone_NK)
+    return layer, alone_NK.double().to(device)
+
+
+def test_the_sources_that_add_compile() -> None:
+    try:
+        compiler = nvrtc.compiler()
+    except ImportError as error:
+        pytest.skip(str(error))
+    w_NK = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    layout: Any = tensors_of(quantized(GRIDS[0], w_NK, GRIDS[0].fit(w_NK)))
+    plain = TileWeight(
+        codes=layout["tile_codes"], scale=layout["tile_scale"], zero=None, table=None, pick=None, group_size=0, N=64, K=256
+    )  # fmt: skip
+    adding = replace(plain, adds=True)
+    few = cuda_few.default_config(adding, 16, (9, 0), 132)
+    many = cuda_int8.cut(adding, *cuda_int8.CUTS[0])
+    assert many is not None and "ADDS" not in cuda_few.defines(plain, few, 16, torch.bfloat16)
+    rounding = Quantizer(dtype=torch.bfloat16, device=torch.device("cuda"), output=ROUNDED, columns=256, late=True)
+    for source, macros in (
+        (f"{few.kernel}.cu", cuda_few.defines(adding, few, 16, torch.bfloat16)),
+        ("wgmma.cu", cuda_wgmma_plan.macros_of(adding, many, torch.bfloat16, int8=True)),
+        ("quantize.cu", rounding_macros(rounding, 256)),
+    ):
+        assert compiler.compile(source, sources.sources_of(source), macros, (9, 0))[:4] == b"\x7fELF"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_a_layer_on_a_gpu(grid: IntGrid, dtype: torch.dtype) -> None:
+    """Few tokens, many in whole and in ragged tiles, rows that end inside a piece of 16 bytes; the same bits every time."""
+    for N, K, bias in ((203, 584, True), (4096, 1024, False)):
+        layer, alone_NK = layer_of(grid, N, K, dtype, bias, "cuda")
+        assert layer.kernel_name == "cuda-int8" and layer._laid is not None and set(layer._laid) == set(cuda_int8.ADDED)
+        w_NK = layer.columns().codes.decode(torch.float64)
+        for M in (1, 2, 3, 8, 13, 16, 17, 40, 64, 96, 97, 300, 2048):
+            x_MK = torch.randn(M, K, generator=torch.Generator("cuda").manual_seed(M), device="cuda").to(dtype)
+            values, scale = quantize_int8(x_MK)
+            quiet = (values.double() * scale.double()) @ w_NK.T
+            wanted = quiet + x_MK.double() @ alone_NK.T + (0 if layer.bias is None else layer.bias.double())
+            found = layer(x_MK)
+            error = float((found.double() - wanted).norm())
+            assert error <= 6e-3 * float(wanted.norm()) + 1.2e-2 * float(quiet.norm()), (N, M, error / float(wanted.norm()))
+            assert all(torch.equal(layer(x_MK), found) for _ in range(3)), M
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_overlapping_replays_of_a_graph() -> None:
+    """Rounding, outliers and matmul begin before what is in front of them has ended; inputs change with every replay."""
+    N, K, M = 2048, 4096, 4
+    layer, _ = layer_of(GRIDS[0], N, K, torch.bfloat16, False, "cuda")
+    inputs = [torch.randn(M, K, generator=torch.Generator("cuda").manual_seed(i), device="cuda").bfloat16() for i in range(6)]
+    held = torch.empty_like(inputs[0])
+
+    def steps() -> Tensor:
+        found = layer(held * 2)
+        for _ in range(8):
+            found = layer((held * 2).add_(found.mean() * 0))
+        return found
+
+    wanted = []
+    for x_MK in inputs:
+        held.copy_(x_MK)
+        wanted.append(steps().clone())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = steps()
+    for _ in range(20):
+        for x_MK, one in zip(inputs, wanted, strict=True):
+            held.copy_(x_MK)
+            graph.replay()
+            assert torch.equal(out, one)
