@@ -14,7 +14,8 @@ nothing is rounded but the result. Float zero points and table numbers are round
 An integer becomes a float without a conversion instruction: its bits in the mantissa of 2^23, minus 2^23 + z. A small float
 becomes one by a shift: its exponent and mantissa where float32 has them are the number times 2^(its bias - 127), subnormals
 included. Scales may be bytes (`block_scales.py`), which become floats the same way; the weight's factor meets the sum of all.
-Tables are looked up in memory, where a 16-entry one is a single line of a cache.
+Tables of 16 are looked up in registers: each row's numbers lie there in pairs of 16 bits, and bits of the code choose among
+them. Larger ones, and those of float32 activations, are looked up in memory.
 
 Few rows leave a GPU idle, so K is also cut into SPLIT shares; they write float32 sums that a second kernel adds in order.
 There are no atomics: the same input gives the same bits.
@@ -101,6 +102,34 @@ def _scales(scale_ptr, at_N, SCALE: tl.constexpr):
 
 
 @triton.jit
+def _pair(at_N, i: tl.constexpr, dtype: tl.constexpr):
+    """Numbers 2i and 2i + 1 of a table for each row, rounded to 16 bits and side by side, uint32 [BN, 1]."""
+    low_N = tl.load(at_N + 2 * i).to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
+    high_N = tl.load(at_N + 2 * i + 1).to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return (low_N | (high_N << 16))[:, None]
+
+
+@triton.jit
+def _pairs(table_ptr, book_N, dtype: tl.constexpr):
+    """The eight pairs of a table of 16 for each row."""
+    at_N = table_ptr + book_N * 16
+    return (
+        _pair(at_N, 0, dtype), _pair(at_N, 1, dtype), _pair(at_N, 2, dtype), _pair(at_N, 3, dtype),
+        _pair(at_N, 4, dtype), _pair(at_N, 5, dtype), _pair(at_N, 6, dtype), _pair(at_N, 7, dtype),
+    )  # fmt: skip
+
+
+@triton.jit
+def _choose(u, pairs, dtype: tl.constexpr):
+    """Number u of a table of 16, which never leaves the registers: three choices by bits of u, a shift by the last."""
+    second, third, fourth = (u & 2) != 0, (u & 4) != 0, (u & 8) != 0
+    low = tl.where(third, tl.where(second, pairs[3], pairs[2]), tl.where(second, pairs[1], pairs[0]))
+    high = tl.where(third, tl.where(second, pairs[7], pairs[6]), tl.where(second, pairs[5], pairs[4]))
+    pair = tl.where(fourth, high, low)
+    return (pair >> ((u & 1) << 4)).to(tl.uint16).to(dtype, bitcast=True)
+
+
+@triton.jit
 def product(
     x_ptr, row_M, there_M, codes_ptr, scale_ptr, zero_ptr, table_ptr, pick_ptr, factor_ptr, n_N, first, last, K, C, G, ROWS,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, FLOATS: tl.constexpr,
@@ -117,12 +146,16 @@ def product(
     W1: tl.constexpr = 4 if BITS == 8 else ((BITS - W0) // 2 * 2 if BITS - W0 > 1 else BITS - W0)
     W2: tl.constexpr = BITS - W0 - W1
     RUN: tl.constexpr = 8 if GROUP % 128 == 0 else (4 if GROUP % 64 == 0 else (2 if GROUP % 32 == 0 else 1))
+    NUMBER: tl.constexpr = x_ptr.dtype.element_ty
+    CHOSEN: tl.constexpr = TABLE > 0 and BITS == 4 and NUMBER.primitive_bitwidth == 16
     lane = tl.arange(0, 16)
     n_N = tl.minimum(n_N, ROWS - 1)
     r_N = n_N % 16
     tile_N = (n_N // 16).to(tl.int64)
     x_row_M = row_M.to(tl.int64) * K
     total = tl.zeros((BN, BM), tl.float32)
+    if CHOSEN:
+        pairs = _pairs(table_ptr, n_N.to(tl.int64) if TABLE == 2 else n_N * 0, NUMBER)
     for tile in range(first, last):
         a = _words(codes_ptr, tile_N * C + tile, r_N, W0, 0, BITS)
         b = _words(codes_ptr, tile_N * C + tile, r_N, W1, 256 * W0, BITS) if W1 > 0 else a
@@ -137,14 +170,18 @@ def product(
                 book_N = n_N.to(tl.int64)
             elif TABLE == 3:
                 book_N = tl.load(pick_ptr + at_N).to(tl.int64)
+                if CHOSEN:
+                    pairs = _pairs(table_ptr, book_N, NUMBER)
             elif ZERO:
                 zero_N = tl.load(zero_ptr + at_N)
                 offset_N = zero_N.to(tl.float32) if zero_N.dtype.is_floating() else zero_N.to(tl.float32) + MAGIC_VALUE
             part = tl.zeros((BN, BM), tl.float32)
             for step in tl.static_range(RUN):
                 u = _code(a, b, c, run * RUN + step, W0, W1, W2)
-                if TABLE > 0:
-                    w = tl.load(table_ptr + book_N[:, None] * (1 << BITS) + u).to(tl.float32)
+                if CHOSEN:
+                    w = _choose(u, pairs, NUMBER)
+                elif TABLE > 0:
+                    w = tl.load(table_ptr + book_N[:, None] * (1 << BITS) + u)
                 elif FLOATS > 0:
                     w = _small_float(u, BITS, FLOATS)
                 else:
