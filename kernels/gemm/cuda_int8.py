@@ -93,7 +93,12 @@ def tiles_of(weight: TileWeight, config: Config, M: int) -> int:
 
 
 def microseconds(weight: TileWeight, config: Config, M: int, multiprocessors: int) -> float:
-    """Estimate of a launch's time, fitted on an H100 (8 % off as a rule): whole rounds of tiles, each of so many steps of 128
+    """Estimate of a launch's time: `microseconds_of_tiles`."""
+    return microseconds_of_tiles(weight, config, tiles_of(weight, config, M), multiprocessors)
+
+
+def microseconds_of_tiles(weight: TileWeight, config: Config, tiles: int, multiprocessors: int) -> float:
+    """Estimate of the time of so many blocks that have work, fitted on an H100 (8 % off as a rule): whole rounds of tiles, each of so many steps of 128
     columns.
 
     A step costs the tensor cores by rows and tokens and decoding by rows, which overlap a little; where a fragment serves one
@@ -103,7 +108,7 @@ def microseconds(weight: TileWeight, config: Config, M: int, multiprocessors: in
     work = (0.6 if weight.group_size == 0 else 1.0) * max(1, weight.bits.bit_count() if weight.bits < 8 else 1.5)
     tensor, decode = 1.17 * rows / 64 * config.tokens, 3.77 * rows * work
     step = math.pow(tensor**1.22 + decode**1.22, 1 / 1.22) + (185 if config.blocks == 1 else 0)
-    rounds = ceil_divide(tiles_of(weight, config, M), multiprocessors)
+    rounds = ceil_divide(tiles, multiprocessors)
     return rounds * (weight.codes.shape[1] * step + 0.27 * rows * config.tokens) / 1.7e3
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from aerogel.kernels.gemm import cuda_groups, cuda_int8, cuda_plane, cuda_planes, cuda_rounded
 from aerogel.kernels.gemm.cuda_around import AroundCuda
-from aerogel.kernels.gemm.cuda_quantize import rounded
 from aerogel.kernels.gemm.ref import round_input
 from aerogel.kernels.grouped.cuda_grouped import Cuda
 from aerogel.kernels.grouped.kernel import Routes
@@ -78,12 +78,22 @@ class CudaInt8(Cuda):
     def run(
         x_SK: Tensor, expert_S: Tensor, routes: Routes, layout: Layout, problem: Problem, bias_EN: Tensor | None = None
     ) -> Tensor:
-        """Rounded by one kernel, or with stored scales by torch's, then one call of the operator."""
+        """One call of an operator; with stored scales inputs are rounded by torch's, and multiplied in 16 bits."""
         if problem.activations == "int8":
-            x8_SK = rounded(x_SK)
-        else:
-            stored = of_rows(layout, CudaInt8.in_order(expert_S, routes))
-            x8_SK = round_input(x_SK.float(), problem, stored["input_scale"]).to(x_SK.dtype)
+            y_SN: Tensor = torch.ops.aerogel.grouped_tiles_linear_int8.default(
+                x_SK,
+                routes[2],
+                layout["tile_codes"],
+                layout["tile_scale"],
+                layout.get("tile_zero"),
+                layout["tile_row_scale"],
+                bias_EN,
+                problem.grid.group_size or 0,
+                problem.N,
+            )
+            return y_SN
+        stored = of_rows(layout, CudaInt8.in_order(expert_S, routes))
+        x8_SK = round_input(x_SK.float(), problem, stored["input_scale"]).to(x_SK.dtype)
         return Cuda.run(x8_SK, expert_S, routes, layout, problem, bias_EN)
 
 

@@ -23,17 +23,21 @@ from torch import Tensor
 
 from aerogel.errors import RunFailed
 from aerogel.kernels import gpu_here
-from aerogel.kernels.gemm import cuda, cuda_wgmma
+from aerogel.kernels.gemm import cuda, cuda_int8, cuda_quantize, cuda_wgmma
+from aerogel.kernels.gemm.cuda_quantize import INT8, Quantizer
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 from aerogel.kernels.gemm.cuda_wgmma import Config, ceil_divide, deepest, microseconds_of_tiles
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan, in_pieces
 from aerogel.kernels.grouped.cuda_routes import expected_runs, most_runs, run_tokens
 from aerogel.kernels.grouped.kernel import Grouped, Routes
 from aerogel.kernels.problem import Kernel, Layout, Problem
+from aerogel.pack import tiles
 from aerogel.quantize.tables import TableGrid
 
 SPLITS = (1, 2, 3, 4, 6)
 LEARNED_BITS = 4
+LEAST_INT8_RUN = 64
+"""Tokens of the shortest runs that are multiplied in integers."""
 CUTS = (*cuda_wgmma.CUTS, (160, 2, 1, 1), (192, 2, 1, 1))
 """As `cuda_wgmma.CUTS`, with runs that one would not choose for a single weight."""
 
@@ -44,8 +48,8 @@ def choose_config(weight: TileWeight, run: int, runs: int, chosen: int, multipro
     row_tiles, experts = ceil_divide(weight.N, 16), weight.codes.shape[0] // ceil_divide(weight.N, 16)
 
     def microseconds(config: Config) -> float:
-        tiles = ceil_divide(row_tiles, config.row_tiles) * runs
-        return microseconds_of_tiles(weight, config, tiles, weight.nbytes * chosen / experts, multiprocessors)
+        blocks = ceil_divide(row_tiles, config.row_tiles) * runs
+        return microseconds_of_tiles(weight, config, blocks, weight.nbytes * chosen / experts, multiprocessors)
 
     return min((config for split in SPLITS for config in cuts(weight, run, split)), key=microseconds, default=None)
 
@@ -60,7 +64,7 @@ def cuts(weight: TileWeight, run: int, split: int = 1) -> list[Config]:
         plain = Config(
             tokens=tokens, warpgroups=warpgroups, blocks=blocks, split=split, batch=batch, lead=lead, resident=resident
         )
-        fitting = (deepest(weight, replace(plain, w_tiles=tiles)) for tiles in (2, 1)) if tokens == run else ()
+        fitting = (deepest(weight, replace(plain, w_tiles=count)) for count in (2, 1)) if tokens == run else ()
         found += [config for config in fitting if config is not None][:1]
     return found
 
@@ -115,6 +119,22 @@ def below_each_other(weight: TileWeight) -> TileWeight:
     return replace(weight, **{name: tensor.flatten(0, 1) for name, tensor in stacked.items()})
 
 
+def planned_int8(weight: TileWeight, row_scale: Tensor, experts: int, pairs: int, dtype: torch.dtype) -> Plan | None:
+    """The integer matmul of so many pairs; None where 16 bits are faster: short runs, which memory decides."""
+    run, facts = run_tokens(pairs, experts), torch.cuda.get_device_properties(weight.codes.device)
+    runs, row_tiles = math.ceil(expected_runs(pairs, experts, run)), ceil_divide(weight.N, 16)
+    found = [cuda_int8.cut(weight, *numbers) for numbers in cuda_int8.CUTS if numbers[0] == run and numbers[2] == 1]
+
+    def microseconds(config: Config) -> float:
+        blocks = ceil_divide(row_tiles, config.row_tiles) * runs
+        return cuda_int8.microseconds_of_tiles(weight, config, blocks, facts.multi_processor_count)
+
+    config = min((config for config in found if config is not None), key=microseconds, default=None)
+    if config is None or run < LEAST_INT8_RUN:
+        return None
+    return Plan(weight, config, pairs, dtype, row_scale=row_scale, runs=most_runs(pairs, experts, run))
+
+
 def planned(weight: TileWeight, experts: int, pairs: int, dtype: torch.dtype, config: Config | None = None) -> Plan:
     """The matmul of so many pairs, cut as the estimate says unless `config` does. Raises `RunFailed` where nothing fits."""
     run = run_tokens(pairs, experts)
@@ -126,6 +146,61 @@ def planned(weight: TileWeight, experts: int, pairs: int, dtype: torch.dtype, co
     if config is None:
         raise RunFailed("no cut of the experts' weight fits the multiprocessor; such a weight must be refused, not planned")
     return Plan(weight, config, pairs, dtype, runs=most_runs(pairs, experts, run))
+
+
+_int8_plans: dict[tuple[object, ...], Plan | None] = {}
+
+
+def grouped_tiles_linear_int8(
+    x: Tensor,
+    runs: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    N: int,
+) -> Tensor:
+    """`aerogel::grouped_tiles_linear_int8` on CUDA: as `grouped_tiles_linear`, with x rounded to int8, a scale for each row.
+
+    Long runs are multiplied in integers, where weights with groups are rounded once more (`cuda_int8`); others in 16 bits.
+    row_scale: that of `cuda_int8.row_scale` for each expert, float32 [E, 16 R].
+    """
+    pairs, experts, K = x.shape[0], codes.shape[0], x.shape[1]
+    if pairs == 0 or N == 0:
+        return x.new_empty(pairs, N)
+    held = (codes, scale, zero, row_scale)
+    key = (*(0 if tensor is None else tensor.data_ptr() for tensor in held), pairs, experts, N, group_size, x.dtype)
+    with torch.cuda.device(x.device):
+        if key not in _int8_plans:
+            weight = TileWeight(codes=codes, scale=scale, zero=zero, table=None, pick=None, group_size=group_size, N=N, K=K)
+            if len(_int8_plans) >= cuda.MOST_PLANS:
+                _int8_plans.clear()
+            _int8_plans[key] = planned_int8(below_each_other(weight), row_scale, experts, pairs, x.dtype)
+        plan = _int8_plans[key]
+        if plan is None:
+            rounded_SK = cuda_quantize.rounded(x)
+            return grouped_tiles_linear(rounded_SK, runs, codes, scale, zero, None, None, bias, group_size, N)
+        y_SN, columns = x.new_empty(pairs, N), tiles.COLUMNS * codes.shape[2]
+        rounding = Quantizer(dtype=x.dtype, device=x.device, output=INT8, columns=columns, permuted=True)
+        x8_SK, scale_S = rounding(x)
+        plan.launch(x8_SK, scale_S, bias, y_SN, runs=runs)
+    return y_SN
+
+
+def _fake_int8(
+    x: Tensor,
+    runs: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    N: int,
+) -> Tensor:
+    return x.new_empty(x.shape[0], N)
 
 
 def _fake(
@@ -153,6 +228,13 @@ _library.define(  # type: ignore[no-untyped-call]
 )
 _library.impl("grouped_tiles_linear", grouped_tiles_linear, "CUDA")  # type: ignore[no-untyped-call]
 torch.library.register_fake("aerogel::grouped_tiles_linear", _fake, lib=_library)
+_library.define(  # type: ignore[no-untyped-call]
+    "grouped_tiles_linear_int8(Tensor x, Tensor runs, Tensor codes, Tensor scale, Tensor? zero, Tensor row_scale,"
+    " Tensor? bias, int group_size, int N) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("grouped_tiles_linear_int8", grouped_tiles_linear_int8, "CUDA")  # type: ignore[no-untyped-call]
+torch.library.register_fake("aerogel::grouped_tiles_linear_int8", _fake_int8, lib=_library)
 
 
 class Cuda(Grouped):
