@@ -43,7 +43,7 @@ from aerogel.quantize.columns import Columns
 from aerogel.quantize.formats.mx import Mx
 from aerogel.quantize.formats.nf4 import Nf4
 from aerogel.quantize.formats.nvfp4 import Nvfp4
-from aerogel.quantize.grids import Codes, IntGrid
+from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
 from aerogel.quantize.outliers import Outliers
 from aerogel.quantize.rows import Rows
 from aerogel.quantize.tables import TableGrid
@@ -51,14 +51,16 @@ from aerogel.quantize.tables import TableGrid
 Maker = Callable[[int, int, float, int, str], tuple[Linear, SidecarLinear]]
 CACHE = 96 << 20
 GRID = IntGrid(bits=4, group_size=128, scale_dtype=torch.bfloat16)
-FORMATS: dict[str, IntGrid | TableGrid] = {
+FORMATS: dict[str, IntGrid | TableGrid | Fp8Grid] = {
     "int4": GRID,
     "nf4": Nf4(group_size=64),
     "mxfp4": Mx(),
     "nvfp4": Nvfp4(),
     "w8a8": IntGrid(bits=8, scale_dtype=torch.bfloat16),
+    "fp8": Fp8Grid(scale_dtype=torch.bfloat16),
 }
-"""What outliers stand beside; `w8a8` rounds its inputs too."""
+ROUNDED: dict[str, Activations] = {"w8a8": "int8", "fp8": "fp8"}
+"""What outliers stand beside, and those that round their inputs too."""
 
 
 def codes_of(name: str, N: int, K: int, random: torch.Generator, device: str) -> Codes:
@@ -79,7 +81,7 @@ def pair(name: str, N: int, K: int, share: float, seed: int, device: str = "cpu"
     codes = codes_of(name, N, K, random, device)
     weight_NK = torch.randn(N, K, generator=random, device=device).bfloat16()  # as checkpoints have them
     outliers = Outliers.of(weight_NK, torch.rand(N, K, generator=random, device=device) < share)
-    activations: Activations = "int8" if name == "w8a8" else "none"
+    activations = ROUNDED.get(name, "none")
     kept = SidecarLinear.from_codes(codes, activations=activations, dtype=torch.bfloat16)
     kept.keep(outliers.tensors())
     return Linear.from_codes(codes, activations=activations, dtype=torch.bfloat16), kept

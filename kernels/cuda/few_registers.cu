@@ -45,6 +45,8 @@ INLINE void fetch_side(const Arguments& p, u32 slot, int first_tile, int tile) {
   if constexpr (PICK_BYTES) fetch_groups<PICK_BYTES>(p, slot + Side<1>::picks, p.pick, first_tile, first);
 }
 
+constexpr bool SHARES_X = OUTLIERS && !EXACT;  // outliers meet the inputs of the codes, which then stay
+
 struct Rows {  // where each row tile's codes begin, in this lane's eyes; rows beyond the last read the last
   const u8* codes[ROW_TILES];
 };
@@ -63,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
   const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, first_tile = blockIdx.x * ROW_TILES;
   const OutlierRoom outlier_place = outlier_room(p, shared + table_room(p.tables));
   const int table_bytes = table_room(p.tables) + outlier_bytes(p) + kept_bytes(p);  // and of what stands beside the codes
-  const int sides = OUTLIERS ? 0 : p.M * TOKEN_BYTES, slot_bytes = sides + ROW_TILES * Side<1>::bytes;
+  const int sides = SHARES_X ? 0 : p.M * TOKEN_BYTES, slot_bytes = sides + ROW_TILES * Side<1>::bytes;
   const u32 slots = shared_address(shared) + table_bytes + warp * 2 * slot_bytes;
   const Rows rows = rows_of(p, first_tile);
   KeptColumns kept(p, shared_address(shared) + table_room(p.tables) + outlier_bytes(p), 0, warp);
@@ -87,12 +89,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
   own_tables.load(shared_address(shared), 0);
   wait_for_previous_kernel();
   if constexpr (OUTLIERS)
-    for (int t = tile; t < p.k_tiles; t += WARPS) fetch_tokens(p, outlier_place.x + t * 256, t, outlier_place.x_stride);
-  else if (tile < p.k_tiles)
-    fetch_tokens(p, slots, tile);
+    for (int t = tile; t < p.k_tiles; t += WARPS) fetch_tokens(p, outlier_place.x + t * 256, t, outlier_place.x_stride, EXACT);
+  if (!SHARES_X && tile < p.k_tiles) fetch_tokens(p, slots, tile);
   if constexpr (KEPT) kept.begin();
   copies_commit();
-  if (!OUTLIERS && tile + WARPS < p.k_tiles) fetch_tokens(p, slots + slot_bytes, tile + WARPS);
+  if (!SHARES_X && tile + WARPS < p.k_tiles) fetch_tokens(p, slots + slot_bytes, tile + WARPS);
   copies_commit();
 
   float acc[ROW_TILES][TOKEN_TILES][4] = {};
@@ -107,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
       arrive_at(4, THREADS + OUTLIER_THREADS);
     }
     Tokens x;
-    if constexpr (OUTLIERS)
+    if constexpr (SHARES_X)
       load_tokens<OUTLIERS_TURNED>(outlier_place.x + tile * 256, outlier_place.x_stride, p.M, x);
     else
       load_tokens(slot, TOKEN_BYTES, p.M, x);
@@ -120,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
     __syncwarp();
     if (tile + 2 * WARPS < p.k_tiles) {
       fetch_side(p, slot + sides, first_tile, tile + 2 * WARPS);
-      if constexpr (!OUTLIERS) fetch_tokens(p, slot, tile + 2 * WARPS);
+      if constexpr (!SHARES_X) fetch_tokens(p, slot, tile + 2 * WARPS);
     }
     copies_commit();
     UNROLL for (int r = 0; r < ROW_TILES; r++) UNROLL for (int w = 0; w < WORDS; w++) words[r][w] = next[r][w];

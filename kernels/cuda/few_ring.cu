@@ -164,12 +164,13 @@ INLINE void fetch_first_tokens(const Arguments& p, const Share& share, const Roo
     for (int token = threadIdx.x >> 5; token < p.M; token += ALL_WARPS) fetch_stage_token(p, share, room, 0, 0, token);
 }
 
-// All inputs once more for outliers, which cannot wait until the last stage that x comes with is read.
+// All inputs once more for outliers, which cannot wait until the last stage that x comes with is read, or want others than the codes.
 INLINE void fetch_inputs_of_outliers(const Arguments& p, const Room& room, int token) {
   if (token == 0) mbarrier_expect(room.outliers.here, p.M * p.x_columns * 2);
   __syncwarp();
   if (token < p.M)
-    bulk_copy(room.outliers.x + token * room.outliers.x_stride, p.x + (size_t)token * p.x_stride, p.x_columns * 2, room.outliers.here);
+    bulk_copy(room.outliers.x + token * room.outliers.x_stride, (EXACT ? p.chosen : p.x) + (size_t)token * p.x_stride, p.x_columns * 2,
+              room.outliers.here);
 }
 
 INLINE void produce(const Arguments& p, const Share& share, const Room& room) {

@@ -62,7 +62,7 @@ struct Arguments {
   const int* outlier_start;  // [N + 1], and the outliers themselves: see outliers.cuh
   const u32* outlier;
   const uint4* kept;  // [row tiles][kept_steps][32 lanes], and the inputs of these columns, [M][16 * kept_steps]: see few_kept.cuh
-  const u16* chosen;
+  const u16* chosen;  // with EXACT those of outliers, as x
   int M, N, x_stride, x_columns, row_tiles, k_tiles, groups, tables, stages, kept_steps;
 };
 
@@ -110,10 +110,10 @@ struct Tokens {
 
 // The tokens' columns of one tile to shared memory, by one warp; zero beyond x.
 constexpr int TOKEN_BYTES = 256 + 16;  // of one token; 16 more: the eight rows of a matrix then lie in different banks
-INLINE void fetch_tokens(const Arguments& p, u32 slot, int tile, int stride = TOKEN_BYTES) {
+INLINE void fetch_tokens(const Arguments& p, u32 slot, int tile, int stride = TOKEN_BYTES, bool exact = false) {
   const int lane = threadIdx.x & 31, first = lane >> 4, column = tile * 128 + (lane & 15) * 8;  // half a warp for each token
   const int valid = WHOLE ? 16 : min(max((p.x_columns - column) * 2, 0), 16);
-  const u16* from = p.x + (size_t)first * p.x_stride + (valid ? column : 0);
+  const u16* from = (exact ? p.chosen : p.x) + (size_t)first * p.x_stride + (valid ? column : 0);
   const u32 to = slot + first * stride + (lane & 15) * 16;
   UNROLL for (int i = 0; i < TOKEN_TILES * 4; i++, from += 2 * p.x_stride)
     if (first + 2 * i < p.M) copy_async(to + 2 * i * stride, from, valid);

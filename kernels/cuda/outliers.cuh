@@ -22,6 +22,7 @@
 //
 // OUTLIERS: tokens that sums are kept for, 1, 2, 4, 8 or 16, at least M; 0 where a weight has no outliers.
 // OUTLIER_SHARE: 1 where few_ring shares the inputs; else they have a place of their own.
+// EXACT: 1 where codes meet rounded inputs and outliers others, as they were: up to 8 tokens.
 // OUTLIER_WARPS, OUTLIER_ROUNDS: how many warps, and rounds of each that are on their way (at most 8).
 
 #pragma once
@@ -32,6 +33,9 @@
 #define OUTLIER_SHARE 0
 #define OUTLIER_WARPS 0
 #define OUTLIER_ROUNDS 1
+#endif
+#ifndef EXACT
+#define EXACT 0
 #endif
 
 constexpr bool OUTLIERS_TURNED = OUTLIERS > 4;

@@ -138,9 +138,10 @@ def outlier_defines(weight: TileWeight, config: Config, M: int) -> dict[str, int
         return {}
     return {
         "OUTLIERS": outlier_tokens(M),
-        "OUTLIER_SHARE": int(shares_inputs(config)),
+        "OUTLIER_SHARE": int(shares_inputs(weight, config)),
         "OUTLIER_WARPS": outlier_warps(config, M),
         "OUTLIER_ROUNDS": outlier_rounds(config, M),
+        **({"EXACT": 1} if weight.exact else {}),
     }
 
 
@@ -149,9 +150,9 @@ def outlier_tokens(M: int) -> int:
     return next(most for most in OUTLIER_TOKENS if most >= M)
 
 
-def shares_inputs(config: Config) -> bool:
+def shares_inputs(weight: TileWeight, config: Config) -> bool:
     """Whether outliers take their inputs from where those of a ring stay; else they have a place of their own."""
-    return config.ring and config.x_resident and config.cluster == 1
+    return config.ring and config.x_resident and config.cluster == 1 and not weight.exact
 
 
 def x_rows(weight: TileWeight, M: int) -> int:
@@ -187,9 +188,9 @@ def outlier_bytes(weight: TileWeight, config: Config, M: int) -> int:
     if weight.outliers is None:
         return 0
     tokens = outlier_tokens(M)
-    inputs = 0 if shares_inputs(config) else ceil_divide(tokens * (weight.codes.shape[1] * 256 + 16), 128) * 128
+    inputs = 0 if shares_inputs(weight, config) else ceil_divide(tokens * (weight.codes.shape[1] * 256 + 16), 128) * 128
     rounds = outlier_warps(config, M) * outlier_rounds(config, M) * 2048
-    stages = ceil_divide(weight.codes.shape[1], config.k_warps) if shares_inputs(config) and M > LANE_TOKENS else 1
+    stages = ceil_divide(weight.codes.shape[1], config.k_warps) if shares_inputs(weight, config) and M > LANE_TOKENS else 1
     return ceil_divide(16 * stages, 128) * 128 + inputs + 2 * tokens * config.block_tiles * 16 * 4 + rounds
 
 
@@ -219,7 +220,7 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     partials = slices * M * (rows + 4) * 4
     tables = table_room(weight, config.block_tiles, config.row_copies) + made_room(weight, config.block_tiles * config.k_warps)
     if not config.ring:
-        tokens = 0 if weight.outliers is not None else M * 272
+        tokens = 0 if weight.outliers is not None and not weight.exact else M * 272
         slots = config.warps * 2 * (tokens + config.row_tiles * side_bytes(weight, 128))
         return (tables + 15) // 16 * 16 + beside_bytes(weight, config, M) + max(slots, partials)
     single = grid // config.cluster >= ceil_divide(weight.codes.shape[0], config.block_tiles)
@@ -231,7 +232,7 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     ring = config.stages * stage
     stages_each = ceil_divide(ceil_divide(k_tiles, config.k_warps), config.cluster)
     if config.x_resident:
-        ring += (x_rows(weight, M) if shares_inputs(config) else M) * (stages_each * config.k_warps * 256 + 16)
+        ring += (x_rows(weight, M) if shares_inputs(weight, config) else M) * (stages_each * config.k_warps * 256 + 16)
     elif not config.stages_hold_x:
         ring += config.warps * 2 * M * 272
     inbox = (M * rows * 4 + 127) // 128 * 128 if config.cluster > 1 else 0
@@ -261,7 +262,7 @@ def fits(weight: TileWeight, config: Config, M: int, capability: tuple[int, int]
         return False
     if config.beside and not (config.ring and config.cluster == 1 and by_rows(weight) and weight.outliers is None):
         return False
-    if weight.outliers is not None and M > 8 and (trades(config, M) or not shares_inputs(config)):
+    if weight.outliers is not None and M > 8 and (trades(config, M) or not shares_inputs(weight, config)):
         return False  # registers are all spoken for, or inputs are there twice
     grid = grid_of(weight, config, multiprocessors)
     resident = min(config.blocks, 2) if config.ring else 1

@@ -49,7 +49,7 @@ class Plan:
         R, C = weight.codes.shape[:2]
         whole_tiles = config.ring and (config.x_resident or config.stages_hold_x)
         self._columns = C * 128 if whole_tiles else -(-weight.K // 8) * 8
-        self._pad = self._columns - weight.K
+        self._pad, self.exact = self._columns - weight.K, weight.exact
         self._device, self._dtype, self._lock = device.index, dtype, threading.Lock()
         self._arguments: Any = Arguments(
             codes=weight.codes.data_ptr(),
@@ -82,10 +82,11 @@ class Plan:
         self._launch = Launch(self.function, self._arguments, early=(facts.major, facts.minor) >= (9, 0), **options)
 
     def __call__(self, x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor, chosen_MC: Tensor | None = None) -> None:
-        """Queues the kernel; `x_MK` is padded or copied where the loads need it. chosen_MC: inputs of kept columns."""
-        if self._pad or x_MK.data_ptr() % 16 or not x_MK.is_contiguous():
-            x_MK = torch.nn.functional.pad(x_MK, (0, self._pad)).contiguous()
-            x_MK = x_MK.clone() if x_MK.data_ptr() % 16 else x_MK
+        """Queues the kernel; `x_MK` is padded or copied where the loads need it. chosen_MC: inputs of kept columns, or of
+        outliers where these are `exact`."""
+        x_MK = self._in_pieces(x_MK)
+        if self.exact and chosen_MC is not None:
+            chosen_MC = self._in_pieces(chosen_MC)
         if bias_N is not None and (bias_N.dtype != self._dtype or not bias_N.is_contiguous()):
             bias_N = bias_N.to(self._dtype).contiguous()
         stream = torch._C._cuda_getCurrentRawStream(self._device)
@@ -97,3 +98,9 @@ class Plan:
             arguments.chosen = None if chosen_MC is None else chosen_MC.data_ptr()
             launch, self._first = self._first or self._launch, None
             launch(stream)
+
+    def _in_pieces(self, x_MK: Tensor) -> Tensor:
+        if self._pad or x_MK.data_ptr() % 16 or not x_MK.is_contiguous():
+            x_MK = torch.nn.functional.pad(x_MK, (0, self._pad)).contiguous()
+            x_MK = x_MK.clone() if x_MK.data_ptr() % 16 else x_MK
+        return x_MK

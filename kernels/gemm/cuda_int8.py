@@ -37,6 +37,8 @@ from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm import cuda, cuda_dense, cuda_few, cuda_few_plan, cuda_wgmma, cuda_wgmma_plan, cuda_wgmma_table
 from aerogel.kernels.gemm.cuda_kept import KEPT, KeptOperand
 from aerogel.kernels.gemm.cuda_made import Made
+from aerogel.kernels.gemm.cuda_outliers import NAMES as OUTLIERS
+from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_table import config_for
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, per_kind, tensors_of
@@ -61,8 +63,10 @@ CUTS = (
 )
 """(tokens, blocks of 64 rows of each warpgroup, blocks of a cluster that share x, steps at a time) that compile without spills
 and were the fastest at some size."""
-ADDED = ("added_start", "added_column", "added_value")
-"""Under which sparse outliers stand beside a layout's tensors, in the order of `Beside`."""
+ADDED = ("added_start", "added_column", "added_value", *OUTLIERS[:2])
+"""Under which sparse outliers stand beside a layout's tensors: as `Beside` has them, and by rows as `TileOutliers` has."""
+EXACT_TOKENS = 8
+"""For so many the matmul itself adds outliers, whose inputs it has beside the rounded ones."""
 
 Runner = Callable[..., None]
 
@@ -98,8 +102,8 @@ def microseconds(weight: TileWeight, config: Config, M: int, multiprocessors: in
 
 
 def microseconds_of_tiles(weight: TileWeight, config: Config, tiles: int, multiprocessors: int) -> float:
-    """Estimate of the time of so many blocks that have work, fitted on an H100 (8 % off as a rule): whole rounds of tiles, each of so many steps of 128
-    columns.
+    """Estimate of the time of so many blocks that have work, fitted on an H100 (8 % off as a rule): whole rounds of tiles, each
+    of so many steps of 128 columns.
 
     A step costs the tensor cores by rows and tokens and decoding by rows, which overlap a little; where a fragment serves one
     block of rows only, loads show.
@@ -175,6 +179,17 @@ def some_tokens(weight: TileWeight, M: int, dtype: torch.dtype, kept: KeptOperan
     return cuda_wgmma_plan.Plan(weight, config, M, dtype, kept=kept.fragments)
 
 
+def exact_plan(weight: TileWeight, by_rows: list[Tensor], M: int, dtype: torch.dtype) -> cuda_few_plan.Plan | None:
+    """The few-token matmul that adds outliers of inputs of their own; on Hopper. None for more tokens than it has room for."""
+    start_N1, by_row_E = by_rows
+    nowhere = start_N1[:0]  # sheets are for more tokens
+    outliers = TileOutliers(start_N1=start_N1, by_row_E=by_row_E, start_T1=nowhere, by_sheet_E=nowhere)
+    held = replace(weight, outliers=outliers, exact=True)
+    if min(EXACT_TOKENS, cuda_few.most_outlier_tokens(held, (9, 0))) < M:
+        return None
+    return cuda_few_plan.Plan(held, config_for(held, M), M, dtype)
+
+
 def adding_plan(weight: TileWeight, M: int, dtype: torch.dtype) -> cuda.Runner:
     """The 16-bit matmul of a weight that `adds`; on Hopper."""
     found = cuda.choose(weight, M, dtype, (9, 0))
@@ -186,7 +201,7 @@ def adding_plan(weight: TileWeight, M: int, dtype: torch.dtype) -> cuda.Runner:
 _plans: dict[tuple[object, ...], Runner | None] = {}
 _some_plans: dict[tuple[object, ...], cuda_wgmma_plan.Plan] = {}
 _few_plans: dict[tuple[object, ...], cuda_few_plan.Plan] = {}
-_added_plans: dict[tuple[object, ...], cuda.Runner] = {}
+_added_plans: dict[tuple[object, ...], cuda.Runner | cuda_few_plan.Plan] = {}
 
 
 def tiles_linear_int8(
@@ -204,13 +219,13 @@ def tiles_linear_int8(
 ) -> Tensor:
     """`aerogel::tiles_linear_int8` on CUDA: x [M, K] bf16 or fp16, or the norm or gate that makes it and rounds it there, ->
     [M, N]; `row_scale` is that of `cuda_int8.row_scale`, `fixed` the scale of all tokens, float32 [1], where it is stored.
-    kept: the tensors of a `KeptOperand`. outliers: start, column and value as `Beside` has them, on Hopper; not with kept."""
+    kept: the tensors of a `KeptOperand`. outliers: those of ADDED, on Hopper; not with kept."""
     like = x if isinstance(x, Tensor) else x.x
     M, K = like.shape
     y = like.new_empty(M, N)
     if M == 0 or N == 0 or K == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand(M, N))
-    added = None if outliers is None else Beside(*outliers)
+    added = None if outliers is None else Beside(*outliers[:3])
     if added is not None:
         x = (x if isinstance(x, Tensor) else x.settled()).contiguous()
     given = (codes, scale, zero, row_scale, *(kept or ()), *(outliers or ()))
@@ -218,9 +233,9 @@ def tiles_linear_int8(
     key = (*held_at, M, K, N, group_size, y.dtype, scale.dtype)
     operand = KeptOperand.given(kept)
 
-    def weight() -> TileWeight:
+    def weight(adds: bool = added is not None) -> TileWeight:
         one = TileWeight(
-            codes=codes, scale=scale, zero=zero, table=None, pick=None, group_size=group_size, N=N, K=K, adds=added is not None
+            codes=codes, scale=scale, zero=zero, table=None, pick=None, group_size=group_size, N=N, K=K, adds=adds
         )  # fmt: skip
         one.check()
         return one
@@ -235,16 +250,21 @@ def tiles_linear_int8(
             runner(x, bias, y, fixed, added)
             return y
         columns = -(-K // 16) * 16
-        keeps, late = operand is not None, added is not None
-        rounding = Quantizer(dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns, keeps=keeps, late=late)
-        if added is not None:
+        late = added is not None and M > EXACT_TOKENS
+        rounding = Quantizer(
+            dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns, keeps=operand is not None, late=late
+        )
+        if added is not None and outliers is not None and isinstance(x, Tensor):
             if key not in _added_plans:
                 if len(_added_plans) >= cuda.MOST_PLANS:
                     _added_plans.clear()
-                _added_plans[key] = adding_plan(weight(), M, y.dtype)
-            rounded = rounding(x, fixed)[0]
-            beside_cuda.fill(y, x, added)  # type: ignore[arg-type]
-            _added_plans[key](rounded[:, :K].contiguous(), bias, y)
+                _added_plans[key] = exact_plan(weight(False), outliers[3:], M, y.dtype) or adding_plan(weight(), M, y.dtype)
+            plan, rounded = _added_plans[key], rounding(x, fixed)[0]
+            if isinstance(plan, cuda_few_plan.Plan) and plan.exact:
+                plan(rounded[:, :K].contiguous(), bias, y, x)
+            else:
+                beside_cuda.fill(y, x, added)
+                plan(rounded[:, :K].contiguous(), bias, y)
             return y
         if operand is None:
             rounded = rounding(x, fixed)[0][:, :K].contiguous()
@@ -370,8 +390,11 @@ def _lay_outliers(beside: Beside, problem: Problem, place_K: Tensor | None) -> d
     capability = torch.cuda.get_device_capability(value_E.device)
     if gpu_here.other_than_hopper(capability) or not beside_cuda.holds(problem.K, value_E.dtype, capability):
         return None
+    laid = TileOutliers.of(beside, problem.N, problem.K, problem.dtype, place_K)
+    if laid is None:
+        return None
     column_E = column_E if place_K is None else place_K[column_E.long()].to(column_E.dtype)
-    return dict(zip(ADDED, (start_N1, column_E, value_E), strict=True))
+    return dict(zip(ADDED, (start_N1, column_E, value_E, laid.start_N1, laid.by_row_E), strict=True))
 
 
 def _weight(layout: Layout, problem: Problem) -> TileWeight:

@@ -67,6 +67,7 @@ class TileWeight:
     outliers: weights that are added to what the codes say; None for none.
     kept: weights of columns beside the codes as fragments (`cuda_kept`), which have their own inputs; None for none.
     adds: the product is added to what y holds, instead of written.
+    exact: outliers have inputs of their own, for up to 8 tokens; codes meet rounded ones.
     """
 
     codes: Tensor
@@ -82,6 +83,7 @@ class TileWeight:
     outliers: TileOutliers | None = None
     kept: Tensor | None = None
     adds: bool = False
+    exact: bool = False
 
     @property
     def bits(self) -> int:
@@ -116,7 +118,8 @@ class TileWeight:
         """All that a choice of kernels may depend on: shapes and types, not where the tensors lie."""
         held = (self.codes, self.scale, self.zero, self.table, self.pick)
         facts = (None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in held)
-        return (self.N, self.K, self.group_size, self.floats, self.outliers is not None, self.kept is not None, *facts)
+        beside = self.outliers is not None, self.exact, self.kept is not None
+        return (self.N, self.K, self.group_size, self.floats, *beside, *facts)
 
     def check(self) -> None:
         """Raises `BadInput` where shapes or dtypes contradict each other."""

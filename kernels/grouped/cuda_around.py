@@ -2,7 +2,8 @@
 
 What a kernel for one weight does before its product (`gemm/cuda_around.py`), it does to each row for itself: so it does to
 rows that are sorted by expert, and then the grouped product runs. Inputs that a checkpoint wants rounded, int8 or e4m3, are
-rounded to these numbers and multiplied in 16 bits, as the kernels for one weight do with few tokens.
+rounded to these numbers and multiplied in 16 bits, as the kernels for one weight do with few tokens; in long runs those in int8
+are multiplied in integers.
 
 Shape legend: E experts, S pairs of token and expert, N out features, K in features.
 """

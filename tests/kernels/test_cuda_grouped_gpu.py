@@ -19,7 +19,7 @@ from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import SOURCE, Config, defines
 from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
 from aerogel.kernels.grouped import cuda_grouped
-from aerogel.kernels.grouped.cuda_routes import RUNS, add_experts, most_runs, route_experts, spread_tokens
+from aerogel.kernels.grouped.cuda_routes import RUNS, add_experts, most_runs, route_experts, run_tokens, spread_tokens
 from aerogel.quantize.formats.bitmod import Bitmod
 from aerogel.quantize.formats.kmeans import KMeans
 from aerogel.quantize.formats.mx import Mx
@@ -171,6 +171,20 @@ def test_inputs_are_rounded_as_the_checkpoint_asks(activations: Any) -> None:
     assert (y.double() - wanted).norm() <= 6e-3 * wanted.norm()
     plain = wanted_of(layer, x, expert, None)
     assert (y.double() - plain).norm() > 6e-3 * plain.norm(), "inputs were not rounded"
+
+
+@pytest.mark.parametrize("grid", [IntGrid(bits=8), IntGrid(bits=4, group_size=32)], ids=str)
+@pytest.mark.parametrize(("tokens", "run"), [(200, 128), (340, 192), (1000, 256)])
+def test_long_runs_are_multiplied_in_integers(grid: IntGrid, tokens: int, run: int) -> None:
+    """As one weight is: exactly but for the last rounding, with groups to the second rounding of the weight; the same bits."""
+    layer = experts_of(grid, 6, 150, 256, torch.bfloat16, "cuda", "int8")
+    expert, x = routing(tokens, 3, 6, "cuda"), torch.randn(tokens, 256, device="cuda").bfloat16()
+    assert run_tokens(3 * tokens, 6) == run
+    y, wanted = product(layer, x, expert), rounded_of(layer, x, expert)
+    plans = cuda_grouped._int8_plans.values()
+    assert any(plan is not None and plan.config.tokens == run for plan in plans)
+    assert (y.double() - wanted).norm() <= (6e-3 if grid.group_size is None else 1.5e-2) * wanted.norm()
+    assert all(torch.equal(product(layer, x, expert), y) for _ in range(3))
 
 
 def test_rows_of_more_bits_join_their_rows() -> None:

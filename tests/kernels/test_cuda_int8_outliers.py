@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.cuda import nvrtc, sources
-from aerogel.kernels.gemm import cuda_few, cuda_int8, cuda_wgmma_plan
+from aerogel.kernels.gemm import cuda_few, cuda_few_plan, cuda_int8, cuda_wgmma_plan
+from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_quantize import ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_quantize import macros as rounding_macros
 from aerogel.kernels.gemm.cuda_weight import TileWeight, tensors_of
@@ -51,11 +52,17 @@ def test_the_sources_that_add_compile() -> None:
     )  # fmt: skip
     adding = replace(plain, adds=True)
     few = cuda_few.default_config(adding, 16, (9, 0), 132)
+    nothing = torch.empty(0, dtype=torch.int32)
+    outliers = TileOutliers(start_N1=nothing, by_row_E=nothing, start_T1=nothing, by_sheet_E=nothing)
+    exact = replace(plain, exact=True, outliers=outliers)
+    ring = cuda_few.Config(ring=True, row_tiles=1, k_warps=2, x_resident=True)
     many = cuda_int8.cut(adding, *cuda_int8.CUTS[0])
     assert many is not None and "ADDS" not in cuda_few.defines(plain, few, 16, torch.bfloat16)
     rounding = Quantizer(dtype=torch.bfloat16, device=torch.device("cuda"), output=ROUNDED, columns=256, late=True)
     for source, macros in (
         (f"{few.kernel}.cu", cuda_few.defines(adding, few, 16, torch.bfloat16)),
+        ("few_ring.cu", cuda_few.defines(exact, ring, 8, torch.bfloat16)),
+        ("few_registers.cu", cuda_few.defines(exact, replace(ring, ring=False, x_resident=False), 3, torch.bfloat16)),
         ("wgmma.cu", cuda_wgmma_plan.macros_of(adding, many, torch.bfloat16, int8=True)),
         ("quantize.cu", rounding_macros(rounding, 256)),
     ):
@@ -81,6 +88,42 @@ def test_a_layer_on_a_gpu(grid: IntGrid, dtype: torch.dtype) -> None:
             error = float((found.double() - wanted).norm())
             assert error <= 6e-3 * float(wanted.norm()) + 1.2e-2 * float(quiet.norm()), (N, M, error / float(wanted.norm()))
             assert all(torch.equal(layer(x_MK), found) for _ in range(3)), M
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_every_cut_for_few_tokens() -> None:
+    """Inputs of outliers beside those of codes, wherever the latter are: resident, with stages, by warps, shared, in registers."""
+    N, K, grid = 400, 1192, GRIDS[1]
+    layer, alone_NK = layer_of(grid, N, K, torch.bfloat16, False, "cuda")
+    laid, layout = layer._laid, layer.operands()
+    assert laid is not None
+    start_N1, by_row_E = (laid[name] for name in cuda_int8.ADDED[3:])
+    outliers = TileOutliers(start_N1=start_N1, by_row_E=by_row_E, start_T1=start_N1[:0], by_sheet_E=start_N1[:0])
+    weight = TileWeight(
+        codes=layout["tile_codes"], scale=layout["tile_scale"], zero=None, table=None, pick=None, group_size=128, N=N, K=K,
+        outliers=outliers, exact=True,
+    )  # fmt: skip
+    w_NK = layer.columns().codes.decode(torch.float64)
+    for M in (1, 2, 4, 5, 8):
+        x_MK, exact_MK = (torch.randn(M, K, generator=torch.Generator().manual_seed(M + i)).bfloat16().cuda() for i in (0, 100))
+        wanted_MN = x_MK.double() @ w_NK.T + exact_MK.double() @ alone_NK.T
+        for ring, row_tiles, row_warps, k_warps, resident, cluster, share in (
+            (True, 1, 1, 2, True, 1, 1),
+            (True, 2, 2, 4, False, 1, 1),
+            (True, 1, 1, 4, True, 2, 1),
+            (True, 2, 1, 4, False, 1, 2),
+            (False, 1, 1, 1, False, 1, 1),
+            (False, 2, 1, 16, False, 1, 1),
+        ):
+            config = cuda_few.Config(
+                ring=ring, row_tiles=row_tiles, row_warps=row_warps, k_warps=k_warps, x_resident=resident, cluster=cluster,
+                share=share, stages=2,
+            )  # fmt: skip
+            y_MN = torch.full((M, N), float("nan"), device="cuda", dtype=torch.bfloat16)
+            cuda_few_plan.Plan(weight, config, M, torch.bfloat16)(x_MK, None, y_MN, exact_MK)
+            error = float((y_MN.double() - wanted_MN).norm() / wanted_MN.norm())
+            assert error <= 3e-3, (M, config, error)
 
 
 @pytest.mark.gpu
