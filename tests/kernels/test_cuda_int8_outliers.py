@@ -93,7 +93,7 @@ def test_a_layer_on_a_gpu(grid: IntGrid, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @torch.no_grad()
 def test_every_cut_for_few_tokens() -> None:
-    """Inputs of outliers beside those of codes, wherever the latter are: resident, with stages, by warps, shared, in registers."""
+    """Inputs of outliers beside those of codes, wherever these are: resident, with stages, by warps, shared, in registers."""
     N, K, grid = 400, 1192, GRIDS[1]
     layer, alone_NK = layer_of(grid, N, K, torch.bfloat16, False, "cuda")
     laid, layout = layer._laid, layer.operands()
