@@ -69,9 +69,9 @@ def slice_of(M: int, K: int, capability: tuple[int, int]) -> tuple[int, int] | N
 
 
 def rows_of(N: int, slices: int, multiprocessors: int) -> int:
-    """Rows that a warp has at once: as many as leave work for most warps of a device that is shared by so many slices."""
+    """Rows that a warp has at once: as many as leave work for about half of the warps of a device that so many slices share."""
     seats = max(1, multiprocessors // slices) * WARPS
-    return next(rows for rows in (4, 2, 1) if rows == 1 or 3 * rows * seats <= 4 * N)
+    return next(rows for rows in (4, 2, 1) if rows == 1 or 4 * rows * seats <= 9 * N)
 
 
 def macros(
