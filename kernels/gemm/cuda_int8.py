@@ -13,8 +13,7 @@ integer arithmetic.
 Up to `FEW_TOKENS` tokens, where rows are few, and before Hopper, memory decides and not the tensor cores: x is rounded to the
 same int8 values and multiplied in 16 bits by the weight-only kernels, without a second rounding of the weight.
 
-Sparse outliers meet x as it is. Their sums are the first to be in y, made beside the rounding of x, and any of these matmuls
-adds its product to what it finds there (on Hopper; elsewhere they are added behind it).
+Sparse outliers meet x as it is: `cuda_added`, on Hopper; elsewhere they are added behind the matmul.
 
 Shape legend: M tokens, N out features, K in features, R row tiles, C k tiles, G groups along K.
 """
@@ -31,14 +30,11 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import RunFailed
-from aerogel.kernels import gpu_here
-from aerogel.kernels.beside import cuda as beside_cuda
 from aerogel.kernels.beside.ref import Beside
-from aerogel.kernels.gemm import cuda, cuda_dense, cuda_few, cuda_few_plan, cuda_wgmma, cuda_wgmma_plan, cuda_wgmma_table
+from aerogel.kernels.gemm import cuda, cuda_added, cuda_few, cuda_few_plan, cuda_wgmma, cuda_wgmma_plan, cuda_wgmma_table
+from aerogel.kernels.gemm.cuda_added import Added
 from aerogel.kernels.gemm.cuda_kept import KEPT, KeptOperand
 from aerogel.kernels.gemm.cuda_made import Made
-from aerogel.kernels.gemm.cuda_outliers import NAMES as OUTLIERS
-from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_table import config_for
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, per_kind, tensors_of
@@ -63,10 +59,6 @@ CUTS = (
 )
 """(tokens, blocks of 64 rows of each warpgroup, blocks of a cluster that share x, steps at a time) that compile without spills
 and were the fastest at some size."""
-ADDED = ("added_start", "added_column", "added_value", *OUTLIERS[:2])
-"""Under which sparse outliers stand beside a layout's tensors: as `Beside` has them, and by rows as `TileOutliers` has."""
-EXACT_TOKENS = 8
-"""For so many the matmul itself adds outliers, whose inputs it has beside the rounded ones."""
 
 Runner = Callable[..., None]
 
@@ -157,12 +149,12 @@ def many_tokens(
     which = None if kept is None else kept.columns
 
     def run(
-        x: Tensor | Made, bias_N: Tensor | None, y_MN: Tensor, fixed: Tensor | None = None, added: Beside | None = None
+        x: Tensor | Made, bias_N: Tensor | None, y_MN: Tensor, fixed: Tensor | None = None, added: Added | None = None
     ) -> None:
         chosen_MC = None if which is None else y_MN.new_empty(M, which.columns)
         codes, scale_M = rounding(x, fixed, which, chosen_MC)
         if added is not None and isinstance(x, Tensor):
-            beside_cuda.fill(y_MN, x, added)
+            added.fill(y_MN, x)
         plan.launch(codes, scale_M, bias_N, y_MN, chosen=chosen_MC)
 
     return run
@@ -179,29 +171,10 @@ def some_tokens(weight: TileWeight, M: int, dtype: torch.dtype, kept: KeptOperan
     return cuda_wgmma_plan.Plan(weight, config, M, dtype, kept=kept.fragments)
 
 
-def exact_plan(weight: TileWeight, by_rows: list[Tensor], M: int, dtype: torch.dtype) -> cuda_few_plan.Plan | None:
-    """The few-token matmul that adds outliers of inputs of their own; on Hopper. None for more tokens than it has room for."""
-    start_N1, by_row_E = by_rows
-    nowhere = start_N1[:0]  # sheets are for more tokens
-    outliers = TileOutliers(start_N1=start_N1, by_row_E=by_row_E, start_T1=nowhere, by_sheet_E=nowhere)
-    held = replace(weight, outliers=outliers, exact=True)
-    if min(EXACT_TOKENS, cuda_few.most_outlier_tokens(held, (9, 0))) < M:
-        return None
-    return cuda_few_plan.Plan(held, config_for(held, M), M, dtype)
-
-
-def adding_plan(weight: TileWeight, M: int, dtype: torch.dtype) -> cuda.Runner:
-    """The 16-bit matmul of a weight that `adds`; on Hopper."""
-    found = cuda.choose(weight, M, dtype, (9, 0))
-    if found is cuda_dense.Dense:
-        raise RunFailed("no packed kernel takes the weight, though integers without tables fit all of Hopper's")
-    return found.plan(weight, M, dtype)
-
-
 _plans: dict[tuple[object, ...], Runner | None] = {}
 _some_plans: dict[tuple[object, ...], cuda_wgmma_plan.Plan] = {}
 _few_plans: dict[tuple[object, ...], cuda_few_plan.Plan] = {}
-_added_plans: dict[tuple[object, ...], cuda.Runner | cuda_few_plan.Plan] = {}
+_added_plans: dict[tuple[object, ...], cuda_added.Product] = {}
 
 
 def tiles_linear_int8(
@@ -219,13 +192,13 @@ def tiles_linear_int8(
 ) -> Tensor:
     """`aerogel::tiles_linear_int8` on CUDA: x [M, K] bf16 or fp16, or the norm or gate that makes it and rounds it there, ->
     [M, N]; `row_scale` is that of `cuda_int8.row_scale`, `fixed` the scale of all tokens, float32 [1], where it is stored.
-    kept: the tensors of a `KeptOperand`. outliers: those of ADDED, on Hopper; not with kept."""
+    kept: the tensors of a `KeptOperand`. outliers: those of `cuda_added.Added`; not with kept."""
     like = x if isinstance(x, Tensor) else x.x
     M, K = like.shape
     y = like.new_empty(M, N)
     if M == 0 or N == 0 or K == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand(M, N))
-    added = None if outliers is None else Beside(*outliers[:3])
+    added = Added.given(outliers)
     if added is not None:
         x = (x if isinstance(x, Tensor) else x.settled()).contiguous()
     given = (codes, scale, zero, row_scale, *(kept or ()), *(outliers or ()))
@@ -233,7 +206,7 @@ def tiles_linear_int8(
     key = (*held_at, M, K, N, group_size, y.dtype, scale.dtype)
     operand = KeptOperand.given(kept)
 
-    def weight(adds: bool = added is not None) -> TileWeight:
+    def weight(adds: bool = False) -> TileWeight:
         one = TileWeight(
             codes=codes, scale=scale, zero=zero, table=None, pick=None, group_size=group_size, N=N, K=K, adds=adds
         )  # fmt: skip
@@ -244,28 +217,25 @@ def tiles_linear_int8(
         if M > FEW_TOKENS and key not in _plans:
             if len(_plans) >= cuda.MOST_PLANS:
                 _plans.clear()
-            _plans[key] = many_tokens(weight(), row_scale, M, y.dtype, kept=operand)
+            _plans[key] = many_tokens(weight(added is not None), row_scale, M, y.dtype, kept=operand)
         runner = _plans.get(key)
         if runner is not None:
             runner(x, bias, y, fixed, added)
             return y
         columns = -(-K // 16) * 16
-        late = added is not None and M > EXACT_TOKENS
-        rounding = Quantizer(
-            dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns, keeps=operand is not None, late=late
-        )
-        if added is not None and outliers is not None and isinstance(x, Tensor):
+        if added is not None and isinstance(x, Tensor):
             if key not in _added_plans:
                 if len(_added_plans) >= cuda.MOST_PLANS:
                     _added_plans.clear()
-                _added_plans[key] = exact_plan(weight(False), outliers[3:], M, y.dtype) or adding_plan(weight(), M, y.dtype)
-            plan, rounded = _added_plans[key], rounding(x, fixed)[0]
-            if isinstance(plan, cuda_few_plan.Plan) and plan.exact:
-                plan(rounded[:, :K].contiguous(), bias, y, x)
-            else:
-                beside_cuda.fill(y, x, added)
-                plan(rounded[:, :K].contiguous(), bias, y)
+                _added_plans[key] = cuda_added.product(weight(), added, M, y.dtype)
+            product = _added_plans[key]
+            rounding = Quantizer(dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns, late=not product.exact)
+            rounded = rounding(x, fixed)[0]
+            if not product.exact:
+                added.fill(y, x)
+            product(x, rounded[:, :K].contiguous(), bias, y)
             return y
+        rounding = Quantizer(dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns, keeps=operand is not None)
         if operand is None:
             rounded = rounding(x, fixed)[0][:, :K].contiguous()
             return cuda.tiles_linear(rounded, codes, scale, zero, None, None, bias, group_size, N)
@@ -356,7 +326,8 @@ class CudaInt8(Kernel):
         kept = KeptOperand.of(beside, problem.N, problem.K, problem.dtype, place_K)
         if kept is not None:
             return dict(zip(KEPT, kept.tensors(), strict=True))
-        return _lay_outliers(beside, problem, place_K)
+        added = Added.of(beside, problem, place_K)
+        return None if added is None else added.named()
 
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:
@@ -377,24 +348,9 @@ class CudaInt8(Kernel):
             problem.N,
             layout.get("input_scale"),
             [layout[name] for name in KEPT] if KEPT[0] in layout else None,
-            [layout[name] for name in ADDED] if ADDED[0] in layout else None,
+            Added.among(layout),
         )
         return y_MN
-
-
-def _lay_outliers(beside: Beside, problem: Problem, place_K: Tensor | None) -> dict[str, Tensor] | None:
-    """As they are stored; None for what is not sparse outliers alone, and where they are added behind the matmul."""
-    start_N1, column_E, value_E = beside.start_N1, beside.column_E, beside.value_E
-    if start_N1 is None or column_E is None or value_E is None or beside.index_C is not None:
-        return None
-    capability = torch.cuda.get_device_capability(value_E.device)
-    if gpu_here.other_than_hopper(capability) or not beside_cuda.holds(problem.K, value_E.dtype, capability):
-        return None
-    laid = TileOutliers.of(beside, problem.N, problem.K, problem.dtype, place_K)
-    if laid is None:
-        return None
-    column_E = column_E if place_K is None else place_K[column_E.long()].to(column_E.dtype)
-    return dict(zip(ADDED, (start_N1, column_E, value_E, laid.start_N1, laid.by_row_E), strict=True))
 
 
 def _weight(layout: Layout, problem: Problem) -> TileWeight:

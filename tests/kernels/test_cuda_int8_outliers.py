@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.cuda import nvrtc, sources
-from aerogel.kernels.gemm import cuda_few, cuda_few_plan, cuda_int8, cuda_wgmma_plan
+from aerogel.kernels.gemm import cuda_added, cuda_few, cuda_few_plan, cuda_int8, cuda_wgmma_plan
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_quantize import ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_quantize import macros as rounding_macros
@@ -74,10 +74,11 @@ def test_the_sources_that_add_compile() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_a_layer_on_a_gpu(grid: IntGrid, dtype: torch.dtype) -> None:
-    """Few tokens, many in whole and in ragged tiles, rows that end inside a piece of 16 bytes; the same bits every time."""
-    for N, K, bias in ((203, 584, True), (4096, 1024, False)):
+    """Few tokens, many in whole and in ragged tiles, rows that end inside a piece of 16 bytes, inputs that leave no room for eight
+    tokens; the same bits every time."""
+    for N, K, bias in ((203, 584, True), (4096, 1024, False), (48, 9000, False)):
         layer, alone_NK = layer_of(grid, N, K, dtype, bias, "cuda")
-        assert layer.kernel_name == "cuda-int8" and layer._laid is not None and set(layer._laid) == set(cuda_int8.ADDED)
+        assert layer.kernel_name == "cuda-int8" and layer._laid is not None and set(layer._laid) == set(cuda_added.NAMES)
         w_NK = layer.columns().codes.decode(torch.float64)
         for M in (1, 2, 3, 8, 13, 16, 17, 40, 64, 96, 97, 300, 2048):
             x_MK = torch.randn(M, K, generator=torch.Generator("cuda").manual_seed(M), device="cuda").to(dtype)
@@ -98,7 +99,7 @@ def test_every_cut_for_few_tokens() -> None:
     layer, alone_NK = layer_of(grid, N, K, torch.bfloat16, False, "cuda")
     laid, layout = layer._laid, layer.operands()
     assert laid is not None
-    start_N1, by_row_E = (laid[name] for name in cuda_int8.ADDED[3:])
+    start_N1, by_row_E = (laid[name] for name in cuda_added.NAMES[3:])
     outliers = TileOutliers(start_N1=start_N1, by_row_E=by_row_E, start_T1=start_N1[:0], by_sheet_E=start_N1[:0])
     weight = TileWeight(
         codes=layout["tile_codes"], scale=layout["tile_scale"], zero=None, table=None, pick=None, group_size=128, N=N, K=K,
