@@ -30,7 +30,8 @@ from aerogel.kernels.problem import Problem
 
 NAMES = ("added_start", "added_column", "added_value", "added_row_start", "added_by_row")
 """Under which the tensors of `Added` stand beside a layout's, in its order."""
-EXACT_TOKENS = 8
+EXACT_TOKENS, MOST_WARPS = 8, 8
+"""Tokens; and warps along K without a ring: with more, registers spill (4096 x 4096, 8 tokens: 12.6 us for 11.1)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +99,10 @@ def product(weight: TileWeight, added: Added, M: int, dtype: torch.dtype) -> Pro
     by_rows = TileOutliers(start_N1=added.row_start_N1, by_row_E=added.by_row_E, start_T1=nowhere, by_sheet_E=nowhere)
     exact = replace(weight, outliers=by_rows, exact=True)
     if min(EXACT_TOKENS, cuda_few.most_outlier_tokens(exact, (9, 0))) >= M:
-        return Product(cuda_few_plan.Plan(exact, config_for(exact, M), M, dtype), exact=True)
+        config = config_for(exact, M)
+        if not config.ring:
+            config = replace(config, k_warps=min(config.k_warps, MOST_WARPS))
+        return Product(cuda_few_plan.Plan(exact, config, M, dtype), exact=True)
     adding = replace(weight, adds=True)
     found = cuda.choose(adding, M, dtype, (9, 0))
     if found is cuda_dense.Dense:

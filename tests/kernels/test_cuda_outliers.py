@@ -301,7 +301,7 @@ def test_kept_columns_alone_and_compiled() -> None:
 
 @pytest.mark.gpu
 def test_beside_rounded_inputs() -> None:
-    """Outliers meet inputs as they are, after a product that rounds them."""
+    """Outliers meet inputs as they are, beside a product that rounds them."""
     N, K = 72, 200
     w_NK = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
     codes = quantized(IntGrid(bits=8), w_NK, IntGrid(bits=8).fit(w_NK))
@@ -309,7 +309,7 @@ def test_beside_rounded_inputs() -> None:
     layer = SidecarLinear.from_codes(codes, activations="int8", dtype=torch.bfloat16).cuda()
     beside = beside_of(N, K, device="cuda", kinds="o")
     layer.keep(Outliers(start_N1=beside.start_N1, column_E=beside.column_E, value_E=beside.value_E).tensors())  # type: ignore[arg-type]
-    assert layer.kernel_name == "cuda-int8" and layer._laid is None
+    assert layer.kernel_name == "cuda-int8" and layer._laid is not None
     for M in (1, 3, 16, 40):
         x_MK = torch.randn(M, K, generator=torch.Generator("cuda").manual_seed(M), device="cuda").bfloat16()
         added = x_MK.double().cpu() @ dense_of(beside_of(N, K, kinds="o"), N, K).T
