@@ -74,8 +74,8 @@ def test_the_sources_that_add_compile() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_a_layer_on_a_gpu(grid: IntGrid, dtype: torch.dtype) -> None:
-    """Few tokens, many in whole and in ragged tiles, rows that end inside a piece of 16 bytes, inputs too long for 8 tokens; the
-    same bits every time."""
+    """Few tokens, many in whole and in ragged tiles, rows that end inside a piece of 16 bytes, long inputs; the same
+    bits every time."""
     for N, K, bias in ((203, 584, True), (4096, 1024, False), (48, 9000, False)):
         layer, alone_NK = layer_of(grid, N, K, dtype, bias, "cuda")
         assert layer.kernel_name == "cuda-int8" and layer._laid is not None and set(layer._laid) == set(cuda_added.NAMES)
