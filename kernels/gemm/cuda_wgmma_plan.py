@@ -117,7 +117,7 @@ class Plan:
         self._element = self._sixteen if row_scale is None else "uint8"
         self._weight, self._dtype, self._device, self._lock = weight, dtype, device.index, threading.Lock()
         self._table = None if weight.table is None else weight.table.to(dtype).contiguous()  # kept alive with the plan
-        self._maps: dict[tuple[int, str], bytes] = {}
+        self._maps: dict[tuple[int, str, int], bytes] = {}
         R, C = ceil_divide(weight.N, 16), weight.codes.shape[1]
         beside = weight.zero if weight.zero is not None else weight.pick
         self._arguments: Any = Arguments(
@@ -180,23 +180,22 @@ class Plan:
             launch(stream)
 
     def _map_of(self, x_MK: Tensor, element: str) -> bytes:
-        address = x_MK.data_ptr()
-        found = self._maps.get((address, element))
+        key = address, _, columns = x_MK.data_ptr(), element, x_MK.shape[1]  # memory is used again for other widths
+        found = self._maps.get(key)
         if found is None:
             if len(self._maps) >= MOST_MAPS:
                 self._maps.clear()
-            M, columns = x_MK.shape
             found = Matrix(
                 address=address,
                 element=element,
-                rows=M,
+                rows=len(x_MK),
                 columns=columns,
                 row_bytes=x_MK.element_size() * columns,
                 box_rows=self.config.tokens // self.config.share,
                 box_columns=128 // x_MK.element_size(),
                 swizzle=128,
             ).encode()
-            self._maps[address, element] = found
+            self._maps[key] = found
         return found
 
     def _place(self, name: str, encoded: bytes) -> None:

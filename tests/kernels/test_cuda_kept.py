@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.cuda import nvrtc, sources
+from aerogel.kernels.gemm import cuda_wgmma_plan
 from aerogel.kernels.gemm.cuda_few import Config
 from aerogel.kernels.gemm.cuda_few_plan import Plan
 from aerogel.kernels.gemm.cuda_int8 import CUTS, cut
@@ -71,6 +73,23 @@ def test_the_sources_compile(output: int) -> None:
     assert config is not None
     macros = defines(weight, config, torch.bfloat16) | {"INT8": 1, "EXPERTS": 0, "KEPT": 1}
     assert compiler.compile("wgmma.cu", sources.sources_of("wgmma.cu"), macros, (9, 0))[:4] == b"\x7fELF"
+
+
+def test_a_map_is_of_a_width_not_only_of_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs and those of kept columns come to lie where the other ones were."""
+    made: list[Any] = []
+    monkeypatch.setattr(cuda_wgmma_plan, "Matrix", lambda **given: SimpleNamespace(encode=lambda: made.append(given) or b"map"))
+    plan = object.__new__(cuda_wgmma_plan.Plan)
+    plan.config, plan._maps = cut_of(64), {}
+    place = torch.zeros(64 * 256, dtype=torch.float16)
+    for columns in (256, 32, 256, 32):
+        plan._map_of(place[: 64 * columns].reshape(64, columns), "float16")
+    assert [given["columns"] for given in made] == [256, 32]
+
+
+def cut_of(tokens: int) -> Any:
+    """As far as a map of inputs depends on a cut."""
+    return SimpleNamespace(tokens=tokens, share=1)
 
 
 def weight_of(grid: IntGrid, N: int, K: int, kept: Tensor | None = None) -> Codes:
