@@ -37,7 +37,7 @@ from aerogel.quantize.tables import TableGrid
 SPLITS = (1, 2, 3, 4, 6)
 LEARNED_BITS = 4
 LEAST_INT8_RUN = 96
-"""Tokens of the shortest runs that are multiplied in integers: on an H200 0.78 of the time of 16 bits; memory decides the shorter."""
+"""Tokens of the shortest runs multiplied in integers: on an H200 0.78 of the time of 16 bits. Memory decides shorter ones."""
 CUTS = (*cuda_wgmma.CUTS, (160, 2, 1, 1), (192, 2, 1, 1))
 """As `cuda_wgmma.CUTS`, with runs that one would not choose for a single weight."""
 
