@@ -55,7 +55,7 @@ INLINE Share share_of(const Arguments& p) {
   // As many as the cluster's first block: those that share x take turns together, if need be without rows.
   s.row_blocks = (all_blocks - s.row_start / X_SHARE * X_SHARE + s.row_step - 1) / s.row_step;
   s.readers = X_IN_STAGE || s.stages > p.stages ? X_SHARE : 1;
-  s.rotation = OUTLIERS || s.stages == 0 ? 0 : s.row_start / X_SHARE % s.stages;  // outliers wait for x in its order
+  s.rotation = OUTLIERS_TURNED || s.stages == 0 ? 0 : s.row_start / X_SHARE % s.stages;  // inputs are turned in their order
   return s;
 }
 

@@ -13,12 +13,17 @@
 // here. Rows are filled up to quads with 0 times a column of zeros behind the last input; so are rounds that have nothing for a lane.
 // Every sum has a fixed order.
 //
-// Up to 4 tokens each lane looks up the inputs of its own quads, number by number, and a row's lanes add up. For more tokens those
-// would be too many look-ups, and the inputs are turned (turn_tokens): of every 8 tokens x 8 columns the first row becomes the first
-// column, so that the 8 numbers of a column lie side by side, where those of one token did. That is a row of the matrices that
-// ldmatrix loads, each from wherever it is told: so 16 outliers and the columns that they want are a matrix product, rows x tokens,
-// whose left factor has one number in a column. What is not finite in a column then makes the sums of three other rows NaN as well,
-// for that token; these are not finite anyway, since the codes of every row meet the same column.
+// Up to 4 tokens each lane looks up the inputs of its own quads, number by number, and a row's lanes add up. With more, 16 outliers
+// and the columns that they want are a matrix product, one of whose factors has one number in a column or row. What is not finite in a
+// column then makes the sums of three other rows NaN as well, for that token; these are not finite anyway, since the codes of every row
+// meet the same column.
+//
+// Up to 8 tokens the inputs are turned for that (turn_tokens): of every 8 tokens x 8 columns the first row becomes the first column, so
+// that the 8 numbers of a column lie side by side, where those of one token did. That is a row of the matrices that ldmatrix loads, each
+// from wherever it is told. With 16 tokens turning would be 128 KB more in and out of shared memory, nothing could be multiplied before
+// it, and all that reads turned inputs afterwards is slower: a fifth of the time of 4096x4096. There a look-up brings four columns'
+// inputs of 8 tokens, one for each lane. Pairs of columns lie in four kinds of banks: quads are filled so that the four are of different
+// kinds, as far as a row has them (`by_rows` in cuda_outliers.py), else lanes wait for each other.
 //
 // OUTLIERS: tokens that sums are kept for, 1, 2, 4, 8 or 16, at least M; 0 where a weight has no outliers.
 // OUTLIER_SHARE: 1 where few_ring shares the inputs; else they have a place of their own.
@@ -38,7 +43,7 @@
 #define EXACT 0
 #endif
 
-constexpr bool OUTLIERS_TURNED = OUTLIERS > 4;
+constexpr bool OUTLIER_PRODUCTS = OUTLIERS > 4, OUTLIERS_TURNED = OUTLIER_PRODUCTS && OUTLIERS <= 8;
 // Rows that a warp reads at once, and each lane's quads of a round: 64 outliers of a row, which are enough for 1 % of 4096 inputs.
 constexpr int OUTLIER_ROWS = 8, OUTLIER_QUADS = 4;
 constexpr int OUTLIER_ROUND = 32 * 16 * OUTLIER_QUADS;  // bytes
@@ -56,8 +61,8 @@ template <int ROWS> struct OutlierSums {
   };
   const int* start;   // [N + 1]
   const u32* quads;   // [][4]: column in the lower half, value in the upper
-  u32 queue;          // [ROUNDS][MOST][AT_ONCE] quads in shared memory
-  u32 nothing;        // 0 times what lies behind the last input
+  u32 queue;          // [ROUNDS][MOST / 2][AT_ONCE][2] quads in shared memory, for turned inputs [ROUNDS][MOST][AT_ONCE]
+  u32 nothing;        // 0 times what lies behind the last input; of eight columns that the kind which the last of a four mostly have
   int N, first_row, row_step, row_blocks;  // the warp's first row, rows from one row block to the next
   int block = 0, turn = 0, at, end;        // what is fetched: this lane's next quad of its row, and where the row's end
   Bounds here, behind;                     // of the row block that is fetched, and of the next
@@ -65,7 +70,7 @@ template <int ROWS> struct OutlierSums {
   int slot = 0;      // of the oldest round
   int added = 0;     // turns that are added up
   float sums[TOKENS] = {};           // of the lane's quads
-  float products[2][TILES][4] = {};  // instead, of the first four rows and of the others, in tiles of 8 tokens
+  float products[2][4] = {};         // instead, of the first four rows and of the others
 
   INLINE static int lane() { return threadIdx.x & 31; }
   INLINE static int row_of() { return lane() / LANES; }    // of those at once
@@ -85,7 +90,11 @@ template <int ROWS> struct OutlierSums {
     if (lane() == 0 && bytes > 0) bulk_prefetch(quads + 4 * begin, bytes);
 #endif
   }
-  INLINE u32 place_in_queue(int i) const { return queue + slot * OUTLIER_ROUND + ((i * LANES + place_of()) * AT_ONCE + row_of()) * 16; }
+  INLINE u32 place_in_queue(int i) const {
+    const int quad = i * LANES + place_of();
+    const int place = OUTLIERS_TURNED ? quad * AT_ONCE + row_of() : (quad / 2 * AT_ONCE + row_of()) * 2 + quad % 2;
+    return queue + slot * OUTLIER_ROUND + place * 16;
+  }
   INLINE void fetch() {
     int left = 0;
     if (block < row_blocks) {
@@ -104,12 +113,12 @@ template <int ROWS> struct OutlierSums {
     if (left > MOST || block >= row_blocks) return;
     if (++turn == TURNS) {
       turn = 0, block++, here = behind, behind = bounds_of(block + 1);
-      if (OUTLIERS_TURNED) prefetch(here);
+      if (OUTLIER_PRODUCTS) prefetch(here);
     }
     find();
   }
   INLINE void begin(const int* start_N1, const u32* outlier_E, u32 room, int columns, int rows, int first, int step, int blocks) {
-    start = start_N1, quads = outlier_E, queue = room, nothing = columns;
+    start = start_N1, quads = outlier_E, queue = room, nothing = columns + (OUTLIERS_TURNED ? 0 : 6);
     N = rows, first_row = first, row_step = step, row_blocks = blocks;
     here = bounds_of(0), behind = bounds_of(1);
     find();
@@ -129,7 +138,7 @@ template <int ROWS> struct OutlierSums {
   }
   // `count` quads of each row with turned inputs. A product takes a quad of each of four rows: its 16 slots are the columns of A, where
   // lane 4 g + t has row g of slots 2 t, 2 t + 1 and 2 t + 8, 2 t + 9; so of row g's quad it has two numbers, or none.
-  INLINE void multiply(u32 x, int stride, int count) {
+  INLINE void multiply_turned(u32 x, int stride, int count) {
     const int g = lane() >> 2, t = lane() & 3;
     const u32 round = queue + slot * OUTLIER_ROUND;
     u32 mask[2][2];  // of the lane's two numbers of row g, where they are in A
@@ -137,23 +146,55 @@ template <int ROWS> struct OutlierSums {
       mask[group][i] = (t >> 1) == (g & 1) && g >> 1 == 2 * group + i ? ~0u : 0;
 #pragma unroll 1
     for (int first = 0; first < count; first += 4) {  // what lies behind the rows' last quads is nothing
-      u32 pair[4][2], column[4][TILES], b[4][TILES][4];
+      u32 pair[4][2], column[4], b[4][4];
       UNROLL for (int q = 0; q < 4; q++) {
         const u32 from = round + (first + q) * 128;
-        UNROLL for (int i = 0; i < TILES; i++) column[q][i] = load_shared_u32(from + (TILES == 1 ? lane() : i * 16 + (lane() & 15)) * 4);
+        column[q] = load_shared_u32(from + lane() * 4);
         load_shared_u32x2(pair[q], from + g * 16 + (t & 1) * 8);
       }
-      UNROLL for (int q = 0; q < 4; q++) UNROLL for (int i = 0; i < TILES; i++) {
-        const u32 k = column_of(column[q][i]);
-        load_matrices_across(b[q][i], x + (k & 7) * stride + k / 8 * 16 + (TILES == 1 ? 0 : (lane() >> 4) * 8 * stride));
+      UNROLL for (int q = 0; q < 4; q++) {
+        const u32 k = column_of(column[q]);
+        load_matrices_across(b[q], x + (k & 7) * stride + k / 8 * 16);
       }
       UNROLL for (int q = 0; q < 4; q++) UNROLL for (int group = 0; group < 2; group++) {
         const u32 values = __byte_perm(pair[q][0], pair[q][1], 0x7632), a[4] = {values & mask[group][0], 0, values & mask[group][1], 0};
-        UNROLL for (int n = 0; n < TILES; n++) {
-          const u32* of = TILES == 1 ? b[q][0] + 2 * group : b[q][group] + 2 * n;
-          matrix_multiply(products[group][n], a, of[0], of[1], products[group][n]);
-        }
+        matrix_multiply(products[group], a, b[q][2 * group], b[q][2 * group + 1], products[group]);
       }
+    }
+  }
+  // `count` quads of each row. A product, tokens x rows, takes two quads of each of two rows: of its 16 slots, the columns of A, lane
+  // 4 g + t has slots 2 t, 2 t + 1 and 2 t + 8, 2 t + 9 for token g, and for token g + 8. So two outliers of each row are its own.
+  INLINE void multiply(u32 x, int stride, int tokens, int count) {
+    const int g = lane() >> 2, t = lane() & 3;
+    const u32 round = queue + slot * OUTLIER_ROUND + t * 8;
+    u32 from[TILES];
+    UNROLL for (int n = 0; n < TILES; n++) from[n] = x + min(n * 8 + g, tokens - 1) * stride;
+    auto load = [&](u32 (*words)[2], int first) {
+      UNROLL for (int row = 0; row < AT_ONCE; row++) load_shared_u32x2(words[row], round + (first / 2 * AT_ONCE + row) * 32);
+    };
+    auto add = [&](const u32 (*words)[2]) {
+      u32 inputs[AT_ONCE][TILES][2];
+      UNROLL for (int row = 0; row < AT_ONCE; row++) UNROLL for (int e = 0; e < 2; e++) UNROLL for (int n = 0; n < TILES; n++)
+        inputs[row][n][e] = load_shared_u16(from[n] + 2 * column_of(words[row][e]));
+      UNROLL for (int row = 0; row < AT_ONCE; row += 2) {
+        u32 a[4], b[2];
+        UNROLL for (int i = 0; i < 2; i++) {
+          UNROLL for (int n = 0; n < 2; n++)
+            a[2 * i + n] = __byte_perm(inputs[row + i][n % TILES][0], inputs[row + i][n % TILES][1], 0x5410);
+          b[i] = g == row + i ? __byte_perm(words[row + i][0], words[row + i][1], 0x7632) : 0;
+        }
+        matrix_multiply(products[row / 4], a, b[0], b[1], products[row / 4]);
+      }
+    };
+    u32 even[AT_ONCE][2], odd[AT_ONCE][2];  // what comes next is asked for before the present ones' inputs
+    load(even, 0);
+#pragma unroll 1
+    for (int first = 0; first < count; first += 4) {  // what lies behind the rows' last quads is nothing
+      load(odd, first + 2);
+      add(even);
+      if (first + 2 >= count) break;
+      load(even, min(first + 4, MOST - 2));
+      add(odd);
     }
   }
   INLINE static u32 column_of(u32 outlier) { return __byte_perm(outlier, 0, 0x4410); }  // as a mask it would be a third instruction
@@ -163,18 +204,24 @@ template <int ROWS> struct OutlierSums {
     copies_wait<ROUNDS - 1>();
     const int left = ahead & 255;
     if constexpr (OUTLIERS_TURNED)
-      __syncwarp(), multiply(x, stride, min(left, MOST)), __syncwarp();
+      __syncwarp(), multiply_turned(x, stride, min(left, MOST)), __syncwarp();
+    else if constexpr (OUTLIER_PRODUCTS)
+      __syncwarp(), multiply(x, stride, tokens, min(left, MOST)), __syncwarp();
     else
       look_up(x, stride, tokens);
     if (left <= MOST) store(rows + added / TURNS % 2 * TOKENS * width + added % TURNS * AT_ONCE, width), added++;
     fetch();
   }
   INLINE void store(float* to, int width) {
-    if constexpr (OUTLIERS_TURNED) {
+    if constexpr (OUTLIER_PRODUCTS) {
       const int g = lane() >> 2, t = lane() & 3;
-      UNROLL for (int n = 0; n < TILES; n++) UNROLL for (int e = 0; e < 2; e++)
-        to[(n * 8 + 2 * t + e) * width + g] = g < 4 ? products[0][n][e] : products[1][n][e];
-      UNROLL for (int n = 0; n < TILES; n++) UNROLL for (int e = 0; e < 2; e++) products[0][n][e] = products[1][n][e] = 0;
+      UNROLL for (int n = 0; n < TILES; n++) UNROLL for (int e = 0; e < 2; e++) {
+        if constexpr (OUTLIERS_TURNED)
+          to[(2 * t + e) * width + g] = g < 4 ? products[0][e] : products[1][e];
+        else
+          to[(n * 8 + g) * width + 2 * t + e] = t < 2 ? products[0][2 * n + e] : products[1][2 * n + e];
+      }
+      UNROLL for (int j = 0; j < (OUTLIERS_TURNED ? 2 : 4); j++) products[0][j] = products[1][j] = 0;
     } else {
       UNROLL for (int m = 0; m < TOKENS; m++) {
         UNROLL for (int far = LANES / 2; far; far /= 2) sums[m] += __shfl_xor_sync(~0u, sums[m], far);

@@ -32,7 +32,8 @@ TOKENS = 16
 OUTLIER_TOKENS = (1, 2, 4, 8, TOKENS)
 """For so many tokens sums of outliers are kept."""
 LANE_TOKENS = 4
-"""With more, the inputs that outliers are multiplied with are turned: a column's lie side by side."""
+"""With more, outliers are a matrix product, for which up to TURNED_TOKENS inputs are turned: a column's lie side by side."""
+TURNED_TOKENS = 8
 MOST_TOKENS = 96
 """Above this, decoding the whole weight and multiplying densely is faster than passing over it every 16 tokens."""
 MOST_TABLE_BYTES = 48 << 10
@@ -157,7 +158,12 @@ def shares_inputs(weight: TileWeight, config: Config) -> bool:
 
 def x_rows(weight: TileWeight, M: int) -> int:
     """Tokens that there is room for where the whole of x stays: inputs are turned in squares."""
-    return M if weight.outliers is None or M <= LANE_TOKENS else outlier_tokens(M)
+    return outlier_tokens(M) if weight.outliers is not None and turns_inputs(M) else M
+
+
+def turns_inputs(M: int) -> bool:
+    """Whether inputs of outliers are turned."""
+    return LANE_TOKENS < M <= TURNED_TOKENS
 
 
 def outlier_warps(config: Config, M: int) -> int:
@@ -190,7 +196,7 @@ def outlier_bytes(weight: TileWeight, config: Config, M: int) -> int:
     tokens = outlier_tokens(M)
     inputs = 0 if shares_inputs(weight, config) else ceil_divide(tokens * (weight.codes.shape[1] * 256 + 16), 128) * 128
     rounds = outlier_warps(config, M) * outlier_rounds(config, M) * 2048
-    stages = ceil_divide(weight.codes.shape[1], config.k_warps) if shares_inputs(weight, config) and M > LANE_TOKENS else 1
+    stages = ceil_divide(weight.codes.shape[1], config.k_warps) if shares_inputs(weight, config) and turns_inputs(M) else 1
     return ceil_divide(16 * stages, 128) * 128 + inputs + 2 * tokens * config.block_tiles * 16 * 4 + rounds
 
 

@@ -164,14 +164,27 @@ def free_places(sheet_E: Tensor, place_E: Tensor, S: int) -> tuple[Tensor, Tenso
 
 
 def by_rows(row_E: Tensor, column_E: Tensor, outlier_E: Tensor, N: int, K: int) -> tuple[Tensor, Tensor]:
-    """`start_N1` and the outliers, which ascend by row and column, in quads: each row filled up with 0 times the column behind
-    the last k tile, where the kernels see zeros."""
+    """`start_N1` and the outliers, of ascending rows, in quads: each row filled up with 0 times the column behind the last
+    k tile, where the kernels see zeros.
+
+    Pairs of columns lie in four kinds of banks. Four places of two quads are looked up together, the even ones or the odd ones
+    of both; a row's outliers are dealt to these fours kind by kind, so that a four has few of one kind. Each pair of quads
+    begins with another of its places, since the first places of all quads are looked up together as well.
+    """
     device = row_E.device
+    order_E = (row_E * 4 + column_E // 2 % 4).sort(stable=True).indices
+    row_E, outlier_E = row_E[order_E], outlier_E[order_E]
     count_N = torch.bincount(row_E, minlength=N)
+    quads_N = (count_N + QUAD - 1) // QUAD
     start_N1 = torch.zeros(N + 1, dtype=torch.int64, device=device)
-    start_N1[1:] = ((count_N + QUAD - 1) // QUAD).cumsum(0)
+    start_N1[1:] = quads_N.cumsum(0)
     inside_E = torch.arange(len(row_E), device=device) - (count_N.cumsum(0) - count_N)[row_E]
+    four_E, turn_E = inside_E % quads_N[row_E], inside_E // quads_N[row_E]
+    pair_E, alone_E = four_E // 2, four_E == quads_N[row_E] - quads_N[row_E] % 2
+    turn_E = (turn_E + pair_E) % QUAD
+    paired_E = 2 * QUAD * pair_E + turn_E // 2 * QUAD + turn_E % 2 * 2 + four_E % 2
+    place_E = torch.where(alone_E, QUAD * four_E + turn_E, paired_E)
     nothing = tiles.tile_counts(N, K)[1] * tiles.COLUMNS
     quads_E = torch.full((QUAD * int(start_N1[-1]),), nothing, dtype=torch.int32, device=device)
-    quads_E[QUAD * start_N1[row_E] + inside_E] = outlier_E
+    quads_E[QUAD * start_N1[row_E] + place_E] = outlier_E
     return start_N1.int(), quads_E

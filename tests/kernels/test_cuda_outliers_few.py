@@ -15,12 +15,14 @@ from aerogel.kernels.gemm.cuda_dense import dequantize
 from aerogel.kernels.gemm.cuda_few import (
     LANE_TOKENS,
     SHARED_LIMIT,
+    Config,
     Few,
     default_config,
     fits,
     most_outlier_tokens,
     outlier_tokens,
 )
+from aerogel.kernels.gemm.cuda_few_plan import Plan
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_table import config_for
 from aerogel.kernels.gemm.cuda_tune import measure, random_weight, with_outliers
@@ -69,6 +71,60 @@ def masks(N: int, K: int) -> dict[str, Tensor]:
     column[:, K // 2] = row[N // 2] = corner[-3:, -5:] = True
     few = torch.rand(N, K, generator=torch.Generator().manual_seed(1)) < 1e-3
     return {"column": column, "row": row, "few": few, "corner": corner, "none": torch.zeros_like(row)}
+
+
+def test_columns_that_are_looked_up_together_lie_in_different_banks() -> None:
+    """Each row's outliers are there, and of the four columns of a look-up hardly two are of the same kind."""
+    N, K = 64, 4096
+    mask_NK = torch.rand(N, K, generator=torch.Generator().manual_seed(3)) < 0.01
+    outliers = Outliers.of(torch.ones(N, K).bfloat16(), mask_NK)
+    laid = TileOutliers.of(Beside(outliers.start_N1, outliers.column_E, outliers.value_E), N, K, torch.bfloat16)
+    assert laid is not None
+    quads, waits = (laid.by_row_E.long() & 0xFFFF).reshape(-1, 4), []
+    for n in range(N):
+        own = quads[laid.start_N1[n] : laid.start_N1[n + 1]]
+        assert torch.equal(own[own < K].sort().values, mask_NK[n].nonzero()[:, 0])
+        for pair in range(len(own) // 2):
+            fours = (own[2 * pair : 2 * pair + 2, e::2] // 2 % 4 for e in range(2))
+            waits += [int(four.flatten().bincount().max()) for four in fours]
+    assert sum(waits) / len(waits) < 1.5 and max(waits) < 4  # at random it is 2.1
+
+
+CUTS = (
+    Config(ring=False, row_tiles=2, k_warps=16),
+    Config(ring=True, row_tiles=2, k_warps=8, stages=2, x_resident=True),
+    Config(ring=True, row_tiles=1, row_warps=2, k_warps=4, stages=2, x_resident=True),
+    Config(ring=True, row_tiles=2, k_warps=8, stages=4, x_resident=True, share=2),
+    Config(ring=True, row_tiles=2, k_warps=4, stages=3, cluster=2),
+)
+"""Inputs in registers' way, resident, shared by blocks, and once more beside those that a cluster's blocks split."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CUTS, ids=["registers", "resident", "rows", "share", "cluster"])
+def test_cuts_beside_few_outliers(config: Config) -> None:
+    """Right sums from every kind of cut, wherever the outliers are; what is not finite stays in its token."""
+    for (N, K), which in itertools.product(((77, 904), (1040, 2048)), ("column", "row", "few", "corner", "none")):
+        mask_NK = masks(N, K)[which]
+        weight, outliers_NK = few_outliers(N, K, mask_NK)
+        both_NK = dequantize(replace(weight, outliers=None), torch.bfloat16).double().cpu() + outliers_NK
+        for M in (1, 3, 5, 8, 9, 16):
+            if M > 8 and not (config.ring and config.x_resident):
+                assert not fits(weight, config, M, torch.cuda.get_device_capability(), 132)
+                continue
+            run = Plan(weight, config, M, torch.bfloat16)
+            x_MK = torch.randn(M, K, device="cuda").bfloat16()
+            y_MN = torch.full((M, N), float("nan"), device="cuda", dtype=torch.bfloat16)
+            run(x_MK, None, y_MN)
+            x = x_MK.double().cpu()
+            error = (y_MN.double().cpu() - x @ both_NK.T).norm() / (x.square() @ both_NK.T.square()).sqrt().norm()
+            assert error <= 6e-3, (N, which, M, float(error))
+            again_MN, other_MK = torch.empty_like(y_MN), x_MK.clone()
+            run(x_MK, None, again_MN)
+            assert torch.equal(again_MN, y_MN)
+            other_MK[0, K // 2] = float("inf")
+            run(other_MK, None, again_MN)
+            assert torch.equal(again_MN[1:], y_MN[1:]) and not again_MN[0].isfinite().any()
 
 
 @pytest.mark.gpu
