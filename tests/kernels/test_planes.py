@@ -37,7 +37,7 @@ def test_rows_of_bits_are_the_weight(shape: tuple[int, int, int], grid: PlaneGri
     x_MK, bias_N = torch.randn(M, K).to(dtype), torch.randn(N)
     found = PlaneRows.run(x_MK, layout, problem, bias_N)
     wanted = x_MK.double() @ codes.decode(torch.float64).T + bias_N.double()
-    tolerance = 2e-6 if dtype is torch.float32 else 3e-3
+    tolerance = 2e-6 if dtype is torch.float32 else 2e-6 + 2**-8  # one number may be most of y: half a unit in its last place
     assert found.dtype == dtype and float((found - wanted).norm() / wanted.norm()) < tolerance
     spoken = Reference.run(x_MK, problem.stored.encode(codes), problem, bias_N)
     assert float((found.double() - spoken.double()).norm() / wanted.norm()) < 2 * tolerance
