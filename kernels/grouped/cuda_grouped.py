@@ -121,7 +121,10 @@ def below_each_other(weight: TileWeight) -> TileWeight:
 
 def planned_int8(weight: TileWeight, row_scale: Tensor, experts: int, pairs: int, dtype: torch.dtype) -> Plan | None:
     """The integer matmul of so many pairs; None where 16 bits are faster: short runs, which memory decides."""
-    run, facts = run_tokens(pairs, experts), torch.cuda.get_device_properties(weight.codes.device)
+    run = run_tokens(pairs, experts)
+    if run < LEAST_INT8_RUN:
+        return None
+    facts = torch.cuda.get_device_properties(weight.codes.device)
     runs, row_tiles = math.ceil(expected_runs(pairs, experts, run)), ceil_divide(weight.N, 16)
     found = [cuda_int8.cut(weight, *numbers) for numbers in cuda_int8.CUTS if numbers[0] == run and numbers[2] == 1]
 
@@ -130,7 +133,7 @@ def planned_int8(weight: TileWeight, row_scale: Tensor, experts: int, pairs: int
         return cuda_int8.microseconds_of_tiles(weight, config, blocks, facts.multi_processor_count)
 
     config = min((config for config in found if config is not None), key=microseconds, default=None)
-    if config is None or run < LEAST_INT8_RUN:
+    if config is None:
         return None
     return Plan(weight, config, pairs, dtype, row_scale=row_scale, runs=most_runs(pairs, experts, run))
 
