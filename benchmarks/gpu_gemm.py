@@ -228,6 +228,7 @@ def write(asked: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
     if not asked.out or not rows:
         return
+    rows = sorted(rows, key=lambda row: (*SHAPES, row["shape"]).index(row["shape"]))
     facts = torch.cuda.get_device_properties(0)
     result = {
         "command": " ".join(["python", *sys.argv]),
@@ -242,7 +243,7 @@ def write(asked: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
-    from gpu_peers import PEERS, compile_humming
+    from gpu_peers import COMPILE, PEERS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -254,8 +255,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which no further shape is begun")
     asked = parser.parse_args()
-    if "humming" in asked.peers:
-        compile_humming(asked.shapes, tuple(asked.tokens))
+    for name in asked.peers:
+        began = time.perf_counter()
+        count = COMPILE[name](asked.shapes, asked.tokens)
+        print(f"{name}: {count} kernels or points compiled in {time.perf_counter() - began:.0f} s", flush=True)
     if asked.compile:
         compile_all(asked, [PEERS[name][1] for name in asked.peers])
         return

@@ -96,6 +96,7 @@ def main() -> None:
     if not folders[0].exists():
         make(folders[0], shape, given.device, NUMBERS[given.numbers])
     made = time.perf_counter() - started
+    print(f"made in {made:.1f} s", flush=True)
     if native in folders and not native.exists():
         export_layout(portable, native, native.name, device=given.device)
     converted = time.perf_counter() - started - made
