@@ -35,6 +35,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -104,13 +105,14 @@ def chosen(weight: TileWeight, M: int) -> Runner:
 
 
 def compile_all(sizes: dict[str, int], asked: argparse.Namespace) -> None:
-    """Every kernel into the cache on disk."""
-    for shape in asked.shapes:
-        held = [weight_of(name, size, *map(int, shape.split("x"))) for name, size in sizes.items()]
-        with ThreadPoolExecutor(16, initializer=torch.cuda.set_device, initargs=(0,)) as pool:
-            list(pool.map(chosen, *zip(*itertools.product(held, asked.tokens), strict=True)))
-            if shape == asked.shapes[0]:
-                list(pool.map(dequantize, held, itertools.repeat(torch.bfloat16)))
+    """Every kernel of every shape into the cache on disk, side by side."""
+    held = [[weight_of(name, size, *map(int, shape.split("x"))) for name, size in sizes.items()] for shape in asked.shapes]
+    points = itertools.product(itertools.chain(*held), asked.tokens)
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(0,)) as pool:
+        decoded = [pool.submit(dequantize, weight, torch.bfloat16) for weight in held[0]]
+        list(pool.map(chosen, *zip(*points, strict=True)))
+        for one in decoded:
+            one.result()
 
 
 class Contender:

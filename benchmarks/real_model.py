@@ -103,7 +103,7 @@ def benched(dense: str, folder: str, asked: argparse.Namespace) -> dict[str, Any
     """Speed of both, one and 16 sequences."""
     sizes = ("--batch", "1,16", "--prompt", "128", "--new-tokens", str(asked.new), "--repeats", "3")
     found = command("bench", folder, "--against", dense, "--speed-only", "--device", asked.device, *sizes)
-    return {key: found[key] for key in ("command", "wall_s", "speed")}
+    return {key: found[key] for key in ("command", "wall_s", "bench")}
 
 
 def greedy(model: Any, prompts: list[Tensor], new: int) -> list[list[int]]:
@@ -201,6 +201,12 @@ def missed(result: dict[str, Any]) -> list[str]:
     return found
 
 
+def write(asked: argparse.Namespace, result: dict[str, Any]) -> None:
+    """What was found so far."""
+    if asked.out is not None:
+        write_json(asked.out, result | {"missed": missed(result)})
+
+
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
     from smollm2 import gguf
@@ -246,10 +252,10 @@ def main() -> None:
     for recipe, row in result["compressed"].items():
         if asked.device != "cpu":
             row["tokens"] = compressed_checks(asked.work / recipe, prompts, windows, asked)
+    write(asked, result)
     for recipe, row in result["compressed"].items():
-        row["bench"] = benched(model, str(asked.work / recipe), asked)
-        if asked.out is not None:  # each time: a run that is cut off has measured what it has measured
-            write_json(asked.out, result | {"missed": missed(result)})
+        row |= {"speed": benched(model, str(asked.work / recipe), asked)}
+        write(asked, result)  # each time: a run that is cut off has measured what it has measured
     found = missed(result)
     if found:
         raise SystemExit("; ".join(found))
