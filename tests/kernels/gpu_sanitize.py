@@ -1,4 +1,4 @@
-"""Every CUDA kernel at small ragged shapes, to be run under compute-sanitizer: `make gpu-sanitize`.
+"""Every CUDA kernel at small ragged shapes, to be run under compute-sanitizer: `make gpu-sanitize` (gpu_sanitize_all.py).
 
 Arguments: widths of integers in bits, and sections (SECTIONS); all of them without any. With `racecheck` among them kernels are
 built so that this tool can follow who waits for whom (kernels/cuda/sanitize.cuh); memcheck runs them as they are. `2/5` is the
@@ -168,12 +168,14 @@ def main() -> int:
     turn = itertools.cycle(range(1, parts + 1))
     for what, made, every_cut in weights(asked):
         weight = moved(made)
-        reference = dequantize(weight, torch.bfloat16).cpu().float()
+        reference = None
         for name, plan, M in cases(weight, every_cut):
             if next(turn) != part:
                 continue
             run, x, y = plan(), torch.randn(M, K).bfloat16(), torch.full((M, weight.N), torch.nan).bfloat16().cuda()
             run(x.cuda(), None, y)
+            if reference is None:
+                reference = dequantize(weight, torch.bfloat16).cpu().float()
             wanted = x.float() @ reference.T
             error = float((y.cpu().float() - wanted).norm() / wanted.norm())
             count += 1

@@ -340,6 +340,7 @@ def test_the_kernel_serves_problems_and_inverts_its_layout(grid: IntGrid | Fp8Gr
     assert (kernel.run(x, layout, problem).double() - wanted).norm() / wanted.norm() < BOUND[torch.bfloat16]
 
 
+@pytest.mark.xdist_group("large")
 def test_indices_beyond_two_to_the_31() -> None:
     """More than 2^31 bytes of codes in one weight; the last rows are right."""
     N, K = 1 << 17, 1 << 15

@@ -24,7 +24,7 @@ from aerogel.kernels.grouped import cuda_grouped
 from aerogel.kernels.grouped.cuda_routes import most_runs, route_experts
 from aerogel.pack import words
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("large")]
 BEYOND = 1 << 31
 LAST = 64
 """Rows and tokens that are looked at."""
