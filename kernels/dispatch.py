@@ -27,6 +27,7 @@ GEMM: dict[str, str] = {
     "cpu": "aerogel.kernels.gemm.cpu:Native",
     "cpu-tables": "aerogel.kernels.gemm.cpu_tables:NativeTables",
     "cpu-complex": "aerogel.kernels.gemm.cpu_complex:NativeComplex",
+    "cpu-complex-lookup": "aerogel.kernels.gemm.cpu_complex:LookedUpComplex",
     "cpu-own-tables": "aerogel.kernels.gemm.cpu_own:NativeOwn",
     "cpu-lookup": "aerogel.kernels.gemm.cpu_lookup:NativeLookup",
     "cpu-planes": "aerogel.kernels.gemm.plane_rows:PlaneRows",

@@ -1,6 +1,7 @@
 """The layout of the CPU's kernel for tables: sixteen codes of one row lie together. Exactly invertible, 2 to 4 bits.
 
-    codes   uint8 [strips, tiles, 64 * bits]    strips = ceil(N / 4), tiles = ceil(K / 128); see `pack/native.py`
+    codes   uint8 [strips, tiles, 64 * bits]    strips = ceil(N / 4), tiles = ceil(K / 128); see `pack/native.py`. Groups are
+                                                filled up to multiples of 16 columns, with codes 0
     scale   [strips, G, 4]                      in the stored type, in bfloat16 where `scales.readable` says so
     pick    uint8 [strips, G, 4]                where tables are chosen per group
     number  uint8 [T, 4, 16]                    byte p of the float32 number of each code; T as in the codes, or the rows
@@ -26,7 +27,7 @@ from aerogel.pack import native
 from aerogel.quantize.codes import Codes, Grid
 from aerogel.quantize.scales import readable, unread
 
-STRIP, ENTRIES, LARGEST = 4, 16, 16383
+STRIP, STEP, ENTRIES, LARGEST = 4, 16, 16, 16383
 FEW_TABLES = 64
 """Above that many tables every unit is the largest number over 16383, without a search."""
 
@@ -44,7 +45,8 @@ def tensors_of(codes: Codes) -> dict[str, Tensor]:
     scale_NG = readable(codes.scale_NG)
     byte = scale_NG.element_size() == 1  # torch knows few operations on such types
     scale = native.pack_factors(scale_NG.view(torch.uint8) if byte else scale_NG, STRIP).view(scale_NG.dtype)
-    signed_NK = (codes.values_NK.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    filled_NK = native.fill(codes.values_NK, codes.grid.group_size or 0, STEP)
+    signed_NK = (filled_NK.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
     layout = {
         "codes": native.pack_codes(signed_NK, bits, STRIP),
         "scale": scale,
@@ -66,7 +68,9 @@ def codes_of(layout: dict[str, Tensor], grid: Grid, N: int, K: int, per_row: boo
     pick = layout.get("pick")
     number = layout["number"]
     table_TE = number.transpose(1, 2).contiguous().view(torch.float32)[..., 0][:, : 1 << grid.bits]
-    signed_NK = native.unpack_codes(layout["codes"], grid.bits, N, K, STRIP)
+    group = grid.group_size or 0
+    filled_NK = native.unpack_codes(layout["codes"], grid.bits, N, native.columns(K, group, STEP), STRIP)
+    signed_NK = native.unfill(filled_NK, K, group, STEP)
     return Codes(
         values_NK=(signed_NK.to(torch.int16) + (1 << (grid.bits - 1))).to(torch.uint8),
         scale_NG=unread(scale_NG, grid.scale_dtype),

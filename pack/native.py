@@ -32,23 +32,23 @@ ROWS_AT_ONCE = 1024
 """Rows that are packed at a time, so that what is added at the peak stays small beside the weight."""
 
 
-def columns(K: int, group: int) -> int:
-    """How many columns a weight of K has in this layout; group: 0 for all columns."""
-    return -(-K // group) * (-(-group // OCTET) * OCTET) if 0 < group < K and group % OCTET else K
+def columns(K: int, group: int, step: int = OCTET) -> int:
+    """How many columns a weight of K has where groups are filled up to whole steps; group: 0 for all columns."""
+    return -(-K // group) * (-(-group // step) * step) if 0 < group < K and group % step else K
 
 
-def fill(values_NK: Tensor, group: int) -> Tensor:
-    """[N, K] -> [N, columns(K, group)] with zeros where a group is filled up; the same tensor where nothing is."""
+def fill(values_NK: Tensor, group: int, step: int = OCTET) -> Tensor:
+    """[N, K] -> [N, columns(K, group, step)] with zeros where a group is filled up; the same tensor where nothing is."""
     N, K = values_NK.shape
-    if columns(K, group) == K:
+    if columns(K, group, step) == K:
         return values_NK
     whole = torch.nn.functional.pad(values_NK, (0, -K % group)).reshape(N, -1, group)
-    return torch.nn.functional.pad(whole, (0, -group % OCTET)).flatten(1)
+    return torch.nn.functional.pad(whole, (0, -group % step)).flatten(1)
 
 
-def unfill(filled: Tensor, K: int, group: int) -> Tensor:
+def unfill(filled: Tensor, K: int, group: int, step: int = OCTET) -> Tensor:
     """The inverse of `fill`."""
-    if columns(K, group) == K:
+    if columns(K, group, step) == K:
         return filled
     return filled.reshape(len(filled), -(-K // group), -1)[:, :, :group].flatten(1)[:, :K].contiguous()
 

@@ -2,8 +2,9 @@
 
     W[n, k] = table[t][code[n, k]] * (s[n, g] * factor)        2 to 4 bits; one table, one per row, or one picked per group
 
-NF4, floats of 3 and 4 bits with any scales (MXFP4, NVFP4), BitMoD and free tables take the same time, because every row
-of a register has a table of its own (kernels/native/lookup.h). Two kinds of arithmetic:
+NF4, floats of 3 and 4 bits with any scales (MXFP4, NVFP4), BitMoD and free tables take the same time, because every row of a
+register has a table of its own (kernels/native/lookup.h). Groups of any size: what fills them up to whole steps of 16 columns
+meets activations that are zero. Two kinds of arithmetic:
 
     float32, float16    products and sums in float32
     bfloat16            activations and numbers rounded to integers of 15 bits, with one scale per token and 128 columns and one
@@ -36,7 +37,6 @@ from aerogel.quantize.scales import TYPES
 from aerogel.quantize.tables import TableGrid
 
 BITS = (2, 3, 4)
-GROUP_STEP = 16
 NUMERICS = {"exact": 0, "fixed": 2}
 
 
@@ -55,7 +55,6 @@ class NativeLookup(Kernel):
             or _refuses_table(problem.grid)
             or problem.needs_activations("none")
             or problem.needs_dtype(*library.TYPES)
-            or groups_refused(problem)
             or library.missing()
         )
 
@@ -78,11 +77,6 @@ class NativeLookup(Kernel):
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:
         """One call of the library."""
         return product(x_MK, layout, bias_N, problem.N, problem.grid.group_size or 0)
-
-
-def groups_refused(problem: Problem) -> str | None:
-    """Why the groups cannot be run where they end inside a step of the kernels, or None where they can."""
-    return None if (problem.grid.group_size or 0) >= problem.K else problem.needs_groups(GROUP_STEP)
 
 
 def _refuses_table(grid: Grid) -> str | None:

@@ -3,6 +3,7 @@
 
 #include <chrono>
 
+#include "boundary.h"
 #include "outlier_tiles.h"
 #include "paths.h"
 #include "pool.h"
@@ -11,10 +12,6 @@
 using namespace aerogel;
 
 namespace {
-
-bool known_type(int32_t type) { return type == kFloat32 || type == kFloat16 || type == kBfloat16; }
-int64_t type_size(int32_t type) { return type == kFloat32 ? 4 : 2; }
-bool misaligned(const void* at, int64_t to) { return reinterpret_cast<uintptr_t>(at) % static_cast<uintptr_t>(to) != 0; }
 
 Status check_tables(const Weight& w, int64_t factors) {
     if (!w.table) return w.pick ? kBadTable : kDone;
@@ -56,29 +53,6 @@ Status check_call(const Weight& w, const Call& c) {
     return kDone;
 }
 
-Status check_added(const Beside& b) {
-    constexpr int64_t kMost = int64_t{1} << 31;
-    if (b.tokens < 0 || b.tokens > (int64_t{1} << 28)) return kBadShape;
-    if (b.rows < 1 || b.columns < 1 || b.rows > kMost || b.columns > kMost) return kBadShape;
-    if (b.outliers < 0 || b.kept < 0 || b.kept > b.columns || (b.kept && !b.index)) return kBadShape;
-    if (b.start && (b.start[0] != 0 || b.start[b.rows] != b.outliers)) return kBadShape;
-    if (b.tiles) {
-        const int64_t least = outlier_tiles_at(b.tiles, b.rows, b.outliers, 0).bytes;
-        if (!b.start || misaligned(b.tiles, 64) || b.tiles_bytes < least || outlier_tiles_of(b).bytes != b.tiles_bytes) return kBadShape;
-    }
-    const bool columns = b.column_bytes == 2 || b.column_bytes == 4;
-    return columns && known_type(b.type) && known_type(b.value_type) && known_type(b.kept_type) ? kDone : kBadType;
-}
-
-// What is added to one call's product.
-Beside beside_of(const Call& c, int64_t rows, int64_t columns) {
-    Beside b = *c.beside;
-    b.x = c.x, b.y = c.y, b.out = c.y, b.tokens = c.tokens, b.rows = rows, b.columns = columns, b.type = c.x_type, b.threads = c.threads;
-    return b;
-}
-
-int32_t bounded_threads(int32_t threads) { return threads < 1 ? 1 : threads > kMostThreads ? kMostThreads : threads; }
-
 uint32_t paths_that(bool (*holds)(const PathEntry&)) {
     uint32_t found = 0;
     for (int32_t path = 0; path < kPaths; ++path) found |= holds(path_entry(path)) ? 1u << path : 0u;
@@ -89,15 +63,7 @@ thread_local volatile uint64_t kept_sum;  // what a reader found: without a use 
 
 }  // namespace
 
-Status aerogel::check_beside(const Call& call, int64_t rows, int64_t columns) {
-    return call.beside ? check_added(beside_of(call, rows, columns)) : kDone;
-}
-
-Status aerogel::add_beside(const Call& call, int64_t rows, int64_t columns, int32_t path) {
-    return call.beside ? path_entry(path).step.beside(beside_of(call, rows, columns)) : kDone;
-}
-
-int32_t aerogel_native_version() { return 16; }
+int32_t aerogel_native_version() { return 17; }
 
 uint32_t aerogel_native_built() {
     return paths_that([](const PathEntry& entry) { return entry.exact != nullptr; });

@@ -7,15 +7,6 @@
 
 #define PUBLIC __attribute__((visibility("default")))
 
-namespace aerogel {
-
-// What a call wants added to the product of a weight [rows, columns], `call.beside`: whether it may be read, and adding it to y, by
-// `path`. For products that do not add it on their way.
-Status check_beside(const Call& call, int64_t rows, int64_t columns);
-Status add_beside(const Call& call, int64_t rows, int64_t columns, int32_t path);
-
-}  // namespace aerogel
-
 extern "C" {
 
 // Raised whenever a struct, a code or the layout changes, so that an old library is not called with new arguments.

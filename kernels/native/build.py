@@ -31,6 +31,7 @@ SANITIZE = ("-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1",
 """Without optimisation, nothing inlined by force and fewer sizes of loops: a minute or two instead of half an hour."""
 SHARED_SOURCES = (
     "api.cpp",
+    "boundary.cpp",
     "entropy.cpp",
     "lookup.cpp",
     "outlier_tiles.cpp",

@@ -45,7 +45,7 @@ template <class P>
 constexpr Sizes sizes_for(int bits, Form form, bool ragged) {
     const bool made_for_tables = P::kOperands == 2;
     if (ragged) return tuned(bits) && made_for_tables && (bits == 3 || bits == 4) ? kSomeSizes : kNoSizes;
-    if (form != kIntegers && !made_for_tables) return tuned(bits) && bits == 8 ? kAllSizes : kNoSizes;
+    if (form == kTables && !made_for_tables) return tuned(bits) && bits == 8 ? kAllSizes : kNoSizes;
     if ((form == kTables && bits <= 2) || (P::kOperands == 1 && bits == 1)) return kNoSizes;
     if (form == kOneTable && tuned(4) && (bits == 5 || bits == 6)) return kSomeSizes;
     return tuned(bits) ? kAllSizes : kNoSizes;

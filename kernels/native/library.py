@@ -19,7 +19,7 @@ import torch
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.native.build import FOLDER, LIBRARY
 
-VERSION = 16
+VERSION = 17
 """Of the C interface: structs, codes and layout."""
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

@@ -5,7 +5,7 @@
 // Codes of 2, 3 or 4 bits lie as in layout.h with rows and columns exchanged: strips of 4 rows, tiles of 128 columns, steps
 // of 16. Byte 16 * row + c of a limb's vector, field f, is the code of column 16 * step + c: the sixteen bytes of a
 // row lie together, so each row can have a table of its own in the one instruction that every machine has for a lookup.
-// Scales and picks lie as [strip][group][4].
+// Scales and picks lie as [strip][group][4]. The columns of a group whose size is no multiple of 16 are filled up to one.
 #pragma once
 #include "layout.h"
 
@@ -25,7 +25,7 @@ struct Lookup {
     const void* unit;    // float32 [tables]; with a pick the same for all
     int64_t codes_bytes, scale_bytes, pick_bytes, number_bytes, fixed_bytes, unit_bytes;
     int64_t rows, columns;  // N, K
-    int64_t group;          // columns that share a scale, a multiple of 16; 0 for all of them
+    int64_t group;          // columns that share a scale; 0 for all of them
     int64_t tables;         // 1; the rows filled up to whole strips; with a pick up to 256
     float factor;
     int32_t bits, scale_type;

@@ -2,17 +2,10 @@
 #include "own.h"
 
 #include "api.h"
+#include "boundary.h"
 #include "paths.h"
-#include "pool.h"
 
 using namespace aerogel;
-
-namespace {
-
-int64_t float_size(int32_t type) { return type == kFloat32 ? 4 : 2; }
-bool off(const void* at, int64_t to) { return !at || reinterpret_cast<uintptr_t>(at) % static_cast<uintptr_t>(to) != 0; }
-
-}  // namespace
 
 int32_t aerogel_native_own_check(const OwnTables* weight) {
     const OwnTables& w = *weight;
@@ -25,7 +18,7 @@ int32_t aerogel_native_own_check(const OwnTables* weight) {
     if (w.codes_bytes != strips * ceil_div(w.columns, kLookupTile) * kVector * w.bits) return kTruncatedCodes;
     const int64_t runs = w.shared ? ceil_div(w.rows, w.shared) : strips, bytes = w.shared ? shared_table_bytes(w.bits) : own_table_bytes(w.bits);
     if (w.table_bytes != runs * own_table_groups(w) * bytes) return kBadTable;
-    return off(w.codes, kVector) || off(w.table, 1) ? kMisaligned : kDone;
+    return unreadable(w.codes, kVector) || unreadable(w.table, 1) ? kMisaligned : kDone;
 }
 
 int32_t aerogel_native_own(const OwnTables* weight, const Call* call) {
@@ -36,12 +29,12 @@ int32_t aerogel_native_own(const OwnTables* weight, const Call* call) {
     if (c.tokens < 0 || c.tokens > (int64_t{1} << 28)) return kBadShape;
     if (c.x_type != kBfloat16 || c.numerics != kExact || c.bias_type < kFloat32 || c.bias_type > kBfloat16) return kBadType;
     if (c.x_bytes != c.tokens * weight->columns * 2 || c.y_bytes != c.tokens * weight->rows * 2) return kTruncatedActivations;
-    if (c.bias && c.bias_bytes != weight->rows * float_size(c.bias_type)) return kTruncatedActivations;
-    if (off(c.x, 2) || off(c.y, 2) || (c.bias && off(c.bias, float_size(c.bias_type)))) return kMisaligned;
+    if (c.bias && c.bias_bytes != weight->rows * type_size(c.bias_type)) return kTruncatedActivations;
+    if (unreadable(c.x, 2) || unreadable(c.y, 2) || (c.bias && unreadable(c.bias, type_size(c.bias_type)))) return kMisaligned;
     const int32_t path = c.path < 0 ? best_path(kExact) : c.path;
     if (path >= kPaths || !path_entry(path).able || !path_entry(path).exact) return kNoSuchPath;
     Call bounded = c;
-    bounded.threads = c.threads < 1 ? 1 : c.threads > kMostThreads ? kMostThreads : c.threads;
+    bounded.threads = bounded_threads(c.threads);
     if (c.tokens == 0) return kDone;
     status = path_entry(path).own(*weight, bounded);
     return status == kDone ? add_beside(bounded, weight->rows, weight->columns, path) : status;

@@ -17,6 +17,7 @@
 #include "exact_float.h"
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
+#include "halves.h"
 #include "pairs.h"
 #endif
 

@@ -24,7 +24,13 @@ from aerogel.quantize.formats.nvfp4 import Nvfp4
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
-SMALL = [grid for grid in GRIDS if grid.bits in (2, 3, 4) and grid.shared_rows == 1]
+ODD = [
+    Nf4(group_size=40),
+    Bitmod(bits=3, group_size=72),
+    Bitmod(bits=4, group_size=40, scale_dtype=torch.float8_e4m3fn),
+    Float(kind="e1m1", group_size=7),
+]
+SMALL = [*ODD, *(grid for grid in GRIDS if grid.bits in (2, 3, 4) and grid.shared_rows == 1)]
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDING = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """Of the result; relative Frobenius error."""
