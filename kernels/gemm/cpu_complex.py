@@ -40,8 +40,7 @@ class NativeComplex(NativeTables):
     @staticmethod
     def refuses(problem: Problem) -> str | None:
         """Anything but complex codes on a CPU, and what is faster by lookups of bytes."""
-        better = None if multiplies_bfloat16(problem) else "three bits are faster by lookups of bytes here"
-        return refused(problem) or better
+        return refused(problem) or _better_looked_up(problem)
 
     @staticmethod
     def pack(codes: Codes, problem: Problem) -> dict[str, Tensor]:
@@ -84,6 +83,10 @@ def refused(problem: Problem) -> str | None:
         or problem.needs_dtype(*library.TYPES)
         or library.missing()
     )
+
+
+def _better_looked_up(problem: Problem) -> str | None:
+    return None if multiplies_bfloat16(problem) else "three bits are faster by lookups of bytes here"
 
 
 def in_a_table(codes: Codes) -> Codes:
