@@ -63,9 +63,13 @@ struct Consumer {
 
     FN int row_tile(int block) const { return row_tile_of(warp, block); }
 
+    FN u32 x_word(u32 slot) const { return shared_address(memory) + slot * X_STAGE + 4 * (32 * warp + lane) % X_BOX; }
     FN void release_x(u32 slot) const {
-        if constexpr (SHARE == 1) {
-            if (lane == 0) barrier_arrive(barriers.x_empty(slot));
+        read_too(x_word(slot));
+        if constexpr (SHARE == 1 || SANITIZE) {
+            if (arrives(lane)) barrier_arrive(barriers.x_empty(slot));
+            for (u32 share = 1; share < SHARE; share++)
+                barrier_arrive_at(barriers.x_empty(slot), work.split * SHARE + (work.share + share) % SHARE);
         } else if (lane < SHARE) barrier_arrive_at(barriers.x_empty(slot), work.split * SHARE + lane);
     }
 
@@ -154,6 +158,7 @@ struct Consumer {
     }
     FN u64 wait_x() const {
         barrier_wait(barriers.x_full(x.slot), x.phase);
+        read_too(x_word(x.slot));
         return mma_descriptor(shared_address(memory) + x.slot * X_STAGE);
     }
     // The x stage `before` (none: X_STAGES) has been read; what was started since reads the present one.
@@ -316,8 +321,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #endif
     if (warp >= WARPS) {
         if constexpr (PRODUCER_REGISTERS > 0) registers_give<PRODUCER_REGISTERS>();
-        if (warp == WARPS && lane == 0) stream_weights(p, barriers, work);
-        if (warp == WARPS + 1 && lane == 0) stream_activations(p, barriers, work);
+        if (warp == WARPS && streams(lane)) stream_weights(p, barriers, work, lane);
+        if (warp == WARPS + 1 && streams(lane)) stream_activations(p, barriers, work, lane);
 #if OUTLIERS
         if (!FILLERS_APART && fills) filler.run();
 #endif

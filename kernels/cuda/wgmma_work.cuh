@@ -70,12 +70,13 @@ constexpr int AT_W = X_STAGES * X_STAGE;
 constexpr int AT_OUT = larger(AT_W + W_STAGES * W_STAGE, SUMS);
 constexpr int AT_TABLES = AT_OUT + 2 * WARPGROUPS * OUT_PART;
 constexpr int AT_SHEETS = AT_TABLES + (MANY_MADE ? ROW_TILES * MADE_BYTES : 0) + (TABLE == UNIFORM ? 0 : TABLE == TABLE_PER_ROW ? ROW_TILES * 16 : TABLES) * TABLE_SIZE;
+constexpr int RING_BARRIERS = SANITIZE ? 3 : 2;  // of a stage: full, empty, and with SANITIZE: there
 constexpr int AT_BARRIERS = AT_SHEETS + UNITS * (2 * SHEET_BYTES + 4 * RING);
 
 // A warpgroup ahead holds stages that the others have not read. Those of bytes are twice as long and the rings half as deep: too
 // short at 3, and at 1 and 2 nothing was won.
 static_assert(!INT8 || LEAD == 0, "warpgroups that multiply bytes start together: LEAD must be 0");
-static_assert(SHARED_BYTES == AT_BARRIERS + 8 * (2 * X_STAGES + 2 * W_STAGES + 2 + (OUTLIERS ? 4 * WARPGROUPS : 0)), "the host counts shared memory otherwise");
+static_assert(SHARED_BYTES == AT_BARRIERS + 8 * (RING_BARRIERS * (X_STAGES + W_STAGES) + 2 + (OUTLIERS ? 4 * WARPGROUPS : 0)), "the host counts shared memory otherwise");
 
 struct alignas(64) Arguments {
     TensorMap x;       // [M, K] in boxes of TOKENS / SHARE x 128 bytes, swizzled
@@ -121,13 +122,17 @@ struct Barriers {
     FN u32 x_empty(u32 slot) const { return base + 8 * (X_STAGES + slot); }
     FN u32 w_full(u32 slot) const { return base + 8 * (2 * X_STAGES + slot); }
     FN u32 w_empty(u32 slot) const { return base + 8 * (2 * X_STAGES + W_STAGES + slot); }
-    FN u32 rings_idle() const { return base + 8 * (2 * X_STAGES + 2 * W_STAGES); }
+    // What copies count on: `full`, or in the build for racecheck one of its own (`pass_on`).
+    FN u32 x_there(u32 slot) const { return SANITIZE ? base + 8 * (2 * X_STAGES + 2 * W_STAGES + slot) : x_full(slot); }
+    FN u32 w_there(u32 slot) const { return SANITIZE ? x_there(X_STAGES + slot) : w_full(slot); }
+    FN u32 rings_idle() const { return base + 8 * RING_BARRIERS * (X_STAGES + W_STAGES); }
     FN u32 sums_full() const { return rings_idle() + 8; }
     FN u32 sheet_full(int group, int sheet) const { return sums_full() + 8 * (1 + 4 * group + sheet); }
     FN u32 sheet_empty(int group, int sheet) const { return sheet_full(group, sheet + 2); }
     FN void init(u32 split) const {
-        for (int i = 0; i < X_STAGES; i++) barrier_init(x_full(i), 1), barrier_init(x_empty(i), WARPS * SHARE);
-        for (int i = 0; i < W_STAGES; i++) barrier_init(w_full(i), 1), barrier_init(w_empty(i), WARPS * ARRIVALS);
+        for (int i = 0; i < X_STAGES; i++) barrier_init(x_full(i), ARRIVALS), barrier_init(x_empty(i), WARPS * SHARE * ARRIVALS);
+        for (int i = 0; i < W_STAGES; i++) barrier_init(w_full(i), ARRIVALS), barrier_init(w_empty(i), WARPS * ARRIVALS);
+        for (int i = 0; SANITIZE && i < X_STAGES + W_STAGES; i++) barrier_init(x_there(i), 1);
         for (int i = 0; OUTLIERS && i < 4 * WARPGROUPS; i++) barrier_init(sheet_full(i / 4, i % 4), (i % 4 < 2 ? BLOCKS : 4) * ARRIVALS);
         barrier_init(rings_idle(), WARPS * SPLIT), barrier_init(sums_full(), 1);
         barrier_init_done();

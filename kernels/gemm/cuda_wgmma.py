@@ -38,6 +38,8 @@ from aerogel.kernels.gemm.cuda_outliers import LINE, MOST_LINES, SHEET_BYTES
 from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
 
 SOURCE = "wgmma.cu"
+RING_BARRIERS = 2
+"""Of a stage: full and empty. The build for racecheck (sanitize.cuh) has a third one."""
 FEW_TOKENS = 16
 WIDE_BYTES = 192 << 20
 """Up to FEW_TOKENS the few-token kernels are faster, except for codes of more than four bits and of WIDE_BYTES and more."""
@@ -158,8 +160,9 @@ class Space(NamedTuple):
     beside: int
 
     def total(self, x_stages: int, w_stages: int) -> int:
-        """Bytes of a launch with so many stages, each with two barriers."""
-        return max(x_stages * self.x_stage + w_stages * self.w_stage, self.sums) + self.beside + 16 * (x_stages + w_stages)
+        """Bytes of a launch with so many stages, each with its barriers."""
+        barriers = 8 * RING_BARRIERS * (x_stages + w_stages)
+        return max(x_stages * self.x_stage + w_stages * self.w_stage, self.sums) + self.beside + barriers
 
 
 def table_room(weight: TileWeight, row_tiles: int, copies: int = 1) -> int:

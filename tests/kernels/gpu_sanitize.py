@@ -29,7 +29,7 @@ from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.cuda import nvrtc
 from aerogel.kernels.entropy import cuda as entropy_cuda
 from aerogel.kernels.entropy import ref as entropy
-from aerogel.kernels.gemm import cuda, cuda_int8
+from aerogel.kernels.gemm import cuda, cuda_int8, cuda_wgmma
 from aerogel.kernels.gemm.block_scales import unit_of_sums
 from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
 from aerogel.kernels.gemm.cuda_few import Config as FewConfig
@@ -84,9 +84,17 @@ def cases(weight: TileWeight, every_cut: bool) -> Iterator[Case]:
         if fits(weight, few, M, capability, torch.cuda.get_device_properties(0).multi_processor_count):
             yield f"{few} M={M}", partial(FewPlan, weight, few, M, dtype), M
     for many in MANY if every_cut and hopper else ():
-        config = deepest(weight, many)
+        config = shallow(weight, many)
         if config is not None:
             yield f"{config} M=70", partial(Plan, weight, config, 70, dtype), 70
+
+
+def shallow(weight: TileWeight, config: Config) -> Config | None:
+    """The configuration with the stages it names, if so many fit: few, so that rings are filled again. None when none fit."""
+    found = deepest(weight, config)
+    if found is None:
+        return None
+    return replace(found, x_stages=min(found.x_stages, config.x_stages), w_stages=min(found.w_stages, config.w_stages))
 
 
 def moved(weight: TileWeight) -> TileWeight:
@@ -163,6 +171,7 @@ def main() -> int:
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
         raise SystemExit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: buffers must end where they end")
     build = ["-DSANITIZE=1"] if RACECHECK in sys.argv else []
+    cuda_wgmma.RING_BARRIERS = 3 if build else 2
     nvrtc.OPTIONS = (*nvrtc.OPTIONS, "-lineinfo", *build)  # reports name lines
     wrong = count = 0
     turn = itertools.cycle(range(1, parts + 1))
@@ -257,7 +266,7 @@ def blocks() -> int:
         plans.append((weight, M, FewPlan(weight, replace(few, beside=beside), M, dtype)))
     for many in (MANY[0], MANY[3]) if torch.cuda.get_device_capability()[0] == 9 else ():
         weight = moved(with_outliers(random_weight(rows, columns, 4, 128, "cpu"), 0.02))
-        config = deepest(weight, many)
+        config = shallow(weight, many)
         assert config is not None
         plans.append((weight, 150, Plan(weight, config, 150, dtype)))
     for weight, M, run in plans:
