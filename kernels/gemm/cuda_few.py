@@ -169,7 +169,7 @@ def turns_inputs(M: int) -> bool:
 def outlier_warps(config: Config, M: int) -> int:
     """Warps that add outliers: several for a row tile, where that is not too many for a block, else one for 16 or 32 rows."""
     tiles = config.block_tiles
-    if tiles <= (2 if M <= LANE_TOKENS else 4):
+    if tiles <= (2 if M <= LANE_TOKENS else 4) and not _few_far_ahead(config, M):
         return tiles * 2
     return tiles if tiles <= 8 else tiles // 2
 
@@ -184,9 +184,14 @@ def most_outlier_tokens(weight: TileWeight, capability: tuple[int, int]) -> int:
 def outlier_rounds(config: Config, M: int) -> int:
     """Rounds of such a warp that are on their way: a block of one row block has no use for many, inputs of 16 tokens leave no
     room for them."""
-    if config.ring and M <= LANE_TOKENS:
+    if (config.ring and M <= LANE_TOKENS) or _few_far_ahead(config, M):
         return 4
     return 2 if M <= 8 else 1
+
+
+def _few_far_ahead(config: Config, M: int) -> bool:
+    """Whether half as many warps have twice the rounds on their way: beside three row tiles more leave too few registers."""
+    return not config.ring and config.row_tiles == 3 and turns_inputs(M)
 
 
 def outlier_bytes(weight: TileWeight, config: Config, M: int) -> int:
