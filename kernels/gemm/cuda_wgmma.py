@@ -367,6 +367,7 @@ class ManyTokens:
     def plan(weight: TileWeight, M: int, dtype: torch.dtype) -> Runner:
         """See `Implementation.plan`."""
         from aerogel.kernels.gemm.cuda_wgmma_plan import Parts, Plan
+        from aerogel.kernels.gemm.cuda_wgmma_rounds import in_rounds
         from aerogel.kernels.gemm.cuda_wgmma_table import cuts_for
 
         facts = torch.cuda.get_device_properties(weight.codes.device)
@@ -376,6 +377,8 @@ class ManyTokens:
             if config is None:
                 raise RunFailed("no cut of the weight fits the multiprocessor; such a weight must be refused, not planned")
             cuts = [(weight.N, config)]
+        if len(cuts) == 1:
+            cuts = in_rounds(weight, cuts[0][1], M, facts.multi_processor_count)
         return Plan(weight, cuts[0][1], M, dtype) if len(cuts) == 1 else Parts(weight, cuts, M, dtype)
 
 

@@ -24,6 +24,7 @@ from aerogel.kernels.gemm.cuda_outliers import SHEET_ROWS, TileOutliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import CUTS, SOURCE, Config, ManyTokens, choose_config, deepest, defines, fits
 from aerogel.kernels.gemm.cuda_wgmma_plan import Parts, Plan
+from aerogel.kernels.gemm.cuda_wgmma_rounds import in_rounds
 from aerogel.kernels.gemm.plane_tables import OF_ROWS
 from aerogel.pack import tiles
 
@@ -181,6 +182,30 @@ def test_measured_layers_get_what_was_measured(fake: FakeDriver) -> None:
     beside = replace(plain, outliers=meta_outliers(4096, 4096, 4096 * 41))
     found = [cuda_wgmma_table.cuts_for(weight, 64, "NVIDIA H100 80GB HBM3")[0][1] for weight in (plain, beside)]
     assert [config.x_stages for config in found] == [8, 3]
+
+
+@pytest.mark.parametrize("M", [64, 128])
+@pytest.mark.parametrize("multiprocessors", [114, 132])
+@pytest.mark.parametrize("N", [1 << 17, 59136, 51200, 33792, 28672, 1000])
+def test_a_badly_filled_round_gets_smaller_tiles(N: int, multiprocessors: int, M: int) -> None:
+    """All rows once, whole rounds first, then tiles that fill no more than one round."""
+    weight, config = meta_weight(N, 8192), Config(tokens=M, blocks=2, x_stages=8, w_stages=4)
+    cuts = in_rounds(weight, config, M, multiprocessors)
+    assert sum(rows for rows, _ in cuts) == N and cuts[0][1] == config
+    if len(cuts) == 1:
+        assert N not in (59136, 51200) or multiprocessors == 114
+        return
+    (first, _), (rest, smaller) = cuts
+    assert first % (256 * multiprocessors) == 0 and smaller.row_tiles < config.row_tiles and smaller.tokens == M
+    assert -(-rest // (16 * smaller.row_tiles)) <= multiprocessors and fits(weight, smaller)
+
+
+def test_rounds_that_are_full_or_shared_stay_one_launch() -> None:
+    config = Config(tokens=128, blocks=2, x_stages=8, w_stages=4)
+    assert [rows for rows, _ in in_rounds(meta_weight(57344, 8192), config, 128, 132)] == [33792, 23552]
+    assert len(in_rounds(meta_weight(2 * 33792, 8192), config, 128, 132)) == 1
+    for other in (replace(config, split=2), replace(config, share=2), replace(config, tokens=64)):
+        assert in_rounds(meta_weight(57344, 8192), other, 128, 132) == [(57344, other)]
 
 
 def ptxas_log(defined: nvrtc.Defines) -> str:
