@@ -18,6 +18,7 @@ from aerogel.kernels.gemm.cuda_tune import random_numbers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import SOURCE, Config, choose_config, deepest, defines
 from aerogel.kernels.gemm.cuda_wgmma_plan import Parts, Plan
+from aerogel.kernels.gemm.cuda_wgmma_rounds import in_rounds
 from aerogel.pack import tiles
 
 pytestmark = pytest.mark.gpu
@@ -229,5 +230,20 @@ def test_a_layer_in_two_parts(hopper: None) -> None:
     x, bias = torch.randn(300, 1024, device="cuda").bfloat16(), torch.randn(1000, device="cuda").bfloat16()
     y = torch.full((300, 1000), torch.nan, device="cuda", dtype=torch.bfloat16)
     Parts(weight, [(640, CONFIGS[-1]), (360, CONFIGS[1])], 300, torch.bfloat16)(x, bias, y)
+    wanted = x.double() @ dense64(weight).T + bias.double()
+    assert (y.double() - wanted).norm() <= BOUND[torch.bfloat16] * wanted.norm()
+
+
+def test_rows_beyond_whole_rounds_are_a_launch_of_their_own(hopper: None) -> None:
+    """As many rows as fill the device one and a half times."""
+    N = 384 * torch.cuda.get_device_properties(0).multi_processor_count
+    weight = weight_of(N, 4096, 4, 128, "none", torch.bfloat16)
+    x, bias = torch.randn(100, 4096, device="cuda").bfloat16(), torch.randn(N, device="cuda").bfloat16()
+    cut = deepest(weight, Config(tokens=128, blocks=2))
+    assert cut is not None
+    cuts = in_rounds(weight, cut, 100, torch.cuda.get_device_properties(0).multi_processor_count)
+    assert [rows for rows, _ in cuts] == [N // 3 * 2, N // 3]
+    y = torch.full((100, N), torch.nan, device="cuda", dtype=torch.bfloat16)
+    Parts(weight, cuts, 100, torch.bfloat16)(x, bias, y)
     wanted = x.double() @ dense64(weight).T + bias.double()
     assert (y.double() - wanted).norm() <= BOUND[torch.bfloat16] * wanted.norm()
