@@ -206,6 +206,17 @@ def test_rounds_that_are_full_or_shared_stay_one_launch() -> None:
     assert len(in_rounds(meta_weight(2 * 33792, 8192), config, 128, 132)) == 1
     for other in (replace(config, split=2), replace(config, share=2), replace(config, tokens=64)):
         assert in_rounds(meta_weight(57344, 8192), other, 128, 132) == [(57344, other)]
+    for other in (meta_weight(57344, 8192, bits=3), meta_weight(57344, 8192, table=1)):
+        assert in_rounds(other, config, 128, 132) == [(57344, config)]
+    beside = replace(meta_weight(57344, 8192), outliers=meta_outliers(57344, 8192, 1 << 22))
+    for weight, M, parts in (
+        (meta_weight(57344, 8192), 64, 2),
+        (meta_weight(57344, 8192), 32, 1),
+        (beside, 128, 2),
+        (beside, 64, 2),
+    ):
+        [(_, cut)] = cuda_wgmma_table.cuts_for(weight, M, "NVIDIA H100 80GB HBM3")
+        assert len(in_rounds(weight, cut, M, 132)) == parts
 
 
 def ptxas_log(defined: nvrtc.Defines) -> str:
