@@ -227,7 +227,7 @@ INLINE void lay_out_row_tables(int tiles, u8* room, int thread, int threads) {
     const int unit = i % units;
     u8* place = room + i / units * ROW_TABLE_BYTES;
     const u16* rows = (const u16*)(place + AT_ROWS);
-    lay_out_eight(rows + 8 * 16, place, unit, parts);
+    lay_out_eight(rows + 8 * 16, shared_address(place), unit, parts);
     if (unit >= EIGHT_UNITS) continue;
     const u16 number = rows[unit];
     u8* to = place + AT_ROW_BYTES + unit / 16 * 32 + unit % 16;

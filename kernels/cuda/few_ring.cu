@@ -26,12 +26,12 @@ static_assert(!OUTLIER_SHARE || (X_RESIDENT && CLUSTER == 1), "outliers find all
 constexpr bool X_TURNED = OUTLIERS_TURNED && OUTLIER_SHARE;
 constexpr bool SIDES = GROUP != 0 || ZERO != 0 || TABLE == 3;
 
-// Warps beside the multiplying ones: the one that produces, with BESIDE two more (few_beside.cuh), and with 8 multiplying warps three
+// Warps beside the multiplying ones: the one that produces, with BESIDE three more (few_beside.cuh), and with 8 multiplying warps three
 // more that only give up registers, which a multiprocessor hands out by warpgroups. Many row tiles of 16 tokens are too much for the 168 that 9 warps could have.
 #ifndef BESIDE
 #define BESIDE 0
 #endif
-constexpr int PRODUCER_THREADS = TRADE ? 128 : BESIDE ? 96 : 32, ALL_WARPS = WARPS + PRODUCER_THREADS / 32;
+constexpr int PRODUCER_THREADS = TRADE || BESIDE ? 128 : 32, ALL_WARPS = WARPS + PRODUCER_THREADS / 32;
 
 // This block's part of the work: its k tiles (a cluster's blocks share K), its row blocks.
 struct Share {
@@ -354,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
     if (warp == 0) mbarrier_init(room.bell, 1), mbarrier_expect(room.bell, p.M * BLOCK_ROWS * 4);
 #endif
     if (BESIDE && warp == 0) {
-      for (int i = 0; i < 2; i++) mbarrier_init(room.laid_out + 8 * i, 32), mbarrier_init(room.looked_up + 8 * i, THREADS);
+      for (int i = 0; i < 2; i++) mbarrier_init(room.laid_out + 8 * i, LAYERS), mbarrier_init(room.looked_up + 8 * i, THREADS);
       mbarrier_init(room.sums, THREADS), mbarrier_init(room.added, 32);
     }
     if (OUTLIERS && warp == WARPS) init_barriers_of_outliers(p, share, room);
@@ -378,8 +378,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
   } else {
     if constexpr (TRADE) registers_give<40>();
     if (warp == WARPS) produce(p, share, room);
-    if (BESIDE && warp == WARPS + 1) lay_out_beside(p, share, room);
     if (BESIDE && warp == WARPS + 2) add_up_beside(p, share, room);
+    if (BESIDE && (warp == WARPS + 1 || warp == WARPS + 3)) lay_out_beside(p, share, room, (warp - WARPS) / 2 * 32 + (threadIdx.x & 31));
     const int thread = threadIdx.x - THREADS - PRODUCER_THREADS;
     if (beside)
       sum_outliers(p, room.outliers, thread, share.row_start * BLOCK_ROWS, share.row_step * BLOCK_ROWS, share.row_blocks,

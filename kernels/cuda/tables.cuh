@@ -99,23 +99,29 @@ constexpr bool ONE_BY_ONE = ROW_COPIES == 0;
 constexpr int NUMBER_STEP = 32 * 4, EIGHT_STEP = ONE_BY_ONE ? NUMBER_STEP : 8 * 4 * ROW_COPIES;
 constexpr int EIGHT_BYTES = (ONE_BY_ONE ? 16 : 256) * EIGHT_STEP, EIGHT_UNITS = 128;
 
+// The same four bytes COUNT times. By addresses in shared memory, of which one register and a constant do for all stores of a unit:
+// through pointers two thirds of the instructions of laying out were their sums.
+template <int COUNT> static __device__ __forceinline__ void store_copies(u32 place, u32 v) {
+  static_assert(COUNT == 1 || COUNT == 2 || COUNT == 4, "the widths of a store");
+  if constexpr (COUNT == 4) asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(place), "r"(v) : "memory");
+  else if constexpr (COUNT == 2) asm volatile("st.shared.v2.u32 [%0], {%1, %1};" ::"r"(place), "r"(v) : "memory");
+  else asm volatile("st.shared.u32 [%0], %1;" ::"r"(place), "r"(v) : "memory");
+}
+
 // Of table g the pairs of `lower`, number `low`, with `count` numbers from `first` on, which `pairs` holds. A warp of 8 tables and 4
 // lower numbers writes to all banks.
-static __device__ __forceinline__ void lay_out_unit(const u32* pairs, int first, int count, u32 lower, int low, int g, u8* room) {
+static __device__ __forceinline__ void lay_out_unit(const u32* pairs, int first, int count, u32 lower, int low, int g, u32 room) {
   if constexpr (ONE_BY_ONE) {
-    if (first == 0) ((uint4*)room)[low * 8 + g] = make_uint4(lower, lower, lower, lower);
+    if (first == 0) store_copies<4>(room + (low * 8 + g) * 16, lower);
   } else {
+    const u32 to = room + (first * 16 + low) * EIGHT_STEP + g * 4 * ROW_COPIES;
 #pragma unroll
-    for (int i = 0; i < count; i++) {
-      const u32 pair = __byte_perm(lower, pairs[i / 2], i & 1 ? 0x7610 : 0x5410);
-      u8* to = room + ((first + i) * 16 + low) * EIGHT_STEP + g * 4 * ROW_COPIES;
-      if constexpr (ROW_COPIES == 2) *(uint2*)to = make_uint2(pair, pair);
-      else *(u32*)to = pair;
-    }
+    for (int i = 0; i < count; i++)
+      store_copies<ONE_BY_ONE ? 1 : ROW_COPIES>(to + i * 16 * EIGHT_STEP, __byte_perm(lower, pairs[i / 2], i & 1 ? 0x7610 : 0x5410));
   }
 }
 // One of `parts` times EIGHT_UNITS units.
-static __device__ __forceinline__ void lay_out_eight(const u16* tables, u8* room, int unit, int parts) {
+static __device__ __forceinline__ void lay_out_eight(const u16* tables, u32 room, int unit, int parts) {
   const int g = unit % 8, low = unit / 8 % 16, part = unit / EIGHT_UNITS;
   const u16* own = tables + g * 16;
   if (parts == 1) {
@@ -127,7 +133,7 @@ static __device__ __forceinline__ void lay_out_eight(const u16* tables, u8* room
   }
 }
 // All of them by one warp, of which a lane has the numbers of row `lane` % 8.
-static __device__ __forceinline__ void lay_out_eight(const RowNumbers& row, u8* room, int lane) {
+static __device__ __forceinline__ void lay_out_eight(const RowNumbers& row, u32 room, int lane) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const u32 two = lane & 16 ? row.pairs[2 * i + 1] : row.pairs[2 * i];

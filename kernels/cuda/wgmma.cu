@@ -88,11 +88,11 @@ struct Consumer {
 #if !INT8
             if (TABLE == ONE_TABLE) group[b].table[0] = group[b].table[1] = tables();
             if constexpr (BY_ROWS) {
-                u8* room = memory + AT_TABLES + row_tile(b) * 16 * TABLE_SIZE;
+                const u32 room = shared_address(memory + AT_TABLES + row_tile(b) * 16 * TABLE_SIZE);
                 group[b].own = row_table(asked.upper[b]);
 #pragma unroll
                 for (int i = 0; i < 4; i++) asm volatile("" : "+r"(group[b].own.low[i]), "+r"(group[b].own.high[i]));  // once, not in the loop
-                group[b].table[1] = shared_address(room) + place_of_row(row, lane);
+                group[b].table[1] = room + place_of_row(row, lane);
                 lay_out_eight(asked.lower[b], room, lane);
             } else if (TABLE == TABLE_PER_ROW) {
                 const int first = AT_TABLES + row_tile(b) * 16 * TABLE_SIZE;

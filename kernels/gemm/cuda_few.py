@@ -220,7 +220,7 @@ def trades(config: Config, M: int) -> bool:
 def threads_of(config: Config, M: int, outliers: bool = False) -> int:
     """Threads of a block."""
     beside = outlier_warps(config, M) if outliers else 0
-    return 32 * (config.warps + (4 if trades(config, M) else int(config.ring) + 2 * int(config.beside)) + beside)
+    return 32 * (config.warps + (4 if trades(config, M) or config.beside else int(config.ring)) + beside)
 
 
 def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
