@@ -7,9 +7,6 @@
 #ifndef HALF_SUMS
 #define HALF_SUMS 0
 #endif
-#ifndef ADDS
-#define ADDS 0  // 1: what y holds already is added to
-#endif
 constexpr int SLICES = HALF_SUMS ? (K_WARPS + 1) / 2 : K_WARPS;  // of which partial sums lie in shared memory
 constexpr int PARTIAL_STRIDE = BLOCK_ROWS + 4;  // of one token: four tokens of a warp's store then fall into four banks
 
@@ -35,11 +32,10 @@ INLINE void store_half_partials(float* partials, const Arguments& p, int row_war
   store_partials(partials, p, row_warp, slice, acc);
 }
 
-INLINE u32 output_of(const Arguments& p, int n, float factor, float sum, const float* outlier, const u16* held) {
+INLINE u32 output_of(const Arguments& p, int n, float factor, float sum, const float* outlier) {
   if constexpr (SCALE >= 3) sum *= factor;
   if constexpr (GROUP == 0) sum *= read_scale(p.scale, n);
   if constexpr (OUTLIERS) sum += *outlier;
-  if constexpr (ADDS) sum += from_half(__ldcg(held));
   if (p.bias) sum += from_half(p.bias[n]);
   return to_half(sum);
 }
@@ -48,13 +44,13 @@ INLINE void store_outputs(const Arguments& p, int first_tile, int row, int token
   const int n = first_tile * 16 + row;
   u16* to = p.y + (size_t)token * p.N + n;
   if (n + 1 < p.N) {
-    const u32 upper = output_of(p, n, factor, sum.x, outliers, to), lower = output_of(p, n + 1, factor, sum.y, outliers + 1, to + 1);
+    const u32 upper = output_of(p, n, factor, sum.x, outliers), lower = output_of(p, n + 1, factor, sum.y, outliers + 1);
     if (((p.N | (size_t)p.y >> 1) & 1) == 0)
       *(u32*)to = upper | lower << 16;
     else
       to[0] = (u16)upper, to[1] = (u16)lower;
   } else if (n < p.N) {
-    to[0] = (u16)output_of(p, n, factor, sum.x, outliers, to);
+    to[0] = (u16)output_of(p, n, factor, sum.x, outliers);
   }
 }
 

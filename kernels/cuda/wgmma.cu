@@ -118,7 +118,7 @@ struct Consumer {
 
     // The fragment of step `step` of tile `k` for every block of 64 rows; the stage begins with tile `k0`. Without `there` it is of
     // no use: the run of tiles has ended.
-    FN void decode_step(u32 (&a)[BLOCKS][BATCH][4], Codes (&codes)[BLOCKS], Group (&group)[BLOCKS], int k0, int k, int step,
+    FN void decode_step(u32 (&a)[FACTORS][BATCH][4], Codes (&codes)[BLOCKS], Group (&group)[BLOCKS], int k0, int k, int step,
                         bool there = true) {
         const u8* stage = memory + AT_W + w.slot * W_STAGE;
 #pragma unroll
@@ -133,21 +133,28 @@ struct Consumer {
                 read_group(group[b], scales, stage + AT_ZEROS + at * ZERO_BYTES, tables(), lane / 4,
                            true);
             }
-#if !OUTLIERS
+#if !OUTLIERS || EXACT
             decode(a[b][step % BATCH], codes[b], step % HALF, group[b], GROUPED);
 #endif
         }
 #if OUTLIERS
         if (there) sheets.before(step);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++)
+        for (int b = 0; b < BLOCKS; b++) {
+#if EXACT
+            const uint4 sheet = sheets.of_step(b, step);
+            u32(&to)[4] = a[BLOCKS + b][step % BATCH];
+            to[0] = sheet.x, to[1] = sheet.y, to[2] = sheet.z, to[3] = sheet.w;
+#else
             decode(a[b][step % BATCH], codes[b], step % (STEPS / 2), group[b], GROUPED, sheets.of_step(b, step));
+#endif
+        }
 #endif
     }
     // Operands in registers must be final before the fence that hands them to the tensor cores: steps s .. s + count.
-    FN void settle(u32 (&a)[BLOCKS][BATCH][4], int s, int count) const {
+    FN void settle(u32 (&a)[FACTORS][BATCH][4], int s, int count) const {
 #pragma unroll
-        for (int i = 0; i < 4 * BLOCKS * count; i++)
+        for (int i = 0; i < 4 * FACTORS * count; i++)
             asm volatile("" : "+r"(a[i / (4 * count)][s + i / 4 % count][i % 4])::"memory");
     }
 
@@ -167,18 +174,20 @@ struct Consumer {
         before = x.slot, x.advance();
         if (LEAD > 0 && --lead == 0 && warp / 4 + 1 < WARPGROUPS) meet_arrive(warp / 4 + 1, 256);
     }
-    // The products of step `step` of tile `k`, for `tokens` of the x stage in use.
-    FN void start(Sum (&acc)[BLOCKS][TOKENS / 2], u32 (&a)[BLOCKS][BATCH][4], u64 tokens, int k, int step) const {
+    // The products of step `step` of tile `k`, for `tokens` of the x stage in use; with EXACT sheets have products of their own.
+    FN void start(Sum (&acc)[BLOCKS][TOKENS / 2], u32 (&a)[FACTORS][BATCH][4], u64 tokens, int k, int step) const {
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++)
-            mma(acc[b], a[b][step % BATCH], tokens + step % X_STEPS / 4 * (X_BOX >> 4) + 2 * (step % 4), step > 0 || k > work.k_first);
+        for (int b = 0; b < FACTORS; b++) {
+            const u64 inputs = tokens + b / BLOCKS * (X_OF_CODES >> 4) + step % X_STEPS / 4 * (X_BOX >> 4) + 2 * (step % 4);
+            mma(acc[b % BLOCKS], a[b][step % BATCH], inputs, b >= BLOCKS || step > 0 || k > work.k_first);
+        }
     }
 
     // acc[b] = the block's part of w x^T over the work's tiles. Two sets of BATCH fragments take turns: while the tensor
     // cores work on one, the other is decoded. Each hand-over makes the four warps of a group wait for each other, so the
     // more products it holds the better.
     FN void multiply(Sum (&acc)[BLOCKS][TOKENS / 2]) {
-        u32 a[2][BLOCKS][BATCH][4];
+        u32 a[2][FACTORS][BATCH][4];
         Codes codes[BLOCKS];
         Group group[BLOCKS];
         if (!GROUPED || TABLE != UNIFORM || INT8) read_rows(group);
@@ -212,7 +221,7 @@ struct Consumer {
     // The same, decoding ahead. Where products are long (INTERLEAVED) a step is decoded beside each of them; where a set holds
     // a whole tile, two tiles make a turn.
     FN void multiply_ahead(Sum (&acc)[BLOCKS][TOKENS / 2]) {
-        u32 a[2][BLOCKS][BATCH][4];
+        u32 a[2][FACTORS][BATCH][4];
         Codes codes[BLOCKS];
         Group group[BLOCKS];
         if (!GROUPED || TABLE != UNIFORM || INT8) read_rows(group);

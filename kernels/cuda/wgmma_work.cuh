@@ -21,6 +21,9 @@
 #ifndef KEPT
 #define KEPT 0
 #endif
+#ifndef EXACT
+#define EXACT 0  // 1: outliers have inputs of their own, behind those of the codes in each x stage
+#endif
 #ifndef ADDS
 #define ADDS 0  // 1: what y holds already is added to
 #endif
@@ -46,7 +49,10 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 constexpr int X_STEPS = BATCH > 4 ? BATCH : 4;  // steps of an x stage
 constexpr int X_BOX = TOKENS * 128;             // four steps: 128 bytes of each token
-constexpr int X_STAGE = X_STEPS / 4 * X_BOX;
+constexpr int X_OF_CODES = X_STEPS / 4 * X_BOX;  // of a stage
+constexpr int X_STAGE = (1 + EXACT) * X_OF_CODES;
+constexpr int FACTORS = (1 + EXACT) * BLOCKS;    // fragments of a step: decoded codes, with EXACT also the sheets of outliers
+static_assert(!EXACT || (OUTLIERS && !KEPT), "inputs apart are those of outliers, and take the place of kept columns");
 constexpr int CODES_STAGE = ROW_TILES * W_TILES * TILE_BYTES;
 constexpr int SCALES_STAGE = GROUPED ? ROW_TILES * WINDOW * SCALE_BYTES : 0;
 constexpr int ZEROS_STAGE = GROUPED ? ROW_TILES * WINDOW * ZERO_BYTES : 0;
@@ -83,7 +89,8 @@ struct alignas(64) Arguments {
     TensorMap codes;   // [row tiles, k tiles * TILE_BYTES] in boxes of ROW_TILES x W_TILES * TILE_BYTES
     TensorMap scales;  // [row tiles, groups * 16] in boxes of ROW_TILES x WINDOW * 16
     TensorMap zeros;   // likewise; or the numbers of the groups' tables
-    TensorMap chosen;  // KEPT: the inputs of kept columns, exact, [M, 16 * kept_steps] in boxes of TOKENS / SHARE x 64, swizzled
+    TensorMap chosen;  // KEPT: the inputs of kept columns, exact, [M, 16 * kept_steps] in boxes of TOKENS / SHARE x 64, swizzled;
+                       // EXACT: those of outliers, as x
     const u8 *scale, *zero;
     const u16* table;  // [TABLES, 2^BITS] in the activations' type; TABLES = rows, padded to tiles, where each has its own
     const float* factor;  // of all scales, or null; with EXPERTS one for each, as bias [experts][N]

@@ -2,9 +2,11 @@
 
     y_MN = x'_MK @ W_NK.T + x_MK @ S_NK.T        x' rounded, S sparse
 
-Up to `EXACT_TOKENS` tokens the matmul adds them as the weight-only kernels do, but looks their inputs up in a place of their
-own. For more, their sums are the first to be in y: `beside.cu` makes them beside the rounding of x, and the matmul adds its
-product to what it finds there.
+Where 16 bits are multiplied, the matmul has both inputs. Up to `FEW_TOKENS` tokens it adds outliers as the weight-only
+kernels do, but looks their inputs up in a place of their own. For more, a sheet of outliers (`tile_outliers.cuh`) is not
+added to what codes decode to, but multiplied apart, with inputs that stand behind those of the codes in every stage: tensor
+cores have the time while weights come. Where bytes are multiplied, outliers' sums are the first to be in y: `beside.cu` makes
+them beside the rounding of x, and the matmul adds its product to what it finds there.
 
 Shape legend: M tokens, N out features, K in features, E outliers.
 """
@@ -22,25 +24,27 @@ from aerogel.errors import RunFailed
 from aerogel.kernels import gpu_here
 from aerogel.kernels.beside import cuda as beside_cuda
 from aerogel.kernels.beside.ref import Beside
-from aerogel.kernels.gemm import cuda, cuda_dense, cuda_few, cuda_few_plan
+from aerogel.kernels.gemm import cuda_few, cuda_few_plan, cuda_wgmma, cuda_wgmma_plan, cuda_wgmma_table
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_table import config_for
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.problem import Problem
+from aerogel.pack import tiles
 
-NAMES = ("added_start", "added_column", "added_value", "added_row_start", "added_by_row")
+NAMES = ("added_start", "added_column", "added_value", "added_row_start", "added_by_row", "added_tiles", "added_by_sheet")
 """Under which the tensors of `Added` stand beside a layout's, in its order."""
-EXACT_TOKENS, MOST_WARPS = 8, 8
+FEW_TOKENS, MOST_WARPS = 8, 8
 """Tokens; and warps along K without a ring: with more, registers spill (4096 x 4096, 8 tokens: 12.6 us for 11.1)."""
+SHEET_TOKENS = 128
+"""Up to so many tokens sheets are multiplied in 16 bits, also where integers alone would be multiplied as bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Added:
-    """Outliers as `Beside` has them, and once more by rows as `TileOutliers` has them."""
+    """Outliers as `Beside` has them, and once more as the matmuls of 16 bits take them."""
 
     beside: Beside
-    row_start_N1: Tensor
-    by_row_E: Tensor
+    laid: TileOutliers
 
     @classmethod
     def of(cls, beside: Beside, problem: Problem, place_K: Tensor | None = None) -> Self | None:
@@ -56,15 +60,13 @@ class Added:
         if laid is None:
             return None
         column_E = column_E if place_K is None else place_K[column_E.long()].to(column_E.dtype)
-        return cls(beside=Beside(start_N1, column_E, value_E), row_start_N1=laid.start_N1, by_row_E=laid.by_row_E)
+        return cls(beside=Beside(start_N1, column_E, value_E), laid=laid)
 
     @classmethod
     def given(cls, tensors: list[Tensor] | None) -> Self | None:
         """From the list that an operator is called with; None for None."""
-        if tensors is None:
-            return None
-        *stored, row_start_N1, by_row_E = tensors
-        return cls(beside=Beside(*stored), row_start_N1=row_start_N1, by_row_E=by_row_E)
+        laid = None if tensors is None else TileOutliers.given(tensors[3:])
+        return None if tensors is None or laid is None else cls(beside=Beside(*tensors[:3]), laid=laid)
 
     @classmethod
     def among(cls, tensors: Mapping[str, Tensor]) -> list[Tensor] | None:
@@ -73,38 +75,32 @@ class Added:
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by `NAMES`."""
-        start_N1, column_E, value_E = (tensor for tensor in self.beside.all()[:3] if tensor is not None)
-        return dict(zip(NAMES, (start_N1, column_E, value_E, self.row_start_N1, self.by_row_E), strict=True))
+        stored = [tensor for tensor in self.beside.all() if tensor is not None]
+        return dict(zip(NAMES, (*stored, *self.laid.tensors()), strict=True))
 
     def fill(self, y_MN: Tensor, x_MK: Tensor) -> None:
         """y = x S^T; see `beside.cuda.fill`."""
         beside_cuda.fill(y_MN, x_MK, self.beside)
 
 
-@dataclass(frozen=True, slots=True)
-class Product:
-    """The 16-bit matmul of rounded inputs with outliers. exact: the matmul adds them; else `Added.fill` goes before it."""
-
-    plan: Callable[..., None]
-    exact: bool
-
-    def __call__(self, x_MK: Tensor, rounded_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
-        """x as it was, and rounded."""
-        self.plan(rounded_MK, bias_N, y_MN, *((x_MK,) if self.exact else ()))
+Product = Callable[[Tensor, Tensor | None, Tensor, Tensor], None]
+"""(x_MK rounded, bias_N or None, y_MN to be filled, x_MK as it was) on torch's current stream and device."""
 
 
 def product(weight: TileWeight, added: Added, M: int, dtype: torch.dtype) -> Product:
-    """For M tokens of a weight without what stands beside it."""
-    nowhere = added.row_start_N1[:0]  # sheets are for more tokens
-    by_rows = TileOutliers(start_N1=added.row_start_N1, by_row_E=added.by_row_E, start_T1=nowhere, by_sheet_E=nowhere)
-    exact = replace(weight, outliers=by_rows, exact=True)
-    if min(EXACT_TOKENS, cuda_few.most_outlier_tokens(exact, (9, 0))) >= M:
-        config = config_for(exact, M)
-        if not config.ring:
-            config = replace(config, k_warps=min(config.k_warps, MOST_WARPS))
-        return Product(cuda_few_plan.Plan(exact, config, M, dtype), exact=True)
-    adding = replace(weight, adds=True)
-    found = cuda.choose(adding, M, dtype, (9, 0))
-    if found is cuda_dense.Dense:
-        raise RunFailed("no packed kernel takes the weight, though integers without tables fit all of Hopper's")
-    return Product(found.plan(adding, M, dtype), exact=False)
+    """The matmul of 16 bits for M tokens of a weight without what stands beside it."""
+    exact = replace(weight, outliers=added.laid, exact=True)
+    if min(FEW_TOKENS, cuda_few.most_outlier_tokens(exact, (9, 0))) >= M:
+        few = config_for(exact, M)
+        if not few.ring:
+            few = replace(few, k_warps=min(few.k_warps, MOST_WARPS))
+        return cuda_few_plan.Plan(exact, few, M, dtype)
+    # Of sums that a row's scale waits for, outliers would be no part.
+    whole = replace(exact, group_size=exact.group_size or tiles.COLUMNS * exact.codes.shape[1])
+    whole.check()
+    facts = torch.cuda.get_device_properties(weight.codes.device)
+    cuts = cuda_wgmma_table.cuts_for(whole, M, facts.name)
+    config = cuts[0][1] if len(cuts) == 1 else cuda_wgmma.choose_config(whole, M, facts.multi_processor_count)
+    if config is None:
+        raise RunFailed("no cut of the weight fits the multiprocessor, though integers without tables leave room for one")
+    return cuda_wgmma_plan.Plan(whole, config, M, dtype)

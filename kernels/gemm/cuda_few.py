@@ -129,7 +129,6 @@ def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> d
         "ROW_COPIES": config.row_copies,
         "BESIDE": int(config.beside),
         "HALF_SUMS": int(config.half_sums),
-        **({"ADDS": 1} if weight.adds else {}),
     }
 
 

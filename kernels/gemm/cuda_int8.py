@@ -214,7 +214,8 @@ def tiles_linear_int8(
         return one
 
     with nullcontext() if y.get_device() == torch._C._cuda_getDevice() else torch.cuda.device(y.device):
-        if M > FEW_TOKENS and key not in _plans:
+        fewer = FEW_TOKENS if added is None else cuda_added.SHEET_TOKENS
+        if fewer < M and key not in _plans:
             if len(_plans) >= cuda.MOST_PLANS:
                 _plans.clear()
             _plans[key] = many_tokens(weight(added is not None), row_scale, M, y.dtype, kept=operand)
@@ -228,12 +229,8 @@ def tiles_linear_int8(
                 if len(_added_plans) >= cuda.MOST_PLANS:
                     _added_plans.clear()
                 _added_plans[key] = cuda_added.product(weight(), added, M, y.dtype)
-            product = _added_plans[key]
-            rounding = Quantizer(dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns, late=not product.exact)
-            rounded = rounding(x, fixed)[0]
-            if not product.exact:
-                added.fill(y, x)
-            product(x, rounded[:, :K].contiguous(), bias, y)
+            rounding = Quantizer(dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns)
+            _added_plans[key](rounding(x, fixed)[0][:, :K].contiguous(), bias, y, x)
             return y
         rounding = Quantizer(dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns, keeps=operand is not None)
         if operand is None:

@@ -67,7 +67,7 @@ class TileWeight:
     outliers: weights that are added to what the codes say; None for none.
     kept: weights of columns beside the codes as fragments (`cuda_kept`), which have their own inputs; None for none.
     adds: the product is added to what y holds, instead of written.
-    exact: outliers have inputs of their own, for up to 8 tokens; codes meet rounded ones.
+    exact: outliers have inputs of their own; codes meet rounded ones.
     """
 
     codes: Tensor

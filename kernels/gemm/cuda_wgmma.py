@@ -147,6 +147,7 @@ def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str,
         "LINES": list_lines(config),
         **({"ROW_COPIES": config.copies} if by_rows(weight) else {}),
         **({"ADDS": 1} if weight.adds else {}),
+        **({"EXACT": 1} if weight.exact else {}),
     }
 
 
@@ -194,7 +195,7 @@ def space(weight: TileWeight, config: Config) -> Space:
     threads, pieces = 128 * config.warpgroups, config.blocks * config.tokens // 16
     out = 2 * config.warpgroups * 128 * (32 if config.tokens > 32 and config.tokens % 32 == 0 else 16)
     return Space(
-        x_stage=config.tokens * (256 if config.batch == 8 else 128),
+        x_stage=config.tokens * (256 if config.batch == 8 else 128) * (1 + weight.exact),
         w_stage=config.row_tiles * config.w_tiles * 256 * weight.bits
         + ceil_divide(touched * scale, 128) * 128
         + ceil_divide(touched * zero, 128) * 128,

@@ -150,9 +150,11 @@ class Plan:
         self._first: Launch | None = Launch(self.function, self._arguments, **options)
         self._launch = Launch(self.function, self._arguments, early=True, **options)
 
-    def __call__(self, x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
-        """Queues the kernel; `x_MK` is padded or copied where the copy engine needs it."""
-        self.launch(in_pieces(x_MK), None, bias_N, y_MN)
+    def __call__(self, x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor, exact_MK: Tensor | None = None) -> None:
+        """Queues the kernel; inputs are padded or copied where the copy engine needs it. exact_MK: those of outliers, where the
+        weight wants them apart."""
+        chosen = None if exact_MK is None else in_pieces(exact_MK)
+        self.launch(in_pieces(x_MK), None, bias_N, y_MN, chosen=chosen)
 
     def launch(
         self,

@@ -4,9 +4,10 @@
 numbers of tokens, with its time; what `aerogel tune` measured on this machine lies in the cache folder, and wins. Other numbers
 of tokens use the next larger one; tables those of other groups too, since what decoding takes decides there, and what has no
 entries of its own but no table those of integers in as large groups, or in groups of 128 where its own are multiples of that.
-Weights with outliers have entries of their own where they want another cut (`4o/g128/4096x4096`), and take those of any groups,
-else what the same weights have without. A weight that no entry suits, or a number of tokens beyond them, is served by the cost
-model of `cuda_wgmma`: the cut of other groups can be half as fast, where two blocks share a multiprocessor.
+Weights with outliers have entries of their own where they want another cut (`4o/g128/4096x4096`), and take those of any
+groups, else what the same weights have without; those whose outliers have inputs of their own take only theirs (`8e/...`). A
+weight that no entry suits, or a number of tokens beyond them, is served by the cost model of `cuda_wgmma`: the cut of other
+groups can be half as fast, where two blocks share a multiprocessor.
 """
 
 from __future__ import annotations
@@ -66,11 +67,11 @@ def token_class(M: int) -> int:
 
 def place_of(weight: TileWeight) -> str:
     """Where a weight's own entries are."""
-    return places(weight)[0] if weight.outliers is None else _beside_outliers(places(weight)[0])
+    return places(weight)[0] if weight.outliers is None else _beside_outliers(places(weight)[0], weight.exact)
 
 
-def _beside_outliers(place: str) -> str:
-    return place.replace("/", "o/", 1)
+def _beside_outliers(place: str, exact: bool = False) -> str:
+    return place.replace("/", "e/" if exact else "o/", 1)
 
 
 def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
@@ -79,6 +80,9 @@ def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
     An entry with `rows` and `rest` serves that many rows with `config` and the others with `rest`.
     """
     tokens = token_class(M)
+    if weight.exact:
+        entry = table(name).get(place_of(weight), {}).get(str(tokens))
+        return [] if entry is None else _cuts_of(weight, entry)
     integers = f"{weight.bits}/g{weight.group_size}/{weight.N}x{weight.K}"
     own = places(weight)[:-1] if weight.table is not None or weight.planes else places(weight)[:1]
     whole = weight.group_size > 128 and weight.group_size % 128 == 0

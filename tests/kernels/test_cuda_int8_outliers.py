@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.cuda import nvrtc, sources
-from aerogel.kernels.gemm import cuda_added, cuda_few, cuda_few_plan, cuda_int8, cuda_wgmma_plan
+from aerogel.kernels.gemm import cuda_added, cuda_few, cuda_few_plan, cuda_int8, cuda_wgmma, cuda_wgmma_plan
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_quantize import ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_quantize import macros as rounding_macros
 from aerogel.kernels.gemm.cuda_weight import TileWeight, tensors_of
+from aerogel.kernels.gemm.cuda_wgmma import Config
 from aerogel.kernels.gemm.ref import quantize_int8
 from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.quantize.codes import quantized
@@ -51,19 +52,19 @@ def test_the_sources_that_add_compile() -> None:
         codes=layout["tile_codes"], scale=layout["tile_scale"], zero=None, table=None, pick=None, group_size=0, N=64, K=256
     )  # fmt: skip
     adding = replace(plain, adds=True)
-    few = cuda_few.default_config(adding, 16, (9, 0), 132)
     nothing = torch.empty(0, dtype=torch.int32)
     outliers = TileOutliers(start_N1=nothing, by_row_E=nothing, start_T1=nothing, by_sheet_E=nothing)
     exact = replace(plain, exact=True, outliers=outliers)
     ring = cuda_few.Config(ring=True, row_tiles=1, k_warps=2, x_resident=True)
     many = cuda_int8.cut(adding, *cuda_int8.CUTS[0])
-    assert many is not None and "ADDS" not in cuda_few.defines(plain, few, 16, torch.bfloat16)
+    apart = cuda_wgmma.deepest(replace(exact, group_size=256), cuda_wgmma.Config(tokens=32))
+    assert many is not None and apart is not None
     rounding = Quantizer(dtype=torch.bfloat16, device=torch.device("cuda"), output=ROUNDED, columns=256, late=True)
     for source, macros in (
-        (f"{few.kernel}.cu", cuda_few.defines(adding, few, 16, torch.bfloat16)),
         ("few_ring.cu", cuda_few.defines(exact, ring, 8, torch.bfloat16)),
         ("few_registers.cu", cuda_few.defines(exact, replace(ring, ring=False, x_resident=False), 3, torch.bfloat16)),
         ("wgmma.cu", cuda_wgmma_plan.macros_of(adding, many, torch.bfloat16, int8=True)),
+        ("wgmma.cu", cuda_wgmma_plan.macros_of(replace(exact, group_size=256), apart, torch.bfloat16)),
         ("quantize.cu", rounding_macros(rounding, 256)),
     ):
         assert compiler.compile(source, sources.sources_of(source), macros, (9, 0))[:4] == b"\x7fELF"
@@ -99,8 +100,7 @@ def test_every_cut_for_few_tokens() -> None:
     layer, alone_NK = layer_of(grid, N, K, torch.bfloat16, False, "cuda")
     laid, layout = layer._laid, layer.operands()
     assert laid is not None
-    start_N1, by_row_E = (laid[name] for name in cuda_added.NAMES[3:])
-    outliers = TileOutliers(start_N1=start_N1, by_row_E=by_row_E, start_T1=start_N1[:0], by_sheet_E=start_N1[:0])
+    outliers = TileOutliers.given([laid[name] for name in cuda_added.NAMES[3:]])
     weight = TileWeight(
         codes=layout["tile_codes"], scale=layout["tile_scale"], zero=None, table=None, pick=None, group_size=128, N=N, K=K,
         outliers=outliers, exact=True,
@@ -128,10 +128,53 @@ def test_every_cut_for_few_tokens() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_overlapping_replays_of_a_graph() -> None:
+def test_cuts_for_many_tokens(dtype: torch.dtype) -> None:
+    """Inputs of outliers behind those of codes in every stage, whatever the cut; here they are unrelated."""
+    N, K, grid = 400, 1192, GRIDS[1]
+    layer, alone_NK = layer_of(grid, N, K, dtype, False, "cuda")
+    laid, layout = layer._laid, layer.operands()
+    assert laid is not None
+    weight = TileWeight(
+        codes=layout["tile_codes"], scale=layout["tile_scale"], zero=None, table=None, pick=None, group_size=128, N=N, K=K,
+        outliers=TileOutliers.given([laid[name] for name in cuda_added.NAMES[3:]]), exact=True,
+    )  # fmt: skip
+    w_NK = layer.columns().codes.decode(torch.float64)
+    for M in (9, 40, 200):
+        x_MK, exact_MK = (torch.randn(M, K, generator=torch.Generator().manual_seed(M + i)).to(dtype).cuda() for i in (0, 100))
+        wanted_MN = x_MK.double() @ w_NK.T + exact_MK.double() @ alone_NK.T
+        for tokens, warpgroups, blocks, resident, share, split, batch in (
+            (16, 2, 1, 1, 1, 1, 4),
+            (32, 3, 1, 1, 1, 2, 2),
+            (64, 2, 2, 1, 1, 3, 2),
+            (32, 2, 1, 2, 1, 1, 2),
+            (32, 4, 1, 1, 1, 1, 2),
+            (64, 2, 1, 1, 2, 1, 4),
+            (32, 2, 1, 1, 1, 1, 8),
+            (128, 2, 1, 1, 1, 1, 4),
+        ):
+            cut = Config(
+                tokens=tokens, warpgroups=warpgroups, blocks=blocks, resident=resident, share=share, split=split, batch=batch
+            )
+            config = cuda_wgmma.deepest(weight, cut)
+            assert config is not None, cut
+            y_MN = torch.full((M, N), float("nan"), device="cuda", dtype=dtype)
+            plan = cuda_wgmma_plan.Plan(weight, config, M, dtype)
+            plan(x_MK, None, y_MN, exact_MK)
+            error = float((y_MN.double() - wanted_MN).norm() / wanted_MN.norm())
+            assert error <= 3e-3, (M, config, error)
+            again_MN = torch.empty_like(y_MN)
+            plan(x_MK, None, again_MN, exact_MK)
+            assert torch.equal(y_MN, again_MN), (M, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [4, 40, 300])
+@torch.no_grad()
+def test_overlapping_replays_of_a_graph(M: int) -> None:
     """Rounding, outliers and matmul begin before what is in front of them has ended; inputs change with every replay."""
-    N, K, M = 2048, 4096, 4
+    N, K = 2048, 4096
     layer, _ = layer_of(GRIDS[0], N, K, torch.bfloat16, False, "cuda")
     inputs = [torch.randn(M, K, generator=torch.Generator("cuda").manual_seed(i), device="cuda").bfloat16() for i in range(6)]
     held = torch.empty_like(inputs[0])

@@ -281,12 +281,14 @@ def test_every_cut_compiles_without_spills() -> None:
 
 
 @pytest.mark.parametrize("cut", [(2, 1, 1), (2, 2, 1), (3, 1, 1), (4, 1, 1), (2, 1, 2)], ids=str)
-def test_cuts_with_outliers_compile_without_spills(cut: tuple[int, int, int]) -> None:
-    """More than two pairs of sheets have a warpgroup that fills them."""
+@pytest.mark.parametrize("exact", [False, True])
+def test_cuts_with_outliers_compile_without_spills(cut: tuple[int, int, int], exact: bool) -> None:
+    """More than two pairs of sheets have a warpgroup that fills them; with inputs of their own they are multiplied apart."""
     needs_compiler()
-    weight = replace(meta_weight(1024, 1024), outliers=meta_outliers(1024, 1024, 1 << 14))
+    weight = replace(meta_weight(1024, 1024), outliers=meta_outliers(1024, 1024, 1 << 14), exact=exact)
     warpgroups, blocks, resident = cut
-    config = deepest(weight, Config(tokens=64, warpgroups=warpgroups, blocks=blocks, resident=resident, batch=2))
+    tokens = 32 if exact and resident > 1 else 64
+    config = deepest(weight, Config(tokens=tokens, warpgroups=warpgroups, blocks=blocks, resident=resident, batch=2))
     assert config is not None and fits(weight, config)
     assert cuda_wgmma.threads_of(weight, config) == 128 * (warpgroups + (2 if warpgroups * blocks > 2 else 1))
     log = ptxas_log(defines(weight, config, torch.bfloat16))
