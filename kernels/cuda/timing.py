@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from aerogel.kernels.cuda.record import recording
+
 COPIES_BYTES = 200_000_000
 """What the copies of a weight should exceed together: four times an H100's L2."""
 MOST_COPIES = 40
@@ -39,7 +41,7 @@ def graph_of(calls: Sequence[Callable[[], object]], *, graph_ms: float = 4.0) ->
     torch.cuda.current_stream().wait_stream(side)
     rounds = max(1, round(min(2000.0, 1000 * graph_ms / max(once, 1.0)) / len(calls)))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(graph, torch.device("cuda")):
         for _ in range(rounds):
             for call in calls:
                 call()

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, masking_utils
 
+from aerogel.kernels.cuda.record import recording
 from aerogel.kernels.sidecars import ColumnProduct
 
 MOST_TOKENS = 4096
@@ -132,11 +133,10 @@ class PromptGraphs:
         graph = torch.cuda.CUDAGraph()
         ids_BT, last_1 = ids_BT.clone(), last_1.clone()
         try:
-            with causal_without_masks(), torch.cuda.graph(graph, pool=self._pool):
+            with causal_without_masks(), recording(graph, ids_BT.device, self._pool):
                 logits_BV = forward(ids_BT, last_1)
         except RuntimeError as error:
             # Some operators talk to the host inside; prompts are then read uncaptured, and the report says so.
-            torch.cuda.synchronize(ids_BT.device)
             self.reason = str(error).strip().splitlines()[0][:160]
             return
         self._captured[ids_BT.shape[1]] = _Captured(graph, ids_BT, last_1, logits_BV)

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from aerogel.kernels.ahead import compile_ahead
+from aerogel.kernels.cuda.record import recording
 from aerogel.kernels.decode import ops
 from aerogel.kernels.decode.attention import attending
 from aerogel.kernels.decode.fuse import fuse
@@ -220,7 +221,6 @@ class Session:
                 self._graphs[key] = self._capture(sampling)
             except RuntimeError as error:
                 # Some operators talk to the host inside; the step then runs uncaptured, and the report says so.
-                torch.cuda.synchronize(self.model.device)
                 self.reasons["graph"] = str(error).strip().splitlines()[0][:160]
             for tensor, value in zip(self._arguments(), saved, strict=True):
                 tensor.copy_(value)
@@ -260,6 +260,6 @@ class Session:
         with torch.cuda.stream(stream):
             self._step(sampling, generator)
         torch.cuda.current_stream(self.model.device).wait_stream(stream)
-        with torch.cuda.graph(graph):
+        with recording(graph, self.model.device):
             self._step(sampling, generator)
         return graph, generator

@@ -12,6 +12,7 @@ from tests.kernels.decode.test_loop import theirs
 from tests.zoo import build
 from torch import nn
 
+from aerogel.kernels.cuda.record import recording
 from aerogel.kernels.decode import ops
 from aerogel.kernels.decode.loop import Decoder
 from aerogel.kernels.decode.merge import merge
@@ -161,6 +162,22 @@ def test_a_prompt_is_the_same_work_each_time() -> None:
         logits = [decoder.session.fill(ids.cuda(), torch.zeros(1, dtype=torch.int64, device="cuda")) for _ in range(4)]
     assert all(torch.equal(found, logits[0]) for found in logits)
     assert decoder.session._prompts._captured
+
+
+def test_a_recording_that_fails_leaves_random_numbers_as_they_were() -> None:
+    """A number that is read inside ends it; torch alone would refuse every random number of the process from then on."""
+    x, device = torch.ones(8, device="cuda"), torch.device("cuda")
+    torch.manual_seed(5)
+    wanted = torch.randn(8, device=device)
+    torch.manual_seed(5)
+    with pytest.raises(RuntimeError), recording(torch.cuda.CUDAGraph(), device):
+        (2 * x).sum().item()
+    assert torch.equal(torch.randn(8, device=device), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with recording(graph, device):
+        y = 3 * x
+    graph.replay()
+    assert torch.equal(y, 3 * x)
 
 
 @pytest.mark.parametrize("factor", [None, 4.0])
