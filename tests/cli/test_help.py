@@ -21,13 +21,16 @@ def test_help_and_typing_errors_import_nothing_heavy(arguments: list[str]) -> No
 
 
 def test_help_is_quick() -> None:
-    """Processor time, so that a busy machine does not fail it."""
-    code = (
-        "import sys, time\nsys.argv = ['aerogel', '--help']\nfrom aerogel.cli.app import main\nmain()\n"
-        "sys.stderr.write(str(time.process_time()))"
-    )
-    calls = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(call.stderr) for call in calls) < 0.3
+    """Most of its time goes to what prints it. In processor time, and beside that alone: machines differ, and are busy."""
+    timed = "\nimport sys, time\nsys.stderr.write(str(time.process_time()))"
+    ours = "import sys\nsys.argv = ['aerogel', '--help']\nfrom aerogel.cli.app import main\nmain()" + timed
+    printing = "import typer.main, typer.rich_utils, rich.console" + timed
+    took: dict[str, list[float]] = {ours: [], printing: []}
+    for _ in range(3):
+        for code, times in took.items():
+            found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            times.append(float(found.stderr))
+    assert min(took[ours]) < 1.8 * min(took[printing]), took
 
 
 def test_help_names_every_command(aerogel) -> None:
