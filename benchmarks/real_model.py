@@ -15,10 +15,13 @@ What comes out is checked in this process, greedy, with PROMPTS (the first three
     dense       our loop against transformers' `generate(do_sample=False)`, in bfloat16 and in float32. Where tokens differ,
                 `gap` is how much more the float32 model's logits give to the token that transformers took than to ours: two
                 orders of summation may choose differently where it is within the rounding of bfloat16, and nowhere else
-    compressed  the device against a CPU with the same files (not on a CPU): the first token that differs, the gap likewise in
-                the CPU's logits, and the perplexity of --text on both
+    compressed  the device against a CPU with the same files (not on a CPU): the first token that differs and its gap in the
+                CPU's logits; and, with the tokens of --text given, the perplexity on both, how often both find the same token
+                likeliest, and how far their predictions are apart (KL) beside what compression itself changed. Where a recipe
+                rounds inputs, the last bit of one decides its code, so single tokens tell little and predictions do
 
-The exit code is 1 where float32 tokens differ, a gap is above MOST_GAP or perplexities differ by more than MOST_PERPLEXITY.
+The exit code is 1 where float32 tokens differ, dense tokens differ by a gap above MOST_GAP, perplexities by more than
+MOST_PERPLEXITY, or a device's predictions are further from a CPU's than MOST_SHARE of what compression changed.
 """
 
 from __future__ import annotations
@@ -61,8 +64,8 @@ PROMPTS = (
 RECIPES = ("w4", "w4a8", "w8a8", "w4-nvfp4", "w3", "w2")
 WINDOWS, WINDOW = 4, 512
 """Of --text, whose perplexity is taken; tokens of each."""
-MOST_GAP, MOST_PERPLEXITY = 0.25, 0.02
-"""Logits (of about 20, where neighbours in bfloat16 are 0.125 apart), and a relative difference."""
+MOST_GAP, MOST_PERPLEXITY, MOST_SHARE = 0.25, 0.02, 0.25
+"""Logits (of about 20, where neighbours in bfloat16 are 0.125 apart), a relative difference, and a ratio of divergences."""
 
 
 def command(*words: str) -> dict[str, Any]:
@@ -146,17 +149,24 @@ def compared(name: str, ours: list[list[int]], theirs: list[list[int]], prompts:
 
 
 @torch.inference_mode()
-def perplexity(model: Any, ids: Tensor) -> float:
-    """Of windows [WINDOWS, WINDOW] of token ids."""
-    losses = []
-    for window in ids.to(model.device):
-        logits = model(window[None]).logits[0, :-1].float()
-        losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
-    return math.exp(sum(losses) / len(losses))
+def predictions(model: Any, ids: Tensor) -> Tensor:
+    """Logarithms of the probabilities of every next token of windows [WINDOWS, WINDOW], on the CPU in float32."""
+    found = [model(window[None]).logits[0, :-1].float().log_softmax(-1).cpu() for window in ids.to(model.device)]
+    return torch.stack(found)
 
 
-def dense_checks(folder: Path, prompts: list[Tensor], asked: argparse.Namespace) -> dict[str, Any]:
-    """Our loop beside transformers' own."""
+def perplexity(predicted: Tensor, ids: Tensor) -> float:
+    """Of windows [WINDOWS, WINDOW] of token ids, from their predictions [WINDOWS, WINDOW - 1, vocabulary]."""
+    return math.exp(-predicted.gather(-1, ids[:, 1:, None]).mean().item())
+
+
+def divergence(reference: Tensor, other: Tensor) -> float:
+    """The mean KL divergence of `other` from `reference`, in nats per token."""
+    return (reference.exp() * (reference - other)).sum(-1).mean().item()
+
+
+def dense_checks(folder: Path, prompts: list[Tensor], ids: Tensor, asked: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
+    """Our loop beside transformers' own, and the float32 model's predictions of windows."""
     exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(asked.device).eval()
     found = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -166,38 +176,47 @@ def dense_checks(folder: Path, prompts: list[Tensor], asked: argparse.Namespace)
             plain = load_to_decode(folder, loop="auto", device=asked.device, merge=True, bits=None)
         kind = str(dtype).removeprefix("torch.")
         found[kind] = compared(f"dense {kind}", greedy(plain, prompts, asked.new), theirs, prompts, exact)
-    return found
+    return found, predictions(exact, ids)
 
 
-def compressed_checks(folder: Path, prompts: list[Tensor], ids: Tensor, asked: argparse.Namespace) -> dict[str, Any]:
-    """The device beside a CPU."""
-    tokens, losses, kernels = {}, {}, {}
+def compressed_checks(
+    folder: Path, prompts: list[Tensor], ids: Tensor, dense: Tensor, asked: argparse.Namespace
+) -> dict[str, Any]:
+    """The device beside a CPU. dense: predictions of the model that was compressed."""
+    tokens, predicted, kernels = {}, {}, {}
     judge = None
     for device in (asked.device, "cpu"):
         tokens[device] = greedy(
             load_to_decode(folder, loop="auto", device=device, merge=True, bits=None), prompts, asked.cpu_new
         )
         judge = load(folder, device=device, merge=True)
-        losses[device] = perplexity(judge, ids)
+        predicted[device] = predictions(judge, ids)
         kernels[device] = sorted({str(one.kernel_name) for one in judge.modules() if isinstance(one, Linear)})
-    found = compared(folder.name, tokens[asked.device], tokens["cpu"], prompts, judge)
-    print(f"{folder.name}: perplexity {losses}, kernels {kernels}", flush=True)
-    return found | {"perplexity": losses, "kernels": kernels}
+    found = compared(folder.name, tokens[asked.device], tokens["cpu"], prompts, judge) | {
+        "perplexity": {device: perplexity(one, ids) for device, one in predicted.items()},
+        "same_likeliest": (predicted[asked.device].argmax(-1) == predicted["cpu"].argmax(-1)).double().mean().item(),
+        "divergence_of_devices": divergence(predicted["cpu"], predicted[asked.device]),
+        "divergence_from_dense": divergence(dense, predicted["cpu"]),
+        "kernels": kernels,
+    }
+    print(f"{folder.name}: { {key: found[key] for key in list(found)[3:]} }", flush=True)
+    return found
 
 
 def missed(result: dict[str, Any]) -> list[str]:
     """What is not as it should be."""
     dense = result["dense"]["tokens"]
     found = [] if dense["float32"]["equal"] else ["dense float32 tokens differ"]
-    checks = {"dense bfloat16": dense["bfloat16"]} | {
-        k: row["tokens"] for k, row in result["compressed"].items() if "tokens" in row
-    }
-    for name, check in checks.items():
-        if check["most_gap"] > MOST_GAP:
-            found.append(f"{name}: tokens differ where logits are {check['most_gap']:.3f} apart")
-        losses = sorted(check.get("perplexity", {}).values())
-        if losses and losses[-1] / losses[0] - 1 > MOST_PERPLEXITY:
+    if dense["bfloat16"]["most_gap"] > MOST_GAP:
+        found.append(f"dense bfloat16 tokens differ where logits are {dense['bfloat16']['most_gap']:.3f} apart")
+    for name, row in result["compressed"].items():
+        if (check := row.get("tokens")) is None:
+            continue
+        low, high = sorted(check["perplexity"].values())
+        if high / low - 1 > MOST_PERPLEXITY:
             found.append(f"{name}: perplexities {check['perplexity']}")
+        if (share := check["divergence_of_devices"] / check["divergence_from_dense"]) > MOST_SHARE:
+            found.append(f"{name}: predictions of the devices differ by {share:.0%} of what compression changed")
     return found
 
 
@@ -248,10 +267,10 @@ def main() -> None:
     with ThreadPoolExecutor(len(asked.recipes) + 1) as pool:
         result["dense"], *rows = pool.map(prepared, [None, *asked.recipes])
     result["compressed"] = dict(zip(asked.recipes, rows, strict=True))
-    result["dense"]["tokens"] = dense_checks(folder, prompts, asked)
+    result["dense"]["tokens"], dense = dense_checks(folder, prompts, windows, asked)
     for recipe, row in result["compressed"].items():
         if asked.device != "cpu":
-            row["tokens"] = compressed_checks(asked.work / recipe, prompts, windows, asked)
+            row["tokens"] = compressed_checks(asked.work / recipe, prompts, windows, dense, asked)
     write(asked, result)
     for recipe, row in result["compressed"].items():
         row |= {"speed": benched(model, str(asked.work / recipe), asked)}
