@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -37,6 +38,18 @@ def installed_memory() -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+@functools.cache
+def _installed() -> dict[str, str]:
+    """Versions of those of PACKAGES that are there; looked up once, since it takes longer than a small model's first block."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def machine() -> dict[str, object]:
     """The report's `machine`: cpu, cores, threads, memory (bytes), gpu (names and bytes of each, or None), system."""
     gpus = None
@@ -56,12 +69,7 @@ def machine() -> dict[str, object]:
 
 def versions() -> dict[str, str]:
     """The report's `versions`: Python, and those of PACKAGES that are installed."""
-    found = {"aerogel": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = {"aerogel": __version__, "python": platform.python_version(), **_installed()}
     found["torch"] = torch.__version__  # with its build, which the metadata of some builds leave out
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda

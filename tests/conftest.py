@@ -1,4 +1,5 @@
-"""Tests on a GPU side by side: workers of pytest-xdist share the devices out among them, and leave each other room there.
+"""What all tests share: syncing costs no time, and tests on a GPU run side by side. For these, workers of pytest-xdist share
+the devices out among them, and leave each other room there.
 
 Most of what these tests do is compiling kernels, on the CPU. So there are as many workers as processors, fewer only where
 devices have too little memory for them. Tests that need much of it are one group (`xdist_group("large")`), one after another.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,15 @@ def pytest_configure(config: pytest.Config) -> None:
     gpu = getattr(config, "workerinput", {}).get("gpu")
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """A small checkpoint is synced 25 times, a twentieth of a test's time. Nobody cuts the power here; when what is synced is
+    tested in `model/test_resume.py`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 @pytest.hookimpl(trylast=True)

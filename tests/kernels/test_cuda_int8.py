@@ -192,10 +192,11 @@ def test_cuts_fit_and_16_bits_are_left_to_where_they_are_faster() -> None:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("bits", "size", "zero"), [(4, 128, False), (8, 0, False), (3, 32, True), (4, 0, True)])
-def test_every_cut_compiles(bits: int, size: int, zero: bool) -> None:
-    weight = weight_of(bits, size, zero)
-    for numbers in cuda_int8.CUTS:
+@pytest.mark.parametrize("place", range(4))
+def test_every_cut_and_every_kind_compile(place: int) -> None:
+    """How codes become bytes and how the tile is cut are different parts of the source: each cut with one kind of weight."""
+    weight = weight_of(*[(4, 128, False), (8, 0, False), (3, 32, True), (4, 0, True)][place])
+    for numbers in cuda_int8.CUTS[place::4]:
         config = cuda_int8.cut(weight, *numbers)
         assert config is not None
         macros = defines(weight, config, torch.bfloat16) | {"INT8": 1}

@@ -161,7 +161,7 @@ def test_scaling_before_rounding_pays_where_channels_are_loud(tmp_path: Path, na
     source = ids_file(tmp_path)
     plain = compress(dense, recipe(source, rounding), tmp_path / "plain")
     scaled = compress(
-        dense, recipe(source, {"scale": {"method": "awq", "ignore": ignored(name)}}, rounding), tmp_path / "scaled"
+        dense, recipe(source, {"scale": {"method": "awq", "steps": 8, "ignore": ignored(name)}}, rounding), tmp_path / "scaled"
     )
 
     def total(report: dict[str, Any]) -> float:

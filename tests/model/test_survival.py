@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -115,6 +116,7 @@ SIZES = ("all zero", "subnormal", "tiny", "huge")
 """Where being near is not asked of scales in eight bits and powers of two: only to stay finite and not to grow."""
 
 
+@functools.cache
 def stored(name: str, grid: Any, weight: str) -> tuple[Tensor, dict[str, Tensor]] | None:
     """The decoded weight and its tensors, or None where the format refuses for the reason it may."""
     w_NK = weights()[weight]

