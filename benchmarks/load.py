@@ -29,6 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +213,7 @@ def measured(device: str, folder: Path, compiled: str) -> dict[str, Any]:
     """One load in a process of its own, whose kernels are kept in `compiled`; on a CPU while another holds the same model."""
     command = [sys.executable, __file__, device, "--work", ".", "--child", str(folder)]
     if device != "cpu":
-        environment = os.environ | {"AEROGEL_CACHE": compiled}
+        environment = os.environ | {"AEROGEL_CACHE": compiled, "CUDA_CACHE_PATH": compiled}  # the compiler keeps results too
         return result_of(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout)
     with subprocess.Popen([*command, "--hold"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         if other.stdout is None or other.stdin is None:
@@ -243,38 +245,58 @@ def child(device: str, folder: Path, *, hold: bool) -> None:
         torch.zeros(1, device="cuda")
         torch.cuda.reset_peak_memory_stats()
         watch(AerogelQuantizer, "_process_model_after_weight_loading", "after_reading_s", row)
-        watch(cuda.Cuda, "warm", "compiling_s", row)
         row["said"] = []
         listener = logging.Handler()
         listener.emit = lambda record: row["said"].append(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger("aerogel.kernels.ahead").addHandler(listener)
     before = resident()
-    started = time.perf_counter()
-    model = load(folder, device=device, merge=True)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    row["load_s"] = time.perf_counter() - started
-    held = tensor_bytes(model)
-    if device == "cuda":
-        row["peak_over_held"] = torch.cuda.max_memory_allocated() / held
-        row["reserved_over_held"] = torch.cuda.memory_reserved() / held
-    row["held_bytes"] = held
-    ids = torch.tensor([[1]], device=device)
-    started = time.perf_counter()
-    with torch.inference_mode():
-        logits = model(ids).logits.float().cpu()
-    row["first_forward_s"] = time.perf_counter() - started
-    row["logits"] = f"{logits.double().sum().item():.9e}, {logits.abs().max().item():.9e}"
-    if device == "cuda":
+    with compiling(row) if device == "cuda" else nullcontext():
         started = time.perf_counter()
-        tokens = list(Decoder(model).stream([torch.arange(3, 3 + PROMPT)], NEW))
-        row["first_tokens_s"], row["tokens"] = time.perf_counter() - started, len(tokens)
+        model = load(folder, device=device, merge=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        row["load_s"] = time.perf_counter() - started
+        held = tensor_bytes(model)
+        if device == "cuda":
+            row["peak_over_held"] = torch.cuda.max_memory_allocated() / held
+            row["reserved_over_held"] = torch.cuda.memory_reserved() / held
+        row["held_bytes"] = held
+        ids = torch.tensor([[1]], device=device)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            logits = model(ids).logits.float().cpu()
+        row["first_forward_s"] = time.perf_counter() - started
+        row["logits"] = f"{logits.double().sum().item():.9e}, {logits.abs().max().item():.9e}"
+        if device == "cuda":
+            started = time.perf_counter()
+            tokens = list(Decoder(model).stream([torch.arange(3, 3 + PROMPT)], NEW))
+            row["first_tokens_s"], row["tokens"] = time.perf_counter() - started, len(tokens)
     if device == "cpu":
         row |= {f"{key}_bytes": value for key, value in resident().items()} | {"before_bytes": before["resident"]}
         row["file_private_bytes"] = sum(private_of(path) for path in folder.glob("*.safetensors"))
     print(json.dumps(row), flush=True)
     if hold:
         sys.stdin.read()
+
+
+@contextmanager
+def compiling(row: dict[str, Any]) -> Iterator[None]:
+    """Puts the seconds during which kernels were being compiled into `row`, those of several at once counted once."""
+    from aerogel.kernels.cuda import nvrtc
+
+    spans: list[tuple[float, float]] = []
+
+    def heard(done: nvrtc.Compiled) -> None:
+        end = time.perf_counter()
+        if not done.cached:
+            spans.append((end - done.seconds, end))
+
+    with nvrtc.listening(heard):
+        yield
+    row["compiling_s"], last = 0.0, 0.0
+    for start, end in sorted(spans):
+        row["compiling_s"] += max(0.0, end - max(start, last))
+        last = max(last, end)
 
 
 def watch(owner: Any, name: str, key: str, row: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from aerogel.eval.machine import machine, versions
+from aerogel.kernels.cuda import sources
 from aerogel.kernels.cuda.timing import copies, graph_microseconds
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.sidecars import SidecarLinear
@@ -140,8 +141,8 @@ def measure(N: int, K: int, M: int, share: float, seconds: float, make: Maker) -
 def compiled(N: int, K: int, tokens: Sequence[int], share: float, make: Maker) -> tuple[Linear, SidecarLinear]:
     """The first pair, with all that running it needs."""
     first = make(N, K, share, 0, "cuda")
-    for kernel, weights in Linear.by_kernel(torch.nn.ModuleList(first)).items():
-        kernel.warm(weights, tokens)
+    for (kernel, device), weights in Linear.by_kernel(torch.nn.ModuleList(first)).items():
+        sources.load_all([(wanted, device) for wanted in kernel.wanted(weights, tokens, device)])
     return first
 
 

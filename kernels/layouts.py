@@ -128,6 +128,14 @@ def stacked(
     return whole.tensors()
 
 
+def outline(kernel: type[Kernel], problem: Problem) -> dict[str, Tensor]:
+    """The layout of a weight that is not there yet, on the meta device. Of what is stored only its shape is read."""
+    shapes = problem.stored.shapes(problem.N, problem.K, problem.grid)
+    stored = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
+    stored |= {name: torch.tensor([problem.N, problem.K]) for name in stored if name == "weight_shape"}
+    return kernel.pack(problem.stored.to_codes(stored, problem.grid).to("meta"), problem)
+
+
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Contiguous tensors as one along the first axis: a view where they follow one another in main memory, else a copy.
 

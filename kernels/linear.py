@@ -214,12 +214,12 @@ class Linear(Packed):
         return format_of(self.scheme.format).rows(tensors, self.scheme.grid, start, stop)
 
     @staticmethod
-    def by_kernel(model: nn.Module) -> dict[type[Kernel], list[tuple[Layout, Problem]]]:
-        """The weights of a model that are ready to run, by the kernel that runs them."""
-        found: dict[type[Kernel], list[tuple[Layout, Problem]]] = {}
+    def by_kernel(model: nn.Module) -> dict[tuple[type[Kernel], torch.device], list[tuple[Layout, Problem]]]:
+        """The weights of a model that are ready to run, by the kernel that runs them and the device where they are."""
+        found: dict[tuple[type[Kernel], torch.device], list[tuple[Layout, Problem]]] = {}
         for module in model.modules():
             if isinstance(module, Linear) and module._problem is not None and module._tensors():
-                found.setdefault(module._kernel, []).append((module.operands(), module._problem))
+                found.setdefault((module._kernel, module.device), []).append((module.operands(), module._problem))
         return found
 
     @inference_only

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from aerogel.quantize.formats.complex import Complex
 from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
 from aerogel.quantize.planes import PlaneGrid
 from aerogel.quantize.tables import TableGrid
+
+if TYPE_CHECKING:
+    from aerogel.kernels.cuda.sources import Wanted
 
 NUMBERS: dict[type, str] = {
     IntGrid: "integers",
@@ -214,9 +217,10 @@ class Kernel(ABC):
         return problem.stored.to_codes(layout, problem.grid)
 
     @staticmethod
-    def warm(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int]) -> None:
-        """Compiles what running these weights with so many tokens needs, several at once. By default nothing is compiled."""
-        return
+    def wanted(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int], device: torch.device) -> list[Wanted]:
+        """What is compiled to run these weights on `device` with so many tokens, what takes longest first. Only shapes and
+        dtypes of the layouts count: they may be on the meta device. By default nothing is compiled."""
+        return []
 
     @staticmethod
     def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:

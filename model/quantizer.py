@@ -10,6 +10,7 @@ import logging
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,6 +111,8 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         super().__init__(quantization_config, **kwargs)
         self.source: Source = open_source(quantization_config.raw)
         self.decoder: Decoder | None = None
+        self._groups: list[list[str]] | None = None
+        self._compiling: Thread | None = None
 
     def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         """As the base class does it, with the names on disk known before modules are patched."""
@@ -151,6 +154,26 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         for name in plan.homeless:
             logger.warning("%s is packed in the checkpoint, but the model has no place for it", name)
         self.decoder = Decoder(plan, self.source)
+        self._compile_meanwhile(model, kwargs.get("device_map"))
+
+    def _compile_meanwhile(self, model: PreTrainedModel, device_map: Any) -> None:
+        """Begins to compile, where the whole model goes to one NVIDIA GPU."""
+        from aerogel.kernels import ahead
+        from aerogel.kernels.decode.merge import merging_wanted, siblings
+
+        devices = set(device_map.values()) - {"disk"} if isinstance(device_map, dict) else set()
+        device = torch.device(devices.pop()) if len(devices) == 1 else torch.device("cpu")
+        if device.type != "cuda":
+            return
+        try:
+            self._groups = siblings(model) if merging_wanted() else []
+        except Exception as error:  # whatever its code does with values that are not there
+            logger.info("kernels are compiled behind the reading: the model does not run on meta tensors (%s)", error)
+            return
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        # While it loads a model transformers makes all tensors on the meta device, tables of numbers would be too.
+        with torch.device("cpu"):
+            self._compiling = ahead.begin(ahead.problems_of(model, self._groups, device), device, FIRST_TOKENS)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel | None = None) -> list[Any]:
         """Transformers' rules for plain tensors, ours for those of packed weights."""
@@ -184,7 +207,7 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         if absent:
             raise RunFailed(f"{absent[0]} was not loaded ({len(absent)} packed weights); load without key_mapping, state_dict")
         if merging_wanted():
-            merge(model)
+            merge(model, self._groups)
         for module in model.modules():
             if not isinstance(module, Linear | ExpertLinear) or module.device.type == "meta" or module.kernel_name is not None:
                 continue
@@ -193,6 +216,9 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
             else:
                 module.prepare()
         _say_conversions(model)
+        if self._compiling is not None:
+            self._compiling.join()
+            self._compiling = None  # the model keeps its quantizer, and a thread can neither be copied nor stored
         compile_ahead(model, FIRST_TOKENS)
         return model
 

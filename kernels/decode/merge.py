@@ -5,7 +5,7 @@
 Three launches become one, and a weight too small to fill a device on its own is read at full bandwidth beside the others.
 Which linears those are is not listed: the model runs once on one token, with every linear answering zeros, and siblings
 (linears of one parent module) that are handed the very same tensor form a group. So it holds for any architecture, costs
-no weight, and works before weights are in their kernel's layout.
+no weight, and works before weights are in their kernel's layout, or even there.
 
 The model keeps its modules. Dense ones stay `nn.Linear`, their weights become views into the merged matrix; packed ones
 become `Part`s, which give codes, dense weights and stored tensors of their rows when asked. The first of a group that is
@@ -18,6 +18,7 @@ Shape legend: N out features (of part i: N_i), K in features.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -61,6 +62,9 @@ def merging_wanted() -> bool:
 def siblings(model: PreTrainedModel) -> list[list[str]]:
     """Names of linears that share parent and input, in the order they are called."""
     linears = {name: module for name, module in model.named_modules() if _free(module)}
+    parents = Counter(name.rpartition(".")[0] for name in linears)
+    if max(parents.values(), default=0) < 2:
+        return []  # none has a sibling: the model need not run
     seen: dict[tuple[str, int], list[str]] = {}
     alive: list[Tensor] = []  # keeps identities from being used twice
 
@@ -75,8 +79,10 @@ def siblings(model: PreTrainedModel) -> list[list[str]]:
         return answer
 
     ids_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    # Without a cache transformers looks whether positions are those of several sequences, which a meta tensor cannot tell.
+    on_meta = model.device.type == "meta"
     with _replaced({module: stand_in(name, module) for name, module in linears.items()}), torch.inference_mode():
-        model(input_ids=ids_11, use_cache=False)
+        model(input_ids=ids_11, use_cache=on_meta)
     return [names for names in seen.values() if len(names) > 1]
 
 
@@ -96,10 +102,10 @@ def _replaced(forwards: dict[Any, Callable[[Tensor], Tensor]]) -> Iterator[None]
             del module.forward
 
 
-def merge(model: PreTrainedModel) -> list[list[str]]:
-    """Merges every group that can be; returns the names of each."""
+def merge(model: PreTrainedModel, groups: Sequence[list[str]] | None = None) -> list[list[str]]:
+    """Merges every group that can be; returns the names of each. groups: `siblings` of the model, where they are known."""
     done = []
-    for names in siblings(model):
+    for names in siblings(model) if groups is None else groups:
         modules: list[Any] = [model.get_submodule(name) for name in names]
         if all(type(module) is nn.Linear for module in modules):
             merged = _merge_dense(modules)
@@ -256,23 +262,33 @@ class Part(Linear):
         return self
 
 
+def alike(members: Sequence[Linear]) -> bool:
+    """Whether linears differ in nothing but their rows, as far as that can be said before their weights are there."""
+    first = members[0]
+    facts = {(member.compute_dtype, member.device, member.bias is None) for member in members}
+    rows_apart = getattr(first.scheme.grid, "shared_rows", None) == 1
+    return rows_apart and len(facts) == 1 and all(member.scheme == first.scheme for member in members)
+
+
+def whole_problem(problems: Sequence[Problem]) -> Problem | None:
+    """The one matmul of linears that are alike; None where its kernel would be a worse one than theirs."""
+    whole = replace(problems[0], N=sum(problem.N for problem in problems))
+    return None if _rank(whole) > max(_rank(problem) for problem in problems) else whole
+
+
 def _merge_packed(members: list[Linear]) -> bool:
     from aerogel.kernels.decode import merge_beside  # whose classes are made of those above
 
     first = members[0]
-    shared_rows = getattr(first.scheme.grid, "shared_rows", None)
-    for member in members:
-        same = (member.scheme, member.compute_dtype, member.device) == (first.scheme, first.compute_dtype, first.device)
-        if not same or (member.bias is None) != (first.bias is None) or member.device.type == "meta" or shared_rows != 1:
-            return False
-        if not _same_order(member.column_order, first.column_order):
-            return False
+    if not alike(members) or first.device.type == "meta":
+        return False
+    if not all(_same_order(member.column_order, first.column_order) for member in members):
+        return False
     beside = merge_beside.tensors_beside(members)
     if beside is None:
         return False
     widths = [member.out_features for member in members]
-    problems = [member.problem() for member in members]
-    if _rank(replace(problems[0], N=sum(widths))) > max(_rank(problem) for problem in problems):
+    if whole_problem([member.problem() for member in members]) is None:
         return False
     whole = whole_of(members, merge_beside.MergedBeside if beside else Merged)
     if whole is None:

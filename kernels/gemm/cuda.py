@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, Protocol
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from aerogel.errors import BadInput
 from aerogel.kernels import gpu_here
 from aerogel.kernels.beside.ref import Beside
+from aerogel.kernels.cuda.sources import Wanted
 from aerogel.kernels.gemm.block_scales import unit_of_sums
 from aerogel.kernels.gemm.cuda_outliers import NAMES as OUTLIERS
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
@@ -36,9 +36,6 @@ from aerogel.quantize.grids import Codes, Fp8Grid, IntGrid
 from aerogel.quantize.tables import TableGrid
 
 DTYPES = (torch.bfloat16, torch.float16)
-COMPILERS = 16
-"""Threads that compile at once; the compiler runs outside Python's lock."""
-
 Runner = Callable[[Tensor, Tensor | None, Tensor], None]
 """(x_MK contiguous, bias_N or None, y_MN to be filled) on torch's current stream and device."""
 
@@ -51,6 +48,10 @@ class Implementation(Protocol):
     @staticmethod
     def refuses(weight: TileWeight, M: int, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
         """Why it does not run this weight with M tokens on such a device, or None. Looks at shapes and dtypes only."""
+
+    @staticmethod
+    def kernels(weight: TileWeight, M: int, dtype: torch.dtype, device: torch.device) -> list[Wanted]:
+        """What `plan` compiles and loads on `device`. Looks at shapes and dtypes only: the weight may be on the meta device."""
 
     @staticmethod
     def plan(weight: TileWeight, M: int, dtype: torch.dtype) -> Runner:
@@ -234,22 +235,20 @@ class Cuda(Kernel):
         return codes_of(layout, problem.grid, problem.N, problem.K)
 
     @staticmethod
-    def warm(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int]) -> None:
-        """Makes a plan for each kind of weight and number of tokens, which compiles and loads its kernel."""
-        kinds = {
-            (problem.N, problem.K, problem.dtype, str(problem.grid), OUTLIERS[0] in layout): (layout, problem)
-            for layout, problem in weights
-        }
-
-        def plan(job: tuple[Layout, Problem, int]) -> None:
-            layout, problem, M = job
+    def wanted(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int], device: torch.device) -> list[Wanted]:
+        """The kernels of each kind of weight and number of tokens; those for many tokens take longest."""
+        capability = torch.cuda.get_device_capability(device)
+        kinds: dict[object, tuple[TileWeight, torch.dtype]] = {}
+        for layout, problem in weights:
             weight = tile_weight(layout, problem)
-            torch.cuda.set_device(weight.codes.device)  # a new thread has no context yet
-            capability = torch.cuda.get_device_capability(weight.codes.device)
-            choose(weight, M, problem.dtype, capability).plan(weight, M, problem.dtype)
+            kinds.setdefault((weight.kind, problem.dtype), (weight, problem.dtype))
 
-        with ThreadPoolExecutor(COMPILERS) as pool:
-            list(pool.map(plan, [(*kind, M) for kind in kinds.values() for M in tokens]))
+        return [
+            wanted
+            for M in sorted(tokens, reverse=True)
+            for weight, dtype in kinds.values()
+            for wanted in choose(weight, M, dtype, capability).kernels(weight, M, dtype, device)
+        ]
 
     @staticmethod
     def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:

@@ -6,8 +6,10 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from aerogel.kernels.cuda.sources import Wanted
 from aerogel.kernels.gemm.cuda import Cuda
 from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
 
@@ -34,9 +36,9 @@ class AroundCuda(Kernel):
         return Cuda.run(cls.operand(x_MK, layout, problem), layout, cls.inner(problem), bias_N)
 
     @classmethod
-    def warm(cls, weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int]) -> None:
-        """See `Kernel.warm`."""
-        Cuda.warm([(layout, cls.inner(problem)) for layout, problem in weights], tokens)
+    def wanted(cls, weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int], device: torch.device) -> list[Wanted]:
+        """See `Kernel.wanted`."""
+        return Cuda.wanted([(layout, cls.inner(problem)) for layout, problem in weights], tokens, device)
 
     @classmethod
     def tune(cls, problem: Problem, tokens: Sequence[int]) -> Tuned | None:

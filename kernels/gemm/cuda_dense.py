@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from aerogel.kernels.cuda.sources import Wanted
 from aerogel.kernels.gemm.cuda import Runner
 from aerogel.kernels.gemm.cuda_decoder import decoder_defines, table_bytes
 from aerogel.kernels.gemm.cuda_weight import TileWeight
@@ -34,6 +35,11 @@ class Arguments(ctypes.Structure):
     ]
 
 
+def kernel_of(weight: TileWeight, dtype: torch.dtype) -> Wanted:
+    """The kernel that decodes a weight."""
+    return Wanted(SOURCE, "dequantize", decoder_defines(weight, dtype))
+
+
 class Dequantizer:
     """Decodes rows of one weight. dtype: bfloat16 or float16, what the dense rows are rounded to.
 
@@ -44,7 +50,7 @@ class Dequantizer:
         from aerogel.kernels.cuda.sources import function
 
         device = weight.codes.device
-        self._function = function(SOURCE, "dequantize", decoder_defines(weight, dtype), device)
+        self._function = function(*kernel_of(weight, dtype), device)
         self._device, self._k_tiles = device.index, weight.codes.shape[1]
         self._original = weight.table
         self._table = table = None if weight.table is None else weight.table.to(dtype)
@@ -93,6 +99,11 @@ class Dense:
     def refuses(weight: TileWeight, M: int, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
         """Nothing."""
         return None
+
+    @staticmethod
+    def kernels(weight: TileWeight, M: int, dtype: torch.dtype, device: torch.device) -> list[Wanted]:
+        """See `Implementation.kernels`."""
+        return [kernel_of(weight, dtype)]
 
     @staticmethod
     def plan(weight: TileWeight, M: int, dtype: torch.dtype) -> Runner:

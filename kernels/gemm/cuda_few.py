@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from aerogel.kernels.cuda.sources import Wanted
 from aerogel.kernels.gemm.cuda import Runner
 from aerogel.kernels.gemm.cuda_decoder import (
     by_rows,
@@ -107,6 +108,11 @@ class Config:
 def ceil_divide(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
+
+
+def kernel_of(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> Wanted:
+    """The kernel of a launch."""
+    return Wanted(f"{config.kernel}.cu", config.kernel, defines(weight, config, M, dtype))
 
 
 def defines(weight: TileWeight, config: Config, M: int, dtype: torch.dtype) -> dict[str, int]:
@@ -323,6 +329,14 @@ class Few:
         if table_bytes(weight, 1) > MOST_TABLE_BYTES:
             return f"holds its tables in shared memory, and these are {table_bytes(weight, 1)} bytes"
         return None
+
+    @staticmethod
+    def kernels(weight: TileWeight, M: int, dtype: torch.dtype, device: torch.device) -> list[Wanted]:
+        """See `Implementation.kernels`: that of a whole slice, and of what is left."""
+        from aerogel.kernels.gemm.cuda_table import config_for
+
+        slices = dict.fromkeys(min(TOKENS, M - start) for start in range(0, M, TOKENS))
+        return [kernel_of(weight, config_for(weight, size, device), size, dtype) for size in slices]
 
     @staticmethod
     def plan(weight: TileWeight, M: int, dtype: torch.dtype) -> Runner:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aerogel.kernels.cuda.launch import Launch
 from aerogel.kernels.cuda.sources import function
-from aerogel.kernels.gemm.cuda_few import Config, defines, grid_of, shared_bytes, threads_of
+from aerogel.kernels.gemm.cuda_few import Config, grid_of, kernel_of, shared_bytes, threads_of
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
 
@@ -42,7 +42,7 @@ class Plan:
         device = weight.codes.device
         facts = torch.cuda.get_device_properties(device)
         self.config = config
-        self.function = function(f"{config.kernel}.cu", config.kernel, defines(weight, config, M, dtype), device)
+        self.function = function(*kernel_of(weight, config, M, dtype), device)
         # The converted table lives as long as the plan; so does the original, or its address could come to mean another one.
         self._original, self._table = weight.table, None if weight.table is None else weight.table.to(dtype)
         grid = grid_of(weight, config, facts.multi_processor_count)

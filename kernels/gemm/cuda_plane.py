@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.beside.ref import Beside
+from aerogel.kernels.cuda.sources import Wanted
 from aerogel.kernels.gemm.cuda import Cuda
 from aerogel.kernels.gemm.plane_rows import BitGrid, planes_of, stored_scales
 from aerogel.kernels.problem import Kernel, Layout, Pieces, Problem
@@ -69,9 +70,9 @@ class CudaPlane(Kernel):
         return Codes(values_NK=values_NK, scale_NG=alpha, zero_NG=None, grid=grid)
 
     @staticmethod
-    def warm(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int]) -> None:
-        """See `Kernel.warm`."""
-        Cuda.warm(weights, tokens)
+    def wanted(weights: Sequence[tuple[Layout, Problem]], tokens: Sequence[int], device: torch.device) -> list[Wanted]:
+        """See `Kernel.wanted`."""
+        return Cuda.wanted(weights, tokens, device)
 
     @staticmethod
     def run(x_MK: Tensor, layout: Layout, problem: Problem, bias_N: Tensor | None = None) -> Tensor:

@@ -117,9 +117,9 @@ def as_roomy(weight: TileWeight, config: Config, measured: Config, M: int, multi
     return not measured.ring or room(plain, measured) > HALF_SHARED or room(weight, config) <= HALF_SHARED
 
 
-def config_for(weight: TileWeight, M: int) -> Config:
-    """The configuration that runs M <= 16 tokens on the weight's device: from a table, else by rule."""
-    facts = torch.cuda.get_device_properties(weight.codes.device)
+def config_for(weight: TileWeight, M: int, device: torch.device | None = None) -> Config:
+    """The configuration that runs M <= 16 tokens on `device`, the weight's own unless given: from a table, else by rule."""
+    facts = torch.cuda.get_device_properties(weight.codes.device if device is None else device)
     capability = (facts.major, facts.minor)
     known = table(facts.name)
     held = places(weight)

@@ -21,6 +21,7 @@ import torch
 
 from aerogel.errors import RunFailed
 from aerogel.kernels import gpu_here
+from aerogel.kernels.cuda.sources import Wanted
 from aerogel.kernels.cuda.tensor_map import LARGEST_BOX
 from aerogel.kernels.gemm.cuda import Runner
 from aerogel.kernels.gemm.cuda_decoder import (
@@ -165,6 +166,14 @@ class Space(NamedTuple):
         barriers = 8 * RING_BARRIERS * (x_stages + w_stages)
         return max(x_stages * self.x_stage + w_stages * self.w_stage, self.sums) + self.beside + barriers
 
+    def most_x(self, w_stages: int, room: int) -> int:
+        """Stages of x that fit into `room` bytes beside so many of w; less than one where none does."""
+        barriers, left = 8 * RING_BARRIERS, room - self.beside
+        return min(
+            (left - w_stages * (self.w_stage + barriers)) // (self.x_stage + barriers),
+            (left - self.sums) // barriers - w_stages,
+        )
+
 
 def table_room(weight: TileWeight, row_tiles: int, copies: int = 1) -> int:
     """Bytes of tables in shared memory: those of 16 numbers for each row for half of the rows, those of bit planes where a tile
@@ -257,12 +266,12 @@ def deepest(weight: TileWeight, config: Config) -> Config | None:
         x_depth, w_depth = stages[0] * tiles_a_stage, stages[1] * config.w_tiles
         return min(x_depth, w_depth, 12) - 0.1 * abs(x_depth - w_depth) - 0.001 * sum(stages)
 
-    depths = [
-        (x_stages, w_stages)
-        for w_stages in range(2, 13)
-        for x_stages in range(least, 25)
-        if needs.total(x_stages, w_stages) <= room and _deep_enough(config, x_stages, w_stages)
-    ]
+    depths: list[tuple[int, int]] = []
+    for w_stages in range(2, 13):
+        fewest, most = max(least, config.lead + 1), min(needs.most_x(w_stages, room), 24)
+        even = w_stages * config.w_tiles / tiles_a_stage  # the score falls on either side of it
+        nearest = [min(max(x_stages, fewest), most) for x_stages in (math.floor(even), math.ceil(even))]
+        depths += [(x, w_stages) for x in nearest if x >= fewest and _deep_enough(config, x, w_stages)]
     best = max(depths, key=score, default=None)
     return None if best is None else replace(config, x_stages=best[0], w_stages=best[1])
 
@@ -365,22 +374,36 @@ class ManyTokens:
         return None
 
     @staticmethod
+    def kernels(weight: TileWeight, M: int, dtype: torch.dtype, device: torch.device) -> list[Wanted]:
+        """See `Implementation.kernels`: one for each run of rows."""
+        from aerogel.kernels.gemm.cuda_wgmma_plan import KERNEL, macros_of, parts_of
+
+        cuts = _cuts_on(weight, M, device)
+        parts = parts_of(weight, cuts) if len(cuts) > 1 else [(0, weight, cuts[0][1])]
+        return [Wanted(SOURCE, KERNEL, macros_of(part, config, dtype)) for _, part, config in parts]
+
+    @staticmethod
     def plan(weight: TileWeight, M: int, dtype: torch.dtype) -> Runner:
         """See `Implementation.plan`."""
         from aerogel.kernels.gemm.cuda_wgmma_plan import Parts, Plan
-        from aerogel.kernels.gemm.cuda_wgmma_rounds import in_rounds
-        from aerogel.kernels.gemm.cuda_wgmma_table import cuts_for
 
-        facts = torch.cuda.get_device_properties(weight.codes.device)
-        cuts = cuts_for(weight, M, facts.name)
-        if not cuts:
-            config = choose_config(weight, M, facts.multi_processor_count)
-            if config is None:
-                raise RunFailed("no cut of the weight fits the multiprocessor; such a weight must be refused, not planned")
-            cuts = [(weight.N, config)]
-        if len(cuts) == 1:
-            cuts = in_rounds(weight, cuts[0][1], M, facts.multi_processor_count)
+        cuts = _cuts_on(weight, M, weight.codes.device)
         return Plan(weight, cuts[0][1], M, dtype) if len(cuts) == 1 else Parts(weight, cuts, M, dtype)
+
+
+def _cuts_on(weight: TileWeight, M: int, device: torch.device) -> list[tuple[int, Config]]:
+    """Runs of rows and their configurations on a device: measured ones, else the cost model's."""
+    from aerogel.kernels.gemm.cuda_wgmma_rounds import in_rounds
+    from aerogel.kernels.gemm.cuda_wgmma_table import cuts_for
+
+    facts = torch.cuda.get_device_properties(device)
+    cuts = cuts_for(weight, M, facts.name)
+    if not cuts:
+        config = choose_config(weight, M, facts.multi_processor_count)
+        if config is None:
+            raise RunFailed("no cut of the weight fits the multiprocessor; such a weight must be refused, not planned")
+        cuts = [(weight.N, config)]
+    return cuts if len(cuts) > 1 else in_rounds(weight, cuts[0][1], M, facts.multi_processor_count)
 
 
 def fewest_tokens(weight: TileWeight) -> int:

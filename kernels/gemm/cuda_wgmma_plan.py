@@ -212,16 +212,19 @@ class Parts:
     """
 
     def __init__(self, weight: TileWeight, cuts: Sequence[tuple[int, Config]], M: int, dtype: torch.dtype) -> None:
-        ends = list(itertools.accumulate(rows for rows, _ in cuts))
-        self._parts = [
-            (end - rows, Plan(rows_of(weight, end - rows, end), config, M, dtype, y_stride=weight.N))
-            for end, (rows, config) in zip(ends, cuts, strict=True)
-        ]
+        parts = parts_of(weight, cuts)
+        self._parts = [(start, Plan(part, config, M, dtype, y_stride=weight.N)) for start, part, config in parts]
 
     def __call__(self, x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
         """Queues the kernels."""
         for start, plan in self._parts:
             plan(x_MK, None if bias_N is None else bias_N[start:], y_MN[:, start:])
+
+
+def parts_of(weight: TileWeight, cuts: Sequence[tuple[int, Config]]) -> list[tuple[int, TileWeight, Config]]:
+    """First row, weight and configuration of each run of rows."""
+    ends = list(itertools.accumulate(rows for rows, _ in cuts))
+    return [(end - rows, rows_of(weight, end - rows, end), config) for end, (rows, config) in zip(ends, cuts, strict=True)]
 
 
 def rows_of(weight: TileWeight, start: int, stop: int) -> TileWeight:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import weakref
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -466,6 +467,22 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
 
 def real_weight(N: int, K: int) -> TileWeight:
     return cuda_tune.random_weight(N, K, 4, 32, "cpu", zero="integer")
+
+
+@pytest.mark.parametrize("M", [1, 16, 40])
+def test_plans_compile_what_was_said_before_the_weight_was_there(M: int, recorded: list[Recorded]) -> None:
+    held = real_weight(40, 100)
+    held_by = {field.name: getattr(held, field.name) for field in fields_of(held)}
+    tensors = {name: value.to("meta") for name, value in held_by.items() if isinstance(value, torch.Tensor)}
+    device = torch.device("cuda", 0)
+    for kind in (cuda_few.Few, cuda_dense.Dense):
+        recorded.clear()
+        said = kind.kernels(replace(held, **tensors), M, torch.bfloat16, device)
+        run = kind.plan(held, M, torch.bfloat16)
+        if kind is cuda_dense.Dense:
+            run(torch.ones(M, 100, dtype=torch.bfloat16), None, torch.empty(M, 40, dtype=torch.bfloat16))
+        made = {str(launch.function[:3]) for launch in recorded}
+        assert {str(tuple(wanted)) for wanted in said} == made and len(said) == len(made) >= 1
 
 
 def test_plans_hand_over_addresses_and_begin_early_only_after_the_first_call(recorded: list[Recorded]) -> None:

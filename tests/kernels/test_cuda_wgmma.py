@@ -144,6 +144,19 @@ def cpu_weight(N: int, K: int, **more: Any) -> TileWeight:
     return TileWeight(group_size=meta.group_size, N=N, K=K, **real)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("M", [40, 128])
+def test_kernels_are_known_before_the_weight_is_there(M: int, fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    kernel = SimpleNamespace(handle=None, name="packed_matmul", allow_shared=lambda size: None)
+    monkeypatch.setattr("aerogel.kernels.gemm.cuda_wgmma_plan.function", lambda *found: asked.append(found) or kernel)
+    for N, K, launches in ((321, 256, 1), (57344, 8192, 2)):
+        said = ManyTokens.kernels(meta_weight(N, K), M, torch.bfloat16, torch.device("cuda", 0))
+        asked.clear()
+        ManyTokens.plan(cpu_weight(N, K), M, torch.bfloat16)
+        assert [tuple(wanted) for wanted in said] == [found[:3] for found in asked]
+        assert len(said) == launches
+
+
 def test_a_plan_describes_weight_input_and_launch(fake: FakeDriver) -> None:
     weight = cpu_weight(321, 1100, zero=torch.uint8, group_size=64)
     plan = Plan(weight, SMALL, 40, torch.bfloat16)

@@ -148,6 +148,18 @@ def test_tables_and_planes_are_packed_some_rows_at_a_time(kernel: Any, grid: Any
     same(parts, whole)
 
 
+@pytest.mark.parametrize(("kernel", "grid"), [*OTHERS, *((Cuda, grid) for grid in GRIDS)], ids=str)
+@pytest.mark.parametrize("N", [300, 96])
+def test_an_outline_is_the_layout_without_its_numbers(kernel: Any, grid: Any, N: int) -> None:
+    codes = drawn(grid, N)
+    found = Problem(format=choose_format(grid).name, grid=grid, N=N, K=200, dtype=torch.bfloat16, device="cuda")
+    outline = layouts.outline(kernel, found)
+    assert {tensor.device.type for tensor in outline.values()} == {"meta"}
+    wanted = kernel.pack(codes, found)
+    kinds = [{name: (tensor.shape, tensor.dtype) for name, tensor in layout.items()} for layout in (outline, wanted)]
+    assert kinds[0] == kinds[1]
+
+
 def test_pieces_of_another_kind_are_packed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts, "CODES_AT_ONCE", dict.fromkeys(("cpu", "cuda"), 128 * 200))
     grid = Nvfp4(scale_dtype=torch.uint8)
