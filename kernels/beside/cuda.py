@@ -1,7 +1,6 @@
-"""Sparse outliers on an NVIDIA GPU, on top of a product or for one: the host's side of `cuda/beside.cu`.
+"""Sparse outliers on an NVIDIA GPU, on top of a product: the host's side of `cuda/beside.cu`.
 
     out_MN = y_MN + x_MK S^T        S [N, K] sparse, by rows; sums in float32
-    out_MN = x_MK S^T               for a matmul that adds its product to what it finds (`TileWeight.adds`)
 
 For matmuls that cannot add them themselves. Shape legend: M tokens, N out features, K in features, E outliers.
 """
@@ -74,16 +73,13 @@ def rows_of(N: int, slices: int, multiprocessors: int) -> int:
     return next(rows for rows in (4, 2, 1) if rows == 1 or 4 * rows * seats <= 9 * N)
 
 
-def macros(
-    cut: tuple[int, int], rows: int, dtype: torch.dtype, value: torch.dtype, column: torch.dtype, *, alone: bool
-) -> dict[str, int]:
+def macros(cut: tuple[int, int], rows: int, dtype: torch.dtype, value: torch.dtype, column: torch.dtype) -> dict[str, int]:
     """Those that specialise the source for one of SLICES; dtype: of activations, value and column: of outliers."""
     return {
         "PER": cut[0],
         "LANES": cut[1],
         "ROWS": rows,
         "WARPS": WARPS,
-        "ALONE": int(alone),
         "FP16": int(dtype == torch.float16),
         "VALUE_FP16": int(value == torch.float16),
         "WIDE": int(column == torch.int32),
@@ -92,32 +88,17 @@ def macros(
 
 def add(y_MN: Tensor, x_MK: Tensor, beside: Beside) -> Tensor:
     """The sum, a new tensor of y's dtype, of outliers that `takes` takes."""
-    out_MN = torch.empty_like(y_MN)
-    _run(y_MN, x_MK, beside, out_MN)
-    return out_MN
-
-
-def fill(out_MN: Tensor, x_MK: Tensor, beside: Beside) -> None:
-    """out = x S^T, for outliers that `takes` takes.
-
-    The kernel just before on the stream must not make x: this one begins beside it, where it lets the next begin.
-    """
-    _run(None, x_MK, beside, out_MN)
-
-
-def _run(y_MN: Tensor | None, x_MK: Tensor, beside: Beside, out_MN: Tensor) -> None:
     start_N1, column_E, value_E = beside.start_N1, beside.column_E, beside.value_E
     if start_N1 is None or column_E is None or value_E is None:
         raise ValueError("there are no outliers to add; ask `takes` first")
+    out_MN = torch.empty_like(y_MN)
     with torch.cuda.device(x_MK.device), _LOCK:
         addresses = start_N1.data_ptr(), column_E.data_ptr(), value_E.data_ptr()
-        plan = _plan(
-            *out_MN.shape, x_MK.shape[1], x_MK.dtype, value_E.dtype, column_E.dtype, x_MK.device, y_MN is None, *addresses
-        )
+        plan = _plan(*out_MN.shape, x_MK.shape[1], x_MK.dtype, value_E.dtype, column_E.dtype, x_MK.device, *addresses)
         arguments: Any = plan.arguments
-        arguments.x, arguments.out = x_MK.data_ptr(), out_MN.data_ptr()
-        arguments.y = None if y_MN is None else y_MN.data_ptr()
+        arguments.x, arguments.y, arguments.out = x_MK.data_ptr(), y_MN.data_ptr(), out_MN.data_ptr()
         plan(torch._C._cuda_getCurrentRawStream(x_MK.get_device()))
+    return out_MN
 
 
 _LOCK = threading.Lock()
@@ -149,7 +130,6 @@ def _plan(
     value: torch.dtype,
     column: torch.dtype,
     device: torch.device,
-    alone: bool,
     start_N1: int,
     column_E: int,
     value_E: int,
@@ -167,7 +147,7 @@ def _plan(
     blocks = min(max(1, facts.multi_processor_count // slices), -(-N // (rows * WARPS)))
     options = {"grid": (blocks, slices), "block": 32 * WARPS, "shared_bytes": 2 * tokens * (K + 1)}
     return _Plan(
-        function(SOURCE, KERNEL, macros(cut, rows, dtype, value, column, alone=alone), device),
+        function(SOURCE, KERNEL, macros(cut, rows, dtype, value, column), device),
         Arguments(start=start_N1, column=column_E, value=value_E, M=M, N=N, K=K),
         options,
         early=facts.major >= 9,

@@ -1,5 +1,5 @@
 // out = y + S x^T: sparse outliers, as they are stored, on top of a product that cannot hold them (its inputs are rounded, and
-// outliers meet inputs as they are). With ALONE out = S x^T, for a product that is added to it.
+// outliers meet inputs as they are).
 //
 // A block takes TOKENS tokens and has their inputs in shared memory, turned, [K][TOKENS], so that an outlier's lie side by side:
 // LANES lanes have PER tokens each, and 32 / LANES outliers of a row are looked up at once. A warp has ROWS rows, whose first
@@ -135,7 +135,7 @@ INLINE void store_sums(const Arguments& p, const float* sums, int row, int first
   UNROLL for (int m = 0; m < PER; m++) {
     const int token = first + lane % LANES * PER + m;
     const size_t at = (size_t)token * p.N + row;
-    if (token < p.M) p.out[at] = to_half(ALONE ? sums[m] : from_half(__ldcg(p.y + at)) + sums[m]);
+    if (token < p.M) p.out[at] = to_half(from_half(__ldcg(p.y + at)) + sums[m]);
   }
 }
 
@@ -145,9 +145,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) add_outliers(const __gr
   allow_next_kernel();
   Held held;
   held.ask(p, row, lane);
-#if !ALONE
   wait_for_previous_kernel();
-#endif
   if (p.K % 2 == 0 && ((size_t)p.x & 3) == 0) turn_inputs<true>(p, first);
   else turn_inputs<false>(p, first);
   __syncthreads();
@@ -158,7 +156,4 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) add_outliers(const __gr
     add_up(sums, lane);
     store_sums(p, sums[0], row, first, lane);
   }
-#if ALONE
-  wait_for_previous_kernel();  // for whoever waits for this one, and for what rounds the inputs beside it
-#endif
 }

@@ -19,9 +19,6 @@
 #ifndef KEPT
 #define KEPT 0
 #endif
-#ifndef LATE
-#define LATE 0  // 1: the kernel behind reads x, so that it must not begin before x is there
-#endif
 
 constexpr int WARPS = THREADS / 32;
 constexpr int STEP = 16 * THREADS;
@@ -163,12 +160,11 @@ INLINE Sixteen made(const Arguments& p, int column, const Making& make, const Si
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, SEATS < 16 ? SEATS : 16) quantize_tokens(const __grid_constant__ Arguments p) {
-    if (!LATE) allow_next_kernel();
+    allow_next_kernel();
     Kept kept;
     const bool keeps = KEPT && threadIdx.x < p.kept;
     if (keeps) kept.index = p.index[threadIdx.x];
     wait_for_previous_kernel();
-    if (LATE) allow_next_kernel();
     const u16* row = p.x + (size_t)blockIdx.x * p.x_stride;
     if (keeps) kept.number = row[kept.index];
     const int first = 16 * threadIdx.x;

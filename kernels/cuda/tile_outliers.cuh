@@ -21,7 +21,7 @@
 #include "wgmma_work.cuh"
 
 #if OUTLIERS
-static_assert(!INT8, "bytes have no sheets");
+static_assert(!INT8 || EXACT, "bytes have no sheets: outliers beside them have inputs of their own");
 
 constexpr u32 SHEET_NUMBER = 7u << 16, NEXT_SHEET = 1u << 16;
 static_assert(UNITS <= FILLERS, "each pair of sheets has a warp of its own");
@@ -150,8 +150,10 @@ struct Sheets {
     FN void before(int step) const {
         if (step % SHEET_STEPS == 0) barrier_wait(full + 8 * (step / SHEET_STEPS), odd);
     }
-    FN uint4 of_step(int b, int step) const {
-        return *(const uint4*)(memory + at + (2 * b + step / SHEET_STEPS) * SHEET_BYTES + step % SHEET_STEPS * 512);
+    // Of 16 columns, the `part`s of a step.
+    FN uint4 of_step(int b, int step, int part = 0) const {
+        const int sixteen = step * SIXTEENS + part;
+        return *(const uint4*)(memory + at + (2 * b + sixteen / 4) * SHEET_BYTES + sixteen % 4 * 512);
     }
     // When what was found in a step is in registers.
     FN void after(int step, int lane) {

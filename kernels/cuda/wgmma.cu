@@ -142,9 +142,12 @@ struct Consumer {
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
 #if EXACT
-            const uint4 sheet = sheets.of_step(b, step);
-            u32(&to)[4] = a[BLOCKS + b][step % BATCH];
-            to[0] = sheet.x, to[1] = sheet.y, to[2] = sheet.z, to[3] = sheet.w;
+#pragma unroll
+            for (int part = 0; part < SIXTEENS; part++) {
+                const uint4 sheet = sheets.of_step(b, step, part);
+                u32(&to)[4] = a[BLOCKS * (1 + part) + b][step % BATCH];
+                to[0] = sheet.x, to[1] = sheet.y, to[2] = sheet.z, to[3] = sheet.w;
+            }
 #else
             decode(a[b][step % BATCH], codes[b], step % (STEPS / 2), group[b], GROUPED, sheets.of_step(b, step));
 #endif
@@ -175,18 +178,29 @@ struct Consumer {
         if (LEAD > 0 && --lead == 0 && warp / 4 + 1 < WARPGROUPS) meet_arrive(warp / 4 + 1, 256);
     }
     // The products of step `step` of tile `k`, for `tokens` of the x stage in use; with EXACT sheets have products of their own.
-    FN void start(Sum (&acc)[BLOCKS][TOKENS / 2], u32 (&a)[FACTORS][BATCH][4], u64 tokens, int k, int step) const {
+    FN void start(Sums& acc, u32 (&a)[FACTORS][BATCH][4], u64 tokens, int k, int step) const {
+        const int in_stage = step % X_STEPS, add = step > 0 || k > work.k_first;
 #pragma unroll
-        for (int b = 0; b < FACTORS; b++) {
-            const u64 inputs = tokens + b / BLOCKS * (X_OF_CODES >> 4) + step % X_STEPS / 4 * (X_BOX >> 4) + 2 * (step % 4);
-            mma(acc[b % BLOCKS], a[b][step % BATCH], inputs, b >= BLOCKS || step > 0 || k > work.k_first);
+        for (int b = 0; b < BLOCKS; b++)
+            mma(acc.of[b], a[b][step % BATCH], tokens + in_stage / 4 * (X_BOX >> 4) + 2 * (in_stage % 4), add);
+#if EXACT
+#pragma unroll
+        for (int f = BLOCKS; f < FACTORS; f++) {
+            const int b = f % BLOCKS, part = f / BLOCKS - 1, sixteen = in_stage * SIXTEENS + part;
+            const u64 inputs = tokens + (X_OF_CODES >> 4) + sixteen / 4 * (X_BOX >> 4) + 2 * (sixteen % 4);
+#if INT8
+            mma_floats(acc.apart[b], a[f][step % BATCH], inputs, part > 0 || add);
+#else
+            mma(acc.of[b], a[f][step % BATCH], inputs, 1);
+#endif
         }
+#endif
     }
 
     // acc[b] = the block's part of w x^T over the work's tiles. Two sets of BATCH fragments take turns: while the tensor
     // cores work on one, the other is decoded. Each hand-over makes the four warps of a group wait for each other, so the
     // more products it holds the better.
-    FN void multiply(Sum (&acc)[BLOCKS][TOKENS / 2]) {
+    FN void multiply(Sums& acc) {
         u32 a[2][FACTORS][BATCH][4];
         Codes codes[BLOCKS];
         Group group[BLOCKS];
@@ -220,7 +234,7 @@ struct Consumer {
 
     // The same, decoding ahead. Where products are long (INTERLEAVED) a step is decoded beside each of them; where a set holds
     // a whole tile, two tiles make a turn.
-    FN void multiply_ahead(Sum (&acc)[BLOCKS][TOKENS / 2]) {
+    FN void multiply_ahead(Sums& acc) {
         u32 a[2][FACTORS][BATCH][4];
         Codes codes[BLOCKS];
         Group group[BLOCKS];
@@ -278,19 +292,20 @@ FN void consume(const Arguments& p, const Barriers& barriers, const Work& work, 
     if (EXPERTS && (int)work.cluster >= work.count()) return;
     if (LEAD > 0 && warp >= 4) meet_wait(warp / 4, 256);  // so that one warpgroup stores while another multiplies
     for (int index = work.cluster; index < work.count(); index += work.clusters) {
-        Sum acc[BLOCKS][TOKENS / 2];
+        Sums acc;
         self.at = work.tile(index);
         if (INT8) self.wait_x();  // behind which the scales of tokens are there too
         const Results results(p, barriers, work, self.at, warp, lane);
         if constexpr (INTERLEAVED || PARTS == 1) self.multiply_ahead(acc);
         else self.multiply(acc);
 #if KEPT
-        add_kept(self, results, acc);
+        add_kept(self, results, acc.of);
 #endif
+        if constexpr (APART) results.join(acc);
         const int next = index + work.clusters;
         if (BY_ROWS && next < work.count()) self.asked.ask(p, work.tile(next), warp, lane);
-        if constexpr (SPLIT > 1) results.store_split(acc);
-        else results.store(acc);
+        if constexpr (SPLIT > 1) results.store_split(acc.of);
+        else results.store(acc.of);
     }
 }
 

@@ -15,7 +15,7 @@ struct Rows {
     float factor[2], bias[2];
 };
 
-static_assert(!INT8 || SPLIT == 1, "sums of several blocks have no scales of tokens at hand");
+static_assert(!INT8 || SPLIT == 1 || APART, "sums of several blocks have no scales of tokens at hand");
 
 struct Results {
     const Arguments& p;
@@ -67,13 +67,29 @@ struct Results {
         }
     }
 
-    // The same as pairs of 16-bit numbers; with KEPT the sums are finished already.
+    // The sums become floats in their places, with those of outliers; of SPLIT blocks the first adds the bias.
+    FN void join(Sums& sums) const {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            Rows rows = early[b];
+            if (work.split > 0) rows.bias[0] = rows.bias[1] = 0.0f;
+#pragma unroll
+            for (int t = 0; t < TOKENS; t += 16) {
+                float finished[8];
+                finish(&sums.of[b][t / 2], t, rows, finished);
+#pragma unroll
+                for (int i = 0; i < 8; i++) sums.of[b][t / 2 + i] = sum_of(finished[i] + float_of(sums.apart[b][t / 2 + i]));
+            }
+        }
+    }
+
+    // The same as pairs of 16-bit numbers; FINISHED are the sums already.
     FN void pack(const Sum* v, int first, const Rows& rows, u32 (&pairs)[4]) const {
         float finished[8];
-        if constexpr (!KEPT) finish(v, first, rows, finished);
+        if constexpr (!FINISHED) finish(v, first, rows, finished);
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            pairs[i] = KEPT ? pair_of(float_of(v[2 * i]), float_of(v[2 * i + 1]))
+            pairs[i] = FINISHED ? pair_of(float_of(v[2 * i]), float_of(v[2 * i + 1]))
                             : pair_of(finished[2 * i], finished[2 * i + 1]);
     }
 
@@ -96,33 +112,18 @@ struct Results {
     }
     FN bool in_pieces() const { return p.N % 8 == 0 && p.y_stride % 8 == 0; }
 
-    // With ADDS 8 rows of a token join what y holds there.
-    FN uint4 added(const uint4& v, const u16* to) const {
-        if constexpr (!ADDS) return v;
-        const uint4 held = __ldcg((const uint4*)to);
-        const u32 here[4] = {v.x, v.y, v.z, v.w}, there[4] = {held.x, held.y, held.z, held.w};
-        u32 sum[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            sum[i] = pair_of(low_of(here[i]) + low_of(there[i]), low_of(here[i] >> 16) + low_of(there[i] >> 16));
-        return {sum[0], sum[1], sum[2], sum[3]};
-    }
-
     // They go to y, where there is such a token and there are such rows; the lane's token is `token` + `my_token`.
     FN void write(const uint4& v, int block, int token) const {
         if (at.token + token + my_token() >= at.end) return;
         u16* to = place_in_y(block, token);
         const int rows = p.N - my_row(block);
         if (in_pieces()) {
-            if (rows > 0) store_eight(to, added(v, to));
+            if (rows > 0) store_eight(to, v);
         } else {
             const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
             for (int e = 0; e < 8; e++)
-                if (e < rows) {
-                    const u16 sum = (u16)(words[e / 2] >> (16 * (e % 2)));
-                    to[e] = ADDS ? (u16)pair_of(low_of(sum) + low_of(__ldcg(to + e)), 0) : sum;
-                }
+                if (e < rows) to[e] = (u16)(words[e / 2] >> (16 * (e % 2)));
         }
     }
 
@@ -153,7 +154,7 @@ struct Results {
                 for (int i = 0; turn < TURNS && i < EACH; i++) pack(&acc[b][(first + 16 * i) / 2], first + 16 * i, rows, pairs[i]);
                 if (turn > 0 && whole) {
 #pragma unroll
-                    for (int i = 0; i < EACH; i++, to += step) store_eight(to, added(v[i], to));
+                    for (int i = 0; i < EACH; i++, to += step) store_eight(to, v[i]);
                 } else if (turn > 0) {
 #pragma unroll
                     for (int i = 0; i < EACH; i++) write(v[i], b, first - OUT_TOKENS + 16 * i);
@@ -164,6 +165,8 @@ struct Results {
         }
         if (BLOCKS * TURNS % 2) meet();  // the next tile begins in the place that was just emptied
     }
+
+    FN static Sum joined(Sum a, Sum b) { return APART ? sum_of(float_of(a) + float_of(b)) : a + b; }
 
     // Piece i of the sums belongs to the block of rank i % SPLIT: send them all to their owners, add up one's own.
     FN void store_split(const Sum (&acc)[BLOCKS][TOKENS / 2]) const {
@@ -188,7 +191,7 @@ struct Results {
             for (int from = 0; from < 2 * SPLIT; from++) {
                 const u8* at = memory + (warp * 32 + lane) * 16 + (2 * (i / SPLIT * SPLIT) + from) * CONSUMERS * 16;
 #pragma unroll
-                for (int j = 0; j < 4; j++) sum[4 * (from % 2) + j] += ((const Sum*)at)[j];
+                for (int j = 0; j < 4; j++) sum[4 * (from % 2) + j] = joined(sum[4 * (from % 2) + j], ((const Sum*)at)[j]);
             }
             const int block = i / (TOKENS / 16), t = i % (TOKENS / 16) * 16;
             u8* to = place(i / SPLIT);

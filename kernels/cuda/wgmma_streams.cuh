@@ -60,9 +60,11 @@ FN void stream_activations(const Arguments& p, const Barriers& barriers, const W
             for (int box = 0; box < X_STEPS / 4; box++) {
                 const int column = STEP * (k + 4 * box);
                 BY_ONE(lane) copy_tokens(&p.x, work, tile, stage + box * X_BOX, column, barriers.x_there(ring.slot));
-                if constexpr (EXACT)
-                    BY_ONE(lane) copy_tokens(&p.chosen, work, tile, stage + X_OF_CODES + box * X_BOX, column, barriers.x_there(ring.slot));
             }
+#pragma unroll
+            for (int box = 0; box < EXACT * SIXTEENS * X_STEPS / 4; box++)
+                BY_ONE(lane)
+                    copy_tokens(&p.chosen, work, tile, stage + X_OF_CODES + box * X_BOX, STEP * k + 64 * box, barriers.x_there(ring.slot));
             if (SANITIZE) pass_on(barriers.x_there(ring.slot), barriers.x_full(ring.slot), ring.phase, stage, X_STAGE, lane);
         }
         if constexpr (KEPT)

@@ -22,10 +22,7 @@
 #define KEPT 0
 #endif
 #ifndef EXACT
-#define EXACT 0  // 1: outliers have inputs of their own, behind those of the codes in each x stage
-#endif
-#ifndef ADDS
-#define ADDS 0  // 1: what y holds already is added to
+#define EXACT 0  // 1: outliers have inputs of their own, behind those of the codes in each x stage; with INT8 of 16 bits
 #endif
 #ifndef LINES
 #define LINES 0
@@ -50,8 +47,11 @@ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 constexpr int X_STEPS = BATCH > 4 ? BATCH : 4;  // steps of an x stage
 constexpr int X_BOX = TOKENS * 128;             // four steps: 128 bytes of each token
 constexpr int X_OF_CODES = X_STEPS / 4 * X_BOX;  // of a stage
-constexpr int X_STAGE = (1 + EXACT) * X_OF_CODES;
-constexpr int FACTORS = (1 + EXACT) * BLOCKS;    // fragments of a step: decoded codes, with EXACT also the sheets of outliers
+constexpr int SIXTEENS = STEP / 16;              // of a step; sheets of outliers take each by itself
+constexpr int X_STAGE = (1 + EXACT * SIXTEENS) * X_OF_CODES;
+constexpr int FACTORS = (1 + EXACT * SIXTEENS) * BLOCKS;  // fragments of a step: decoded codes, with EXACT also the sheets of outliers
+constexpr bool APART = INT8 && EXACT;  // sums of outliers are no integers: they have registers of their own until the end
+constexpr bool FINISHED = KEPT || APART;  // sums are scaled before they are gathered for the store
 static_assert(!EXACT || (OUTLIERS && !KEPT), "inputs apart are those of outliers, and take the place of kept columns");
 constexpr int CODES_STAGE = ROW_TILES * W_TILES * TILE_BYTES;
 constexpr int SCALES_STAGE = GROUPED ? ROW_TILES * WINDOW * SCALE_BYTES : 0;
@@ -64,7 +64,7 @@ constexpr int W_STAGE = AT_ZEROS + up_to(ZEROS_STAGE, 128);
 constexpr int UNITS = OUTLIERS ? ROW_TILES / 4 : 0, FILLERS = UNITS > 2 ? 4 : UNITS;
 constexpr bool FILLERS_APART = FILLERS > 2;
 constexpr int FIRST_FILLER = WARPS + (FILLERS_APART ? 4 : 2), THREADS = CONSUMERS + (FILLERS_APART ? 256 : 128);
-constexpr int SHEET_STEPS = 4, SHEET_BYTES = 2048 * SHEET_STEPS, LINE = 64, RING = LINES * LINE;
+constexpr int SHEET_STEPS = 64 / STEP, SHEET_BYTES = 2048 * 4, LINE = 64, RING = LINES * LINE;
 
 constexpr int PIECES = BLOCKS * TOKENS / 16;  // of a warp's sums: 16 rows x 16 tokens
 constexpr int SUMS = SPLIT > 1 ? up_to(PIECES, SPLIT) * CONSUMERS * 32 : 0;
@@ -90,7 +90,7 @@ struct alignas(64) Arguments {
     TensorMap scales;  // [row tiles, groups * 16] in boxes of ROW_TILES x WINDOW * 16
     TensorMap zeros;   // likewise; or the numbers of the groups' tables
     TensorMap chosen;  // KEPT: the inputs of kept columns, exact, [M, 16 * kept_steps] in boxes of TOKENS / SHARE x 64, swizzled;
-                       // EXACT: those of outliers, as x
+                       // EXACT: those of outliers, as x is where that has 16 bits
     const u8 *scale, *zero;
     const u16* table;  // [TABLES, 2^BITS] in the activations' type; TABLES = rows, padded to tiles, where each has its own
     const float* factor;  // of all scales, or null; with EXPERTS one for each, as bias [experts][N]
@@ -114,6 +114,11 @@ typedef float Sum;
 FN Sum sum_of(float v) { return v; }
 FN float float_of(Sum v) { return v; }
 #endif
+
+// What a thread adds up; outliers beside bytes are floats in the place of integers.
+struct Sums {
+    Sum of[BLOCKS][TOKENS / 2], apart[APART ? BLOCKS : 1][APART ? TOKENS / 2 : 1];
+};
 
 // A position in a ring of STAGES slots. A fresh ring's slots count as emptied once already.
 template <int STAGES> struct Ring {

@@ -21,7 +21,7 @@ Shape legend: M tokens, N out features, K in features, R row tiles, C k tiles, G
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
@@ -30,16 +30,17 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import RunFailed
+from aerogel.kernels import gpu_here
 from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm import cuda, cuda_added, cuda_few, cuda_few_plan, cuda_wgmma, cuda_wgmma_plan, cuda_wgmma_table
-from aerogel.kernels.gemm.cuda_added import Added
 from aerogel.kernels.gemm.cuda_kept import KEPT, KeptOperand
 from aerogel.kernels.gemm.cuda_made import Made
+from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_table import config_for
 from aerogel.kernels.gemm.cuda_weight import TileWeight, codes_of, per_kind, tensors_of
 from aerogel.kernels.gemm.cuda_wgmma import Config, ceil_divide, deepest
-from aerogel.kernels.problem import Kernel, Layout, Problem
+from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
 from aerogel.pack import tiles
 from aerogel.quantize.grids import Codes, IntGrid
 
@@ -131,8 +132,7 @@ def many_tokens(
     kept: KeptOperand | None = None,
 ) -> Runner | None:
     """The integer matmul planned for M tokens; None where the device or the weight has none. It is called with (x_MK or what
-    makes it, bias_N or None, y_MN to be filled, the scale of all tokens, float32 [1], where that is stored, and the
-    outliers where the weight `adds`)."""
+    makes it, bias_N or None, y_MN to be filled, and the scale of all tokens, float32 [1], where that is stored)."""
     facts = torch.cuda.get_device_properties(weight.codes.device)
     if facts.major != 9:
         return None
@@ -144,18 +144,33 @@ def many_tokens(
     plan = Plan(weight, config, M, dtype, row_scale=r, kept=None if kept is None else kept.fragments)
     columns, keeps = 128 * weight.codes.shape[1], kept is not None
     rounding = Quantizer(
-        dtype=dtype, device=weight.codes.device, output=INT8, columns=columns, permuted=True, keeps=keeps, late=weight.adds
-    )
+        dtype=dtype, device=weight.codes.device, output=INT8, columns=columns, permuted=True, keeps=keeps
+    )  # fmt: skip
     which = None if kept is None else kept.columns
 
-    def run(
-        x: Tensor | Made, bias_N: Tensor | None, y_MN: Tensor, fixed: Tensor | None = None, added: Added | None = None
-    ) -> None:
+    def run(x: Tensor | Made, bias_N: Tensor | None, y_MN: Tensor, fixed: Tensor | None = None) -> None:
         chosen_MC = None if which is None else y_MN.new_empty(M, which.columns)
         codes, scale_M = rounding(x, fixed, which, chosen_MC)
-        if added is not None and isinstance(x, Tensor):
-            added.fill(y_MN, x)
+        if weight.exact and isinstance(x, Tensor):
+            chosen_MC = cuda_wgmma_plan.in_pieces(x)
         plan.launch(codes, scale_M, bias_N, y_MN, chosen=chosen_MC)
+
+    return run
+
+
+def with_outliers(exact: TileWeight, r: Tensor, M: int, dtype: torch.dtype) -> Runner:
+    """The matmul planned for M tokens of a weight whose outliers have inputs of their own; called as `many_tokens`'."""
+    if cuda_added.fewest_tokens(exact) <= M and (exact.group_size == 0 or M > FEW_TOKENS):
+        facts, held = torch.cuda.get_device_properties(exact.codes.device), replace(exact, in_bytes=True)
+        config = cuda_added.config_in_bytes(held, M, facts.name, facts.multi_processor_count)
+        planned = None if config is None else many_tokens(held, r, M, dtype, config)
+        if planned is not None:
+            return planned
+    product, columns = cuda_added.product(exact, M, dtype), ceil_divide(exact.K, 16) * 16
+    rounding = Quantizer(dtype=dtype, device=exact.codes.device, output=ROUNDED, columns=columns)
+
+    def run(x: Tensor, bias_N: Tensor | None, y_MN: Tensor, fixed: Tensor | None = None) -> None:
+        product(rounding(x, fixed)[0][:, : exact.K].contiguous(), bias_N, y_MN, x)
 
     return run
 
@@ -174,7 +189,6 @@ def some_tokens(weight: TileWeight, M: int, dtype: torch.dtype, kept: KeptOperan
 _plans: dict[tuple[object, ...], Runner | None] = {}
 _some_plans: dict[tuple[object, ...], cuda_wgmma_plan.Plan] = {}
 _few_plans: dict[tuple[object, ...], cuda_few_plan.Plan] = {}
-_added_plans: dict[tuple[object, ...], cuda_added.Product] = {}
 
 
 def tiles_linear_int8(
@@ -192,13 +206,13 @@ def tiles_linear_int8(
 ) -> Tensor:
     """`aerogel::tiles_linear_int8` on CUDA: x [M, K] bf16 or fp16, or the norm or gate that makes it and rounds it there, ->
     [M, N]; `row_scale` is that of `cuda_int8.row_scale`, `fixed` the scale of all tokens, float32 [1], where it is stored.
-    kept: the tensors of a `KeptOperand`. outliers: those of `cuda_added.Added`; not with kept."""
+    kept: the tensors of a `KeptOperand`. outliers: those of a `TileOutliers`, which x meets unrounded; not with kept."""
     like = x if isinstance(x, Tensor) else x.x
     M, K = like.shape
     y = like.new_empty(M, N)
     if M == 0 or N == 0 or K == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand(M, N))
-    added = Added.given(outliers)
+    added = TileOutliers.given(outliers)
     if added is not None:
         x = (x if isinstance(x, Tensor) else x.settled()).contiguous()
     given = (codes, scale, zero, row_scale, *(kept or ()), *(outliers or ()))
@@ -206,32 +220,24 @@ def tiles_linear_int8(
     key = (*held_at, M, K, N, group_size, y.dtype, scale.dtype)
     operand = KeptOperand.given(kept)
 
-    def weight(adds: bool = False) -> TileWeight:
-        one = TileWeight(
-            codes=codes, scale=scale, zero=zero, table=None, pick=None, group_size=group_size, N=N, K=K, adds=adds
-        )  # fmt: skip
+    def weight() -> TileWeight:
+        one = TileWeight(codes=codes, scale=scale, zero=zero, table=None, pick=None, group_size=group_size, N=N, K=K)
         one.check()
         return one
 
     with nullcontext() if y.get_device() == torch._C._cuda_getDevice() else torch.cuda.device(y.device):
-        fewer = FEW_TOKENS if added is None else cuda_added.SHEET_TOKENS
-        if fewer < M and key not in _plans:
+        if (added is not None or M > FEW_TOKENS) and key not in _plans:
             if len(_plans) >= cuda.MOST_PLANS:
                 _plans.clear()
-            _plans[key] = many_tokens(weight(added is not None), row_scale, M, y.dtype, kept=operand)
+            if added is None:
+                _plans[key] = many_tokens(weight(), row_scale, M, y.dtype, kept=operand)
+            else:
+                _plans[key] = with_outliers(replace(weight(), outliers=added, exact=True), row_scale, M, y.dtype)
         runner = _plans.get(key)
         if runner is not None:
-            runner(x, bias, y, fixed, added)
+            runner(x, bias, y, fixed)
             return y
         columns = -(-K // 16) * 16
-        if added is not None and isinstance(x, Tensor):
-            if key not in _added_plans:
-                if len(_added_plans) >= cuda.MOST_PLANS:
-                    _added_plans.clear()
-                _added_plans[key] = cuda_added.product(weight(), added, M, y.dtype)
-            rounding = Quantizer(dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns)
-            _added_plans[key](rounding(x, fixed)[0][:, :K].contiguous(), bias, y, x)
-            return y
         rounding = Quantizer(dtype=y.dtype, device=y.device, output=ROUNDED, columns=columns, keeps=operand is not None)
         if operand is None:
             rounded = rounding(x, fixed)[0][:, :K].contiguous()
@@ -323,8 +329,24 @@ class CudaInt8(Kernel):
         kept = KeptOperand.of(beside, problem.N, problem.K, problem.dtype, place_K)
         if kept is not None:
             return dict(zip(KEPT, kept.tensors(), strict=True))
-        added = Added.of(beside, problem, place_K)
-        return None if added is None else added.named()
+        outliers = cuda_added.laid(beside, problem, place_K)
+        return None if outliers is None else cuda_added.named(outliers)
+
+    @staticmethod
+    def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:
+        """Cuts of the 16-bit matmul, which serves up to FEW_TOKENS tokens; of the integer one nothing is measured."""
+        from aerogel.kernels.gemm import cuda_tune
+
+        few = [M for M in tokens if FEW_TOKENS >= M]
+        if not problem.outliers:
+            inner = replace(problem, activations="none")
+            return cuda_tune.tune_and_keep(lambda: cuda_tune.like(inner), few)
+        if problem.grid.group_size is None or gpu_here.other_than_hopper(torch.cuda.get_device_capability()) is not None:
+            return None
+        weight = cuda_tune.like(problem)
+        if weight is None:
+            return None
+        return cuda_tune.tuned_and_kept(weight, [], [M for M in few if cuda_added.fewest_tokens(weight) <= M])
 
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:
@@ -345,7 +367,7 @@ class CudaInt8(Kernel):
             problem.N,
             layout.get("input_scale"),
             [layout[name] for name in KEPT] if KEPT[0] in layout else None,
-            Added.among(layout),
+            cuda_added.among(layout),
         )
         return y_MN
 

@@ -45,7 +45,6 @@ class Quantizer:
 
     output: INT8, E4M3 or ROUNDED. permuted: int8 codes in the order that the integer matmul wants, inside each 16 columns.
     columns: of the result, at least K, a multiple of 16; those beyond K are zeros. keeps: some columns are kept as they are.
-    late: the kernel behind this one on the stream reads x as well, and may begin when x is there.
     """
 
     dtype: torch.dtype
@@ -54,7 +53,6 @@ class Quantizer:
     columns: int
     permuted: bool = False
     keeps: bool = False
-    late: bool = False
 
     def __call__(
         self,
@@ -130,7 +128,7 @@ def macros(quantizer: Quantizer, K: int, made: tuple[tuple[str, int], ...] = ())
     threads = min(MOST_THREADS, -(-pieces // (32 * chunks)) * 32)
     own = {"OUTPUT": quantizer.output, "PERMUTED": int(quantizer.permuted), "FP16": int(quantizer.dtype == torch.float16)}
     cut = {"THREADS": threads, "CHUNKS": chunks, "LONGER": int(pieces > threads * chunks), "RAGGED": int(K % 16 > 0)}
-    return {"MADE": 0, "KEPT": int(quantizer.keeps), **cut, **own, **dict(made), **({"LATE": 1} if quantizer.late else {})}
+    return {"MADE": 0, "KEPT": int(quantizer.keeps), **cut, **own, **dict(made)}
 
 
 @functools.lru_cache(maxsize=1024)

@@ -124,9 +124,12 @@ def with_outliers(weight: TileWeight, share: float = 0.01, *, seed: int = 0) -> 
 
 
 def like(problem: Problem) -> TileWeight | None:
-    """A random weight of a problem's shape and kind on the GPU, with outliers where it has some; None for other kinds."""
+    """A random weight of a problem's shape and kind on the GPU, with outliers where it has some, which meet inputs of their own
+    where others are rounded; None for other kinds."""
     weight = _without_outliers(problem)
-    return with_outliers(weight) if weight is not None and problem.outliers else weight
+    if weight is None or not problem.outliers:
+        return weight
+    return replace(with_outliers(weight), exact=problem.activations != "none")
 
 
 def _without_outliers(problem: Problem) -> TileWeight | None:
@@ -143,25 +146,33 @@ def _without_outliers(problem: Problem) -> TileWeight | None:
 
 def tune_and_keep(made: Callable[[], TileWeight | None], tokens: Sequence[int]) -> Tuned | None:
     """What `Kernel.tune` gives for the weight that `made` makes; None where it makes none, or nothing is to be chosen."""
-    from aerogel.kernels.gemm import cuda_wgmma_tune
-
     weight = made()
     if weight is None:
         return None
-    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    capability, most = torch.cuda.get_device_capability(), cuda_table.TOKEN_CLASSES[-1]
     served = {M: choose(weight, M, torch.bfloat16, capability) for M in tokens}
+    few = [M for M, by in served.items() if by is Few and most >= M]
+    return tuned_and_kept(weight, few, [M for M, by in served.items() if by is ManyTokens])
+
+
+def tuned_and_kept(weight: TileWeight, few: Sequence[int], many: Sequence[int]) -> Tuned | None:
+    """The same for numbers of tokens that are known to be served by the kernels for few and for many."""
+    from aerogel.kernels.gemm import cuda_wgmma_tune
+
+    name = torch.cuda.get_device_name()
     found: dict[int, Mapping[str, Any]] = {}
     kept: Path | None = None
-    most = cuda_table.TOKEN_CLASSES[-1]
-    if few := sorted({cuda_table.token_class(M) for M, by in served.items() if by is Few and most >= M}):
-        entries = tune(weight, few)
+    if few:
+        classes = sorted({cuda_table.token_class(M) for M in few})
+        entries = tune(weight, classes)
         kept = cuda_table.save(name, entries)
-        found |= {M: entries[cuda_table.key_of(weight, M)] for M in few}
-    if many := sorted({cuda_wgmma_table.token_class(M) for M, by in served.items() if by is ManyTokens}):
-        entries = cuda_wgmma_tune.tune(weight, many)
+        found |= {M: entries[cuda_table.key_of(weight, M)] for M in classes}
+    if many:
+        classes = sorted({cuda_wgmma_table.token_class(M) for M in many})
+        entries = cuda_wgmma_tune.tune(weight, classes)
         path = cuda_wgmma_table.save(name, cuda_wgmma_table.place_of(weight), entries)
         kept = path if kept is None else path.parent
-        found |= {M: entries[str(M)] for M in many}
+        found |= {M: entries[str(M)] for M in classes}
     if kept is None:
         return None
     return Tuned(found={M: f"{entry['us']} us, {entry['config']}" for M, entry in found.items()}, kept=kept)

@@ -66,8 +66,8 @@ class TileWeight:
     factor: fp32 scalar that multiplies every scale, for scales of bytes; None for 1.
     outliers: weights that are added to what the codes say; None for none.
     kept: weights of columns beside the codes as fragments (`cuda_kept`), which have their own inputs; None for none.
-    adds: the product is added to what y holds, instead of written.
     exact: outliers have inputs of their own; codes meet rounded ones.
+    in_bytes: codes of an `exact` one and their inputs are multiplied as bytes, outliers and theirs in 16 bits (`cuda_int8`).
     """
 
     codes: Tensor
@@ -82,8 +82,8 @@ class TileWeight:
     factor: Tensor | None = None
     outliers: TileOutliers | None = None
     kept: Tensor | None = None
-    adds: bool = False
     exact: bool = False
+    in_bytes: bool = False
 
     @property
     def bits(self) -> int:
@@ -118,7 +118,7 @@ class TileWeight:
         """All that a choice of kernels may depend on: shapes and types, not where the tensors lie."""
         held = (self.codes, self.scale, self.zero, self.table, self.pick)
         facts = (None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in held)
-        beside = self.outliers is not None, self.exact, self.kept is not None
+        beside = self.outliers is not None, self.exact, self.in_bytes, self.kept is not None
         return (self.N, self.K, self.group_size, self.floats, *beside, *facts)
 
     def check(self) -> None:
@@ -135,8 +135,9 @@ class TileWeight:
             "table": self.table is None or self._table_fits(R),
             "pick": self.pick is None or (self.pick.dtype == torch.uint8 and tuple(self.pick.shape) == per_group),
             "floats": not self.floats or (self.bits in (1, 4, 5, 6, 8) and self.zero is None and self.table is None),
-            # Their sums are not scaled by rows: scales stand in the loop, none at its end.
-            "outliers": self.outliers is None or (self.group_size > 0 and self.outliers.start_T1.numel() == -(-R // 4) * C + 1),
+            # Their sums are not scaled by rows: scales stand in the loop, none at its end, or outliers have other sums.
+            "outliers": self.outliers is None
+            or ((self.group_size > 0 or self.in_bytes) and self.outliers.start_T1.numel() == -(-R // 4) * C + 1),
             "kept": self.kept is None or (self.group_size > 0 and self.scale.dtype not in BYTES and self.kept.shape[0] == R),
             "factor": self.factor is None or (self.factor.dtype == torch.float32 and self.factor.numel() == 1),
         }

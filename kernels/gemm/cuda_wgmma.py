@@ -147,7 +147,6 @@ def defines(weight: TileWeight, config: Config, dtype: torch.dtype) -> dict[str,
         "OUTLIERS": int(weight.outliers is not None),
         "LINES": list_lines(config),
         **({"ROW_COPIES": config.copies} if by_rows(weight) else {}),
-        **({"ADDS": 1} if weight.adds else {}),
         **({"EXACT": 1} if weight.exact else {}),
     }
 
@@ -204,7 +203,7 @@ def space(weight: TileWeight, config: Config) -> Space:
     threads, pieces = 128 * config.warpgroups, config.blocks * config.tokens // 16
     out = 2 * config.warpgroups * 128 * (32 if config.tokens > 32 and config.tokens % 32 == 0 else 16)
     return Space(
-        x_stage=config.tokens * (256 if config.batch == 8 else 128) * (1 + weight.exact),
+        x_stage=config.tokens * (256 if config.batch == 8 else 128) * (1 + weight.exact * (1 + weight.in_bytes)),
         w_stage=config.row_tiles * config.w_tiles * 256 * weight.bits
         + ceil_divide(touched * scale, 128) * 128
         + ceil_divide(touched * zero, 128) * 128,
@@ -260,7 +259,7 @@ def deepest(weight: TileWeight, config: Config) -> Config | None:
     if not _cuts(weight, config):
         return None
     needs, room = space(weight, config), shared_room(config)
-    tiles_a_stage, least = (1.0, 2) if config.batch == 8 else (0.5, 3)
+    tiles_a_stage, least = (1.0, 2) if config.batch == 8 or weight.in_bytes else (0.5, 3)
 
     def score(stages: tuple[int, int]) -> float:
         x_depth, w_depth = stages[0] * tiles_a_stage, stages[1] * config.w_tiles
@@ -324,9 +323,10 @@ def microseconds_of_tiles(weight: TileWeight, config: Config, tiles: int, nbytes
     seats = multiprocessors * CLUSTERS[config.cluster] // CLUSTERS[1]
     crowd = min(config.resident, ceil_divide(tiles, seats))
     rounds = ceil_divide(tiles, seats * config.resident)
-    tensor = 1.08 * rows / 64 * config.tokens / 2
+    inputs = 1 + weight.exact
+    tensor = 1.08 * rows / 64 * config.tokens / 2 * inputs
     decode = 29 + rows / 128 * (42 + 24 * limbs(weight, config.warpgroups))
-    loads = (config.tokens * 32 / config.share + rows * 2 * weight.bits) / 38
+    loads = (config.tokens * 32 * inputs / config.share + rows * 2 * weight.bits) / 38
     step = crowd * max(math.cbrt(tensor**3 + decode**3), loads)
     edge = 2500 + rows * config.tokens / 16 + (2500 + rows * config.tokens / 8 if config.split > 1 else 0)
     busy = min(1.0, tiles * config.cluster / multiprocessors)

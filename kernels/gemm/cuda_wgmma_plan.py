@@ -243,5 +243,6 @@ def rows_of(weight: TileWeight, start: int, stop: int) -> TileWeight:
         floats=weight.floats,
         factor=weight.factor,
         outliers=None if weight.outliers is None else weight.outliers.rows(start, stop, weight.codes.shape[1]),
-        adds=weight.adds,
+        exact=weight.exact,
+        in_bytes=weight.in_bytes,
     )

@@ -5,7 +5,8 @@ numbers of tokens, with its time; what `aerogel tune` measured on this machine l
 of tokens use the next larger one; tables those of other groups too, since what decoding takes decides there, and what has no
 entries of its own but no table those of integers in as large groups, or in groups of 128 where its own are multiples of that.
 Weights with outliers have entries of their own where they want another cut (`4o/g128/4096x4096`), and take those of any
-groups, else what the same weights have without; those whose outliers have inputs of their own take only theirs (`8e/...`). A
+groups, else what the same weights have without; those whose outliers have inputs of their own take only theirs (`8e/...`, and
+`8i/...` where codes are multiplied as bytes). A
 weight that no entry suits, or a number of tokens beyond them, is served by the cost model of `cuda_wgmma`: the cut of other
 groups can be half as fast, where two blocks share a multiprocessor.
 """
@@ -67,11 +68,11 @@ def token_class(M: int) -> int:
 
 def place_of(weight: TileWeight) -> str:
     """Where a weight's own entries are."""
-    return places(weight)[0] if weight.outliers is None else _beside_outliers(places(weight)[0], weight.exact)
+    return places(weight)[0] if weight.outliers is None else _beside_outliers(places(weight)[0], weight.exact, weight.in_bytes)
 
 
-def _beside_outliers(place: str, exact: bool = False) -> str:
-    return place.replace("/", "e/" if exact else "o/", 1)
+def _beside_outliers(place: str, exact: bool = False, in_bytes: bool = False) -> str:
+    return place.replace("/", "i/" if in_bytes else "e/" if exact else "o/", 1)
 
 
 def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:

@@ -29,7 +29,7 @@ from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.cuda import nvrtc
 from aerogel.kernels.entropy import cuda as entropy_cuda
 from aerogel.kernels.entropy import ref as entropy
-from aerogel.kernels.gemm import cuda, cuda_int8, cuda_wgmma
+from aerogel.kernels.gemm import cuda, cuda_added, cuda_int8, cuda_wgmma
 from aerogel.kernels.gemm.block_scales import unit_of_sums
 from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
 from aerogel.kernels.gemm.cuda_few import Config as FewConfig
@@ -221,6 +221,13 @@ def rounded() -> int:
         if run is not None:
             run(x, None, y)
             wanted = (x @ dequantize(weight, torch.bfloat16).T).float()
+            wrong += not float((y.float() - wanted).norm() / wanted.norm()) < 3e-2
+        laid = TileOutliers.of(beside_of(rows, K, kinds="o", device="cuda"), rows, K, torch.bfloat16)
+        exact = replace(weight, outliers=laid, exact=True)
+        for M in (13, 70):
+            y = torch.full((M, rows), torch.nan, device="cuda", dtype=torch.bfloat16)
+            cuda_int8.with_outliers(exact, r, M, torch.bfloat16)(x[:M], None, y)
+            wanted = (x[:M] @ dequantize(cuda_added.whole(exact), torch.bfloat16).T).float()
             wrong += not float((y.float() - wanted).norm() / wanted.norm()) < 3e-2
     return wrong
 

@@ -208,7 +208,7 @@ def test_the_cuda_source_compiles(cut: tuple[int, int], capability: tuple[int, i
     except ImportError as error:
         pytest.skip(str(error))
     kinds = torch.bfloat16, torch.float16, torch.int32 if cut == (1, 1) else torch.int16
-    found = cuda.macros(cut, 4 // cut[1], *kinds, alone=capability == (9, 0))
+    found = cuda.macros(cut, 4 // cut[1], *kinds)
     assert compiler.compile(cuda.SOURCE, sources.sources_of(cuda.SOURCE), found, capability)[:4] == b"\x7fELF"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.gemm import cuda_added, cuda_few, cuda_few_plan, cuda_int8, cuda_wgmma, cuda_wgmma_plan
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
-from aerogel.kernels.gemm.cuda_quantize import ROUNDED, Quantizer
+from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_quantize import macros as rounding_macros
 from aerogel.kernels.gemm.cuda_weight import TileWeight, tensors_of
 from aerogel.kernels.gemm.cuda_wgmma import Config
@@ -51,20 +51,20 @@ def test_the_sources_that_add_compile() -> None:
     plain = TileWeight(
         codes=layout["tile_codes"], scale=layout["tile_scale"], zero=None, table=None, pick=None, group_size=0, N=64, K=256
     )  # fmt: skip
-    adding = replace(plain, adds=True)
     nothing = torch.empty(0, dtype=torch.int32)
     outliers = TileOutliers(start_N1=nothing, by_row_E=nothing, start_T1=nothing, by_sheet_E=nothing)
     exact = replace(plain, exact=True, outliers=outliers)
     ring = cuda_few.Config(ring=True, row_tiles=1, k_warps=2, x_resident=True)
-    many = cuda_int8.cut(adding, *cuda_int8.CUTS[0])
     apart = cuda_wgmma.deepest(replace(exact, group_size=256), cuda_wgmma.Config(tokens=32))
-    assert many is not None and apart is not None
-    rounding = Quantizer(dtype=torch.bfloat16, device=torch.device("cuda"), output=ROUNDED, columns=256, late=True)
+    in_bytes = replace(exact, in_bytes=True)
+    beside = cuda_wgmma.deepest(in_bytes, cuda_wgmma.Config(tokens=64, batch=2))
+    assert apart is not None and beside is not None
+    rounding = Quantizer(dtype=torch.bfloat16, device=torch.device("cuda"), output=ROUNDED, columns=256)
     for source, macros in (
         ("few_ring.cu", cuda_few.defines(exact, ring, 8, torch.bfloat16)),
         ("few_registers.cu", cuda_few.defines(exact, replace(ring, ring=False, x_resident=False), 3, torch.bfloat16)),
-        ("wgmma.cu", cuda_wgmma_plan.macros_of(adding, many, torch.bfloat16, int8=True)),
         ("wgmma.cu", cuda_wgmma_plan.macros_of(replace(exact, group_size=256), apart, torch.bfloat16)),
+        ("wgmma.cu", cuda_wgmma_plan.macros_of(in_bytes, beside, torch.bfloat16, int8=True)),
         ("quantize.cu", rounding_macros(rounding, 256)),
     ):
         assert compiler.compile(source, sources.sources_of(source), macros, (9, 0))[:4] == b"\x7fELF"
@@ -100,7 +100,7 @@ def test_every_cut_for_few_tokens() -> None:
     layer, alone_NK = layer_of(grid, N, K, torch.bfloat16, False, "cuda")
     laid, layout = layer._laid, layer.operands()
     assert laid is not None
-    outliers = TileOutliers.given([laid[name] for name in cuda_added.NAMES[3:]])
+    outliers = TileOutliers.given([laid[name] for name in cuda_added.NAMES])
     weight = TileWeight(
         codes=layout["tile_codes"], scale=layout["tile_scale"], zero=None, table=None, pick=None, group_size=128, N=N, K=K,
         outliers=outliers, exact=True,
@@ -138,7 +138,7 @@ def test_cuts_for_many_tokens(dtype: torch.dtype) -> None:
     assert laid is not None
     weight = TileWeight(
         codes=layout["tile_codes"], scale=layout["tile_scale"], zero=None, table=None, pick=None, group_size=128, N=N, K=K,
-        outliers=TileOutliers.given([laid[name] for name in cuda_added.NAMES[3:]]), exact=True,
+        outliers=TileOutliers.given([laid[name] for name in cuda_added.NAMES]), exact=True,
     )  # fmt: skip
     w_NK = layer.columns().codes.decode(torch.float64)
     for M in (9, 40, 200):
@@ -167,6 +167,53 @@ def test_cuts_for_many_tokens(dtype: torch.dtype) -> None:
             again_MN = torch.empty_like(y_MN)
             plan(x_MK, None, again_MN, exact_MK)
             assert torch.equal(y_MN, again_MN), (M, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_cuts_in_bytes(grid: IntGrid, dtype: torch.dtype) -> None:
+    """Codes multiplied as bytes and sheets of outliers in 16 bits, whatever the cut; their inputs are unrelated."""
+    N, K = 400, 1192
+    layer, alone_NK = layer_of(grid, N, K, dtype, True, "cuda")
+    laid, layout = layer._laid, layer.operands()
+    assert laid is not None and layer.bias is not None
+    weight = TileWeight(
+        codes=layout["tile_codes"], scale=layout["tile_scale"], zero=None, table=None, pick=None,
+        group_size=grid.group_size or 0, N=N, K=K, exact=True, in_bytes=True,
+        outliers=TileOutliers.given([laid[name] for name in cuda_added.NAMES]),
+    )  # fmt: skip
+    weight.check()
+    r = cuda_int8.row_scale(weight)
+    w_NK = cuda_int8.two_step(weight, r).double() * r[:N, None].double()
+    rounding = Quantizer(dtype=dtype, device=alone_NK.device, output=INT8, columns=128 * weight.codes.shape[1], permuted=True)
+    for M in (9, 40, 200):
+        x_MK, exact_MK = (torch.randn(M, K, generator=torch.Generator().manual_seed(M + i)).to(dtype).cuda() for i in (0, 100))
+        values, scale = quantize_int8(x_MK)
+        wanted_MN = (values.double() * scale.double()) @ w_NK.T + exact_MK.double() @ alone_NK.T + layer.bias.double()
+        for tokens, warpgroups, blocks, resident, share, split, batch in (
+            (16, 2, 1, 1, 1, 1, 2),
+            (16, 2, 2, 1, 1, 3, 4),
+            (32, 1, 1, 2, 1, 4, 2),
+            (64, 2, 1, 1, 2, 2, 2),
+            (64, 2, 1, 1, 1, 1, 4),
+            (128, 1, 1, 1, 1, 1, 2),
+            (128, 2, 1, 1, 1, 1, 2),
+        ):
+            cut = Config(
+                tokens=tokens, warpgroups=warpgroups, blocks=blocks, resident=resident, share=share, split=split, batch=batch
+            )
+            config = cuda_wgmma.deepest(weight, cut)
+            assert config is not None
+            plan = cuda_wgmma_plan.Plan(weight, config, M, dtype, row_scale=r)
+            codes, scale_M = rounding(x_MK)
+            found = [torch.full((M, N), float("nan"), device="cuda", dtype=dtype) for _ in range(2)]
+            for y_MN in found:
+                plan.launch(codes, scale_M, layer.bias, y_MN, chosen=cuda_wgmma_plan.in_pieces(exact_MK))
+            error = float((found[0].double() - wanted_MN).norm() / wanted_MN.norm())
+            assert error <= 3e-3, (M, config, error)
+            assert torch.equal(*found), (M, config)
 
 
 @pytest.mark.gpu

@@ -78,10 +78,10 @@ def test_chooses_a_cut_that_fits_for_any_weight(N: int, K: int, bits: int, group
 
 def test_every_measured_configuration_fits() -> None:
     entries = cuda_wgmma_table.table("NVIDIA H100 80GB HBM3")
-    assert len(entries) >= 84
+    assert len(entries) >= 82
     for key, by_tokens in entries.items():
         named, group, shape = key.split("/")
-        kind, beside = named.rstrip("oe"), named[-1] in "oe"
+        kind, beside = named.rstrip("oei"), named[-1] if named[-1] in "oei" else ""
         N, K = (int(size) for size in shape.split("x"))
         kinds: dict[str, dict[str, Any]] = {
             "4t": {"table": 1},
@@ -95,7 +95,8 @@ def test_every_measured_configuration_fits() -> None:
         bits, held = int(kind[0]), kinds.get(kind, {})
         weight = replace(meta_weight(N, K, bits, int(group[1:]), **held), floats={"4f": 1, "8f": 3}.get(kind, 0))
         if beside:
-            weight = replace(weight, outliers=meta_outliers(N, K, N * K // 100), exact=named.endswith("e"))
+            outliers = meta_outliers(N, K, N * K // 100)
+            weight = replace(weight, outliers=outliers, exact=beside in "ei", in_bytes=beside == "i")
         assert key == cuda_wgmma_table.place_of(weight)
         for tokens, entry in by_tokens.items():
             assert fits(weight, Config(**entry["config"])), (key, tokens)
@@ -221,15 +222,18 @@ def test_rounds_that_are_full_or_shared_stay_one_launch() -> None:
         assert in_rounds(meta_weight(57344, 8192), other, 128, 132) == [(57344, other)]
     for other in (meta_weight(57344, 8192, bits=3), meta_weight(57344, 8192, table=1)):
         assert in_rounds(other, config, 128, 132) == [(57344, config)]
+    for M, parts in ((64, 2), (32, 1)):
+        [(_, cut)] = cuda_wgmma_table.cuts_for(meta_weight(57344, 8192), M, "NVIDIA H100 80GB HBM3")
+        assert len(in_rounds(meta_weight(57344, 8192), cut, M, 132)) == parts
+
+
+@pytest.mark.parametrize("M", [32, 64, 128])
+def test_rows_beside_outliers_are_cut_as_measured_or_as_estimated(M: int) -> None:
     beside = replace(meta_weight(57344, 8192), outliers=meta_outliers(57344, 8192, 1 << 22))
-    for weight, M, parts in (
-        (meta_weight(57344, 8192), 64, 2),
-        (meta_weight(57344, 8192), 32, 1),
-        (beside, 128, 2),
-        (beside, 64, 2),
-    ):
-        [(_, cut)] = cuda_wgmma_table.cuts_for(weight, M, "NVIDIA H100 80GB HBM3")
-        assert len(in_rounds(weight, cut, M, 132)) == parts
+    measured = cuda_wgmma_table.cuts_for(beside, M, "NVIDIA H100 80GB HBM3")
+    assert [rows for rows, _ in measured] == [33792, 23552] and [cut.row_tiles for _, cut in measured] == [16, 12]
+    whole = Config(tokens=M, blocks=2, x_stages=4, w_stages=2, w_tiles=2, batch=2)
+    assert len(in_rounds(beside, whole, M, 132)) == (1 if M == 32 else 2)
 
 
 def ptxas_log(defined: nvrtc.Defines) -> str:
