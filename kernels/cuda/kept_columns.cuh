@@ -60,7 +60,7 @@ FN void add_kept(Consumer& of, const Results& results, Sum (&acc)[BLOCKS][TOKENS
     if (first) kept.fetch(of.p, tile, 0, of.lane);
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
-        auto rows = INT8 ? results.early[b] : results.read_rows(b);
+        auto rows = results.rows_of(b);
         if (!first) rows.bias[0] = rows.bias[1] = 0.0f;
 #pragma unroll
         for (int t = 0; t < TOKENS; t += 16) {

@@ -2,7 +2,8 @@
 // cluster first send each other what is theirs.
 //
 // While results are made nothing multiplies, so every wait counts. The scales of integer sums are fetched before the products
-// begin, a token's by one lane and handed round by shuffles. And what is written are whole lines of the cache: a warp has 16 rows,
+// begin, a token's by one lane and handed round by shuffles. So are those of rows beside tables of rows, but where two blocks of 32
+// tokens multiply: there the registers are worth more. And what is written are whole lines of the cache: a warp has 16 rows,
 // 32 bytes of a token, so its warpgroup gathers 64 rows first; of two places one is filled while the other is emptied, and the
 // sums that come next are finished meanwhile.
 
@@ -14,6 +15,8 @@
 struct Rows {
     float factor[2], bias[2];
 };
+
+constexpr bool EARLY = INT8 || (BY_ROWS && !GROUPED && BLOCKS * TOKENS <= 128 && (BLOCKS == 1 || TOKENS > 32));
 
 static_assert(!INT8 || SPLIT == 1 || APART, "sums of several blocks have no scales of tokens at hand");
 
@@ -34,7 +37,16 @@ struct Results {
             scales[i] = t < at.end ? __ldcg(p.token_scale + t) : 0.0f;
         }
 #pragma unroll
-        for (int b = 0; INT8 && b < BLOCKS; b++) early[b] = read_rows(b);
+        for (int b = 0; EARLY && b < BLOCKS; b++) early[b] = read_rows(b);
+    }
+
+    FN Rows rows_of(int block) const {
+        if constexpr (!EARLY) return read_rows(block);
+        Rows rows = early[0];
+#pragma unroll
+        for (int b = 1; b < BLOCKS; b++)
+            if (b == block) rows = early[b];
+        return rows;
     }
 
     FN int row_tile(int block) const { return at.row_tile + row_tile_of(warp, block); }
@@ -137,7 +149,7 @@ struct Results {
         const size_t step = 16 * (size_t)p.y_stride;
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
-            const Rows rows = INT8 ? early[b] : read_rows(b);
+            const Rows rows = rows_of(b);
             const bool whole = in_pieces() && at.token + TOKENS <= at.end && my_row(b) + 8 <= p.N;
             u16* to = place_in_y(b, 0);
             u32 pairs[EACH][4];
@@ -196,7 +208,7 @@ struct Results {
             const int block = i / (TOKENS / 16), t = i % (TOKENS / 16) * 16;
             u8* to = place(i / SPLIT);
             u32 pairs[4];
-            pack(sum, t, read_rows(block), pairs);
+            pack(sum, t, rows_of(block), pairs);
             put(to, 0, pairs);
             meet();
             write(take(to, 0), block, t);
