@@ -221,17 +221,27 @@ INLINE void ask_for_row_tables(const u16* table, int first, int tiles, int end, 
     copy_async(room + i / 32 * ROW_TABLE_BYTES + AT_ROWS + i % 32 * 16, from, row < end ? 16 : 0);
   }
 }
-INLINE void lay_out_row_tables(int tiles, u8* room, int thread, int threads) {
-  const int parts = tiles * EIGHT_UNITS * 2 <= threads ? 2 : 1, units = EIGHT_UNITS * parts;
-  for (int i = thread; i < tiles * units; i += threads) {
-    const int unit = i % units;
-    u8* place = room + i / units * ROW_TABLE_BYTES;
-    const u16* rows = (const u16*)(place + AT_ROWS);
-    lay_out_eight(rows + 8 * 16, shared_address(place), unit, parts);
-    if (unit >= EIGHT_UNITS) continue;
-    const u16 number = rows[unit];
+template <int TILES, int COUNT> INLINE void lay_out_row_tables(u8* room, int thread) {
+  constexpr int PARTS = TILES * EIGHT_UNITS * 2 <= COUNT ? 2 : 1, UNITS = EIGHT_UNITS * PARTS;
+  constexpr int TURNS = (TILES * UNITS + COUNT - 1) / COUNT;
+  auto tile_of = [&](int turn) { return COUNT % UNITS == 0 ? thread / UNITS + turn * (COUNT / UNITS) : (thread + turn * COUNT) / UNITS; };
+  auto unit_of = [&](int turn) { return COUNT % UNITS == 0 ? thread % UNITS : (thread + turn * COUNT) % UNITS; };
+  EightUnit<PARTS> units[2];
+  u32 numbers[2];  // of rows 0..7, whose bytes are taken apart
+  auto read = [&](int turn) {
+    if (turn >= TURNS || tile_of(turn) >= TILES) return;
+    const u16* rows = (const u16*)(room + tile_of(turn) * ROW_TABLE_BYTES + AT_ROWS);
+    units[turn & 1].read(rows + 8 * 16, unit_of(turn)), numbers[turn & 1] = rows[unit_of(turn) % EIGHT_UNITS];
+  };
+  read(0);
+  UNROLL for (int turn = 0; turn < TURNS; turn++) {
+    read(turn + 1);
+    const int unit = unit_of(turn);
+    u8* place = room + tile_of(turn) * ROW_TABLE_BYTES;
+    if (tile_of(turn) < TILES) units[turn & 1].lay_out(shared_address(place), unit);
+    if (tile_of(turn) >= TILES || unit >= EIGHT_UNITS) continue;
     u8* to = place + AT_ROW_BYTES + unit / 16 * 32 + unit % 16;
-    to[0] = (u8)number, to[16] = (u8)(number >> 8);
+    to[0] = (u8)numbers[turn & 1], to[16] = (u8)(numbers[turn & 1] >> 8);
   }
 }
 

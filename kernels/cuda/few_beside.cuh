@@ -32,7 +32,7 @@ INLINE void lay_out_beside(const Arguments& p, const Share& share, const Room& r
     if (block == 2) ask(2);  // the first ones are laid out by all others
     copies_wait<0>();
     barrier_of(5, LAYERS);
-    lay_out_row_tables(BLOCK_TILES, tables_of_block(room, block), thread, LAYERS);
+    lay_out_row_tables<BLOCK_TILES, LAYERS>(tables_of_block(room, block), thread);
     mbarrier_arrive(room.laid_out + 8 * place);
     barrier_of(5, LAYERS);  // what is asked for now comes to where both have read
     ask(block + 2);
@@ -44,8 +44,9 @@ INLINE void add_up_beside(const Arguments& p, const Share& share, const Room& ro
   const float factor = factor_of(p);
   wait_for_previous_kernel();
   for (int block = 0; block + 1 < share.row_blocks; block++) {
+    const Outputs<32> outputs(p, first_tile_of(share, block), lane);
     mbarrier_wait(room.sums, block & 1);
-    finish(room.partials, p, factor, first_tile_of(share, block), lane, nullptr, 32);
+    outputs.finish(room.partials, p, factor, nullptr);
     mbarrier_arrive(room.added);
   }
 }

@@ -128,9 +128,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
   }
   if (OUTLIERS && warp >= p.k_tiles) copies_wait<0>(), arrive_at(4, THREADS + OUTLIER_THREADS);
   if constexpr (KEPT) copies_wait<0>(), kept.add(first_tile, acc);
+  const Outputs<THREADS> outputs(p, first_tile, threadIdx.x);
   barrier_of(1, THREADS);
   float* partials = (float*)(shared + table_bytes);
   store_partials(partials, p, 0, warp, acc);
   barrier_of(OUTLIERS ? 2 : 1, THREADS + OUTLIER_THREADS);
-  finish(partials, p, factor, first_tile, threadIdx.x, sums_of_outliers(outlier_place, 0));
+  outputs.finish(partials, p, factor, sums_of_outliers(outlier_place, 0));
 }

@@ -33,6 +33,9 @@ constexpr bool SIDES = GROUP != 0 || ZERO != 0 || TABLE == 3;
 #endif
 constexpr int PRODUCER_THREADS = TRADE || BESIDE ? 128 : 32, ALL_WARPS = WARPS + PRODUCER_THREADS / 32;
 
+// a / b rounded down, for a below 2^21: an integer division takes some 200 cycles, and a launch waits for two.
+INLINE int divide_small(int a, int b) { return (int)__fdividef((float)a + 0.5f, (float)b); }
+
 // This block's part of the work: its k tiles (a cluster's blocks share K), its row blocks.
 struct Share {
   int first_tile, end_tile, stages, row_blocks, row_step, row_start;
@@ -53,9 +56,10 @@ INLINE Share share_of(const Arguments& p) {
   s.row_step = gridDim.x / CLUSTER, s.row_start = blockIdx.x / CLUSTER;
   const int all_blocks = (p.row_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
   // As many as the cluster's first block: those that share x take turns together, if need be without rows.
-  s.row_blocks = (all_blocks - s.row_start / X_SHARE * X_SHARE + s.row_step - 1) / s.row_step;
+  s.row_blocks = divide_small(all_blocks - s.row_start / X_SHARE * X_SHARE + s.row_step - 1, s.row_step);
   s.readers = X_IN_STAGE || s.stages > p.stages ? X_SHARE : 1;
-  s.rotation = OUTLIERS_TURNED || s.stages == 0 ? 0 : s.row_start / X_SHARE % s.stages;  // inputs are turned in their order
+  const int start = s.row_start / X_SHARE;
+  s.rotation = OUTLIERS_TURNED || s.stages == 0 ? 0 : start - divide_small(start, s.stages) * s.stages;  // inputs are turned in their order
   return s;
 }
 
@@ -194,6 +198,9 @@ INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
         fetch_stage_token(p, share, room, stage, slot.index, token);
       }
     }
+  // Blocks that share x arrive at each other's barriers: none leaves before all have arrived at its own.
+  for (int last = turn + p.stages; X_SHARE > 1 && turn < last; turn++, slot.next(p.stages))
+    if (turn >= p.stages) mbarrier_wait(room.empty + 8 * slot.index, slot.round ^ 1);
 }
 
 // ---- Consuming -------------------------------------------------------------------------------------------------------
@@ -321,20 +328,23 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
       }
     }
     if constexpr (BY_ROWS && !BESIDE) copies_wait<0>();
+    if (block == 0 || BESIDE) wait_for_previous_kernel();  // which may have written the bias, or still be reading y
+#if CLUSTER == 1
+    const Outputs<THREADS> outputs(p, first_row_tile, threadIdx.x);
+#endif
     barrier_of(1, THREADS);  // all have read the ring, and used the last partial sums
     if constexpr (HALF_SUMS)
       store_half_partials(room.partials, p, row_warp, slice, acc);
     else
       store_partials(room.partials, p, row_warp, slice, acc);
-    if (BY_ROWS && !BESIDE && block + 1 < share.row_blocks) lay_out_row_tables(BLOCK_TILES, room.tables, threadIdx.x, THREADS);
+    if (BY_ROWS && !BESIDE && block + 1 < share.row_blocks) lay_out_row_tables<BLOCK_TILES, THREADS>(room.tables, threadIdx.x);
     barrier_of(OUTLIERS ? 2 : 1, THREADS + OUTLIER_THREADS);
     ask_for_next_tables(p, share, room, block + 2);
-    if (block == 0 || BESIDE) wait_for_previous_kernel();
 #if CLUSTER > 1
     finish_in_cluster(room.partials, (const float2*)room.inbox, room.bell, p, factor, first_row_tile, threadIdx.x,
                       sums_of_outliers(room.outliers, block));
 #else
-    finish(room.partials, p, factor, first_row_tile, threadIdx.x, sums_of_outliers(room.outliers, block));
+    outputs.finish(room.partials, p, factor, sums_of_outliers(room.outliers, block));
 #endif
   }
 }
@@ -385,7 +395,4 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
       sum_outliers(p, room.outliers, thread, share.row_start * BLOCK_ROWS, share.row_step * BLOCK_ROWS, share.row_blocks,
                    [&] { wait_for_inputs(p, room, thread); });
   }
-#if X_SHARE > 1
-  if (share.readers > 1) cluster_meet();  // nobody leaves while another still arrives here
-#endif
 }

@@ -32,27 +32,39 @@ INLINE void store_half_partials(float* partials, const Arguments& p, int row_war
   store_partials(partials, p, row_warp, slice, acc);
 }
 
-INLINE u32 output_of(const Arguments& p, int n, float factor, float sum, const float* outlier) {
-  if constexpr (SCALE >= 3) sum *= factor;
-  if constexpr (GROUP == 0) sum *= read_scale(p.scale, n);
-  if constexpr (OUTLIERS) sum += *outlier;
-  if (p.bias) sum += from_half(p.bias[n]);
-  return to_half(sum);
-}
-// Two rows, from an even one on; `outliers`: what their outliers come to.
-INLINE void store_outputs(const Arguments& p, int first_tile, int row, int token, float factor, float2 sum, const float* outliers) {
-  const int n = first_tile * 16 + row;
-  u16* to = p.y + (size_t)token * p.N + n;
-  if (n + 1 < p.N) {
-    const u32 upper = output_of(p, n, factor, sum.x, outliers), lower = output_of(p, n + 1, factor, sum.y, outliers + 1);
-    if (((p.N | (size_t)p.y >> 1) & 1) == 0)
-      *(u32*)to = upper | lower << 16;
-    else
-      to[0] = (u16)upper, to[1] = (u16)lower;
-  } else if (n < p.N) {
-    to[0] = (u16)output_of(p, n, factor, sum.x, outliers);
+// What the outputs of two rows, from an even one on, are finished with.
+struct TwoRows {
+  int n;  // the first of them
+  float scale[2], bias[2];
+
+  INLINE void ask(const Arguments& p, int first_tile, int row) {
+    n = first_tile * 16 + row;
+    UNROLL for (int i = 0; i < 2; i++) {
+      if (GROUP == 0 && n + i < p.N) scale[i] = read_scale(p.scale, n + i);
+      if (p.bias && n + i < p.N) bias[i] = from_half(p.bias[n + i]);
+    }
   }
-}
+  INLINE u32 output(const Arguments& p, int i, float factor, float sum, const float* outliers) const {
+    if constexpr (SCALE >= 3) sum *= factor;
+    if constexpr (GROUP == 0) sum *= scale[i];
+    if constexpr (OUTLIERS) sum += outliers[i];
+    if (p.bias) sum += bias[i];
+    return to_half(sum);
+  }
+  // `outliers`: what their outliers come to.
+  INLINE void store(const Arguments& p, int token, float factor, float2 sum, const float* outliers) const {
+    u16* to = p.y + (size_t)token * p.N + n;
+    if (n + 1 < p.N) {
+      const u32 upper = output(p, 0, factor, sum.x, outliers), lower = output(p, 1, factor, sum.y, outliers);
+      if (((p.N | (size_t)p.y >> 1) & 1) == 0)
+        *(u32*)to = upper | lower << 16;
+      else
+        to[0] = (u16)upper, to[1] = (u16)lower;
+    } else if (n < p.N) {
+      to[0] = (u16)output(p, 0, factor, sum.x, outliers);
+    }
+  }
+};
 
 // What every output is multiplied by where scales are bytes: asked for at a kernel's start, since its end waits for it.
 INLINE float factor_of(const Arguments& p) {
@@ -68,9 +80,10 @@ INLINE void prefetch_row_scales(const Arguments& p, int first_tile, int thread) 
   }
 }
 
-// Outputs are finished two rows at a time, `pair` after `pair` along the rows and then the tokens.
+// Pairs of rows are numbered along the rows and then the tokens.
+constexpr int ROW_PAIRS = BLOCK_ROWS / 2;
 INLINE float2 sum_of_slices(const float* partials, int M, int pair) {
-  const float* from = partials + pair / (BLOCK_ROWS / 2) * PARTIAL_STRIDE + pair % (BLOCK_ROWS / 2) * 2;
+  const float* from = partials + pair / ROW_PAIRS * PARTIAL_STRIDE + pair % ROW_PAIRS * 2;
   float2 sum = {0, 0};
   UNROLL for (int slice = 0; slice < SLICES; slice++) {
     const float2 part = *(const float2*)(from + slice * M * PARTIAL_STRIDE);
@@ -78,14 +91,29 @@ INLINE float2 sum_of_slices(const float* partials, int M, int pair) {
   }
   return sum;
 }
-INLINE void store_pair(const Arguments& p, int first_tile, int pair, float factor, float2 sum, const float* outliers) {
-  store_outputs(p, first_tile, pair % (BLOCK_ROWS / 2) * 2, pair / (BLOCK_ROWS / 2), factor, sum, outliers + 2 * pair);
-}
-INLINE void finish(const float* partials, const Arguments& p, float factor, int first_tile, int thread, const float* outliers,
-                   int threads = THREADS) {
-  for (int pair = thread; pair < p.M * BLOCK_ROWS / 2; pair += threads)
-    store_pair(p, first_tile, pair, factor, sum_of_slices(partials, p.M, pair), outliers);
-}
+
+// The outputs that one of COUNT threads finishes: two rows of every TOKENS-th token, or where the threads are fewer than the pairs of
+// rows, several such. It asks for the rows' scales before the sums are there: with each output they took most of a row block's end.
+template <int COUNT> struct Outputs {
+  static constexpr int SIDE = COUNT < ROW_PAIRS ? COUNT : ROW_PAIRS, TURNS = (ROW_PAIRS + SIDE - 1) / SIDE, TOKENS = COUNT / SIDE;
+  int pair, token;
+  TwoRows rows[TURNS];
+
+  INLINE Outputs(const Arguments& p, int first_tile, int thread) : pair(thread % SIDE), token(thread / SIDE) {
+    UNROLL for (int i = 0; i < TURNS; i++) rows[i].ask(p, first_tile, 2 * min(pair + i * SIDE, ROW_PAIRS - 1));
+  }
+  INLINE void finish(const float* partials, const Arguments& p, float factor, const float* outliers) const {
+    constexpr int MOST = (8 * TOKEN_TILES + TOKENS - 1) / TOKENS, TOGETHER = MOST < 4 ? MOST : 4;  // tokens whose sums are read at once
+    UNROLL for (int i = 0; i < TURNS; i++)
+      for (int first = token; first < p.M && token < TOKENS && pair + i * SIDE < ROW_PAIRS; first += TOGETHER * TOKENS) {
+        float2 sums[TOGETHER];
+        auto place = [&](int j) { return min(first + j * TOKENS, p.M - 1) * ROW_PAIRS + pair + i * SIDE; };
+        UNROLL for (int j = 0; j < TOGETHER; j++) sums[j] = sum_of_slices(partials, p.M, place(j));
+        UNROLL for (int j = 0; j < TOGETHER; j++)
+          if (first + j * TOKENS < p.M) rows[i].store(p, first + j * TOKENS, factor, sums[j], outliers + 2 * place(j));
+      }
+  }
+};
 
 #if CLUSTER > 1
 // The same where a cluster's blocks share K. Each is responsible for a part of the outputs and has an inbox, [block][pair], where
@@ -101,7 +129,10 @@ INLINE void finish_in_cluster(const float* partials, const float2* inbox, u32 be
     float2 sum = {0, 0};
     UNROLL for (int block = 0; block < CLUSTER; block++)
       sum.x += inbox[block * part + i].x, sum.y += inbox[block * part + i].y;
-    store_pair(p, first_tile, rank * part + i, factor, sum, outliers);
+    const int pair = rank * part + i;
+    TwoRows rows;
+    rows.ask(p, first_tile, 2 * (pair % ROW_PAIRS));
+    rows.store(p, pair / ROW_PAIRS, factor, sum, outliers + 2 * pair);
   }
 }
 #endif

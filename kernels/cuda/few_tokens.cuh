@@ -84,7 +84,7 @@ INLINE void lay_out_tables(const Arguments& p, u8* room, int first_tile, u32 num
   } else if constexpr (BY_ROWS) {
     copies_wait<0>();
     barrier_of(1, THREADS);
-    lay_out_row_tables(BLOCK_TILES, room, threadIdx.x, THREADS);
+    lay_out_row_tables<BLOCK_TILES, THREADS>(room, threadIdx.x);
   } else
     fetch_tables<BLOCK_ROWS>(p.table, p.tables, (u16*)room, first_tile, threadIdx.x, THREADS);
 }

@@ -8,9 +8,9 @@
 //
 // In registers: a byte permutation looks up four codes among eight bytes, so 16 entries take two for their low and two for their
 // high bytes, the codes' upper bits choose between them, and two put the bytes together. Ten instructions for two registers, where
-// what two steps have in common is counted by halves; shared memory takes four. Permutations are slow: with all four registers looked
-// up this way a step takes twice as long. Loads and permutations do not hinder each other: with a table for each row, row g is looked
-// up this way and row g + 8 the other.
+// what two steps have in common is counted by halves; shared memory takes four. Permutations and logic share a pipe that takes one in
+// two cycles: with all four registers looked up this way a step takes nearly twice as long. Loads and permutations do not hinder each
+// other: with a table for each row, row g is looked up this way and row g + 8 the other.
 
 #pragma once
 
@@ -77,8 +77,11 @@ static __device__ __forceinline__ u32 number_of_lane(const u16* table, int table
   return table[min(thread & 31, tables * 16 - 1)];
 }
 static __device__ __forceinline__ void lay_out_pairs(u32 own, int tables, u8* room, int thread, int threads) {
-  for (int i = thread; i < tables * PAIR_BYTES / 16; i += threads) {
-    const int first = i >> 11 << 4;  // number of the table
+  const int all = tables * PAIR_BYTES / 16;
+#pragma unroll
+  for (int turn = 0; turn < (all + threads - 1) / threads; turn++) {
+    const int i = thread + turn * threads, first = i >> 11 << 4;  // number of the table
+    if (i >= all) return;
     const u32 low = __shfl_sync(0xFFFFFFFFu, own, first + (i >> 3 & 15)), high = __shfl_sync(0xFFFFFFFFu, own, first + (i >> 7 & 15));
     const u32 pair = low | high << 16;
     ((uint4*)room)[i] = make_uint4(pair, pair, pair, pair);
@@ -120,18 +123,23 @@ static __device__ __forceinline__ void lay_out_unit(const u32* pairs, int first,
       store_copies<ONE_BY_ONE ? 1 : ROW_COPIES>(to + i * 16 * EIGHT_STEP, __byte_perm(lower, pairs[i / 2], i & 1 ? 0x7610 : 0x5410));
   }
 }
-// One of `parts` times EIGHT_UNITS units.
-static __device__ __forceinline__ void lay_out_eight(const u16* tables, u32 room, int unit, int parts) {
-  const int g = unit % 8, low = unit / 8 % 16, part = unit / EIGHT_UNITS;
-  const u16* own = tables + g * 16;
-  if (parts == 1) {
-    lay_out_unit(row_numbers(own).pairs, 0, 16, own[low], low, g, room);
-  } else {
-    const uint4 half = ((const uint4*)own)[part];
-    const u32 pairs[4] = {half.x, half.y, half.z, half.w};
-    lay_out_unit(pairs, 8 * part, 8, own[low], low, g, room);
+// One of PARTS times EIGHT_UNITS units: what it is laid out from, and laying it out. Apart, so that a thread can ask for the next one
+// before it stores the last.
+template <int PARTS> struct EightUnit {
+  RowNumbers row;  // with two parts half of it
+  u32 lower;
+
+  __device__ __forceinline__ void read(const u16* tables, int unit) {
+    const u16* own = tables + unit % 8 * 16;
+    const uint4 first = ((const uint4*)own)[PARTS == 1 ? 0 : unit / EIGHT_UNITS];
+    row.pairs[0] = first.x, row.pairs[1] = first.y, row.pairs[2] = first.z, row.pairs[3] = first.w;
+    if constexpr (PARTS == 1) row = row_numbers(own);
+    lower = own[unit / 8 % 16];
   }
-}
+  __device__ __forceinline__ void lay_out(u32 room, int unit) const {
+    lay_out_unit(row.pairs, unit / EIGHT_UNITS * 8, 16 / PARTS, lower, unit / 8 % 16, unit % 8, room);
+  }
+};
 // All of them by one warp, of which a lane has the numbers of row `lane` % 8.
 static __device__ __forceinline__ void lay_out_eight(const RowNumbers& row, u32 room, int lane) {
 #pragma unroll

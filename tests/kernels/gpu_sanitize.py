@@ -57,6 +57,7 @@ FEW = (
     FewConfig(ring=True, row_tiles=2, k_warps=4, stages=3),
     FewConfig(ring=True, row_tiles=1, k_warps=2, stages=2, x_resident=True, cluster=2),
     FewConfig(ring=True, row_tiles=2, k_warps=2, stages=2, x_resident=True),
+    FewConfig(ring=True, row_tiles=2, k_warps=2, stages=2, share=2),
 )
 MANY = (
     Config(tokens=32, x_stages=4, w_stages=2),
