@@ -130,5 +130,22 @@ INLINE U16 four_runs(const uint8_t* const (&from)[4]) {
     return v;
 }
 
+// 32 bytes of its own for the first two runs, and for the last two.
+INLINE U16 two_halves(const uint8_t* first, const uint8_t* second) {
+    U16 v;
+#if defined(__AVX2__)
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
+#if defined(__AVX512F__)
+    v.part[0] = words(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+#else
+    v.part[0] = words(low), v.part[1] = words(high);
+#endif
+#else
+    for (int i = 0; i < 2; ++i) memcpy(&v.part[i], first + 16 * i, 16), memcpy(&v.part[2 + i], second + 16 * i, 16);
+#endif
+    return v;
+}
+
 }  // namespace UNIT
 }  // namespace aerogel

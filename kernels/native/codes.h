@@ -59,15 +59,16 @@ alignas(64) static const uint32_t kShifts[8][16] = {ALL_LANES(0), ALL_LANES(1), 
                                                     ALL_LANES(4), ALL_LANES(5), ALL_LANES(6), ALL_LANES(7)};
 #undef ALL_LANES
 
-// A tile whose first two steps are those of an octet of `tile`: a part of it, or where limbs share vectors what is written to `moved`.
-template <int BITS>
-INLINE const uint8_t* octet_codes(const uint8_t* tile, int64_t octet, uint8_t (&moved)[tile_bytes<BITS>()]) {
-    if constexpr (BITS == 4) return tile + kVector * octet;
+// A tile whose first steps are those of one of its PIECES: a part of it, or where limbs share vectors, of octets what is written to `moved`.
+template <int BITS, int PIECES>
+INLINE const uint8_t* piece_codes(const uint8_t* tile, int64_t piece, uint8_t (&moved)[tile_bytes<BITS>()]) {
+    static_assert(BITS == 4 || PIECES == 4, "only codes of four bits are taken in other pieces than octets");
+    if constexpr (BITS == 4) return tile + kVector * 4 / PIECES * piece;
     int begin = 0;
     unroll<4>([&](auto limb) ALWAYS {
         constexpr int kWidth = 8 >> limb, kPer = 8 / kWidth;  // steps of a vector
         if constexpr (BITS == 8 ? kWidth == 8 : kWidth < 8 && (BITS & kWidth) != 0) {
-            const int64_t step = 2 * octet;
+            const int64_t step = 2 * piece;
             const U16 v = load<U16>(tile + begin + kVector * (step / kPer));
             const U16 distance = load<U16>(kShifts[kWidth * (step % kPer)]);
             U16 shifted;

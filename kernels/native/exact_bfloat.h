@@ -39,10 +39,12 @@ struct Exact : FloatSums {
     static constexpr bool kTerms = true, kOnlyOneRow = false, kTiles = false, kFolds = true;
     // Whether scales are multiplied into the decoded numbers of a weight that meets `rows`, so that sums need not end with a group.
     // It has to be exact: bfloat16 must hold all products, which have no more than its eight digits and are normal numbers.
-    // Scales but for e4m3 and ue5m3 have to be read for that, which takes as long as some rows.
+    // Scales but for e4m3 and ue5m3 have to be read for that, which takes as long as some rows; and up to some rows only groups of 16
+    // have so many scales that it is faster.
     static bool folds(const Weight& weight, int64_t rows) {
         const bool known = weight.scale_type == kFloat8E4m3 || weight.scale_type == kFloat8Ue5m3;
-        if (!weight.table || weight.group == 0 || weight.scale_type < kBfloat16 || rows <= (known ? 16 : 64)) return false;
+        const int64_t few = known && weight.group <= 16 ? 16 : 64;
+        if (!weight.table || weight.group == 0 || weight.scale_type < kBfloat16 || rows <= few) return false;
         const float* table = static_cast<const float*>(weight.table);
         Extent numbers, scales;
         for (int64_t i = 0; i < weight.table_bytes / 4; ++i) numbers.add(float_to_bits(table[i]));

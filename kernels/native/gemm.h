@@ -39,18 +39,19 @@ constexpr bool tuned(int bits) { return kMostRows > 0 && (bits <= 4 || bits == 8
 #endif
 // Which sizes of the loop for few rows are compiled for a form of codes: all, all but two rows, or none. Arithmetic that is not made for
 // tables has it for those of bytes alone; two bits are never picked among tables. Where arithmetic is, floats of 5 and 6 bits
-// and widths that have groups of other than whole tiles (16, 40, 72) get some.
+// and widths that have groups of other than whole tiles (16, 40, 72) get some; the latter also as integers whose products are exact.
 enum Sizes { kNoSizes, kSomeSizes, kAllSizes };
 template <class P>
 constexpr Sizes sizes_for(int bits, Form form, bool ragged) {
-    const bool made_for_tables = P::kOperands == 2;
-    if (ragged) return tuned(bits) && made_for_tables && (bits == 3 || bits == 4) ? kSomeSizes : kNoSizes;
+    const bool made_for_tables = P::kOperands == 2, exact = P::kOperands > 1;
+    if (ragged) return tuned(bits) && (bits == 3 || bits == 4) && (made_for_tables || (exact && form == kIntegers)) ? kSomeSizes : kNoSizes;
     if (form == kTables && !made_for_tables) return tuned(bits) && bits == 8 ? kAllSizes : kNoSizes;
     if ((form == kTables && bits <= 2) || (P::kOperands == 1 && bits == 1)) return kNoSizes;
     if (form == kOneTable && tuned(4) && (bits == 5 || bits == 6)) return kSomeSizes;
     return tuned(bits) ? kAllSizes : kNoSizes;
 }
-constexpr bool paired(int bits) { return tuned(bits) && bits <= 4; }
+// What one row has a loop of pairs for (pairs.h).
+constexpr bool paired(int bits, bool ragged) { return tuned(bits) && bits <= 4 && (!ragged || bits >= 3); }
 constexpr int strips_for(int rows) {
     return kNative == 16 ? (rows <= 2 ? 4 : rows <= 8 ? 2 : 1) : kNative == 8 && rows == 1 ? 2 : 1;
 }
@@ -199,21 +200,33 @@ Status many(const Plan& plan, Decode decode) {
 }
 
 // The loop for as many rows as `choose_blocks` took.
-template <class P, int BITS, Form FORM, bool RAGGED>
+template <class P, int BITS, Form FORM, int PIECES>
 Loop loop_for(int rows) {
-    constexpr Sizes kSizes = sizes_for<P>(BITS, FORM, RAGGED);
-    if constexpr (kSizes != kNoSizes) {
-        if (rows == 1) return strips<P, BITS, FORM, strips_for(1), 1, RAGGED>;
-        if (rows == 4) return strips<P, BITS, FORM, strips_for(4), 4, RAGGED>;
+    constexpr Sizes kSizes = sizes_for<P>(BITS, FORM, PIECES > 1);
+    if constexpr (P::kOnlyOneRow) {
+        if constexpr (paired(BITS, PIECES > 1)) return strips<P, BITS, FORM, 1, 1, PIECES>;
+    } else if constexpr (kSizes != kNoSizes) {
+        if (rows == 1) return strips<P, BITS, FORM, strips_for(1), 1, PIECES>;
+        if (rows == 4) return strips<P, BITS, FORM, strips_for(4), 4, PIECES>;
         if constexpr (most_rows<P>() == 16) {
-            if (rows == 8) return strips<P, BITS, FORM, strips_for(8), 8, RAGGED>;
-            if (rows == 16) return strips<P, BITS, FORM, strips_for(16), 16, RAGGED>;
+            if (rows == 8) return strips<P, BITS, FORM, strips_for(8), 8, PIECES>;
+            if (rows == 16) return strips<P, BITS, FORM, strips_for(16), 16, PIECES>;
+        }
+        if constexpr (kSizes == kAllSizes) {
+            if (rows == 2) return strips<P, BITS, FORM, strips_for(2), 2, PIECES>;
         }
     }
-    if constexpr (kSizes == kAllSizes) {
-        if (rows == 2) return strips<P, BITS, FORM, strips_for(2), 2, RAGGED>;
-    }
     return nullptr;
+}
+
+// The one whose pieces end where segments do; halves of a tile, as groups of 16 have them, take fewer instructions than octets.
+template <class P, int BITS, Form FORM>
+Loop loop_of(const Plan& plan) {
+    if (!plan.ragged()) return loop_for<P, BITS, FORM, 1>(plan.block_rows);
+    if constexpr (BITS == 4) {
+        if (plan.columns.group % (kTile / 2) == 0 && plan.segment_octets % 2 == 0) return loop_for<P, BITS, FORM, 2>(plan.block_rows);
+    }
+    return loop_for<P, BITS, FORM, kOctets>(plan.block_rows);
 }
 
 template <class P, int BITS, Form FORM>
@@ -224,10 +237,9 @@ Status multiply_form(Plan& plan) {
     if constexpr (P::kTiles) {
         return many<P, kRange, 4, kTileRows>(plan, decode<P, BITS, FORM>);
     } else if constexpr (P::kOnlyOneRow) {
-        if constexpr (paired(BITS)) few(plan, 1, strips<P, BITS, FORM, 1, 1, false>);
+        if constexpr (paired(BITS, false)) few(plan, 1, loop_of<P, BITS, FORM>(plan));
     } else if (plan.few) {
-        few(plan, strips_for(plan.block_rows),
-            plan.ragged() ? loop_for<P, BITS, FORM, true>(plan.block_rows) : loop_for<P, BITS, FORM, false>(plan.block_rows));
+        few(plan, strips_for(plan.block_rows), loop_of<P, BITS, FORM>(plan));
     } else if (plan.block_rows == 1) {
         return many<P, kRange, kThinStrips, 1>(plan, decode<P, BITS, FORM>);
     } else if (P::kFolds && plan.block_rows == kMostRows) {

@@ -97,23 +97,72 @@ struct Strips {
 // 512 bits takes two cycles, so of sixteen rows each total in memory costs as much as two products.
 constexpr int totals_held(int totals, int sums) { return kNative < 16 || sums + totals <= 24 ? totals : 23 - sums; }
 
-// Totals [strip][row][16] of strips first .. first + R - 1 for one block of M rows. Segments are runs of tiles, or where they are RAGGED
-// of octets.
-template <class P, int BITS, Form FORM, int R, int M, bool RAGGED>
+// Scales, and offsets where there are any, of R strips for a run of groups: [group][strip][16]. Read group by group, what a scale is would
+// be decided for every strip again, which takes longer than the decoding.
+constexpr int64_t kFactorGroups = 8;
+struct FactorRun {
+    const Plan& plan;
+    const int64_t* strip;
+    int64_t R;
+    float bias;
+    bool offsets;
+    float *scale, *offset;
+
+    template <class Load>
+    INLINE void read(int64_t first, int64_t count, float* to, Load&& load) const {
+        for (int64_t r = 0; r < R; ++r) {
+            const int64_t at = (strip[r] * plan.columns.groups + first) * kStrip;
+            for (int64_t g = 0; g < count; ++g) store(to + (g * R + r) * kStrip, load(at + g * kStrip));
+        }
+    }
+    // Groups from `first` on; returns the first that has not been read.
+    __attribute__((noinline)) int64_t read_from(int64_t first) const {
+        const Weight& weight = *plan.weight;
+        const int64_t left = plan.columns.groups - first, count = left < kFactorGroups ? left : kFactorGroups;
+        const uint8_t* bytes = static_cast<const uint8_t*>(weight.scale);
+        switch (weight.scale_type) {
+            case kFloat32: read(first, count, scale, [&](int64_t at) ALWAYS { return load_floats(bytes, at, kFloat32); }); break;
+            case kFloat16: read(first, count, scale, [&](int64_t at) ALWAYS { return load_floats(bytes, at, kFloat16); }); break;
+            case kBfloat16: read(first, count, scale, [&](int64_t at) ALWAYS { return load_floats(bytes, at, kBfloat16); }); break;
+            case kFloat8E4m3: read(first, count, scale, [&](int64_t at) ALWAYS { return load_small(bytes + at, kFloat8E4m3); }); break;
+            case kFloat8E8m0: read(first, count, scale, [&](int64_t at) ALWAYS { return load_small(bytes + at, kFloat8E8m0); }); break;
+            default: read(first, count, scale, [&](int64_t at) ALWAYS { return load_small(bytes + at, kFloat8Ue5m3); });
+        }
+        if (offsets) {
+            for (int64_t r = 0; r < R; ++r) {
+                for (int64_t g = 0; g < count; ++g) store(offset + (g * R + r) * kStrip, factors_of(plan, strip[r], first + g, bias).offset);
+            }
+        }
+        return first + count;
+    }
+};
+
+// Totals [strip][row][16] of strips first .. first + R - 1 for one block of M rows. Segments are runs of pieces, of which a tile has
+// PIECES.
+template <class P, int BITS, Form FORM, int R, int M, int PIECES>
 void strips(const Plan& plan, int64_t first, int64_t block, float* to) {
     // More sums than these would not stay in registers.
     constexpr int kChains = P::kOnlyOneRow || R * M * kParts >= 8 || P::template range<BITS>() == kNibbles ? 1 : 2;
-    constexpr int kPieces = RAGGED ? kOctets : 1, kPieceBytes = 8 * P::kOperands * P::kWordBytes / kPieces;
+    constexpr int kRow = 8 * P::kOperands * P::kWordBytes, kPieceBytes = kRow / PIECES;
     constexpr int kTotals = R * M, kHeld = totals_held(kTotals, kTotals * kChains);
     constexpr float kBias = static_cast<float>(P::template bias<BITS, FORM>());
     const typename P::Decoder decoder = P::template decoder<BITS, FORM>(plan.decoder);
     const bool offset = kBias != 0.0f || plan.weight->zero != nullptr;
     const Strips<R> from(plan, first);
+    alignas(64) float scales[kFactorGroups * R * kStrip], offsets[kFactorGroups * R * kStrip];
+    const FactorRun factors{plan, from.strip, R, kBias, offset, scales, offsets};
+    const int32_t *segment_at = plan.segment_at, *group_at = plan.group_at;
+    const float *x_sum = plan.x_sum + plan.factor(block, 0), *x_scale = plan.x_scale + plan.factor(block, 0);
+    const uint64_t pieces = static_cast<uint64_t>(plan.tiles * PIECES);
+    const bool one_block = plan.blocks == 1;
+    const uint8_t* x = plan.x_at(block, 0) - M * kRow;  // of the tile before
+    int64_t group_begin = 0, group_stop = 0;            // of those whose factors have been read
     F16 held[kHeld];
     repeat<kHeld>([&](int i) ALWAYS { held[i] = zero_f(); });
     memset(to, 0, sizeof(float) * kStrip * kTotals);
-    for (uint64_t piece = 0; piece < static_cast<uint64_t>(plan.tiles * kPieces);) {
-        const int32_t segment = plan.segment_at[piece * (kOctets / kPieces)], group = plan.group_at[piece * (kOctets / kPieces)];
+    for (uint64_t piece = 0; piece < pieces;) {
+        const int32_t segment = segment_at[piece * (kOctets / PIECES)], group = group_at[piece * (kOctets / PIECES)];
+        if (group >= group_stop) group_begin = group, group_stop = factors.read_from(group);
         typename P::Accumulator sum[R][M][kChains];
         U16 picks[R];
         repeat<R>([&](int r) ALWAYS {
@@ -121,39 +170,45 @@ void strips(const Plan& plan, int64_t first, int64_t block, float* to) {
             repeat<M>([&](int m) ALWAYS { repeat<kChains>([&](int c) ALWAYS { sum[r][m][c] = P::none(); }); });
         });
         do {
-            const uint64_t tile = piece / kPieces, within = piece % kPieces;
-            if (M <= 2 && within == 0) from.template ask_for<BITS>(plan, tile);
+            const uint64_t tile = piece / PIECES, within = piece % PIECES;
+            if (within == 0) {
+                x = one_block || tile % kBlockTiles ? x + M * kRow : plan.x_at(block, static_cast<int64_t>(tile));
+                if (M <= 2) from.template ask_for<BITS>(plan, static_cast<int64_t>(tile));
+            }
             uint8_t moved[R][tile_bytes<BITS>()];
             const uint8_t* codes[R];
             repeat<R>([&](int r) ALWAYS {
                 codes[r] = from.codes[r] + tile * tile_bytes<BITS>();
-                if constexpr (RAGGED) codes[r] = octet_codes<BITS>(codes[r], within, moved[r]);
+                if constexpr (PIECES > 1) codes[r] = piece_codes<BITS, PIECES>(codes[r], static_cast<int64_t>(within), moved[r]);
             });
-            accumulate<P, BITS, FORM, R, M, kChains, 8 / kPieces>(decoder, codes, picks, plan.x_at(block, tile) + within * kPieceBytes, sum);
+            accumulate<P, BITS, FORM, R, M, kChains, 8 / PIECES>(decoder, codes, picks, x + within * kPieceBytes, sum);
             ++piece;
-        } while (plan.segment_at[piece * (kOctets / kPieces)] == segment);
-        F16 value[kTotals], scale[R], less[R];
-        repeat<R>([&](int r) ALWAYS {
-            const Factors f = factors_of(plan, from.strip[r], group, kBias);
-            scale[r] = f.scale, less[r] = f.offset;
-            repeat<M>([&](int m) ALWAYS {
-                typename P::Accumulator all = sum[r][m][0];
-                if constexpr (kChains == 2) all = all + sum[r][m][1];
-                value[r * M + m] = P::value(all);
-            });
+        } while (segment_at[piece * (kOctets / PIECES)] == segment);
+        F16 value[kTotals];
+        repeat<kTotals>([&](int i) ALWAYS {
+            typename P::Accumulator all = sum[i / M][i % M][0];
+            if constexpr (kChains == 2) all = all + sum[i / M][i % M][1];
+            value[i] = P::value(all);
         });
-        const int64_t factor = plan.factor(block, segment);
-        const float *x_sum = plan.x_sum + factor, *x_scale = plan.x_scale + factor;
+        const int64_t read = (group - group_begin) * R * kStrip;
+        const float *sums = x_sum + segment * M, *units = x_scale + segment * M;
         // Decided once and not for each row.
-        if (offset) repeat<kTotals>([&](int i) ALWAYS { value[i] = value[i] - less[i / M] * spread<F16>(x_sum[i % M]); });
+        if (offset) {
+            repeat<kTotals>([&](int i) ALWAYS {
+                value[i] = value[i] - load<F16>(offsets + read + i / M * kStrip) * spread<F16>(sums[i % M]);
+            });
+        }
         const auto join = [&](int i, const F16& total) ALWAYS {
-            if constexpr (P::kOperands == 1) return multiply_add(value[i], scale[i / M] * spread<F16>(x_scale[i % M]), total);
-            return multiply_add(value[i], scale[i / M], total);
+            const F16 scale = load<F16>(scales + read + i / M * kStrip);
+            if constexpr (P::kOperands == 1) return multiply_add(value[i], scale * spread<F16>(units[i % M]), total);
+            return multiply_add(value[i], scale, total);
         };
         repeat<kHeld>([&](int i) ALWAYS { held[i] = join(i, held[i]); });
-        repeat<kTotals - kHeld>([&](int j) ALWAYS { store(to + (kHeld + j) * kStrip, join(kHeld + j, load<F16>(to + (kHeld + j) * kStrip))); });
-        // There are no registers for those while the next segment is summed.
-        asm volatile("" : : "r"(to) : "memory");
+        if constexpr (kTotals > kHeld) {
+            repeat<kTotals - kHeld>([&](int j) ALWAYS { store(to + (kHeld + j) * kStrip, join(kHeld + j, load<F16>(to + (kHeld + j) * kStrip))); });
+            // There are no registers for those while the next segment is summed.
+            asm volatile("" : : "r"(to) : "memory");
+        }
     }
     repeat<kHeld>([&](int i) ALWAYS { store(to + i * kStrip, held[i]); });
 }

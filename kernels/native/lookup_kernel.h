@@ -23,6 +23,7 @@ struct LookupPlan {
     uint8_t* x;        // [token][tiles * 128] of the policy's type
     float* x_unit;     // [token][tiles], Fixed only
     int32_t* group_at; // [tiles * 8]: the group of each step
+    const uint8_t* pairs;  // the tables of two rows, for each two that may be picked (write_pairs), or null
 };
 
 constexpr int kLookupTokens = 4;  // that a loop takes together
@@ -37,17 +38,19 @@ struct Real {
     using Sum = NativeF;
     using Element = float;
     static constexpr int kPlanes = 4, kLongest = 8;
-    // Adds the products of one step: sixteen columns of the rows of a part.
+    // Adds the products of one step: sixteen columns of four rows.
     template <int M>
-    LOOKUP_STEP void step(const NativeU& codes, const NativeU (&table)[kPlanes], const float* const (&x)[M], NativeF (&sum)[M]) {
-        const NativeU a = look_up(table[0], codes), b = look_up(table[1], codes);
-        const NativeU c = look_up(table[2], codes), d = look_up(table[3], codes);
-        unroll<2>([&](auto high) ALWAYS {
-            const NativeU lower = in_turn<1, high>(a, b), upper = in_turn<1, high>(c, d);
-            unroll<2>([&](auto half) ALWAYS {
-                const NativeF w = reinterpret_cast<NativeF>(in_turn<2, half>(lower, upper));
-                repeat<M>([&](int m) ALWAYS {
-                    sum[m] = w * reinterpret_cast<NativeF>(every_run(x[m] + 8 * high + 4 * half)) + sum[m];
+    LOOKUP_STEP void step(const U16& codes, const U16 (&table)[kPlanes], const float* const (&x)[M], NativeF (&sum)[kParts][M]) {
+        repeat<kParts>([&](int part) ALWAYS {
+            NativeU byte[kPlanes];
+            repeat<kPlanes>([&](int plane) ALWAYS { byte[plane] = look_up(table[plane].part[part], codes.part[part]); });
+            unroll<2>([&](auto high) ALWAYS {
+                const NativeU lower = in_turn<1, high>(byte[0], byte[1]), upper = in_turn<1, high>(byte[2], byte[3]);
+                unroll<2>([&](auto half) ALWAYS {
+                    const NativeF w = reinterpret_cast<NativeF>(in_turn<2, half>(lower, upper));
+                    repeat<M>([&](int m) ALWAYS {
+                        sum[part][m] = w * reinterpret_cast<NativeF>(every_run(x[m] + 8 * high + 4 * half)) + sum[part][m];
+                    });
                 });
             });
         });
@@ -55,16 +58,36 @@ struct Real {
     static INLINE NativeF value(const NativeF& sum) { return sum; }
 };
 
+// Keeps the compiler from adding products up in another order, for which more of them have to be kept than there are registers.
+INLINE void in_this_order(NativeI& sum) {
+#if defined(__AVX2__)
+    asm("" : "+v"(sum));
+#else
+    (void)sum;
+#endif
+}
+
 struct Fixed {
     using Sum = NativeI;
     using Element = int16_t;
     static constexpr int kPlanes = 2, kLongest = 2;  // 16383 * 16383 * 8 products of a lane fit in 32 bits
+    // All parts meet what is read of a token: read for each, it would be kept in between, and there are no registers for that.
     template <int M>
-    LOOKUP_STEP void step(const NativeU& codes, const NativeU (&table)[kPlanes], const int16_t* const (&x)[M], NativeI (&sum)[M]) {
-        const NativeU low = look_up(table[0], codes), high = look_up(table[1], codes);
-        unroll<2>([&](auto half) ALWAYS {
-            const NativeU w = in_turn<1, half>(low, high);
-            repeat<M>([&](int m) ALWAYS { sum[m] = dot_pairs(sum[m], w, every_run(x[m] + 8 * half)); });
+    LOOKUP_STEP void step(const U16& codes, const U16 (&table)[kPlanes], const int16_t* const (&x)[M], NativeI (&sum)[kParts][M]) {
+        NativeU w[2][kParts];
+        repeat<kParts>([&](int part) ALWAYS {
+            const NativeU low = look_up(table[0].part[part], codes.part[part]), high = look_up(table[1].part[part], codes.part[part]);
+            w[0][part] = in_turn<1, false>(low, high), w[1][part] = in_turn<1, true>(low, high);
+        });
+        repeat<2>([&](int half) ALWAYS {
+            repeat<M>([&](int m) ALWAYS {
+                const NativeU both = every_run(x[m] + 8 * half);
+                repeat<kParts>([&](int part) ALWAYS {
+                    NativeI added = dot_pairs(sum[part][m], w[half][part], both);
+                    in_this_order(added);
+                    sum[part][m] = added;
+                });
+            });
         });
     }
     static INLINE NativeF value(const NativeI& sum) { return __builtin_convertvector(sum, NativeF); }
@@ -79,49 +102,79 @@ INLINE float read_scale(const void* from, int64_t at, int32_t type) {
     return bits_to_float((byte & 0x80u) << 24 | (byte & 0x7fu) << 20) * 0x1p120f;
 }
 
-// Scales of the four rows, each in the four lanes of its run.
-INLINE F16 scales_of_strip(const Lookup& weight, int64_t at) {
+// Four numbers, each in the four lanes of its run.
+INLINE F16 in_runs(const float* four) {
     F16 v;
-#if defined(__AVX2__)
-    __m128 four;
-    const char* from = static_cast<const char*>(weight.scale);
-    if (weight.scale_type == kFloat32) {
-        four = _mm_loadu_ps(reinterpret_cast<const float*>(from) + at);
-    } else if (weight.scale_type == kFloat16) {
-        four = _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 2 * at)));
-    } else if (weight.scale_type == kBfloat16) {
-        const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 2 * at));
-        four = _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(raw), 16));
-    } else {
-        int32_t word;
-        memcpy(&word, from + at, 4);
-        const __m128i bytes = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(word));
-        if (weight.scale_type == kFloat8E8m0) {
-            four = _mm_castsi128_ps(_mm_max_epi32(_mm_slli_epi32(bytes, 23), _mm_set1_epi32(0x00400000)));
-        } else if (weight.scale_type == kFloat8Ue5m3) {
-            four = _mm_mul_ps(_mm_castsi128_ps(_mm_slli_epi32(bytes, 20)), _mm_set1_ps(0x1p112f));
-        } else {
-            const __m128i sign = _mm_slli_epi32(_mm_and_si128(bytes, _mm_set1_epi32(0x80)), 24);
-            const __m128i rest = _mm_slli_epi32(_mm_and_si128(bytes, _mm_set1_epi32(0x7f)), 20);
-            four = _mm_mul_ps(_mm_castsi128_ps(_mm_or_si128(sign, rest)), _mm_set1_ps(0x1p120f));
-        }
-    }
 #if defined(__AVX512F__)
     const __m512i order = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    v.part[0] = reinterpret_cast<NativeF>(_mm512_permutexvar_ps(order, _mm512_castps128_ps512(four)));
+    v.part[0] = reinterpret_cast<NativeF>(_mm512_permutexvar_ps(order, _mm512_castps128_ps512(_mm_loadu_ps(four))));
+#elif defined(__AVX2__)
+    const __m256i order = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
+    unroll<2>([&](auto p) ALWAYS {
+        double two;
+        memcpy(&two, four + 2 * p, sizeof two);
+        v.part[p] = reinterpret_cast<NativeF>(_mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(two)), order));
+    });
 #else
-    const __m256 both = _mm256_insertf128_ps(_mm256_castps128_ps256(four), four, 1);
-    v.part[0] = reinterpret_cast<NativeF>(_mm256_permutevar_ps(both, _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0)));
-    v.part[1] = reinterpret_cast<NativeF>(_mm256_permutevar_ps(both, _mm256_set_epi32(3, 3, 3, 3, 2, 2, 2, 2)));
-#endif
-#else
-    for (int row = 0; row < 4; ++row) {
-        const float scale = read_scale(weight.scale, at + row, weight.scale_type);
-        for (int lane = 4 * row; lane < 4 * row + 4; ++lane) v.part[lane / kNative][lane % kNative] = scale;
-    }
+    for (int lane = 0; lane < 16; ++lane) v.part[lane / kNative][lane % kNative] = four[lane / 4];
 #endif
     return v;
 }
+
+// Where tables are picked among a few, those of two rows lie together for each two of them, so that four rows' are read without shuffles.
+constexpr int64_t kPairedTables = 4, kPairBytes = 2 * kEntries;  // of a plane
+
+// [table of the first row][of the second][plane][row][16].
+template <class P>
+inline void write_pairs(const Lookup& weight, uint8_t* to) {
+    const uint8_t* from = static_cast<const uint8_t*>(P::kPlanes == 4 ? weight.number : weight.fixed);
+    for (int64_t pair = 0; pair < weight.tables * weight.tables; ++pair) {
+        for (int64_t plane = 0; plane < P::kPlanes; ++plane, to += kPairBytes) {
+            memcpy(to, from + (pair / weight.tables * P::kPlanes + plane) * kEntries, kEntries);
+            memcpy(to + kEntries, from + (pair % weight.tables * P::kPlanes + plane) * kEntries, kEntries);
+        }
+    }
+}
+
+// The scales of a strip as floats for a run of groups, [group][4], and which pairs of tables its rows have, [group][2]. Read group by
+// group, what a scale is would be decided each time.
+struct RowFactors {
+    static constexpr int64_t kRun = 64;
+    const Lookup& weight;
+    int64_t begin;            // of the strip's among all scales
+    int64_t first, stop = 0;  // groups that have been read
+    float scale[kRun * kLookupStrip];
+    uint16_t pair[kRun * 2];
+
+    RowFactors(const Lookup& of, int64_t at) : weight(of), begin(at) {}
+    INLINE F16 scales_of(int64_t group) const { return in_runs(scale + (group - first) * kLookupStrip); }
+    INLINE const uint16_t* pairs_of(int64_t group) const { return pair + (group - first) * 2; }
+
+    template <class Load>
+    INLINE void convert(Load&& load) {
+        const int64_t count = (stop - first) * kLookupStrip, at = begin + first * kLookupStrip;
+        int64_t i = 0;
+        for (; i + 16 <= count; i += 16) store(scale + i, load(at + i));
+        for (; i < count; ++i) scale[i] = read_scale(weight.scale, at + i, weight.scale_type);
+    }
+    // Groups from .. until - 1, at most kRun.
+    __attribute__((noinline)) void read(int64_t from, int64_t until) {
+        first = from, stop = until - from < kRun ? until : from + kRun;
+        const uint8_t* pick = static_cast<const uint8_t*>(weight.pick);
+        for (int64_t i = 0, at = begin + first * kLookupStrip; pick && i < (stop - first) * 2; ++i, at += 2) {
+            pair[i] = static_cast<uint16_t>(pick[at] * weight.tables + pick[at + 1]);
+        }
+        const uint8_t* bytes = static_cast<const uint8_t*>(weight.scale);
+        switch (weight.scale_type) {
+            case kFloat32: return convert([&](int64_t at) ALWAYS { return load_floats(bytes, at, kFloat32); });
+            case kFloat16: return convert([&](int64_t at) ALWAYS { return load_floats(bytes, at, kFloat16); });
+            case kBfloat16: return convert([&](int64_t at) ALWAYS { return load_floats(bytes, at, kBfloat16); });
+            case kFloat8E4m3: return convert([&](int64_t at) ALWAYS { return load_small(bytes + at, kFloat8E4m3); });
+            case kFloat8E8m0: return convert([&](int64_t at) ALWAYS { return load_small(bytes + at, kFloat8E8m0); });
+            default: return convert([&](int64_t at) ALWAYS { return load_small(bytes + at, kFloat8Ue5m3); });
+        }
+    }
+};
 
 // The planes of the tables that the four rows of a strip have in a group.
 template <class P>
@@ -141,6 +194,13 @@ INLINE void tables_of(const Lookup& weight, int64_t strip, int64_t at, U16 (&tab
     });
 }
 
+// The same of rows that pick among a few tables.
+template <class P>
+INLINE void paired_tables(const uint8_t* pairs, const uint16_t* pair, U16 (&table)[P::kPlanes]) {
+    const uint8_t *first = pairs + pair[0] * (P::kPlanes * kPairBytes), *second = pairs + pair[1] * (P::kPlanes * kPairBytes);
+    repeat<P::kPlanes>([&](int plane) ALWAYS { table[plane] = two_halves(first + plane * kPairBytes, second + plane * kPairBytes); });
+}
+
 // Totals [token][16], four lanes per row, of one strip and M tokens. A scale holds for F steps.
 template <class P, int BITS, int F, int M>
 void lookup_strip(const LookupPlan& plan, int64_t strip, int64_t token, float* to) {
@@ -148,7 +208,10 @@ void lookup_strip(const LookupPlan& plan, int64_t strip, int64_t token, float* t
     const Lookup& weight = *plan.weight;
     const uint8_t* codes = static_cast<const uint8_t*>(weight.codes) + strip * plan.tiles * tile_bytes<BITS>();
     U16 table[P::kPlanes];
-    tables_of<P>(weight, strip, strip * plan.groups * kLookupStrip, table);
+    const int64_t begin = strip * plan.groups * kLookupStrip;
+    RowFactors factors(weight, begin);
+    int64_t picked = 0;  // the group whose tables these are
+    tables_of<P>(weight, strip, begin, table);
     F16 total[M];
     repeat<M>([&](int m) ALWAYS { total[m] = zero_f(); });
     for (int64_t tile = 0; tile < plan.tiles; ++tile, codes += tile_bytes<BITS>()) {
@@ -159,24 +222,28 @@ void lookup_strip(const LookupPlan& plan, int64_t strip, int64_t token, float* t
         });
         F16 part_total[M];
         repeat<M>([&](int m) ALWAYS { part_total[m] = zero_f(); });
+        const int32_t* group_at = plan.group_at + tile * 8;
+        if (group_at[7] >= factors.stop) factors.read(group_at[0], plan.groups);
         unroll<8 / F>([&](auto fold) ALWAYS {
-            const int64_t at = (strip * plan.groups + plan.group_at[tile * 8 + fold * F]) * kLookupStrip;
-            const F16 scale = scales_of_strip(weight, at);
-            if (weight.pick) tables_of<P>(weight, strip, at, table);
-            repeat<kParts>([&](int part) ALWAYS {
-                NativeU mine[P::kPlanes];
-                repeat<P::kPlanes>([&](int plane) ALWAYS { mine[plane] = table[plane].part[part]; });
-                unroll<F / kRun>([&](auto run) ALWAYS {
-                    typename P::Sum sum[M] = {};
-                    unroll<kRun>([&](auto each) ALWAYS {
-                        constexpr int kStep = fold * F + run * kRun + each;
-                        const typename P::Element* here[M];
-                        repeat<M>([&](int m) ALWAYS { here[m] = x[m] + kStep * kLookupStep; });
-                        P::template step<M>(quad<BITS, kStep>(codes).part[part], mine, here, sum);
-                    });
-                    repeat<M>([&](int m) ALWAYS {
-                        part_total[m].part[part] = P::value(sum[m]) * scale.part[part] + part_total[m].part[part];
-                    });
+            const int64_t group = group_at[fold * F];
+            if (plan.pairs) {
+                paired_tables<P>(plan.pairs, factors.pairs_of(group), table);
+            } else if (weight.pick && group != picked) {
+                picked = group, tables_of<P>(weight, strip, begin + group * kLookupStrip, table);
+            }
+            unroll<F / kRun>([&](auto run) ALWAYS {
+                typename P::Sum sum[kParts][M];
+                repeat<kParts * M>([&](int i) ALWAYS { sum[i / M][i % M] = typename P::Sum{}; });
+                unroll<kRun>([&](auto each) ALWAYS {
+                    constexpr int kStep = fold * F + run * kRun + each;
+                    const typename P::Element* here[M];
+                    repeat<M>([&](int m) ALWAYS { here[m] = x[m] + kStep * kLookupStep; });
+                    P::template step<M>(quad<BITS, kStep>(codes), table, here, sum);
+                });
+                const F16 scale = factors.scales_of(group);
+                repeat<kParts * M>([&](int i) ALWAYS {
+                    NativeF& joined = part_total[i % M].part[i / M];
+                    joined = P::value(sum[i / M][i % M]) * scale.part[i / M] + joined;
                 });
             });
         });
@@ -291,10 +358,16 @@ Status lookup(const Lookup& weight, const Call& call) {
     const size_t few_bytes = static_cast<size_t>(plan.padded * plan.tiles * kLookupTile) * sizeof(typename P::Element);
     const size_t x_bytes = many ? run_panels_bytes(call.tokens, plan.tiles) : few_bytes;
     const size_t units = static_cast<size_t>(plan.padded * plan.tiles), steps = static_cast<size_t>(plan.tiles * 8);
-    uint8_t* memory = static_cast<uint8_t*>(scratch(kCallScratch, x_bytes + 4 * (units + steps)));
+    const bool paired = weight.pick && weight.tables <= kPairedTables;
+    constexpr size_t kPairs = kPairedTables * kPairedTables * P::kPlanes * kPairBytes;
+    uint8_t* memory = static_cast<uint8_t*>(scratch(kCallScratch, x_bytes + 4 * (units + steps) + kPairs));
     if (!memory) return kOutOfMemory;
     plan.x = memory, plan.x_unit = reinterpret_cast<float*>(memory + x_bytes);
     plan.group_at = reinterpret_cast<int32_t*>(plan.x_unit + units);
+    if (paired) {
+        uint8_t* pairs = reinterpret_cast<uint8_t*>(plan.group_at + steps);
+        write_pairs<P>(weight, pairs), plan.pairs = pairs;
+    }
     const int64_t group = weight.group && plan.groups > 1 ? weight.group : 0;
     for (int64_t step = 0; step < plan.tiles * 8; ++step) {
         const int64_t found = group ? step * kLookupStep / group : 0;

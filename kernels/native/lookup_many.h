@@ -29,13 +29,17 @@ void lookup_panel(const void* of, int64_t strip, int64_t tile, float* to) {
     const Lookup& weight = *plan.weight;
     const uint8_t* codes = static_cast<const uint8_t*>(weight.codes) + (strip * plan.tiles + tile) * tile_bytes<BITS>();
     U16 table[Real::kPlanes];
+    const int64_t begin = strip * plan.groups * kLookupStrip;
+    const int32_t* group_at = plan.group_at + tile * 8;
+    RowFactors factors(weight, begin);
+    factors.read(group_at[0], group_at[7] + 1);
     F16 scale;
     int64_t held = -1;
     unroll<8>([&](auto step) ALWAYS {
-        const int64_t at = (strip * plan.groups + plan.group_at[tile * 8 + step]) * kLookupStrip;
-        if (at != held) {
-            if (held < 0 || weight.pick) tables_of<Real>(weight, strip, at, table);
-            scale = scales_of_strip(weight, at), held = at;
+        const int64_t group = group_at[step];
+        if (group != held) {
+            if (held < 0 || weight.pick) tables_of<Real>(weight, strip, begin + group * kLookupStrip, table);
+            scale = factors.scales_of(group), held = group;
         }
         lookup_numbers(table, quad<BITS, step>(codes), scale, to + step * 64);
     });

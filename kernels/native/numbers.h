@@ -92,6 +92,11 @@ INLINE F16 load_bytes(const int8_t* from) {
 #if defined(__AVX512F__)
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     v.part[0] = reinterpret_cast<NativeF>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+#elif defined(__AVX2__)
+    unroll<2>([&](auto p) ALWAYS {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * p));
+        v.part[p] = reinterpret_cast<NativeF>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+    });
 #else
     for (int lane = 0; lane < 16; ++lane) v.part[lane / kNative][lane % kNative] = from[lane];
 #endif
@@ -103,6 +108,10 @@ INLINE I16 load_lanes(const uint8_t* from) {
     I16 byte;
 #if defined(__AVX512F__)
     byte.part[0] = reinterpret_cast<NativeI>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+    unroll<2>([&](auto p) ALWAYS {
+        byte.part[p] = reinterpret_cast<NativeI>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * p))));
+    });
 #else
     for (int lane = 0; lane < 16; ++lane) byte.part[lane / kNative][lane % kNative] = static_cast<int8_t>(from[lane]);
 #endif

@@ -13,8 +13,8 @@ namespace aerogel {
 
 Status exact_avx2(const Weight& weight, const Call& call) {
     using namespace avx2;
-    const bool whole_tiles = segment_tiles(columns_of(weight), Pairs::kLongestSegment) > 0;
-    if (call.tokens == 1 && paired(weight.bits) && whole_tiles && !weight.table) return run<Pairs>(weight, call);
+    const bool ragged = segment_tiles(columns_of(weight), Pairs::kLongestSegment) == 0;
+    if (call.tokens == 1 && paired(weight.bits, ragged) && !weight.table) return run<Pairs>(weight, call);
     Weight small = weight;
     float unit = 1.0f;
     if (!Halves::holds(weight, unit)) return run<Exact>(weight, call);

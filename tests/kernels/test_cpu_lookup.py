@@ -76,6 +76,19 @@ def test_every_path_against_float64(path: str, numerics: str) -> None:
                 assert torch.equal(found, linear(x, layout, bias, N, group, numerics, number, threads=3))
 
 
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_picks_among_many_tables_give_the_bits_of_those_among_few(numerics: str) -> None:
+    grid = Bitmod(bits=4, group_size=32)
+    layout = lookup.tensors_of(quantized(grid, weight(37, 320), grid.fit(weight(37, 320))))
+    few = len(layout["number"])
+    twice = {name: torch.cat([layout[name]] * 2).contiguous() for name in ("number", "fixed", "unit")}
+    odd = torch.arange(layout["pick"].numel(), dtype=torch.uint8).view_as(layout["pick"]) % 2
+    many = {**layout, **twice, "pick": layout["pick"] + few * odd}
+    for M in (1, 4, 20):
+        x = torch.randn(M, 320, generator=torch.Generator().manual_seed(M))
+        assert torch.equal(linear(x, many, None, 37, 32, numerics), linear(x, layout, None, 37, 32, numerics))
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_fixed_point_errs_far_less_than_the_result_is_rounded(dtype: torch.dtype) -> None:
     for codes in (quantized(grid, weight(256, 1024), grid.fit(weight(256, 1024))) for grid in (Nf4(), Mx(), Nvfp4(), Bitmod())):
