@@ -39,12 +39,12 @@ constexpr bool tuned(int bits) { return kMostRows > 0 && (bits <= 4 || bits == 8
 #endif
 // Which sizes of the loop for few rows are compiled for a form of codes: all, all but two rows, or none. Arithmetic that is not made for
 // tables has it for those of bytes alone; two bits are never picked among tables. Where arithmetic is, floats of 5 and 6 bits
-// and widths that have groups of other than whole tiles (16, 40, 72) get some; the latter also as integers whose products are exact.
+// and widths that have groups of other than whole tiles (16, 40, 72) get some; the latter also as integers in float32 on AVX2.
 enum Sizes { kNoSizes, kSomeSizes, kAllSizes };
 template <class P>
 constexpr Sizes sizes_for(int bits, Form form, bool ragged) {
-    const bool made_for_tables = P::kOperands == 2, exact = P::kOperands > 1;
-    if (ragged) return tuned(bits) && (bits == 3 || bits == 4) && (made_for_tables || (exact && form == kIntegers)) ? kSomeSizes : kNoSizes;
+    const bool made_for_tables = P::kOperands == 2, integers = kNative == 8 && P::kOperands == 4 && form == kIntegers;
+    if (ragged) return tuned(bits) && (bits == 3 || bits == 4) && (made_for_tables || integers) ? kSomeSizes : kNoSizes;
     if (form == kTables && !made_for_tables) return tuned(bits) && bits == 8 ? kAllSizes : kNoSizes;
     if ((form == kTables && bits <= 2) || (P::kOperands == 1 && bits == 1)) return kNoSizes;
     if (form == kOneTable && tuned(4) && (bits == 5 || bits == 6)) return kSomeSizes;
