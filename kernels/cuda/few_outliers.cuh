@@ -3,6 +3,9 @@
 #pragma once
 
 constexpr int OUTLIER_THREADS = 32 * OUTLIER_WARPS;
+#if APART
+#include "few_apart.cuh"
+#endif
 // In shared memory: a barrier for inputs that are here, or two for each stage of those that are shared and turned, that it is here and
 // that it is turned; the inputs, behind each token's 16 bytes of zeros, and the bytes from token to token; the sums of a row block
 // and of the one before; what is on its way. A cluster's blocks each have all of this.
@@ -10,17 +13,19 @@ struct OutlierRoom {
   u32 here, x, x_stride, queue;
   float* sums;
 };
-INLINE int outlier_sums_bytes() { return 2 * OUTLIERS * BLOCK_ROWS * 4; }
+// Whether each block has one row block, whose sums apart then need one place.
+INLINE bool one_round(const Arguments& p) { return APART && (int)(gridDim.x - p.apart_blocks) / CLUSTER * BLOCK_TILES >= p.row_tiles; }
+INLINE int outlier_sums_bytes(const Arguments& p) { return (one_round(p) ? 1 : 2) * OUTLIERS * BLOCK_ROWS * 4; }
 INLINE int outlier_x_stride(const Arguments& p) { return p.k_tiles * 256 + 16; }
-INLINE int outlier_x_bytes(const Arguments& p) { return OUTLIER_SHARE ? 0 : (OUTLIERS * outlier_x_stride(p) + 127) & ~127; }
+INLINE int outlier_x_bytes(const Arguments& p) { return OUTLIER_SHARE || APART ? 0 : (OUTLIERS * outlier_x_stride(p) + 127) & ~127; }
 INLINE int outlier_stages(const Arguments& p) { return (p.k_tiles + K_WARPS - 1) / K_WARPS; }
 INLINE int outlier_barrier_bytes(const Arguments& p) { return (OUTLIERS_TURNED && OUTLIER_SHARE ? outlier_stages(p) * 16 + 127 : 128) & ~127; }
 INLINE int outlier_bytes(const Arguments& p) {
-  return OUTLIERS ? outlier_barrier_bytes(p) + outlier_x_bytes(p) + outlier_sums_bytes() + OUTLIER_WARPS * OUTLIER_ROUNDS * OUTLIER_ROUND : 0;
+  return OUTLIERS ? outlier_barrier_bytes(p) + outlier_x_bytes(p) + outlier_sums_bytes(p) + (APART ? 0 : OUTLIER_WARPS * OUTLIER_ROUNDS * OUTLIER_ROUND) : 0;
 }
 INLINE OutlierRoom outlier_room(const Arguments& p, u8* room) {
   const u32 here = shared_address(room), inputs = outlier_barrier_bytes(p), sums = inputs + outlier_x_bytes(p);
-  return {here, here + inputs, (u32)outlier_x_stride(p), here + sums + outlier_sums_bytes(), (float*)(room + sums)};
+  return {here, here + inputs, (u32)outlier_x_stride(p), here + sums + outlier_sums_bytes(p), (float*)(room + sums)};
 }
 INLINE const float* sums_of_outliers(const OutlierRoom& room, int block) { return room.sums + block % 2 * OUTLIERS * BLOCK_ROWS; }
 // Of every 8 tokens x 8 columns of a tile the numbers across the diagonal, in place, by one warp: then 16 bytes are a column. Absent
@@ -41,7 +46,9 @@ INLINE void turn_tokens(u32 address, int stride) {
 // wait(): for the inputs, turned if they are many.
 template <typename Wait>
 INLINE void sum_outliers(const Arguments& p, const OutlierRoom& room, int thread, int first_row, int row_step, int row_blocks, const Wait& wait) {
-#if OUTLIERS
+#if APART
+  collect_outliers(p, room.sums, thread, first_row, row_step, row_blocks);
+#elif OUTLIERS
   constexpr int ROWS = BLOCK_ROWS / OUTLIER_WARPS;
   const int warp = thread / 32;
   OutlierSums<ROWS> outliers;

@@ -39,13 +39,13 @@ INLINE void fetch_pieces(const Arguments& p, u32 slot, int first_tile, int first
 INLINE void fetch_side(const Arguments& p, u32 slot, int first_tile, int tile) {
   if constexpr (GROUP == 0 && ZERO == 0 && TABLE != 3) return;
   const int first = group_of(tile, 0);
-  if constexpr (OUTLIERS) return fetch_pieces(p, slot, first_tile, first);
+  if constexpr (OUTLIERS && !APART) return fetch_pieces(p, slot, first_tile, first);
   if constexpr (SCALE_BYTES) fetch_groups<SCALE_BYTES>(p, slot, p.scale, first_tile, first);
   if constexpr (ZERO_BYTES) fetch_groups<ZERO_BYTES>(p, slot + Side<1>::zeros, p.zero, first_tile, first);
   if constexpr (PICK_BYTES) fetch_groups<PICK_BYTES>(p, slot + Side<1>::picks, p.pick, first_tile, first);
 }
 
-constexpr bool SHARES_X = OUTLIERS && !EXACT;  // outliers meet the inputs of the codes, which then stay
+constexpr bool SHARES_X = OUTLIERS && !EXACT && !APART;  // outliers meet the inputs of the codes, which then stay
 
 struct Rows {  // where each row tile's codes begin, in this lane's eyes; rows beyond the last read the last
   const u8* codes[ROW_TILES];
@@ -62,7 +62,10 @@ INLINE void fetch_words(const Rows& rows, int tile, u32 (*words)[WORDS]) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) few_registers(const __grid_constant__ Arguments p) {
-  const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, first_tile = blockIdx.x * ROW_TILES;
+#if APART
+  if (blockIdx.x < p.apart_blocks) return allow_next_kernel(), add_outliers_apart(p, shared, WARPS + OUTLIER_WARPS);
+#endif
+  const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, first_tile = (blockIdx.x - (APART ? p.apart_blocks : 0)) * ROW_TILES;
   const OutlierRoom outlier_place = outlier_room(p, shared + table_room(p.tables));
   const int table_bytes = table_room(p.tables) + outlier_bytes(p) + kept_bytes(p);  // and of what stands beside the codes
   const int sides = SHARES_X ? 0 : p.M * TOKEN_BYTES, slot_bytes = sides + ROW_TILES * Side<1>::bytes;
@@ -88,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
   OwnTables own_tables;
   own_tables.load(shared_address(shared), 0);
   wait_for_previous_kernel();
-  if constexpr (OUTLIERS)
+  if constexpr (OUTLIERS && !APART)
     for (int t = tile; t < p.k_tiles; t += WARPS) fetch_tokens(p, outlier_place.x + t * 256, t, outlier_place.x_stride, EXACT);
   if (!SHARES_X && tile < p.k_tiles) fetch_tokens(p, slots, tile);
   if constexpr (KEPT) kept.begin();
@@ -102,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
     if (tile + WARPS < p.k_tiles) fetch_words(rows, tile + WARPS, next);
     copies_wait<1>();
     __syncwarp();
-    if (OUTLIERS && tile == warp) {
+    if (OUTLIERS && !APART && tile == warp) {
       if constexpr (OUTLIERS_TURNED)
         for (int t = tile; t < p.k_tiles; t += WARPS) turn_tokens(outlier_place.x + t * 256, outlier_place.x_stride);
       arrive_at(4, THREADS + OUTLIER_THREADS);
@@ -126,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
     copies_commit();
     UNROLL for (int r = 0; r < ROW_TILES; r++) UNROLL for (int w = 0; w < WORDS; w++) words[r][w] = next[r][w];
   }
-  if (OUTLIERS && warp >= p.k_tiles) copies_wait<0>(), arrive_at(4, THREADS + OUTLIER_THREADS);
+  if (OUTLIERS && !APART && warp >= p.k_tiles) copies_wait<0>(), arrive_at(4, THREADS + OUTLIER_THREADS);
   if constexpr (KEPT) copies_wait<0>(), kept.add(first_tile, acc);
   const Outputs<THREADS> outputs(p, first_tile, threadIdx.x);
   barrier_of(1, THREADS);

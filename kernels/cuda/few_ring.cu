@@ -32,6 +32,8 @@ constexpr bool SIDES = GROUP != 0 || ZERO != 0 || TABLE == 3;
 #define BESIDE 0
 #endif
 constexpr int PRODUCER_THREADS = TRADE || BESIDE ? 128 : 32, ALL_WARPS = WARPS + PRODUCER_THREADS / 32;
+constexpr bool COLLECTS_AMONG = APART && TRADE;  // the three then wait for sums of outliers
+constexpr int BLOCK_WARPS = ALL_WARPS + (COLLECTS_AMONG ? 0 : OUTLIER_WARPS);
 
 // a / b rounded down, for a below 2^21: an integer division takes some 200 cycles, and a launch waits for two.
 INLINE int divide_small(int a, int b) { return (int)__fdividef((float)a + 0.5f, (float)b); }
@@ -53,7 +55,8 @@ INLINE Share share_of(const Arguments& p) {
   s.first_tile = min(rank * per * K_WARPS, p.k_tiles);
   s.end_tile = min((rank + 1) * per * K_WARPS, p.k_tiles);
   s.stages = (s.end_tile - s.first_tile + K_WARPS - 1) / K_WARPS;
-  s.row_step = gridDim.x / CLUSTER, s.row_start = blockIdx.x / CLUSTER;
+  const int others = APART ? p.apart_blocks : 0;  // which have no rows
+  s.row_step = (gridDim.x - others) / CLUSTER, s.row_start = (blockIdx.x - others) / CLUSTER;
   const int all_blocks = (p.row_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
   // As many as the cluster's first block: those that share x take turns together, if need be without rows.
   s.row_blocks = divide_small(all_blocks - s.row_start / X_SHARE * X_SHARE + s.row_step - 1, s.row_step);
@@ -179,7 +182,7 @@ INLINE void fetch_inputs_of_outliers(const Arguments& p, const Room& room, int t
 
 INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
   const int ahead = X_FOLLOWS ? 0 : min(share.row_blocks * share.stages, p.stages), token = threadIdx.x & 31;
-  constexpr bool COPY = OUTLIERS && !OUTLIER_SHARE;
+  constexpr bool COPY = OUTLIERS && !OUTLIER_SHARE && !APART;
   if (COPY && ahead == 0) wait_for_previous_kernel(), fetch_inputs_of_outliers(p, room, token);
   Slot slot;
   int turn = 0;
@@ -223,38 +226,7 @@ INLINE void renew_tables(const Arguments& p, const Room& room, int block, int fi
   barrier_of(1, THREADS);
 }
 
-// Where outliers find the inputs of a few tokens, these come with the stages of the first row block. The barriers of those will not
-// do: by then they may be in use for other stages.
-INLINE void tell_outliers(const Share& share, const Room& room, int stage) {
-  if (OUTLIER_SHARE && !X_TURNED && threadIdx.x == 0 && stage == share.stages - 1) mbarrier_arrive(room.outliers.here);
-}
-// Inputs of more tokens are turned by the outliers' warps, of which `thread` is one: shared ones stage by stage, and the warps that
-// multiply wait for that.
-INLINE void wait_for_inputs(const Arguments& p, const Room& room, int thread) {
-  const OutlierRoom& inputs = room.outliers;
-  auto turn = [&](int first, int end) {
-    for (int tile = first + thread / 32; tile < end; tile += OUTLIER_WARPS) turn_tokens(inputs.x + tile * 256, inputs.x_stride);
-  };
-  if constexpr (X_TURNED) {
-    const int stages = outlier_stages(p);
-    for (int stage = 0; stage < stages; stage++) {
-      mbarrier_wait(x_is_here(room, stage), 0);
-      turn(stage * K_WARPS, min((stage + 1) * K_WARPS, p.k_tiles));
-      if (arrives(thread & 31)) mbarrier_arrive(x_is_turned(room, stage));
-    }
-    mbarrier_wait(x_is_turned(room, stages - 1), 0);
-  } else {
-    mbarrier_wait(inputs.here, 0);
-    if (OUTLIERS_TURNED) turn(0, p.k_tiles), barrier_of(3, OUTLIER_THREADS);
-  }
-}
-INLINE void init_barriers_of_outliers(const Arguments& p, const Share& share, const Room& room) {
-  if (!X_TURNED) return mbarrier_init(room.outliers.here, 1);
-  for (int stage = 0; stage < share.stages; stage++) {
-    mbarrier_init(x_is_here(room, stage), 1), mbarrier_init(x_is_turned(room, stage), OUTLIER_WARPS * ARRIVALS);
-    mbarrier_expect(x_is_here(room, stage), p.M * min(K_WARPS, p.k_tiles - stage * K_WARPS) * 256);
-  }
-}
+#include "few_inputs.cuh"
 
 INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, row_warp = warp / K_WARPS, slice = warp % K_WARPS;
@@ -349,16 +321,19 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIER_THREADS, BLOCKS) few_ring(const __grid_constant__ Arguments p) {
+extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, BLOCKS) few_ring(const __grid_constant__ Arguments p) {
+#if APART
+  if (blockIdx.x < p.apart_blocks) return allow_next_kernel(), add_outliers_apart(p, shared, BLOCK_WARPS);
+#endif
   const Share share = share_of(p);
   const bool single = share.row_step >= (p.row_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
   const Room room = room_of(p, single);
   const int warp = threadIdx.x >> 5;
   const u32 number = warp < WARPS ? ask_for_tables(p, room.tables, share.row_start * BLOCK_TILES) : 0;  // before all else
-  const bool beside = OUTLIERS && warp >= ALL_WARPS;  // they wait for the previous kernel when they have asked for what does not depend on it
+  const bool beside = OUTLIERS && (warp >= (COLLECTS_AMONG ? WARPS + 1 : ALL_WARPS));  // they wait for the previous kernel when they have asked for what does not depend on it
   if ((threadIdx.x & 31) == 0) {
 #pragma unroll 1
-    for (int i = warp; i < p.stages; i += ALL_WARPS + OUTLIER_WARPS)
+    for (int i = warp; i < p.stages; i += BLOCK_WARPS)
       mbarrier_init(room.full + 8 * i, 1), mbarrier_init(room.empty + 8 * i, WARPS * share.readers * ARRIVALS);
 #if CLUSTER > 1
     if (warp == 0) mbarrier_init(room.bell, 1), mbarrier_expect(room.bell, p.M * BLOCK_ROWS * 4);
@@ -376,21 +351,21 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCER_THREADS + OUTLIE
 #endif
   allow_next_kernel();
   if (X_FOLLOWS && warp == WARPS && share.stages > 0) fetch_turn(p, share, room, 0, 0, 0);
-  if (X_FOLLOWS && !beside) wait_for_previous_kernel();
+  if (X_FOLLOWS && warp < ALL_WARPS) wait_for_previous_kernel();
 #if X_SHARE * CLUSTER > 1
   cluster_wait();
 #endif
-  if (X_FOLLOWS && !beside) fetch_first_tokens(p, share, room);
+  if (X_FOLLOWS && warp < ALL_WARPS) fetch_first_tokens(p, share, room);
   if (warp < WARPS) {
     lay_out_tables(p, room.tables, share.row_start * BLOCK_TILES, number);  // while weights and x come
-    if constexpr (TRADE) registers_take<232>();
+    if constexpr (TRADE) registers_take<APART ? 224 : 232>();
     consume(p, share, room);
   } else {
-    if constexpr (TRADE) registers_give<40>();
+    if constexpr (TRADE) registers_give<APART ? 56 : 40>();
     if (warp == WARPS) produce(p, share, room);
     if (BESIDE && warp == WARPS + 2) add_up_beside(p, share, room);
     if (BESIDE && (warp == WARPS + 1 || warp == WARPS + 3)) lay_out_beside(p, share, room, (warp - WARPS) / 2 * 32 + (threadIdx.x & 31));
-    const int thread = threadIdx.x - THREADS - PRODUCER_THREADS;
+    const int thread = threadIdx.x - THREADS - (COLLECTS_AMONG ? 32 : PRODUCER_THREADS);
     if (beside)
       sum_outliers(p, room.outliers, thread, share.row_start * BLOCK_ROWS, share.row_step * BLOCK_ROWS, share.row_blocks,
                    [&] { wait_for_inputs(p, room, thread); });

@@ -63,7 +63,12 @@ struct Arguments {
   const u32* outlier;
   const uint4* kept;  // [row tiles][kept_steps][32 lanes], and the inputs of these columns, [M][16 * kept_steps]: see few_kept.cuh
   const u16* chosen;  // with EXACT those of outliers, as x
-  int M, N, x_stride, x_columns, row_tiles, k_tiles, groups, tables, stages, kept_steps;
+  const int* apart_start;  // outliers once more, and what blocks that add them tell the others: see few_apart.cuh
+  const uint2* apart_units;
+  const u8* apart_rows;
+  float* apart_sums;
+  u32* apart_flags;
+  int M, N, x_stride, x_columns, row_tiles, k_tiles, groups, tables, stages, kept_steps, apart_blocks, apart_slices, apart_tiles, apart_round_rows;
 };
 
 // Tables for the row tiles from `first_tile` on, by all multiplying threads: what takes long is asked for before all else (a lane's

@@ -68,6 +68,19 @@ INLINE void load_matrices_across(u32* r, u32 address) {
                : "memory");
 }
 
+// An 8 x 8 matrix of 16-bit numbers in registers, of which lane 4g + t has columns 2t, 2t + 1 of row g, across its diagonal.
+INLINE u32 across(u32 matrix) {
+  u32 d;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(matrix));
+  return d;
+}
+
+// v, of which the compiler then knows nothing: else it finds out anew what fits into a register.
+INLINE u32 kept_in_register(u32 v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // ---- 16-bit numbers --------------------------------------------------------------------------------------------------
 // (v & mask) | bits in one instruction; written in C++ it becomes two.
 INLINE u32 and_or(u32 v, u32 mask, u32 bits) {
@@ -188,8 +201,29 @@ INLINE u16 load_shared_u16(u32 address) {
 INLINE void copy_async(u32 shared, const void* global, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");
 }
+INLINE void copy_async_8(u32 shared, const void* global, int valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");
+}
 INLINE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> INLINE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// Flags in global memory, between blocks: what came before an addition is seen by whoever has read it.
+INLINE void add_released(u32* flag, u32 count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(count) : "memory");
+}
+INLINE u32 read_acquired(const u32* flag) {
+  u32 v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
+  return v;
+}
+// Counts up to `last` and from there to 0; what the count was.
+INLINE u32 increment_wrapping(u32* count, u32 last) {
+  u32 v;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(v) : "l"(count), "r"(last) : "memory");
+  return v;
+}
+INLINE void store_relaxed(u32* flag, u32 v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(v) : "memory"); }
+INLINE void sleep_a_little() { asm volatile("nanosleep.u32 100;"); }
 
 INLINE void arrive_at(int name, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
 INLINE void barrier_of(int name, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }

@@ -25,6 +25,7 @@
 // inputs of 8 tokens, one for each lane. Pairs of columns lie in four kinds of banks: quads are filled so that the four are of different
 // kinds, as far as a row has them (`by_rows` in cuda_outliers.py), else lanes wait for each other.
 //
+// APART: 1 where other blocks add them, 8 or 16 tokens at a time (few_apart.cuh); then nothing here is used but OUTLIERS.
 // OUTLIERS: tokens that sums are kept for, 1, 2, 4, 8 or 16, at least M; 0 where a weight has no outliers.
 // OUTLIER_SHARE: 1 where few_ring shares the inputs; else they have a place of their own.
 // EXACT: 1 where codes meet rounded inputs and outliers others, as they were: up to 8 tokens.
@@ -39,11 +40,14 @@
 #define OUTLIER_WARPS 0
 #define OUTLIER_ROUNDS 1
 #endif
+#ifndef APART
+#define APART 0
+#endif
 #ifndef EXACT
 #define EXACT 0
 #endif
 
-constexpr bool OUTLIER_PRODUCTS = OUTLIERS > 4, OUTLIERS_TURNED = OUTLIER_PRODUCTS && OUTLIERS <= 8;
+constexpr bool OUTLIER_PRODUCTS = OUTLIERS > 4, OUTLIERS_TURNED = OUTLIER_PRODUCTS && OUTLIERS <= 8 && !APART;
 // Rows that a warp reads at once, and each lane's quads of a round: 64 outliers of a row, which are enough for 1 % of 4096 inputs.
 constexpr int OUTLIER_ROWS = 8, OUTLIER_QUADS = 4;
 constexpr int OUTLIER_ROUND = 32 * 16 * OUTLIER_QUADS;  // bytes

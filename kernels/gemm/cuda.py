@@ -225,8 +225,12 @@ class Cuda(Kernel):
     @staticmethod
     def lay_beside(beside: Beside, layout: Layout, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
         """Outliers in the orders of the kernels."""
+        from aerogel.kernels.gemm.cuda_table import has_apart_cut
+
+        place = layout["tile_codes"].device
+        apart = place.type == "cuda" and has_apart_cut(torch.cuda.get_device_name(place), problem.N, problem.K)
         unit = unit_of_sums(layout["tile_scale"], problem.mantissa > 0, layout.get("tile_factor"), problem.dtype)
-        laid = TileOutliers.of(beside, problem.N, problem.K, problem.dtype, place_K, unit)
+        laid = TileOutliers.of(beside, problem.N, problem.K, problem.dtype, place_K, unit, apart=apart)
         return None if laid is None else laid.named()
 
     @staticmethod
@@ -272,7 +276,7 @@ class Cuda(Kernel):
             problem.N,
             problem.mantissa,
             layout.get("tile_factor"),
-            [layout[name] for name in OUTLIERS] if OUTLIERS[0] in layout else None,
+            TileOutliers.listed(layout),
         )
         return y_MN
 

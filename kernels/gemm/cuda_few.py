@@ -19,6 +19,7 @@ from torch import Tensor
 
 from aerogel.kernels.cuda.sources import Wanted
 from aerogel.kernels.gemm.cuda import Runner
+from aerogel.kernels.gemm.cuda_apart import slice_count, slice_tiles
 from aerogel.kernels.gemm.cuda_decoder import (
     by_rows,
     decoder_defines,
@@ -28,6 +29,7 @@ from aerogel.kernels.gemm.cuda_decoder import (
     table_room,
 )
 from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.pack import tiles
 
 TOKENS = 16
 OUTLIER_TOKENS = (1, 2, 4, 8, TOKENS)
@@ -40,6 +42,8 @@ MOST_TOKENS = 96
 MOST_TABLE_BYTES = 48 << 10
 SHARED_LIMIT = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10, 12: 99 << 10}
 """Shared memory of a block in bytes, by the major compute capability; the least of the generation's devices."""
+APART_AHEAD = 4096
+"""Bytes that each warp of a block that adds outliers apart has on their way."""
 HALF_SHARED = 112 << 10
 """With this much shared memory the next kernel's blocks can move in beside the present one's."""
 
@@ -62,6 +66,7 @@ class Config:
         stage (ring only); a barrier more at the end of a row block.
     copies: of all pairs of numbers in shared memory, for tables of rows. With two, look-ups wait less for each other, with
         none numbers are looked up one by one, in a quarter of the room of one copy. None: two for up to three row tiles.
+    apart: blocks that add outliers and nothing else, the same number for each slice of their inputs (`cuda_apart.py`).
     """
 
     ring: bool
@@ -78,6 +83,7 @@ class Config:
     beside: bool = False
     half_sums: bool = False
     copies: int | None = None
+    apart: int = 0
 
     @property
     def row_copies(self) -> int:
@@ -142,6 +148,14 @@ def outlier_defines(weight: TileWeight, config: Config, M: int) -> dict[str, int
     """The macros of `outliers.cuh`; none for a weight without outliers."""
     if weight.outliers is None:
         return {}
+    if config.apart:
+        return {
+            "APART": 1,
+            "OUTLIERS": apart_tokens(M),
+            "OUTLIER_SHARE": 0,
+            "OUTLIER_WARPS": collecting_warps(config, M),
+            "OUTLIER_ROUNDS": 1,
+        }
     return {
         "OUTLIERS": outlier_tokens(M),
         "OUTLIER_SHARE": int(shares_inputs(weight, config)),
@@ -156,14 +170,26 @@ def outlier_tokens(M: int) -> int:
     return next(most for most in OUTLIER_TOKENS if most >= M)
 
 
+def apart_tokens(M: int) -> int:
+    """The same where blocks of their own add outliers: they gather 8 tokens at once."""
+    return TURNED_TOKENS if M <= TURNED_TOKENS else TOKENS
+
+
+def apart_bytes(weight: TileWeight, config: Config, M: int) -> int:
+    """Shared memory of such a block: a slice of the inputs, and what each warp has on its way."""
+    warps = threads_of(config, M, outliers=True) // 32
+    return slice_tiles(weight.K) * tiles.COLUMNS * 2 * apart_tokens(M) + warps * APART_AHEAD
+
+
 def shares_inputs(weight: TileWeight, config: Config) -> bool:
     """Whether outliers take their inputs from where those of a ring stay; else they have a place of their own."""
-    return config.ring and config.x_resident and config.cluster == 1 and not weight.exact
+    return config.ring and config.x_resident and config.cluster == 1 and not weight.exact and not config.apart
 
 
-def x_rows(weight: TileWeight, M: int) -> int:
+def x_rows(weight: TileWeight, config: Config, M: int) -> int:
     """Tokens that there is room for where the whole of x stays: inputs are turned in squares."""
-    return outlier_tokens(M) if weight.outliers is not None and turns_inputs(M) else M
+    turned = weight.outliers is not None and shares_inputs(weight, config) and turns_inputs(M)
+    return outlier_tokens(M) if turned else M
 
 
 def turns_inputs(M: int) -> bool:
@@ -177,6 +203,13 @@ def outlier_warps(config: Config, M: int) -> int:
     if tiles <= (2 if M <= LANE_TOKENS else 4) and not _few_far_ahead(config, M):
         return tiles * 2
     return tiles if tiles <= 8 else tiles // 2
+
+
+def collecting_warps(config: Config, M: int) -> int:
+    """Warps that wait for sums from blocks apart; more where the blocks that add these would have few. Where registers are
+    traded it is those that have nothing else to do."""
+    most = 16 if M <= TURNED_TOKENS else 12
+    return 3 if trades(config, M) else max(1, most - config.warps - int(config.ring))
 
 
 def most_outlier_tokens(weight: TileWeight, capability: tuple[int, int]) -> int:
@@ -199,10 +232,13 @@ def _few_far_ahead(config: Config, M: int) -> bool:
     return not config.ring and config.row_tiles == 3 and turns_inputs(M)
 
 
-def outlier_bytes(weight: TileWeight, config: Config, M: int) -> int:
-    """Shared memory for outliers, laid out as `few_tokens.cuh` does: barriers, inputs, the sums of two row blocks, rounds."""
+def outlier_bytes(weight: TileWeight, config: Config, M: int, single: bool) -> int:
+    """Shared memory for outliers, laid out as `few_tokens.cuh` does: barriers, inputs, the sums of two row blocks, rounds.
+    single: whether a block has one row block only."""
     if weight.outliers is None:
         return 0
+    if config.apart:
+        return 128 + (1 if single else 2) * apart_tokens(M) * config.block_tiles * 16 * 4
     tokens = outlier_tokens(M)
     inputs = 0 if shares_inputs(weight, config) else ceil_divide(tokens * (weight.codes.shape[1] * 256 + 16), 128) * 128
     rounds = outlier_warps(config, M) * outlier_rounds(config, M) * 2048
@@ -210,10 +246,10 @@ def outlier_bytes(weight: TileWeight, config: Config, M: int) -> int:
     return ceil_divide(16 * stages, 128) * 128 + inputs + 2 * tokens * config.block_tiles * 16 * 4 + rounds
 
 
-def beside_bytes(weight: TileWeight, config: Config, M: int) -> int:
-    """Shared memory for outliers, and for a step of kept columns for each warp."""
+def beside_bytes(weight: TileWeight, config: Config, M: int, single: bool) -> int:
+    """Shared memory for outliers, and for a step of kept columns for each warp. single: as above."""
     steps = 0 if weight.kept is None else min(weight.kept.shape[1], config.k_warps)
-    return ceil_divide(outlier_bytes(weight, config, M) + config.block_tiles * steps * 512, 128) * 128
+    return ceil_divide(outlier_bytes(weight, config, M, single) + config.block_tiles * steps * 512, 128) * 128
 
 
 def trades(config: Config, M: int) -> bool:
@@ -224,21 +260,31 @@ def trades(config: Config, M: int) -> bool:
 
 def threads_of(config: Config, M: int, outliers: bool = False) -> int:
     """Threads of a block."""
-    beside = outlier_warps(config, M) if outliers else 0
+    beside = 0
+    if outliers and config.apart:
+        beside = 0 if trades(config, M) else collecting_warps(config, M)
+    elif outliers:
+        beside = outlier_warps(config, M)
     return 32 * (config.warps + (4 if trades(config, M) or config.beside else int(config.ring)) + beside)
 
 
 def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
-    """Dynamic shared memory of a launch, laid out as the source does."""
+    """Dynamic shared memory of a launch."""
+    own = _own_bytes(weight, config, M, grid - config.apart)
+    return max(own, apart_bytes(weight, config, M)) if config.apart else own
+
+
+def _own_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
+    """That of a block with rows, of which there are `grid`, laid out as the source does."""
     rows = config.block_tiles * 16
     k_tiles = weight.codes.shape[1]
     slices = ceil_divide(config.k_warps, 2) if config.half_sums else config.k_warps
     partials = slices * M * (rows + 4) * 4
     tables = table_room(weight, config.block_tiles, config.row_copies) + made_room(weight, config.block_tiles * config.k_warps)
     if not config.ring:
-        tokens = 0 if weight.outliers is not None and not weight.exact else M * 272
+        tokens = 0 if weight.outliers is not None and not weight.exact and not config.apart else M * 272
         slots = config.warps * 2 * (tokens + config.row_tiles * side_bytes(weight, 128))
-        return (tables + 15) // 16 * 16 + beside_bytes(weight, config, M) + max(slots, partials)
+        return (tables + 15) // 16 * 16 + beside_bytes(weight, config, M, True) + max(slots, partials)
     single = grid // config.cluster >= ceil_divide(weight.codes.shape[0], config.block_tiles)
     tables = (tables * (2 if config.beside and not single else 1) + 127) // 128 * 128
     stage = config.block_tiles * (config.k_warps * 256 * weight.bits + side_bytes(weight, config.k_warps * 128))
@@ -248,20 +294,20 @@ def shared_bytes(weight: TileWeight, config: Config, M: int, grid: int) -> int:
     ring = config.stages * stage
     stages_each = ceil_divide(ceil_divide(k_tiles, config.k_warps), config.cluster)
     if config.x_resident:
-        ring += (x_rows(weight, M) if shares_inputs(weight, config) else M) * (stages_each * config.k_warps * 256 + 16)
+        ring += x_rows(weight, config, M) * (stages_each * config.k_warps * 256 + 16)
     elif not config.stages_hold_x:
         ring += config.warps * 2 * M * 272
     inbox = (M * rows * 4 + 127) // 128 * 128 if config.cluster > 1 else 0
-    return 256 + tables + beside_bytes(weight, config, M) + inbox + (max(ring, partials) if single else ring + partials)
+    return 256 + tables + beside_bytes(weight, config, M, single) + inbox + (max(ring, partials) if single else ring + partials)
 
 
 def grid_of(weight: TileWeight, config: Config, multiprocessors: int) -> int:
     """Blocks of a launch: one per row block, or as many as run at once where blocks are persistent."""
     row_blocks = ceil_divide(weight.codes.shape[0], config.block_tiles)
     if config.cluster > 1 or not config.ring:
-        return row_blocks * config.cluster
-    seats = multiprocessors * config.blocks // config.share
-    return min(ceil_divide(row_blocks, config.share), seats) * config.share
+        return row_blocks * config.cluster + config.apart
+    seats = (multiprocessors * config.blocks - config.apart) // config.share
+    return min(ceil_divide(row_blocks, config.share), seats) * config.share + config.apart
 
 
 def fits(weight: TileWeight, config: Config, M: int, capability: tuple[int, int], multiprocessors: int) -> bool:
@@ -278,11 +324,21 @@ def fits(weight: TileWeight, config: Config, M: int, capability: tuple[int, int]
         return False
     if config.beside and not (config.ring and config.cluster == 1 and by_rows(weight) and weight.outliers is None):
         return False
-    if weight.outliers is not None and M > 8 and (trades(config, M) or not shares_inputs(weight, config)):
+    if config.apart and not _parts_fit(weight, config, M, multiprocessors):
+        return False
+    if weight.outliers is not None and M > 8 and not config.apart and (trades(config, M) or not shares_inputs(weight, config)):
         return False  # registers are all spoken for, or inputs are there twice
     grid = grid_of(weight, config, multiprocessors)
     resident = min(config.blocks, 2) if config.ring else 1
     return shared_bytes(weight, config, M, grid) * resident <= SHARED_LIMIT.get(capability[0], 99 << 10)
+
+
+def _parts_fit(weight: TileWeight, config: Config, M: int, multiprocessors: int) -> bool:
+    """Whether blocks can add the weight's outliers apart: as many for each slice, whole clusters, one on a multiprocessor."""
+    if weight.outliers is None or weight.outliers.apart is None or weight.exact:
+        return False
+    even = config.apart % slice_count(weight.K) == 0 and config.apart % (config.cluster * config.share) == 0
+    return even and config.apart < multiprocessors and config.blocks == config.seats == 1
 
 
 def default_config(weight: TileWeight, M: int, capability: tuple[int, int], multiprocessors: int) -> Config:
@@ -322,9 +378,11 @@ class Few:
     @staticmethod
     def refuses(weight: TileWeight, M: int, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
         """Too many tokens, or tables that do not fit into shared memory."""
+        from aerogel.kernels.gemm.cuda_table import adds_apart
+
         if M > MOST_TOKENS:
             return f"passes over the weight once per {TOKENS} tokens, {M} are better served by a dense product"
-        if weight.outliers is not None and (most := most_outlier_tokens(weight, capability)) < M:
+        if weight.outliers is not None and (most := most_outlier_tokens(weight, capability)) < M and not adds_apart(weight, M):
             return f"adds outliers of this weight for up to {most} tokens, found {M}"
         if table_bytes(weight, 1) > MOST_TABLE_BYTES:
             return f"holds its tables in shared memory, and these are {table_bytes(weight, 1)} bytes"

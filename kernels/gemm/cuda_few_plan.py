@@ -14,8 +14,12 @@ from torch import Tensor
 
 from aerogel.kernels.cuda.launch import Launch
 from aerogel.kernels.cuda.sources import function
-from aerogel.kernels.gemm.cuda_few import Config, grid_of, kernel_of, shared_bytes, threads_of
+from aerogel.kernels.cuda.stream_flags import flags
+from aerogel.kernels.gemm.cuda_apart import PIECE_ROWS, slice_count, slice_tiles
+from aerogel.kernels.gemm.cuda_few import Config, apart_tokens, grid_of, kernel_of, shared_bytes, threads_of
+from aerogel.kernels.gemm.cuda_outliers import Apart
 from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.pack import tiles
 
 
 class Arguments(ctypes.Structure):
@@ -24,10 +28,12 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table", "pick", "factor", "x", "bias", "y")),
         *((name, ctypes.c_void_p) for name in ("outlier_start", "outlier", "kept", "chosen")),
+        *((name, ctypes.c_void_p) for name in ("apart_start", "apart_units", "apart_rows", "apart_sums", "apart_flags")),
         *(
             (name, ctypes.c_int)
             for name in ("M", "N", "x_stride", "x_columns", "row_tiles", "k_tiles", "groups", "tables", "stages", "kept_steps")
         ),
+        *((name, ctypes.c_int) for name in ("apart_blocks", "apart_slices", "apart_tiles", "apart_round_rows")),
     ]
 
 
@@ -72,6 +78,9 @@ class Plan:
             tables=0 if weight.table is None else weight.table.shape[0],
             stages=config.stages,
         )
+        self._apart_floats = self._apart_words = 0
+        if config.apart and weight.outliers is not None and weight.outliers.apart is not None:
+            self._add_apart(weight, weight.outliers.apart, M, grid - config.apart)
         options: Any = {
             "grid": (grid,),
             "block": threads_of(config, M, weight.outliers is not None),
@@ -92,12 +101,26 @@ class Plan:
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         with self._lock:
             arguments = self._arguments
+            if self._apart_words:  # sums are free again when the launch has ended, as the stream sees it
+                sums = torch.empty(self._apart_floats, device=x_MK.device)
+                arguments.apart_sums = sums.data_ptr()
+                arguments.apart_flags = flags(stream, x_MK.device, self._apart_words).data_ptr()
             arguments.x = x_MK.data_ptr()
             arguments.bias = None if bias_N is None else bias_N.data_ptr()
             arguments.y = y_MN.data_ptr()
             arguments.chosen = None if chosen_MC is None else chosen_MC.data_ptr()
             launch, self._first = self._first or self._launch, None
             launch(stream)
+
+    def _add_apart(self, weight: TileWeight, apart: Apart, M: int, grid: int) -> None:
+        arguments, pieces = self._arguments, -(-weight.N // PIECE_ROWS)
+        arguments.apart_start = apart.start_G1.data_ptr()
+        arguments.apart_units = apart.unit_U.data_ptr()
+        arguments.apart_rows = apart.row_G.data_ptr()
+        arguments.apart_blocks, arguments.apart_slices = self.config.apart, slice_count(weight.K)
+        arguments.apart_tiles = slice_tiles(weight.K)
+        arguments.apart_round_rows = grid // self.config.cluster * self.config.block_tiles * tiles.ROWS
+        self._apart_floats, self._apart_words = slice_count(weight.K) * pieces * PIECE_ROWS * apart_tokens(M), 2 * pieces
 
     def _in_pieces(self, x_MK: Tensor) -> Tensor:
         if self._pad or x_MK.data_ptr() % 16 or not x_MK.is_contiguous():

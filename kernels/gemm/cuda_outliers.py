@@ -26,6 +26,7 @@ from torch import Tensor
 
 from aerogel.errors import BadInput
 from aerogel.kernels.beside.ref import Beside
+from aerogel.kernels.gemm import cuda_apart
 from aerogel.pack import tiles
 
 MOST_COLUMNS = (1 << 16) - tiles.COLUMNS
@@ -37,7 +38,17 @@ LINE, MOST_LINES = 64, 16
 SHEET_NUMBERS, LEAST = 8, 10
 """Words know their sheets modulo so many, and every sheet has so many: of 64 in a row none is taken for another's."""
 NAMES = ("tile_outlier_rows", "tile_outlier_by_row", "tile_outlier_tiles", "tile_outlier_by_sheet")
-"""Under which the tensors stand beside a layout's, in the order of `TileOutliers`."""
+APART_NAMES = ("tile_outlier_groups", "tile_outlier_units", "tile_outlier_group_rows")
+"""Under which the tensors stand beside a layout's, in the order of `TileOutliers`, and those of its `Apart`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """Outliers as blocks of their own take them. start_G1, unit_U, row_G: see `cuda_apart.units`."""
+
+    start_G1: Tensor
+    unit_U: Tensor
+    row_G: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +57,14 @@ class TileOutliers:
 
     start_N1: int32 [N + 1], at which quad the outliers of each row begin. by_row_E: int32 [4 * quads].
     start_T1: int32 [T + 1], which word is each pair's first. by_sheet_E: int32, the words sheet by sheet, and two
-    lines more.
+    lines more. apart: None where few tokens' inputs fit into every block.
     """
 
     start_N1: Tensor
     by_row_E: Tensor
     start_T1: Tensor
     by_sheet_E: Tensor
+    apart: Apart | None = None
 
     @classmethod
     def of(
@@ -63,12 +75,13 @@ class TileOutliers:
         dtype: torch.dtype,
         place_K: Tensor | None = None,
         unit: Tensor | None = None,
+        apart: bool = False,
     ) -> Self | None:
         """What stands beside a weight, kept columns among the outliers: they are as many bytes as in that form. None where a
         column does not fit 16 bits or a value not `dtype`, the activations' type, to which values are rounded.
 
         N, K: of the weight that the kernels see. place_K: which of its columns each input is; None for its own. unit: what sums
-        of codes are multiplied with in the end, float32 scalar; None for 1.
+        of codes are multiplied with in the end, float32 scalar; None for 1. apart: once more for blocks of their own.
         """
         row_E, column_E, value_E = entries(beside)
         column_E = column_E if place_K is None else place_K[column_E]
@@ -79,28 +92,37 @@ class TileOutliers:
             return None
         row_E, column_E = key_E // K, key_E % K
         quads = by_rows(row_E, column_E, value_E.view(torch.int16).int() << 16 | column_E.int(), N, K)
-        return cls.given([*quads, *by_sheets(row_E, column_E, among_codes_E.view(torch.int16).int(), N, K)])
+        sheets = by_sheets(row_E, column_E, among_codes_E.view(torch.int16).int(), N, K)
+        more = cuda_apart.units(row_E, column_E, value_E.view(torch.int16), N, K) if apart else ()
+        return cls.given([*quads, *sheets, *more])
 
     @classmethod
     def among(cls, tensors: Mapping[str, Tensor]) -> Self | None:
         """The inverse of `named`, among a layout's tensors; None where there are none."""
-        return cls.given([tensors[name] for name in NAMES]) if NAMES[0] in tensors else None
+        return cls.given(cls.listed(tensors))
 
     @classmethod
     def given(cls, tensors: Sequence[Tensor] | None) -> Self | None:
         """From the list that an operator is called with; None for None."""
         if tensors is None:
             return None
-        start_N1, by_row_E, start_T1, by_sheet_E = tensors
-        return cls(start_N1=start_N1, by_row_E=by_row_E, start_T1=start_T1, by_sheet_E=by_sheet_E)
+        start_N1, by_row_E, start_T1, by_sheet_E, *apart = tensors
+        held = Apart(*apart) if apart else None
+        return cls(start_N1=start_N1, by_row_E=by_row_E, start_T1=start_T1, by_sheet_E=by_sheet_E, apart=held)
+
+    @classmethod
+    def listed(cls, tensors: Mapping[str, Tensor]) -> list[Tensor] | None:
+        """What an operator is called with, among a layout's tensors; None where there are none."""
+        return [tensors[name] for name in (*NAMES, *APART_NAMES) if name in tensors] or None
 
     def tensors(self) -> list[Tensor]:
         """What an operator is called with; `given` takes it back."""
-        return [self.start_N1, self.by_row_E, self.start_T1, self.by_sheet_E]
+        apart = () if self.apart is None else (self.apart.start_G1, self.apart.unit_U, self.apart.row_G)
+        return [self.start_N1, self.by_row_E, self.start_T1, self.by_sheet_E, *apart]
 
     def named(self) -> dict[str, Tensor]:
-        """The tensors by `NAMES`."""
-        return dict(zip(NAMES, self.tensors(), strict=True))
+        """The tensors by `NAMES` and `APART_NAMES`."""
+        return dict(zip((*NAMES, *APART_NAMES), self.tensors(), strict=False))
 
     def rows(self, start: int, stop: int, C: int) -> Self:
         """Those of rows start..stop as views; `start` is a multiple of SHEET_ROWS."""
@@ -109,6 +131,7 @@ class TileOutliers:
         first, last = start // SHEET_ROWS, -(-stop // SHEET_ROWS)
         return replace(
             self,
+            apart=None,
             start_N1=self.start_N1[start : stop + 1],
             start_T1=self.start_T1[first * C : last * C + 1],
         )

@@ -130,12 +130,34 @@ def config_for(weight: TileWeight, M: int, device: torch.device | None = None) -
         # Warps that add outliers leave no seats to the next launch, and a cut that is made for these is a slow one without.
         if weight.outliers is not None and measured.seats > 1:
             continue
+        if _costs_a_round(weight, measured, facts.multi_processor_count):
+            continue
         if key == key_of(weight, M) and fits(weight, measured, M, capability, facts.multi_processor_count):
             return measured  # for just this: what room it leaves has been measured with it
         config = _fitting(weight, measured, M, capability, facts.multi_processor_count)
         if config is not None:
             return config
     return default_config(weight, M, capability, facts.multi_processor_count)
+
+
+def has_apart_cut(name: str, N: int, K: int) -> bool:
+    """Whether the device `name` adds outliers of weights of this shape by blocks of their own, for some number of tokens."""
+    return any(f"/{N}x{K}/" in key and "apart" in entry["config"] for key, entry in table(name).items())
+
+
+def adds_apart(weight: TileWeight, M: int) -> bool:
+    """Whether a cut is known with which blocks of their own add the weight's outliers."""
+    if TOKEN_CLASSES[-1] < M or weight.outliers is None or weight.outliers.apart is None or not weight.codes.is_cuda:
+        return False
+    return config_for(weight, M).apart > 0
+
+
+def _costs_a_round(weight: TileWeight, config: Config, multiprocessors: int) -> bool:
+    """Whether blocks that add outliers apart leave the others too few multiprocessors: the device is smaller than the one that
+    was measured."""
+    blocks = ceil_divide(weight.codes.shape[0], config.block_tiles * config.share) * config.share * config.cluster
+    left = multiprocessors - config.apart
+    return config.apart > 0 and (left < 1 or ceil_divide(blocks, left) > ceil_divide(blocks, multiprocessors))
 
 
 def _fitting(weight: TileWeight, measured: Config, M: int, capability: tuple[int, int], multiprocessors: int) -> Config | None:

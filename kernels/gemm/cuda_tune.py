@@ -11,6 +11,7 @@ Shape legend: M tokens, N out features, K in features, R row tiles, C k tiles, G
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from aerogel.kernels.cuda.timing import copies
 from aerogel.kernels.gemm import cuda_table, cuda_wgmma_table
 from aerogel.kernels.gemm.block_scales import E5M3, E8M0, unit_of_sums
 from aerogel.kernels.gemm.cuda import choose
+from aerogel.kernels.gemm.cuda_apart import slice_count
 from aerogel.kernels.gemm.cuda_decoder import by_rows
 from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, Few, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
 from aerogel.kernels.gemm.cuda_few_plan import Plan
@@ -39,6 +41,8 @@ from aerogel.pack.mirrored_tables import SIGN
 from aerogel.pack.tiles import COLUMNS, tile_counts
 from aerogel.quantize.tables import TableGrid
 
+LEAST_APART = 8
+"""Blocks that add outliers and nothing else; fewer would be slower than all others."""
 LEAST_FILL = 0.8
 """Of the best cut's share of the device in work. Others may win: while the last blocks end, those of the next launch fill their
 rings where a block has ended before, and memory does not rest."""
@@ -110,7 +114,7 @@ def random_planes(
     return replace(plain, scale=laid["tile_scale"], zero=laid.get("tile_zero"))
 
 
-def with_outliers(weight: TileWeight, share: float = 0.01, *, seed: int = 0) -> TileWeight:
+def with_outliers(weight: TileWeight, share: float = 0.01, *, seed: int = 0, apart: bool = False) -> TileWeight:
     """The weight with random outliers beside it, as many of its numbers as `share` says or a few less."""
     N, K, device = weight.N, weight.K, weight.codes.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -119,7 +123,7 @@ def with_outliers(weight: TileWeight, share: float = 0.01, *, seed: int = 0) -> 
     start_N1[1:] = torch.bincount(place_E // K, minlength=N).cumsum(0)
     value_E = torch.randn(len(place_E), device=device, generator=generator).bfloat16()
     unit = unit_of_sums(weight.scale, weight.floats > 0, weight.factor, torch.bfloat16)
-    laid = TileOutliers.of(Beside(start_N1, place_E % K, value_E), N, K, torch.bfloat16, unit=unit)
+    laid = TileOutliers.of(Beside(start_N1, place_E % K, value_E), N, K, torch.bfloat16, unit=unit, apart=apart)
     return replace(weight, outliers=laid, group_size=weight.group_size or tile_counts(N, K)[1] * COLUMNS)
 
 
@@ -129,7 +133,9 @@ def like(problem: Problem) -> TileWeight | None:
     weight = _without_outliers(problem)
     if weight is None or not problem.outliers:
         return weight
-    return replace(with_outliers(weight), exact=problem.activations != "none")
+    exact = problem.activations != "none"
+    apart = not exact and cuda_table.has_apart_cut(torch.cuda.get_device_name(), problem.N, problem.K)
+    return replace(with_outliers(weight, apart=apart), exact=exact)
 
 
 def _without_outliers(problem: Problem) -> TileWeight | None:
@@ -203,7 +209,8 @@ def candidates(weight: TileWeight, M: int, capability: tuple[int, int], multipro
 
     Of the depths of a ring two are kept: the deepest that leaves room for the next kernel's blocks, and the deepest of all.
     """
-    found = [config for config in _cuts(weight, M) if fits(weight, config, M, capability, multiprocessors)]
+    cuts = (config for cut in _cuts(weight, M) for config in _with_blocks_apart(weight, cut, multiprocessors))
+    found = [config for config in cuts if fits(weight, config, M, capability, multiprocessors)]
     best = max((_fill(weight, config, multiprocessors) for config in found), default=0.0)
     full = [config for config in found if _fill(weight, config, multiprocessors) >= LEAST_FILL * best]
     deepest: dict[tuple[Config, bool], Config] = {}
@@ -224,19 +231,24 @@ def shortlist(weight: TileWeight, M: int, capability: tuple[int, int], multiproc
     of them where none has. What has won beside outliers is tried there only."""
     few = M <= cuda_table.FEWEST
     won = {
-        replace(Config(**entry["config"]), stages=0)
+        _shape_of(Config(**entry["config"]))
         for key, entry in cuda_table.table(name).items()
         if (int(key.rpartition("/m")[2]) <= cuda_table.FEWEST) is few and (weight.outliers is not None or key[:2] != "o/")
     }
     found = candidates(weight, M, capability, multiprocessors)
-    return [config for config in found if replace(config, stages=0) in won] or found
+    return [config for config in found if _shape_of(config) in won] or found
+
+
+def _shape_of(config: Config) -> tuple[Config, bool]:
+    """What is alike in cuts that differ in depth and in the number of blocks apart."""
+    return replace(config, stages=0, apart=0), config.apart > 0
 
 
 def _fill(weight: TileWeight, config: Config, multiprocessors: int) -> float:
     """Share of the multiprocessors' time that has a block to run, from counting waves alone."""
     R = weight.codes.shape[0]
     blocks = ceil_divide(R, config.block_tiles * config.share) * config.share * config.cluster
-    seats = multiprocessors * (config.blocks if config.ring else 1)
+    seats = multiprocessors * (config.blocks if config.ring else 1) - config.apart
     return R / config.block_tiles * config.cluster / (seats * ceil_divide(blocks, seats))
 
 
@@ -262,6 +274,19 @@ def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
             yield from _laid_out(weight, replace(config, stages=stages, blocks=blocks, seats=seats))
             if config.stages_hold_x and cluster == 1:
                 yield replace(config, stages=stages, blocks=blocks, seats=seats, half_sums=True)
+
+
+def _with_blocks_apart(weight: TileWeight, config: Config, multiprocessors: int) -> Iterator[Config]:
+    """The cut, and for weights with outliers in units once more with as many blocks apart as leave the others their rounds."""
+    yield config
+    if weight.outliers is None or weight.outliers.apart is None or config.blocks > 1:
+        return
+    step = math.lcm(slice_count(weight.K), config.share * config.cluster)
+    blocks = ceil_divide(weight.codes.shape[0], config.block_tiles * config.share) * config.share * config.cluster
+    rounds = ceil_divide(blocks, multiprocessors - LEAST_APART) if config.ring and config.cluster == 1 else 1
+    apart = (multiprocessors - ceil_divide(blocks, rounds * config.share) * config.share) // step * step
+    if apart >= LEAST_APART:
+        yield replace(config, apart=apart)
 
 
 def _laid_out(weight: TileWeight, config: Config) -> Iterator[Config]:

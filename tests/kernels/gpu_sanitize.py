@@ -29,7 +29,7 @@ from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.cuda import nvrtc
 from aerogel.kernels.entropy import cuda as entropy_cuda
 from aerogel.kernels.entropy import ref as entropy
-from aerogel.kernels.gemm import cuda, cuda_added, cuda_int8, cuda_wgmma
+from aerogel.kernels.gemm import cuda, cuda_added, cuda_apart, cuda_int8, cuda_wgmma
 from aerogel.kernels.gemm.block_scales import unit_of_sums
 from aerogel.kernels.gemm.cuda_dense import Dense, dequantize
 from aerogel.kernels.gemm.cuda_few import Config as FewConfig
@@ -58,6 +58,8 @@ FEW = (
     FewConfig(ring=True, row_tiles=1, k_warps=2, stages=2, x_resident=True, cluster=2),
     FewConfig(ring=True, row_tiles=2, k_warps=2, stages=2, x_resident=True),
     FewConfig(ring=True, row_tiles=2, k_warps=2, stages=2, share=2),
+    FewConfig(ring=False, row_tiles=2, k_warps=4, apart=2),
+    FewConfig(ring=True, row_tiles=1, k_warps=2, stages=2, x_in_stage=True, apart=128),
 )
 MANY = (
     Config(tokens=32, x_stages=4, w_stages=2),
@@ -150,7 +152,7 @@ def planes() -> Iterator[tuple[str, TileWeight, bool]]:
 def outliers() -> Iterator[tuple[str, TileWeight, bool]]:
     """Two in a hundred weights, and a tile of nothing else; beside scales of a byte too."""
     for rows, bits, group in ((N, 4, 128), (ODD, 3, 32)):
-        laid = TileOutliers.of(beside_of(rows, K, kinds="o"), rows, K, torch.bfloat16)
+        laid = TileOutliers.of(beside_of(rows, K, kinds="o"), rows, K, torch.bfloat16, apart=True)
         yield f"{bits} bits with outliers", replace(random_weight(rows, K, bits, group, "cpu"), outliers=laid), True
     plain = random_numbers(N, K, "nvfp4", 16, "cpu")
     unit = unit_of_sums(plain.scale, True, plain.factor, torch.bfloat16)
@@ -173,6 +175,7 @@ def main() -> int:
         raise SystemExit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: buffers must end where they end")
     build = ["-DSANITIZE=1"] if RACECHECK in sys.argv else []
     cuda_wgmma.RING_BARRIERS = 3 if build else 2
+    cuda_apart.MOST_TILES = 3  # two slices of these few columns
     nvrtc.OPTIONS = (*nvrtc.OPTIONS, "-lineinfo", *build)  # reports name lines
     wrong = count = 0
     turn = itertools.cycle(range(1, parts + 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.beside.ref import Beside
+from aerogel.kernels.gemm import cuda_apart, cuda_table
+from aerogel.kernels.gemm.cuda import choose
 from aerogel.kernels.gemm.cuda_dense import dequantize
 from aerogel.kernels.gemm.cuda_few import (
     LANE_TOKENS,
@@ -23,10 +26,11 @@ from aerogel.kernels.gemm.cuda_few import (
     outlier_tokens,
 )
 from aerogel.kernels.gemm.cuda_few_plan import Plan
-from aerogel.kernels.gemm.cuda_outliers import TileOutliers
-from aerogel.kernels.gemm.cuda_table import config_for
+from aerogel.kernels.gemm.cuda_outliers import Apart, TileOutliers
+from aerogel.kernels.gemm.cuda_table import config_for, has_apart_cut
 from aerogel.kernels.gemm.cuda_tune import measure, random_weight, with_outliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
+from aerogel.kernels.gemm.cuda_wgmma import ManyTokens
 from aerogel.pack import tiles
 from aerogel.quantize.outliers import Outliers
 
@@ -61,7 +65,7 @@ def few_outliers(N: int, K: int, mask_NK: Tensor) -> tuple[TileWeight, Tensor]:
     w_NK = torch.randn(N, K, generator=torch.Generator().manual_seed(N)).bfloat16()
     outliers = Outliers.of(w_NK, mask_NK)
     beside = Beside(outliers.start_N1.cuda(), outliers.column_E.cuda(), outliers.value_E.cuda())
-    laid = TileOutliers.of(beside, N, K, torch.bfloat16)
+    laid = TileOutliers.of(beside, N, K, torch.bfloat16, apart=True)
     return replace(random_weight(N, K, 4, 128, "cuda"), outliers=laid), torch.where(mask_NK, w_NK, 0).double()
 
 
@@ -98,6 +102,14 @@ CUTS = (
     Config(ring=True, row_tiles=2, k_warps=4, stages=3, cluster=2),
 )
 """Inputs in registers' way, resident, shared by blocks, and once more beside those that a cluster's blocks split."""
+APART_CUTS = (
+    Config(ring=False, row_tiles=2, k_warps=8, apart=3),
+    Config(ring=True, row_tiles=3, k_warps=4, stages=3, x_in_stage=True, apart=12),
+    Config(ring=True, row_tiles=1, row_warps=2, k_warps=4, stages=2, x_resident=True, apart=126),
+    Config(ring=True, row_tiles=2, k_warps=8, stages=2, x_in_stage=True, share=2, apart=120),
+    Config(ring=True, row_tiles=2, k_warps=4, stages=3, cluster=2, apart=6),
+)
+"""Blocks of their own for outliers beside each kind of cut; few others, with several row blocks each, and many."""
 
 
 @pytest.mark.gpu
@@ -125,6 +137,135 @@ def test_cuts_beside_few_outliers(config: Config) -> None:
             other_MK[0, K // 2] = float("inf")
             run(other_MK, None, again_MN)
             assert torch.equal(again_MN[1:], y_MN[1:]) and not again_MN[0].isfinite().any()
+
+
+def test_groups_of_rows_hold_all_outliers_and_little_else() -> None:
+    """Each outlier is in its row and column of the units, and at 1 % they are filled to eight tenths at least;
+    columns that are gathered together lie mostly in different banks."""
+    N, K = 300, 14336
+    mask_NK = torch.rand(N, K, generator=torch.Generator().manual_seed(3)) < 0.01
+    mask_NK[7], mask_NK[8, :100] = False, True
+    outliers = Outliers.of(torch.randn(N, K, generator=torch.Generator().manual_seed(4)).bfloat16(), mask_NK)
+    beside = Beside(outliers.start_N1, outliers.column_E, outliers.value_E)
+    laid = TileOutliers.of(beside, N, K, torch.bfloat16, apart=True)
+    assert laid is not None and laid.apart is not None
+    columns, S = cuda_apart.slice_tiles(K) * tiles.COLUMNS, cuda_apart.slice_count(K)
+    start_SG = laid.apart.start_G1.long()[:-1].reshape(S, -1)
+    group_U = torch.arange(start_SG.numel()).repeat_interleave(laid.apart.start_G1.long().diff())
+    slice_U, piece_U = group_U // start_SG.shape[1], group_U % start_SG.shape[1] // 32
+    rows_UG = laid.apart.row_G.reshape(-1, 8)[group_U].long() + 256 * piece_U[:, None]
+    column_of = torch.empty(columns, dtype=torch.int64)
+    column_of[cuda_apart.places(torch.arange(columns))] = torch.arange(columns)
+    words_ULW = laid.apart.unit_U
+    found_NK, waits = torch.zeros(512, S * columns, dtype=torch.float64), []
+    for product, half, slot in itertools.product(range(4), range(2), range(8)):
+        place_U = words_ULW[:, 16 * half + 8 * (product % 2) + slot, 0, product // 2].long()
+        g, t = (slot // 2 - product) % 4 + 4 * half, slot // 2
+        value_U = words_ULW[:, 4 * g + t, 1, slot % 2].contiguous().view(torch.bfloat16).double()
+        found_NK.index_put_((rows_UG[:, g], slice_U * columns + column_of[place_U]), value_U, accumulate=True)
+        waits.append(torch.nn.functional.one_hot(place_U % 8, 8))
+    wanted_NK = torch.zeros(N, K, dtype=torch.float64)
+    wanted_NK[mask_NK] = outliers.value_E.double()
+    assert torch.equal(found_NK[:N, :K], wanted_NK) and found_NK.count_nonzero() == wanted_NK.count_nonzero()
+    at_once = torch.stack(waits).reshape(8, 8, -1, 8).sum(1).amax(-1).double()
+    assert at_once.mean() < 1.7 and 64 * len(words_ULW) * 0.8 < mask_NK.sum()
+
+
+def test_blocks_apart_are_for_devices_that_have_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured cuts add outliers of many inputs apart, but not where the others would need another round for it."""
+    nothing = torch.empty(0, dtype=torch.int32)
+    for (N, K), multiprocessors in itertools.product(((8192, 28672), (4096, 14336)), (132, 114)):
+        facts = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=multiprocessors)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, facts=facts: facts)
+        weight = weight_of(N, K, 4)
+        assert weight.outliers is not None
+        weight = replace(weight, outliers=replace(weight.outliers, apart=Apart(nothing, nothing, nothing)))
+        for M in (8, 16):
+            config = config_for(weight, M)
+            assert (config.apart > 0) is (multiprocessors == 132)
+            assert not config.apart or fits(weight, config, M, (9, 0), multiprocessors)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_tokens_go_to_blocks_apart_where_there_is_a_cut(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two kernels that could add the outliers of many inputs one is chosen, by whether a cut for it is known."""
+    monkeypatch.setattr(cuda_table, "adds_apart", lambda weight, M: apart and M <= 16)
+    weight = weight_of(8192, 28672, 4)
+    for M in (2, 4, 16, 17, 64):
+        few = M <= 2 or (apart and M <= 16)
+        assert choose(weight, M, torch.bfloat16, (9, 0)) is (Few if few else ManyTokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("most_tiles", [cuda_apart.MOST_TILES, 3])
+@pytest.mark.parametrize("config", APART_CUTS, ids=["registers", "stages", "resident", "share", "cluster"])
+def test_blocks_that_add_outliers_apart(config: Config, most_tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right sums in one and several slices of the inputs, wherever the outliers are, the same bits twice, eagerly
+    and in replays of a graph whose launches overlap; what is not finite stays in its token."""
+    monkeypatch.setattr(cuda_apart, "MOST_TILES", most_tiles)
+    K = 904
+    for N, which in ((77, "column"), (1040, "row"), (1040, "few"), (77, "corner"), (77, "none")):
+        mask_NK = masks(N, K)[which]
+        weight, outliers_NK = few_outliers(N, K, mask_NK)
+        both_NK = dequantize(replace(weight, outliers=None), torch.bfloat16).double().cpu() + outliers_NK
+        for M in (1, 7, 8, 9, 16):
+            facts = torch.cuda.get_device_properties("cuda")
+            assert fits(weight, config, M, (facts.major, facts.minor), facts.multi_processor_count)
+            run = Plan(weight, config, M, torch.bfloat16)
+            x_MK = torch.randn(M, K, device="cuda").bfloat16()
+            bias_N = torch.randn(N, device="cuda").bfloat16()
+            y_MN = torch.full((M, N), float("nan"), device="cuda", dtype=torch.bfloat16)
+            run(x_MK, bias_N, y_MN)
+            x = x_MK.double().cpu()
+            wanted = x @ both_NK.T + bias_N.double().cpu()
+            size = (x.square() @ both_NK.T.square() + bias_N.double().cpu().square()).sqrt().norm()
+            error = (y_MN.double().cpu() - wanted).norm() / size
+            assert error <= 6e-3, (N, which, M, float(error))
+            graph, again = torch.cuda.CUDAGraph(), [torch.empty_like(y_MN) for _ in range(12)]
+            with torch.cuda.graph(graph):
+                for other_MN in again:
+                    run(x_MK, bias_N, other_MN)
+            for _ in range(4):
+                for other_MN in again:
+                    other_MN.fill_(float("nan"))
+                graph.replay()
+                run(x_MK, bias_N, extra_MN := torch.empty_like(y_MN))
+                assert all(torch.equal(other_MN, y_MN) for other_MN in (*again, extra_MN))
+            other_MK, other_MN = x_MK.clone(), torch.empty_like(y_MN)
+            other_MK[0, K // 2] = float("inf")
+            run(other_MK, bias_N, other_MN)
+            assert torch.equal(other_MN[1:], y_MN[1:]) and not other_MN[0].isfinite().any()
+
+
+@pytest.mark.gpu
+def test_streams_and_graphs_tell_their_blocks_apart() -> None:
+    """One plan on two streams at once, and in two graphs that are replayed at once beside them: each has flags of its own."""
+    N, K, M = 1040, 2048, 8
+    weight, _ = few_outliers(N, K, masks(N, K)["few"])
+    run = Plan(weight, Config(ring=True, row_tiles=2, k_warps=4, stages=2, x_in_stage=True, apart=8), M, torch.bfloat16)
+    xs = torch.randn(4, M, K, device="cuda").bfloat16()
+    found = torch.empty(4, 40, M, N, device="cuda", dtype=torch.bfloat16)
+    for x_MK, y_MN in zip(xs, found[:, 0], strict=True):
+        run(x_MK, None, y_MN)
+    wanted = found[:, :1].clone()
+    assert wanted.isfinite().all()
+    streams, graphs = [torch.cuda.Stream() for _ in range(4)], [torch.cuda.CUDAGraph() for _ in range(2)]
+    for graph, x_MK, ys in zip(graphs, xs, found, strict=False):
+        with torch.cuda.graph(graph):
+            for y_MN in ys:
+                run(x_MK, None, y_MN)
+    for _ in range(10):
+        found.fill_(float("nan"))
+        torch.cuda.synchronize()
+        for which, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if which < 2:
+                    graphs[which].replay()
+                else:
+                    for y_MN in found[which]:
+                        run(xs[which], None, y_MN)
+        torch.cuda.synchronize()
+        assert torch.equal(found, wanted.expand_as(found))
 
 
 @pytest.mark.gpu
@@ -160,8 +301,11 @@ def test_wherever_few_outliers_are(which: str) -> None:
 @pytest.mark.parametrize(("N", "K"), [(4096, 4096), (6144, 4096), (28672, 4096), (57344, 8192), (4096, 14336), (8192, 28672)])
 def test_cuts_of_large_weights_do_not_spill(N: int, K: int) -> None:
     """What runs fast without outliers may have no registers left beside the warps that add them, and takes twice the time."""
-    weight = with_outliers(random_weight(N, K, 4, 128, "cuda"))
-    for M in (1, 2, 4, 8):
+    apart = has_apart_cut(torch.cuda.get_device_name(), N, K)
+    weight = with_outliers(random_weight(N, K, 4, 128, "cuda"), apart=apart)
+    if apart and torch.cuda.get_device_capability() == (9, 0):
+        assert choose(weight, 8, torch.bfloat16, (9, 0)) is Few and config_for(weight, 8).apart
+    for M in (1, 2, 4, 8, 16):
         if Few.refuses(weight, M, torch.bfloat16, torch.cuda.get_device_capability()) is None:
             assert measure([weight], [config_for(weight, M)], M), M  # those that spill are left out, those that are wrong raise
 
@@ -172,8 +316,9 @@ def test_outliers_of_launches_that_overlap() -> None:
     in every replay, and as without a graph."""
     N = K = 1024
     weight, _ = few_outliers(N, K, torch.rand(N, K, generator=torch.Generator().manual_seed(2)) < 0.01)
-    for M in (1, 4, 8, 16):
-        run = Few.plan(weight, M, torch.bfloat16)
+    apart = Config(ring=True, row_tiles=2, k_warps=4, stages=2, x_in_stage=True, apart=8)
+    for M, config in itertools.product((1, 4, 8, 16), (None, apart)):
+        run = Few.plan(weight, M, torch.bfloat16) if config is None else Plan(weight, config, M, torch.bfloat16)
         first = torch.randn(M, K, device="cuda").bfloat16()
         between = [torch.empty_like(first) for _ in range(20)]  # by then numbers are large, and finite
 
