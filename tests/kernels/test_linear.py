@@ -45,8 +45,8 @@ def test_an_empty_layer_is_filled_from_a_state_dict_and_prepared_on_first_use() 
     layer = Linear(96, 48, scheme, device="meta").to_empty(device="cpu")
     assert layer.kernel_name is None
     layer.load_state_dict(choose_format(INT4).encode(codes))
-    x = torch.randn(3, 96)
-    torch.testing.assert_close(layer(x), x @ codes.decode().T)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(layer(x), x @ codes.decode().T, rtol=1e-4, atol=1e-4)
     assert layer.kernel_name is not None and "bits=4" in repr(layer)
 
 
