@@ -70,6 +70,12 @@ def test_the_sources_that_add_compile() -> None:
         assert compiler.compile(source, sources.sources_of(source), macros, (9, 0))[:4] == b"\x7fELF"
 
 
+def cuts_of(*cuts: tuple[int, ...]) -> list[Config]:
+    """Cuts of many tokens: tokens, warpgroups, blocks, resident, share, split and batch of each."""
+    names = ("tokens", "warpgroups", "blocks", "resident", "share", "split", "batch")
+    return [Config(**dict(zip(names, cut, strict=True))) for cut in cuts]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -144,7 +150,7 @@ def test_cuts_for_many_tokens(dtype: torch.dtype) -> None:
     for M in (9, 40, 200):
         x_MK, exact_MK = (torch.randn(M, K, generator=torch.Generator().manual_seed(M + i)).to(dtype).cuda() for i in (0, 100))
         wanted_MN = x_MK.double() @ w_NK.T + exact_MK.double() @ alone_NK.T
-        for tokens, warpgroups, blocks, resident, share, split, batch in (
+        for cut in cuts_of(
             (16, 2, 1, 1, 1, 1, 4),
             (32, 3, 1, 1, 1, 2, 2),
             (64, 2, 2, 1, 1, 3, 2),
@@ -154,9 +160,6 @@ def test_cuts_for_many_tokens(dtype: torch.dtype) -> None:
             (32, 2, 1, 1, 1, 1, 8),
             (128, 2, 1, 1, 1, 1, 4),
         ):
-            cut = Config(
-                tokens=tokens, warpgroups=warpgroups, blocks=blocks, resident=resident, share=share, split=split, batch=batch
-            )
             config = cuda_wgmma.deepest(weight, cut)
             assert config is not None, cut
             y_MN = torch.full((M, N), float("nan"), device="cuda", dtype=dtype)
@@ -192,7 +195,7 @@ def test_cuts_in_bytes(grid: IntGrid, dtype: torch.dtype) -> None:
         x_MK, exact_MK = (torch.randn(M, K, generator=torch.Generator().manual_seed(M + i)).to(dtype).cuda() for i in (0, 100))
         values, scale = quantize_int8(x_MK)
         wanted_MN = (values.double() * scale.double()) @ w_NK.T + exact_MK.double() @ alone_NK.T + layer.bias.double()
-        for tokens, warpgroups, blocks, resident, share, split, batch in (
+        for cut in cuts_of(
             (16, 2, 1, 1, 1, 1, 2),
             (16, 2, 2, 1, 1, 3, 4),
             (32, 1, 1, 2, 1, 4, 2),
@@ -201,9 +204,6 @@ def test_cuts_in_bytes(grid: IntGrid, dtype: torch.dtype) -> None:
             (128, 1, 1, 1, 1, 1, 2),
             (128, 2, 1, 1, 1, 1, 2),
         ):
-            cut = Config(
-                tokens=tokens, warpgroups=warpgroups, blocks=blocks, resident=resident, share=share, split=split, batch=batch
-            )
             config = cuda_wgmma.deepest(weight, cut)
             assert config is not None
             plan = cuda_wgmma_plan.Plan(weight, config, M, dtype, row_scale=r)
