@@ -208,13 +208,19 @@ def row_slices(w_NK: Tensor) -> Iterator[slice]:
     return (slice(start, min(N, start + rows)) for start in range(0, N, rows))
 
 
+def no_zeros(numbers: str) -> BadInput:
+    """What a format says whose numbers do not include 0 when single weights are to be 0. Such a grid has `without_zero`, the
+    name of its numbers, so that a recipe can be refused before it runs."""
+    return BadInput(
+        f"{numbers} cannot hold single weights at zero, as pruning, outliers and columns want; write another format, or"
+        " leave those out"
+    )
+
+
 def refuse_zeros(mask_NK: Tensor | None, numbers: str) -> None:
-    """Raises `BadInput` for a mask with zeros in it: what a format says whose numbers do not include 0."""
+    """Raises `no_zeros` for a mask with zeros in it."""
     if mask_NK is not None and not bool(mask_NK.all()):
-        raise BadInput(
-            f"{numbers} cannot hold single weights at zero, as pruning, outliers and columns want; write another format, or"
-            " leave those out"
-        )
+        raise no_zeros(numbers)
 
 
 def row_chunks(w_NK: Tensor, mask_NK: Tensor | None) -> Iterator[Tensor]:

@@ -84,6 +84,8 @@ class Gptq:
     gptaq_experts: Literal["error", "plain"] = "error"
 
     def __post_init__(self) -> None:
+        if reason := getattr(self.grid, "only_rounded", ""):
+            raise BadInput(reason)
         if self.groups == "updated" and self.act_order:
             raise BadInput("groups: updated solves in natural order; write act_order: false, or groups: static")
         if self.groups == "updated" and self.grid.shared_rows != 1:

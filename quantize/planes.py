@@ -22,7 +22,7 @@ Shape legend: N out features, B blocks of outputs (B = N unless shared), K in fe
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class PlaneGrid:
     power_of_two: bool = False
     block_rows: int = 1
     scale_dtype: torch.dtype = torch.float32
+    without_zero: ClassVar[str] = "bit planes"
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -158,7 +159,7 @@ class PlaneGrid:
         """
         from aerogel.quantize.bcq import ROUNDS, fit_planes
 
-        refuse_zeros(mask_NK, "bit planes")
+        refuse_zeros(mask_NK, self.without_zero)
         if importance is not None and importance.dim() == 2:
             raise BadInput("bit planes weigh errors by their inputs only; write clip: hessian or mse")
         weight_K = importance if curvature_KK is None else curvature_KK.diagonal()

@@ -49,6 +49,10 @@ class RoundToNearest:
 
     def __post_init__(self) -> None:
         Search(norm=self.norm)
+        if self.rounding == "stochastic":
+            from aerogel.quantize.emulate.training import check_random
+
+            check_random(self.grid)
         if self.weighted and self.clip == "fisher":
             raise BadInput("errors are weighed by inputs (weighted: true) or by gradients (clip: fisher); choose one")
 

@@ -26,6 +26,7 @@ from aerogel.quantize import columns as kept_columns
 from aerogel.quantize import input_scale, rotation
 from aerogel.quantize import outliers as sparse_outliers
 from aerogel.quantize import rows as finer_rows
+from aerogel.quantize.codes import no_zeros
 from aerogel.quantize.columns import Columns, KeepColumns
 from aerogel.quantize.input_scale import InputScale
 from aerogel.quantize.outliers import Keep, Outliers
@@ -100,6 +101,8 @@ class Keeping:
             raise BadInput(
                 "outliers and columns cannot be kept with gptaq, which moves the weights before it solves; write gptaq: false"
             )
+        if numbers := getattr(self.grid, "without_zero", ""):
+            raise no_zeros(numbers)
 
     @property
     def grid(self) -> Any:

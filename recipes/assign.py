@@ -110,12 +110,25 @@ def _check_order(name: str, indices: list[int], stages: Sequence[StageSpec]) -> 
             f"{name}: stages.{late}.{stages[late].kind} comes after stages.{rounding[0]}.quantize, which already"
             " rounded it; move it in front"
         )
+    if rounding and (numbers := _without_zero(stages[rounding[0]])):
+        pruned = next((index for index in indices if stages[index].kind == "prune"), None)
+        if pruned is not None:
+            from aerogel.quantize.codes import no_zeros
+
+            raise BadInput(f"{name}: stages.{pruned}.prune sets weights to zero, and {no_zeros(numbers)}")
     scaling = [index for index in indices if stages[index].kind == "scale"]
     if scaling and not rounding:
         raise BadInput(
             f"{name}: stages.{scaling[0]}.scale prepares rounding, but no quantize stage treats this weight; give both"
             " the same targets and ignore"
         )
+
+
+def _without_zero(spec: StageSpec) -> str:
+    """The numbers of a quantize stage where 0 is none of them, else nothing."""
+    if spec.options.get("transform", "none") != "none":
+        return "rotated weights"
+    return str(getattr(spec.stage.grid, "without_zero", ""))
 
 
 @cache

@@ -114,6 +114,23 @@ class StageSpec:
         return {self.kind: {**shared, **self.options}}
 
 
+ALSO_CALLED = {
+    **{f"int{bits}": f"format: int, bits: {bits}" for bits in range(2, 9)},
+    "mxfp4": "format: mx",
+    "mxfp6": "format: mx, kind: e2m3",
+    "mxfp8": "format: mx, kind: e4m3",
+    "fp3": "format: float, kind: e2m0",
+    "fp4": "format: float, kind: e2m1",
+    "fp5": "format: float, kind: e2m2",
+    "fp6": "format: float, kind: e2m3",
+    "e4m3": "format: fp8",
+    "e5m2": "format: float, kind: e5m2",
+    "binary": "format: planes, bits: 1",
+    "bcq": "format: planes, bits: 3",
+}
+"""What papers call a format -> how a recipe says it."""
+
+
 def methods(kind: str) -> dict[str, str]:
     """The table of lazy method names for a kind of stage; costs no import of the methods themselves."""
     table = {
@@ -157,7 +174,8 @@ def parse_stages(document: Document) -> tuple[StageSpec, ...]:
     lossless = isinstance(pack, dict) and pack.get("entropy") is True
     if not isinstance(stages, list) or not (stages or lossless):
         found = "found none" if "stages" not in document.tree else f"found {describe(stages)}"
-        raise document.problem(("stages",), f"must list at least one stage ({', '.join(STAGE_KINDS)}), {found}")
+        begin = "; begin each stage with `- `" if isinstance(stages, dict) else ""
+        raise document.problem(("stages",), f"must list at least one stage ({', '.join(STAGE_KINDS)}), {found}{begin}")
     return tuple(_parse_stage(document, index, entry) for index, entry in enumerate(stages))
 
 
@@ -175,6 +193,9 @@ def _parse_stage(document: Document, index: int, entry: object) -> StageSpec:
     grid = None
     if kind == "quantize":
         grid = _chosen(document, (*key, "format"), body.get("format", default_format(method)), GRIDS)
+        if "bits" in body and "bits" not in options(load(GRIDS[grid])):
+            by = "its kind" if "kind" in options(load(GRIDS[grid])) else "the format itself"
+            raise document.problem((*key, "bits"), f"unknown key: the bits of {grid} are decided by {by}; leave it out")
     model = stage_model(kind, method, grid)
     try:
         checked = model.model_validate(body).model_dump()
@@ -266,6 +287,8 @@ def _chosen(document: Document, key: Key, word: object, table: Mapping[str, str]
     if word is None:
         raise document.problem(key, f"is missing; add `{what}:` with one of {', '.join(sorted(table))}")
     if not isinstance(word, str) or word not in table:
+        if what == "format" and (said := ALSO_CALLED.get(str(word).lower())):
+            raise document.problem(key, f"unknown format {describe(word)}; write `{said}`")
         raise document.problem(key, f"unknown {what} {describe(word)}{nearest(str(word), table)}")
     return word
 

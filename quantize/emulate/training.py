@@ -30,6 +30,13 @@ from aerogel.quantize.tables import TableGrid
 __all__ = ["BLOCK", "hadamard", "random_signs", "rounded_product", "stochastic", "train_product"]
 
 
+def check_random(grid: Grid) -> None:
+    """Raises `BadInput` for a grid that is neither integers nor a single table, between whose numbers one could choose."""
+    one = isinstance(grid, TableGrid) and not grid.learned and len(grid.tables) == 1
+    if not (one or isinstance(grid, IntGrid | Affine)):
+        raise _not_random(grid)
+
+
 def stochastic(grid: Grid, w_NK: Tensor, params: Params, generator: torch.Generator) -> Codes:
     """Codes rounded at random, right on average wherever a weight lies within its grid. The generator is a CPU's, so that the
     same seed gives the same codes on every device.
@@ -49,7 +56,7 @@ def stochastic(grid: Grid, w_NK: Tensor, params: Params, generator: torch.Genera
         values = (lower + up).clamp_(least, most).to(kind)
         return Codes.of(values, params, grid)
     if not isinstance(grid, TableGrid) or params.table_TE is None or len(params.table_TE) > 1:
-        raise BadInput(f"random rounding needs integers or one table, found {grid}")
+        raise _not_random(grid)
     numbers, codes = torch.sort(params.table_TE[0], stable=True)
     known = numbers.isfinite() & torch.cat([numbers[:1].isfinite(), numbers[1:] > numbers[:-1]])
     numbers, codes = numbers[known].contiguous(), codes[known]
@@ -58,6 +65,10 @@ def stochastic(grid: Grid, w_NK: Tensor, params: Params, generator: torch.Genera
     low, high = numbers[place], numbers[place + 1]
     up = torch.rand(units.shape, generator=generator).to(units.device) < (units - low) / (high - low)
     return Codes.of(codes[place + up].to(torch.uint8), params, grid)
+
+
+def _not_random(grid: Grid) -> BadInput:
+    return BadInput(f"rounding: stochastic needs integers or one table, found {grid}; write rounding: nearest")
 
 
 def _spread(scale: Tensor, grid: Grid, N: int, K: int) -> Tensor:

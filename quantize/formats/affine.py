@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class Affine:
     bits: int = 4
     group_size: int | None = 64
     scale_dtype: torch.dtype = torch.float32
+    without_zero: ClassVar[str] = "integers with a floating zero point"
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -70,7 +72,7 @@ class Affine:
         curvature_KK: Tensor | None = None,
     ) -> Params:
         """Scales and zero points for `w_NK`, as `IntGrid.fit`. Raises `BadInput` for a mask with zeros: no code is zero."""
-        refuse_zeros(mask_NK, "integers with a floating zero point")
+        refuse_zeros(mask_NK, self.without_zero)
         step = searched_step(self, w_NK, importance, None, Search.of(search), curvature_KK)
         return self.params(step, *w_NK.shape)
 

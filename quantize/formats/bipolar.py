@@ -11,6 +11,7 @@ be pruned. Against symmetric integers of k bits the levels are as many and lie h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Bipolar(TableGrid):
     bits: int = 4
     group_size: int | None = None
     scale_dtype: torch.dtype = torch.float32
+    without_zero: ClassVar[str] = "bipolar integers"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,5 +61,5 @@ class Bipolar(TableGrid):
         curvature_KK: Tensor | None = None,
     ) -> Params:
         """As every table. Raises `BadInput` for a mask: no code is zero."""
-        refuse_zeros(mask_NK, "bipolar integers")
+        refuse_zeros(mask_NK, self.without_zero)
         return super().fit(w_NK, importance_K, None, search, curvature_KK)

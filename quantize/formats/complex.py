@@ -14,7 +14,7 @@ Shape legend: N out features, K in features, both real and even.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ REFUSAL = "a complex code ties two outputs and two inputs, so it is only rounded
 @dataclass(frozen=True, kw_only=True)
 class Complex:
     """Blocks of 2 x 2 weights in {1, i, -1, -i}, with one scale for each axis; method: rtn only."""
+
+    without_zero: ClassVar[str] = "complex codes"
+    only_rounded: ClassVar[str] = REFUSAL
+    """What a method says that chooses codes column by column, and so cannot take this grid."""
 
     @property
     def bits(self) -> int:
@@ -64,7 +68,7 @@ class Complex:
         curvature_KK: Tensor | None = None,
     ) -> Params:
         """Mean magnitudes on each axis, [1, 2]; nothing is searched. Raises `BadInput` for a mask or odd sizes."""
-        refuse_zeros(mask_NK, "complex codes")
+        refuse_zeros(mask_NK, self.without_zero)
         return Params(scale_NG=quantize_complex(complex_of(w_NK)).scale_2[None])
 
     def encode(self, w_NK: Tensor, params: Params) -> Tensor:

@@ -54,6 +54,13 @@ def test_a_regular_expression_matches_at_the_start() -> None:
     assert not matches("Expert", "x", "Linear")
 
 
+@pytest.mark.parametrize("options", [{"format": "bipolar"}, {"transform": "hadamard"}])
+def test_pruning_before_numbers_without_zero_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"stages.0.prune sets weights to zero, and .* cannot hold"):
+        planned(prune(), quantize(**options))
+    planned(prune(targets=["re:.*q_proj"]), quantize(**options, ignore=["lm_head", "re:.*q_proj"]))
+
+
 def test_the_default_ignore_pattern_may_match_nothing() -> None:
     assert planned(quantize(), modules=MODULES[:2])["model.layers.0.attn.q_proj"] == ["quantize:4"]
 

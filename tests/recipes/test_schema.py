@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aerogel.errors import BadInput
 from aerogel.recipes.schema import Recipe, shipped
-from aerogel.recipes.stages import methods
+from aerogel.recipes.stages import ALSO_CALLED, methods
 
 BASE: dict[str, Any] = {"aerogel": 1, "stages": [{"quantize": {"method": "rtn", "bits": 4, "group_size": 64}}]}
 
@@ -86,8 +87,45 @@ def test_fp8_has_the_keys_of_its_own_grid() -> None:
     spec = Recipe.load(with_stage("quantize", method="rtn", format="fp8", strategy="block", activations="fp8")).stages[0]
     assert spec.stage.grid.strategy == "block"
     assert spec.activations == "fp8"
-    with pytest.raises(BadInput, match=r"bits: unknown key of quantize \(rtn, fp8\)"):
-        Recipe.load(with_stage("quantize", method="rtn", format="fp8", bits=8))
+    with pytest.raises(BadInput, match=r"group_size: unknown key of quantize \(rtn, fp8\)"):
+        Recipe.load(with_stage("quantize", method="rtn", format="fp8", group_size=64))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"format": "mxfp4"}, "format: mx`"),
+        ({"format": "FP6"}, "format: float, kind: e2m3`"),
+        ({"format": "nf4", "bits": 4}, "bits: .*nf4 are decided by the format itself; leave it out"),
+        ({"format": "float", "bits": 4}, "bits: .*float are decided by its kind"),
+    ],
+)
+def test_names_of_papers_and_bits_of_formats_that_have_their_own(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        Recipe.load({"aerogel": 1, "stages": [{"quantize": {"method": "rtn", **options}}]})
+
+
+def test_what_papers_call_a_format_is_said_in_words_that_are_understood() -> None:
+    for said in ALSO_CALLED.values():
+        stage = {"quantize": {"method": "rtn", **yaml.safe_load(f"{{{said}}}")}}
+        assert Recipe.load({"aerogel": 1, "stages": [stage]})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "gptq", "format": "complex"}, "only rounded to: write method: rtn"),
+        *(({"method": "rtn", "format": name, "outliers": "sigma"}, "at zero") for name in ("bipolar", "complex", "affine")),
+        ({"method": "gptq", "format": "planes", "bits": 3, "columns": "largest"}, "bit planes cannot hold"),
+        *(
+            ({"method": "rtn", "rounding": "stochastic", "format": name, **more}, "rounding: stochastic needs")
+            for name, more in (("kmeans", {}), ("bitmod", {"bits": 3}), ("planes", {"bits": 2}), ("complex", {}))
+        ),
+    ],
+)
+def test_what_a_format_cannot_do_is_refused_before_the_run(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        Recipe.load({"aerogel": 1, "stages": [{"quantize": options}]})
 
 
 def test_a_file_keeps_its_lines_and_its_name(tmp_path: Path) -> None:
