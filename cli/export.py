@@ -40,7 +40,9 @@ def command(
 ) -> None:
     """Write a checkpoint in another form: dense, in another layout, entropy coded, for BitNet; no code or weight changes."""
     with session(json=json, quiet=quiet, debug=debug) as output:
+        from aerogel.cli.show import rich_table
         from aerogel.errors import BadInput
+        from aerogel.eval.table import NOT_CODED, coding_table
         from aerogel.model.source import resolve
 
         if to not in KINDS:
@@ -56,7 +58,7 @@ def command(
             result = {"model": str(model), "out": str(out), "layout": found}
         elif to == "coded":
             rows = [saving.as_row() for saving in export.export_coded(source, out, overwrite=overwrite)[1]]
-            output.show(coding_table(rows))
+            output.show(rich_table(coding_table({"entropy": rows}) or NOT_CODED))
             output.show(f"{out}: entropy coded weights of {model}")
             result["tensors"] = rows
         elif to == "plain":
@@ -71,22 +73,3 @@ def command(
             export.export_dense(source, out, overwrite=overwrite)
             output.show(f"{out}: dense weights of {model}")
         output.result(result)
-
-
-def coding_table(rows: list[dict[str, Any]]) -> Any:
-    """What coding saved, by type of number, largest first."""
-    from rich.table import Table
-
-    table = Table(title="Entropy coding", title_justify="left", box=None, pad_edge=False)
-    for column in ("tensors of", "count", "bytes", "coded", "share", "entropy, bits per symbol"):
-        table.add_column(column, justify="left" if column == "tensors of" else "right")
-    kinds = sorted({row["dtype"] for row in rows})
-    for kind in kinds:
-        mine = [row for row in rows if row["dtype"] == kind]
-        before, after = (sum(row[key] for row in mine) for key in ("bytes", "coded_bytes"))
-        mean = sum(row["entropy_bits"] * row["bytes"] for row in mine) / before
-        width = "exponent" if kind == "bfloat16" else "byte"
-        table.add_row(kind, str(len(mine)), f"{before:,}", f"{after:,}", f"{after / before:.1%}", f"{mean:.2f} of 8 ({width})")
-    if not rows:
-        table.add_row("nothing", "0", "", "", "", "no tensor would save 2 %")
-    return table

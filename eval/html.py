@@ -70,6 +70,7 @@ def sections(report: Report) -> list[Section]:
     return [
         *part("Gates", table.gate_table(report)),
         *part("Size", table.size_table(report), plots.size_plot(report)),
+        *part("Entropy coding", table.coding_table(report)),
         *part("Quality", table.quality_table(report), plots.quality_plot(report)),
         *part("Tasks", table.task_table(report)),
         *part("Speed", table.bench_table(report), plots.speed_plot(report)),

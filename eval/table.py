@@ -217,6 +217,27 @@ def size_table(report: Report) -> Table | None:
     return Table("Size", columns("what", "dense", "compressed", "smaller by"), tuple(rows), "; ".join(notes)) if rows else None
 
 
+NOT_CODED = Table("Entropy coding", columns("tensors of", "count"), (("nothing", "0"),), "no tensor would save 2 %")
+"""What a run says that was to code and found nothing worth it."""
+
+
+def coding_table(report: Report) -> Table | None:
+    """What entropy coding saved, by type of number; None where it was not asked for."""
+    coded = report.get("entropy")
+    if not coded:
+        asked = ((report.get("recipe") or {}).get("pack") or {}).get("entropy")
+        return NOT_CODED if asked else None
+    rows = []
+    for kind in sorted({row["dtype"] for row in coded}):
+        mine = [row for row in coded if row["dtype"] == kind]
+        before, after = (sum(row[key] for row in mine) for key in ("bytes", "coded_bytes"))
+        mean = sum(row["entropy_bits"] * row["bytes"] for row in mine) / before
+        what = "exponent" if kind == "bfloat16" else "byte"
+        rows.append((kind, str(len(mine)), size(before), size(after), percent(after / before, 1), f"{mean:.2f} of 8 ({what})"))
+    heads = columns("tensors of", "count", "before", "coded", "share", "entropy, bits")
+    return Table("Entropy coding", heads, tuple(rows), "lossless; the JSON has each tensor's own share and entropy")
+
+
 def _sizes(label: str, before: float, after: float) -> tuple[str, ...]:
     return label, size(before), size(after), f"{before / after:.2f}{TIMES}" if after else NOTHING
 
@@ -301,6 +322,6 @@ def expert_table(report: Report) -> Table | None:
 
 
 def tables(report: Report) -> list[Table]:
-    """The summary tables a report has: gates, size, quality, tasks, speed. The long ones are asked for."""
-    makers = (gate_table, size_table, quality_table, task_table, bench_table)
+    """The summary tables a report has: gates, size, entropy coding, quality, tasks, speed. The long ones are asked for."""
+    makers = (gate_table, size_table, coding_table, quality_table, task_table, bench_table)
     return [table for maker in makers if (table := maker(report)) is not None]

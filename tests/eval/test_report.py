@@ -131,6 +131,16 @@ def test_a_report_of_one_model_alone() -> None:
     assert "first in each window" in found[1].note
 
 
+def test_entropy_coding_says_what_it_saved_or_that_it_saved_nothing() -> None:
+    row = {"name": "a", "dtype": "int32", "bytes": 4000, "coded_bytes": 3750, "share": 0.9375, "entropy_bits": 7.4}
+    found = table.coding_table({"entropy": [row, {**row, "bytes": 2000, "coded_bytes": 1500, "entropy_bits": 5.9}]})
+    assert found is not None
+    assert found.rows == (("int32", "2", "6 kB", "5.25 kB", "87.5 %", "6.90 of 8 (byte)"),)
+    assert table.coding_table({"entropy": [], "recipe": {"pack": {"entropy": True}}}) is table.NOT_CODED
+    assert table.coding_table({"entropy": [], "recipe": {"pack": {"entropy": False}}}) is None
+    assert table.coding_table({"aerogel": "1"}) is None
+
+
 def test_tables_have_as_many_cells_as_columns(report: dict[str, Any]) -> None:
     makers = (table.tensor_table, table.block_table, table.expert_table)
     found = [*table.tables(report), *(item for maker in makers if (item := maker(report)))]
