@@ -220,8 +220,8 @@ def test_rounds_that_are_full_or_shared_stay_one_launch() -> None:
     assert len(in_rounds(meta_weight(2 * 33792, 8192), config, 128, 132)) == 1
     for other in (replace(config, split=2), replace(config, share=2), replace(config, tokens=64)):
         assert in_rounds(meta_weight(57344, 8192), other, 128, 132) == [(57344, other)]
-    for other in (meta_weight(57344, 8192, bits=3), meta_weight(57344, 8192, table=1)):
-        assert in_rounds(other, config, 128, 132) == [(57344, config)]
+    assert in_rounds(meta_weight(57344, 8192, bits=3), config, 128, 132) == [(57344, config)]
+    assert len(in_rounds(meta_weight(57344, 8192, table=1), replace(config, w_stages=2), 128, 132)) == 2
     for M, parts in ((64, 2), (32, 1)):
         [(_, cut)] = cuda_wgmma_table.cuts_for(meta_weight(57344, 8192), M, "NVIDIA H100 80GB HBM3")
         assert len(in_rounds(meta_weight(57344, 8192), cut, M, 132)) == parts

@@ -234,10 +234,15 @@ def test_a_layer_in_two_parts(hopper: None) -> None:
     assert (y.double() - wanted).norm() <= BOUND[torch.bfloat16] * wanted.norm()
 
 
-def test_rows_beyond_whole_rounds_are_a_launch_of_their_own(hopper: None) -> None:
-    """As many rows as fill the device one and a half times."""
+@pytest.mark.parametrize("kind", ["integers", "table", "rows", "groups", "nvfp4", "mxfp4"])
+def test_rows_beyond_whole_rounds_are_a_launch_of_their_own(hopper: None, kind: str) -> None:
+    """As many rows as fill the device one and a half times; each launch has the tables and factors of its own rows."""
     N = 384 * torch.cuda.get_device_properties(0).multi_processor_count
-    weight = weight_of(N, 4096, 4, 128, "none", torch.bfloat16)
+    if kind == "integers":
+        weight = weight_of(N, 4096, 4, 128, "none", torch.bfloat16)
+    else:
+        weight = random_numbers(N, 4096, kind, {"rows": 0, "nvfp4": 16, "mxfp4": 32}.get(kind, 64), "cuda")
+        weight = replace(weight, table=None if weight.table is None else weight.table.bfloat16())
     x, bias = torch.randn(100, 4096, device="cuda").bfloat16(), torch.randn(N, device="cuda").bfloat16()
     cut = deepest(weight, Config(tokens=128, blocks=2))
     assert cut is not None
