@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -64,14 +65,17 @@ class BuildError(Exception):
     """No compiler, or it failed; the text says which."""
 
 
-def compiler() -> str:
-    """The C++ compiler: `CXX`, or the first of the usual names. Raises BuildError when there is none."""
+def compiler() -> list[str]:
+    """The C++ compiler: `CXX`, words and all, or the first of the usual names. Raises BuildError when there is none."""
     wanted = os.environ.get("CXX")
     for name in [wanted] if wanted else ["g++", "clang++", "c++"]:
-        found = shutil.which(name.split()[0])
-        if found:
-            return found
-    raise BuildError(f"no C++ compiler found (looked for {wanted or 'g++, clang++, c++'}); install one, or set CXX")
+        words = shlex.split(name)
+        if shutil.which(words[0]):
+            return words
+    raise BuildError(
+        f"no C++ compiler found (looked for {wanted or 'g++, clang++, c++'}); install one"
+        " (`apt install g++`, `dnf install gcc-c++`), or set CXX"
+    )
 
 
 def build(
@@ -98,12 +102,12 @@ def build(
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [Path(folder) / f"{source}.o" for source in jobs]
         commands = [
-            [found, *flags, *more, "-c", str(FOLDER / source), "-o", str(made)]
+            [*found, *flags, *more, "-c", str(FOLDER / source), "-o", str(made)]
             for (source, more), made in zip(jobs.items(), objects, strict=True)
         ]
         list(pool.map(_run, commands))
         whole = Path(folder) / LIBRARY
-        _run([found, "-shared", *flags, "-o", str(whole), *map(str, objects), "-lpthread"])
+        _run([*found, "-shared", *flags, "-o", str(whole), *map(str, objects), "-lpthread"])
         out.parent.mkdir(parents=True, exist_ok=True)
         # Renamed into place: a process that has the old file mapped keeps it.
         staged = out.with_name(out.name + ".new")
@@ -112,8 +116,8 @@ def build(
     return [name for name in units if name not in usable]
 
 
-def _knows(found: str, flags: tuple[str, ...]) -> bool:
-    command = [found, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+def _knows(found: list[str], flags: tuple[str, ...]) -> bool:
+    command = [*found, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 

@@ -34,6 +34,15 @@ namespace {
 
 PathEntry table[kPaths];
 
+#if defined(__x86_64__)
+// A bit of what the processor says about itself: what not every compiler has a name for.
+enum Register { kEax, kEbx, kEcx, kEdx };
+bool says(unsigned leaf, unsigned part, Register found, int bit) {
+    unsigned word[4] = {};
+    return __get_cpuid_count(leaf, part, &word[kEax], &word[kEbx], &word[kEcx], &word[kEdx]) && (word[found] >> bit & 1u);
+}
+#endif
+
 #if defined(__x86_64__) && defined(HAVE_AMX)
 // Whether tiles of bytes may be used: the processor has them, and Linux gives this process the memory to save them in, which
 // must be asked for.
@@ -41,9 +50,7 @@ bool may_use_tiles() {
 #if defined(AEROGEL_EMULATE_TILES)
     return true;
 #elif defined(__linux__)
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    constexpr unsigned kTiles = 1u << 24, kBytes = 1u << 25;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTiles) == 0 || (d & kBytes) == 0) return false;
+    if (!says(7, 0, kEdx, 24) || !says(7, 0, kEdx, 25)) return false;
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
@@ -56,16 +63,17 @@ bool fill() {
     table[kPortable] = {exact_portable, int8_portable, true, step_portable, own_portable};
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool f16c = says(1, 0, kEcx, 29), vnni = says(7, 1, kEax, 4), bf16 = says(7, 1, kEax, 5);
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512vnni");
-    const bool bfloat = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
-    (void)avx512, (void)bfloat;
+    const bool bfloat = avx512 && bf16 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+    (void)avx512, (void)bfloat, (void)vnni;
 #if defined(HAVE_AVX2)
     table[kAvx2] = {exact_avx2, int8_avx2, avx2, step_avx2, own_avx2};
 #if defined(HAVE_AVXVNNI)
-    table[kAvxVnni] = {exact_avx2, int8_avxvnni, avx2 && __builtin_cpu_supports("avxvnni"), step_avx2, own_avx2};
+    table[kAvxVnni] = {exact_avx2, int8_avxvnni, avx2 && vnni, step_avx2, own_avx2};
 #endif
 #endif
 #if defined(HAVE_AVX512)
