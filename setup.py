@@ -1,7 +1,7 @@
 """Compiles the CPU kernels when the package is built; everything else stands in pyproject.toml.
 
-Without a compiler the installation succeeds: `aerogel list kernels --problem ...` then says that the CPU kernels are
-missing and what runs instead. AEROGEL_NATIVE=0 leaves them out on purpose.
+Without a compiler the installation succeeds. pip shows what is said here only with `-v`, so it is said again where it matters:
+a warning when a packed model is loaded, and `aerogel list kernels --problem ...`. AEROGEL_NATIVE=0 leaves them out on purpose.
 """
 
 from __future__ import annotations

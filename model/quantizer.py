@@ -216,6 +216,7 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
             else:
                 module.prepare()
         _say_conversions(model)
+        _say_missing_kernels(model)
         if self._compiling is not None:
             self._compiling.join()
             self._compiling = None  # the model keeps its quantizer, and a thread can neither be copied nor stored
@@ -266,6 +267,15 @@ def _say_conversions(model: PreTrainedModel) -> None:
             len(foreign),
             foreign[0].kernel_name,
         )
+
+
+def _say_missing_kernels(model: PreTrainedModel) -> None:
+    """A warning where packed weights run on a CPU without the compiled kernels."""
+    from aerogel.kernels.native import library
+    from aerogel.kernels.packed import Packed
+
+    if any(isinstance(module, Packed) and module.device.type == "cpu" for module in model.modules()):
+        library.say_missing()
 
 
 def first_line(error: Exception) -> str:

@@ -6,12 +6,20 @@ from torch import Tensor
 
 from aerogel.kernels.entropy import ref
 from aerogel.kernels.entropy.ref import Coded
-from aerogel.kernels.native.library import missing
+from aerogel.kernels.native.library import missing, say_missing
+
+
+def _compiled(tensor: Tensor) -> bool:
+    """Whether the compiled coder takes a tensor; a warning where it would and was not compiled."""
+    if tensor.device.type != "cpu":
+        return False
+    say_missing()
+    return missing() is None
 
 
 def encode(symbols: Tensor) -> Coded:
     """Codes contiguous bytes uint8 on the CPU; every coder writes the same bytes."""
-    if missing() is not None:
+    if not _compiled(symbols):
         return ref.encode(symbols)
     from aerogel.kernels.entropy import cpu
 
@@ -24,7 +32,7 @@ def decode(coded: Coded) -> Tensor:
         from aerogel.kernels.entropy import cuda
 
         return cuda.decode(coded)
-    if missing() is not None or coded.stream.device.type != "cpu":
+    if not _compiled(coded.stream):
         return ref.decode(coded)
     from aerogel.kernels.entropy import cpu
 
@@ -37,7 +45,7 @@ def decode_bfloat16(coded: Coded, rest: Tensor) -> Tensor:
         from aerogel.kernels.entropy import cuda
 
         return cuda.decode_bfloat16(coded, rest)
-    if missing() is not None or coded.stream.device.type != "cpu":
+    if not _compiled(coded.stream):
         return ref.join_bfloat16(ref.decode(coded), rest)
     from aerogel.kernels.entropy import cpu
 
@@ -46,7 +54,7 @@ def decode_bfloat16(coded: Coded, rest: Tensor) -> Tensor:
 
 def split_bfloat16(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Exponents, and signs (top bit) with mantissas, uint8 [n] each, of contiguous bfloat16 numbers on the CPU."""
-    if missing() is not None:
+    if not _compiled(numbers):
         return ref.split_bfloat16(numbers)
     from aerogel.kernels.entropy import cpu
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ import torch
 
 from aerogel.errors import BadInput, RunFailed
 from aerogel.kernels.native.build import FOLDER, LIBRARY
+
+logger = logging.getLogger(__name__)
 
 VERSION = 17
 """Of the C interface: structs, codes and layout."""
@@ -132,8 +135,8 @@ def _load() -> ctypes.CDLL | str:
     place = Path(os.environ.get("AEROGEL_NATIVE_LIBRARY", FOLDER / LIBRARY))
     if not place.is_file():
         return (
-            "was not compiled when aerogel was installed (no C++ compiler then); install one and reinstall aerogel, or run"
-            " `python kernels/native/build.py` in a checkout"
+            "was not compiled when aerogel was installed; install a C++ compiler (g++ or clang) and then aerogel once more"
+            " (`pip install -v` says what the compiler said), or run `python kernels/native/build.py` in a checkout"
         )
     try:
         library = ctypes.CDLL(str(place))
@@ -211,6 +214,14 @@ def missing() -> str | None:
     """Why the compiled kernels cannot be used here, or None."""
     found = _load()
     return found if isinstance(found, str) else None
+
+
+@functools.cache
+def say_missing() -> None:
+    """A warning, the first time, where the compiled kernels are missing and other code does what they would do."""
+    reason = missing()
+    if reason is not None:
+        logger.warning("the compiled CPU library %s; slower code runs in its place", reason)
 
 
 def library() -> ctypes.CDLL:

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from aerogel.errors import BadInput
 from aerogel.kernels.linear import Linear
+from aerogel.kernels.native import library
 from aerogel.model.loading import load, register
 from aerogel.model.reader import CheckpointReader
 from aerogel.model.structure import Matrix, discover
@@ -104,6 +105,22 @@ def test_every_architecture_runs_with_its_decoded_weights(tmp_path: Path, name: 
     model = load(made.packed)
     close(logits(model), logits(reference(made)), 2e-5)
     assert made.names
+
+
+def test_missing_kernels_are_said_once_and_only_where_packed_weights_would_run_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make(tmp_path, "llama")
+    monkeypatch.setattr(library, "_load", lambda: "was not compiled, says the test")
+    library.say_missing.cache_clear()
+    with caplog.at_level("WARNING"):
+        load(made.dense)
+        assert "was not compiled" not in caplog.text
+        for _ in range(2):
+            model = load(made.packed)
+            assert caplog.text.count("was not compiled, says the test; slower code runs") == 1
+    assert not any(module.kernel_name in ("cpu", "cpu-int8") for module in model.modules() if isinstance(module, Linear))
+    library.say_missing.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_oss", "qwen3"])
