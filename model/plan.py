@@ -30,6 +30,7 @@ from aerogel.pack.scheme import Scheme
 from aerogel.recipes.assign import assign, matches
 from aerogel.recipes.schema import Recipe
 from aerogel.recipes.stages import StageSpec
+from aerogel.recipes.words import words
 
 if TYPE_CHECKING:
     from aerogel.model.structure import Matrix, Structure
@@ -185,7 +186,7 @@ def _fate(
     weights = sum(matrix.n * matrix.k for matrix in owned)
     stages = assigned[owned[0].name]
     fate = "compressed" if any(spec.kind == "quantize" for spec in stages) else "pruned"
-    why = " -> ".join(_words(spec) for spec in stages)
+    why = " -> ".join(words(spec, owned[0].k) for spec in stages)
     return {"fate": fate, "why": why, "bits_per_weight": 8 * sum(stored) / weights, "bytes": sum(stored)}
 
 
@@ -196,7 +197,9 @@ def _untied(matrix: Matrix, stages: list[StageSpec], recipe: Recipe, dtype: torc
         "name": f"{matrix.name}.weight",
         "role": "head",
         "fate": "compressed" if stages else "kept",
-        "why": " -> ".join(map(_words, stages)) + " (was tied to the embedding)" if stages else "tied to the embedding",
+        "why": " -> ".join(words(spec, matrix.k) for spec in stages) + " (was tied to the embedding)"
+        if stages
+        else "tied to the embedding",
         "shape": [matrix.n, matrix.k],
         "bits_per_weight": 8 * size / (matrix.n * matrix.k) if stages else None,
         "bytes": size,
@@ -227,22 +230,6 @@ def _why_kept(matrix: Matrix, role: str, recipe: Recipe) -> str:
             if matches(pattern, matrix.name, "lm_head" if role == "head" else matrix.kind):
                 return f"stages.{index}.{spec.kind}.ignore: '{pattern}'"
     return f"no stage targets it ({matrix.kind})"
-
-
-def _words(spec: StageSpec) -> str:
-    """A stage in a few words: `gptq 4 bits, groups of 64`."""
-    options = spec.options
-    words = [spec.method_name]
-    if "bits" in options:
-        words.append(f"{options['bits']} bits")
-    if "bits" in options:
-        size = options.get("group_size")
-        words.append(f"groups of {size}" if size else "per channel")
-    if options.get("format") == "fp8":
-        words.append(f"fp8 per {options.get('strategy', 'channel')}")
-    if options.get("pattern") or options.get("sparsity"):
-        words.append(str(options.get("pattern") or f"{options['sparsity']:.0%} zero"))
-    return f"{words[0]} {', '.join(words[1:])}".strip()
 
 
 def _size(rows: list[dict[str, Any]]) -> dict[str, Any]:
