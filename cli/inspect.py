@@ -83,13 +83,17 @@ def _tables(found: Mapping[str, Any]) -> Iterable[RenderableType]:
     ]
     if found["quantization"]:
         quantization = found["quantization"]
-        facts.append(("quantized by", f"{quantization['method']}, {quantization['format']}, {quantization['layers']} layers"))
+        if quantization["layers"]:
+            facts.append(
+                ("quantized by", f"{quantization['method']}, {quantization['format']}, {quantization['layers']} layers")
+            )
         facts.append(("layout", quantization["layout"]))
-        for scheme in quantization["schemes"]:
-            group = scheme["group_size"]
-            words = f"{scheme['bits']}-bit {scheme['type']}, {f'groups of {group}' if group else 'per channel'}"
-            facts.append(("scheme", f"{words}, {'symmetric' if scheme['symmetric'] else 'with zero points'}"))
-        facts.append(("bits per weight", number(found["bits_per_weight"])))
+        facts += [("scheme", _scheme(scheme)) for scheme in quantization["schemes"]]
+        facts += [("beside the codes", f"{what}, {layers} layers") for what, layers in quantization["beside"].items()]
+        if quantization["entropy_coded"]:
+            facts.append(("files", "entropy coded, lossless"))
+        if found["bits_per_weight"] is not None:
+            facts.append(("bits per weight", number(found["bits_per_weight"])))
     if found["experts"]:
         facts.append(("packed experts", f"{len(found['experts']['packed'])} layers run them as they are"))
         for reason in dict.fromkeys(found["experts"]["dense"].values()):
@@ -105,3 +109,19 @@ def _tables(found: Mapping[str, Any]) -> Iterable[RenderableType]:
     )
     if found["report"]:
         yield from summary(found["report"])
+
+
+def _scheme(scheme: Mapping[str, Any]) -> str:
+    """A scheme in a few words: `4-bit nf4, groups of 32`."""
+    size, strategy = scheme["group_size"], scheme["strategy"]
+    group = f"groups of {size}" if size and size > 0 else "per channel"
+    if strategy in ("block", "tensor"):
+        group = "blocks of 128 x 128" if strategy == "block" else "per tensor"
+    if scheme["type"] == "complex":
+        group = "one scale for each axis"
+    words = [" ".join(filter(None, [f"{scheme['bits']}-bit", scheme["type"], scheme["kind"]])), group]
+    if scheme["symmetric"] is not None:
+        words.append("symmetric" if scheme["symmetric"] else "with zero points")
+    if scheme["activation_bits"] and scheme["activation_bits"] >= 8:
+        words.append(f"inputs rounded to {scheme['activation_bits']}-bit {scheme['activation_type']}")
+    return ", ".join(words)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aerogel.errors import BadInput
+from aerogel.model.entropy import MARK
 from aerogel.model.reader import CheckpointReader
 from aerogel.model.source import resolve
 from aerogel.pack.hqq import Hqq
@@ -33,6 +34,14 @@ PACKED = (
     *SIDECARS,
 )
 """Local names of tensors that belong to a quantized weight."""
+BESIDE = {
+    "outliers": "weight_outlier_start",
+    "kept columns": "weight_column_index",
+    "rows of more bits": "weight_row_index",
+    "stored scale of inputs": "input_scale",
+    "rotated inputs": "input_signs",
+}
+"""What stands beside codes -> a tensor that every linear with it has."""
 HQQ = Hqq.suffixes
 """Those of HQQ, some of which are names that anything may have."""
 
@@ -63,7 +72,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "architectures": config.get("architectures") or [],
         "dtype": config.get("dtype") or config.get("torch_dtype"),
         "architecture": {key: text[key] for key in ARCHITECTURE_KEYS if text.get(key) is not None},
-        "quantization": _quantization(config, len(packed)),
+        "quantization": _quantization(config, len(packed), reader),
         "tensors": len(reader.names),
         "parameters": sum(facts["weights"] for facts in weights.values()),
         "bytes": reader.nbytes,
@@ -100,18 +109,39 @@ def _weights(reader: CheckpointReader, native: dict[str, list[int]]) -> dict[str
             found[f"{module}.{stem}"] = facts
         hqq = not Hqq.markers.isdisjoint(leaves)
         quantized = hqq or module in native or any(leaf in leaves for leaf in PACKED)
-        own = leaves.keys() - {"bias"} if module in native else HQQ if hqq else {*PACKED, "weight"}
-        parts = [entry for leaf, entry in leaves.items() if not quantized or leaf in own]
-        rest = [entry for entry in leaves.values() if entry not in parts]
+        own = leaves.keys() - {"bias"} if module in native else HQQ if hqq else {leaf for leaf in leaves if _packed(leaf)}
+        parts = {leaf: entry for leaf, entry in leaves.items() if not quantized or leaf in own}
+        rest = {leaf: entry for leaf, entry in leaves.items() if leaf not in parts}
         if module in native:
             count = math.prod(native[module])
         else:
-            count = _logical(leaves, reader) if quantized else sum(math.prod(entry.shape) for entry in parts)
-        found[module] = {"quantized": quantized, "weights": count, "bytes": sum(entry.nbytes for entry in parts)}
+            count = _logical(leaves, reader) if quantized else _numbers(parts, reader)
+        found[module] = {"quantized": quantized, "weights": count, "bytes": _bytes(parts)}
         if rest:
-            size = sum(math.prod(entry.shape) for entry in rest)
-            found[f"{module} (bias)"] = {"quantized": False, "weights": size, "bytes": sum(e.nbytes for e in rest)}
+            found[f"{module} (bias)"] = {"quantized": False, "weights": _numbers(rest, reader), "bytes": _bytes(rest)}
     return found
+
+
+def _packed(leaf: str) -> bool:
+    """Whether a tensor beside a quantized weight is a part of it: bit planes and entropy coding count theirs up."""
+    return leaf == "weight" or leaf.startswith("weight_") or leaf.partition(MARK)[0] in PACKED
+
+
+def _bytes(entries: dict[str, Any]) -> int:
+    return sum(entry.nbytes for entry in entries.values())
+
+
+def _numbers(leaves: dict[str, Any], reader: CheckpointReader) -> int:
+    """How many numbers tensors hold that are stored as they are, or entropy coded."""
+    return sum(math.prod(_shape(leaves, leaf, reader) or ()) for leaf in {leaf.partition(MARK)[0] for leaf in leaves})
+
+
+def _shape(leaves: dict[str, Any], leaf: str, reader: CheckpointReader) -> tuple[int, ...] | None:
+    """The shape of a tensor, also of one that is entropy coded; None where there is no such tensor."""
+    if leaf in leaves:
+        return tuple(leaves[leaf].shape)
+    coded = leaves.get(f"{leaf}{MARK}_shape")
+    return None if coded is None else tuple(int(size) for size in reader.read(coded.name).tolist()[1:])
 
 
 def _logical(leaves: dict[str, Any], reader: CheckpointReader) -> int:
@@ -120,23 +150,28 @@ def _logical(leaves: dict[str, Any], reader: CheckpointReader) -> int:
         return math.prod(int(size) for size in reader.read(leaves["weight_shape"].name).tolist())
     if "W_q" in leaves and "shape" in leaves:  # HQQ
         return math.prod(int(size) for size in reader.read(leaves["shape"].name).tolist())
-    if "weight" in leaves:
-        return math.prod(leaves["weight"].shape)
-    if "qweight" in leaves and "g_idx" in leaves:
-        return int(leaves["g_idx"].shape[0]) * int(leaves["qweight"].shape[1])
-    if "qweight" in leaves and "scales" in leaves:
+    if (weight := _shape(leaves, "weight", reader)) is not None:
+        pairs = "weight_scale_2" in leaves and len(weight) == 2  # ModelOpt's NVFP4: two to a byte
+        return (2 if pairs else 1) * math.prod(weight)
+    if (packed := _shape(leaves, "weight_packed", reader)) is not None:
+        return 2 * math.prod(packed)  # NVFP4 and MXFP4 of compressed-tensors, which are stored without a width
+    codes, scales = (_shape(leaves, leaf, reader) for leaf in ("qweight", "scales"))
+    if codes is not None and "g_idx" in leaves:
+        return int(leaves["g_idx"].shape[0]) * codes[1]
+    if codes is not None and scales is not None:
         # AWQ packs along N, so K is plain; the scales have N columns.
-        return int(leaves["qweight"].shape[0]) * int(leaves["scales"].shape[1])
+        return codes[0] * scales[1]
     return 0
 
 
-def _quantization(config: dict[str, Any], count: int) -> dict[str, Any] | None:
+def _quantization(config: dict[str, Any], count: int, reader: CheckpointReader) -> dict[str, Any] | None:
     """The quantization config in a few words, or None for a dense checkpoint."""
     raw = config.get("quantization_config")
     if not isinstance(raw, dict):
         return None
     groups = raw.get("config_groups")
-    schemes = [_scheme(group, raw) for group in groups.values()] if isinstance(groups, dict) else [_flat_scheme(raw)]
+    schemes = [_scheme(group, raw) for group in groups.values()] if isinstance(groups, dict) else _flat_schemes(raw)
+    leaves = Counter(entry.name.rpartition(".")[2] for entry in reader)
     return {
         "method": raw.get("quant_method"),
         "format": raw.get("format") or raw.get("checkpoint_format") or raw.get("version"),
@@ -144,34 +179,47 @@ def _quantization(config: dict[str, Any], count: int) -> dict[str, Any] | None:
         "schemes": schemes,
         "ignore": raw.get("ignore") or raw.get("modules_to_not_convert") or [],
         "layers": count,
+        "beside": {what: leaves[leaf] for what, leaf in BESIDE.items() if leaves[leaf]},
+        "entropy_coded": "entropy" in raw,
     }
 
 
 def _scheme(group: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     """One group of compressed-tensors."""
     weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    options = weights.get("options") or {}
     return {
         "format": group.get("format") or raw.get("format"),
-        "type": weights.get("type"),
+        "type": weights.get("grid") or weights.get("type"),
+        "kind": options.get("kind"),
         "bits": weights.get("num_bits"),
-        "group_size": weights.get("group_size"),
+        "strategy": weights.get("strategy"),
+        "group_size": weights.get("group_size") or options.get("group_size"),
         "symmetric": weights.get("symmetric"),
         "activation_bits": inputs.get("num_bits"),
+        "activation_type": inputs.get("type"),
         "targets": len(group.get("targets") or []),
     }
 
 
-def _flat_scheme(raw: dict[str, Any]) -> dict[str, Any]:
-    """GPTQ and AWQ configs have one scheme for everything."""
-    return {
-        "format": raw.get("checkpoint_format") or raw.get("version"),
-        "type": "int",
-        "bits": raw.get("bits") or raw.get("w_bit"),
-        "group_size": raw.get("group_size") or raw.get("q_group_size"),
-        "symmetric": raw.get("sym", not raw.get("zero_point", False)),
-        "activation_bits": None,
-        "targets": 1,
-    }
+def _flat_schemes(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """GPTQ and AWQ configs have one scheme for everything; a checkpoint that is only entropy coded has none."""
+    if "entropy" in raw:
+        return []
+    return [
+        {
+            "format": raw.get("checkpoint_format") or raw.get("version"),
+            "type": "int",
+            "kind": None,
+            "bits": raw.get("bits") or raw.get("w_bit"),
+            "strategy": None,
+            "group_size": raw.get("group_size") or raw.get("q_group_size"),
+            "symmetric": raw.get("sym", not raw.get("zero_point", False)),
+            "activation_bits": None,
+            "activation_type": None,
+            "targets": 1,
+        }
+    ]
 
 
 def _experts(folder: Path, config: dict[str, Any], reader: CheckpointReader) -> dict[str, Any] | None:

@@ -102,10 +102,13 @@ def test_a_gptq_checkpoint_of_somebody_else(tmp_path: Path) -> None:
     assert found["quantization"]["schemes"][0] == {
         "format": "gptq",
         "type": "int",
+        "kind": None,
         "bits": 4,
+        "strategy": None,
         "group_size": 32,
         "symmetric": True,
         "activation_bits": None,
+        "activation_type": None,
         "targets": 1,
     }
 
