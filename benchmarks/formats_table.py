@@ -5,7 +5,8 @@
 Rows come from benchmarks/results/formats.json (`formats.py`), sorted by bits and KL. The columns of speed are times through a
 linear in formats_speed.json (`formats_speed.py`): of one token over that of 4-bit integers, on a CPU and on a GPU, and between
 them, on a CPU, of 1 and 16 tokens over integers that read as many bytes. A recipe gets the line of the row whose quantize stage
-is its own, and keeps what it has where there is none.
+is its own, and keeps what it has where there is none. The second table has what stages.py measured on the packed models, inputs
+rounded and outliers or columns beside the codes (stages_kl.json).
 """
 
 from __future__ import annotations
@@ -18,10 +19,17 @@ from typing import Any
 
 import yaml
 
+from aerogel.recipes.schema import Recipe
+from aerogel.recipes.words import words
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods" / "comparison.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- from benchmarks/formats_table.py -->\n", "<!-- end -->\n"
+BEGIN_STAGES = "<!-- stages, from benchmarks/formats_table.py -->\n"
+STAGES_HEAD = """| stage | bits/weight | KL |
+|---|--:|--:|
+"""
 MEASURED = "# measured: SmolLM2-135M-Instruct, WikiText-2 raw test, 40 x 1024, no BOS (128 x 512 C4 tokens, formats.json):"
 HEAD = """| format | bits/weight | KL | perplexity | MB | CPU, int4 = 1 | CPU, equal bytes = 1 | GPU, int4 = 1 |
 |---|--:|--:|--:|--:|--:|--:|--:|
@@ -32,6 +40,16 @@ def table(formats: dict[str, Any], speed: dict[str, Any]) -> str:
     """Markdown lines, narrow formats last, at equal bits the nearest to dense first."""
     rows = sorted(formats["rows"].items(), key=lambda item: (-round(item[1]["bits_per_weight"], 1), item[1]["kl"]))
     return HEAD + "".join(_line(name, row, speed) for name, row in rows)
+
+
+def stages(rows: dict[str, Any]) -> str:
+    """Markdown lines of stages in the words of plans and reports, in the order of `table`."""
+    ordered = sorted(rows.values(), key=lambda row: (-round(row["bits_per_weight"], 1), row["kl"]))
+    lines = []
+    for row in ordered:
+        said = " -> ".join(map(words, Recipe.load({"aerogel": 1, "stages": row["stages"]}).stages))
+        lines.append(f"| {said} | {row['bits_per_weight']:.2f} | {row['kl']:.4f} ± {row['kl_error']:.4f} |\n")
+    return STAGES_HEAD + "".join(lines)
 
 
 def _line(name: str, row: dict[str, Any], speed: dict[str, Any]) -> str:
@@ -62,9 +80,15 @@ def results(name: str) -> dict[str, Any]:
 
 
 def page(text: str) -> str:
-    """The page with its table made anew."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}{table(results('formats.json'), results('formats_speed.json'))}{END}{rest.split(END)[1]}"
+    """The page with its tables made anew."""
+    text = _between(text, BEGIN, table(results("formats.json"), results("formats_speed.json")))
+    return _between(text, BEGIN_STAGES, stages(results("stages_kl.json")["rows"]))
+
+
+def _between(text: str, begin: str, made: str) -> str:
+    """`text` with what stands between `begin` and the next END replaced."""
+    before, rest = text.split(begin)
+    return f"{before}{begin}{made}{END}{rest.split(END, 1)[1]}"
 
 
 def recipe(text: str, rows: dict[str, Any]) -> str:

@@ -19,9 +19,10 @@ def words(spec: StageSpec, K: int | None = None) -> str:
     said = spec.options
     if spec.kind != "quantize":
         pattern, sparsity = said.get("pattern"), said.get("sparsity")
-        zero = "" if sparsity is None else f"{sparsity:.0%} zero"
+        zero = "" if sparsity is None else f"{_percent(sparsity)} zero"
         return " ".join(filter(None, [spec.method_name, zero if pattern in (None, "unstructured") else pattern]))
-    parts = [_numbers(said), _scales(said, spec.stage.grid.group_size, K), *_beside(said)]
+    fitted = {"fisher": "fitted by gradients", "none": "whole range"}.get(said.get("clip", ""), "")
+    parts = [_numbers(said), _scales(said, spec.stage.grid.group_size, K), fitted, *_beside(said)]
     if spec.activations != "none":
         parts.append(f"inputs {spec.activations}")
     return f"{spec.method_name} {', '.join(filter(None, parts))}"
@@ -47,7 +48,7 @@ def _scales(said: Mapping[str, Any], size: int | None, K: int | None) -> str:
     if name == "fp8" or said.get("block"):
         return f"per {said.get('strategy', 'block')}"
     if said.get("granularity", "fixed") != "fixed":
-        groups = f"{said['granularity']} groups from {size}"
+        groups = f"groups by worth from {size}" if said["granularity"] == "worth" else f"adaptive groups from {size}"
     elif name == "kmeans":
         groups = "a table per channel"
     elif size is None:
@@ -64,13 +65,17 @@ def _beside(said: Mapping[str, Any]) -> list[str]:
     """Outliers, columns, rows of more bits and a rotation."""
     found = []
     if said["outliers"] != "none":
-        found.append(f"outliers by {said['outliers']} up to {said['outlier_share']:.2%}")
+        found.append(f"outliers by {said['outliers']} up to {_percent(said['outlier_share'])}")
     if said["columns"] == "dynamic":
         found.append(f"inputs above {said['column_threshold']:g} kept")
     elif said["columns"] != "none":
-        found.append(f"columns by {said['columns']} up to {said['column_share']:.1%}")
+        found.append(f"columns by {said['columns']} up to {_percent(said['column_share'])}")
     if said["rows"] != "none":
-        found.append(f"{said['row_share']:.1%} of the weights at {said['row_bits']} bits")
+        found.append(f"{_percent(said['row_share'])} of the weights at {said['row_bits']} bits")
     if said["transform"] != "none":
         found.append(f"{said['transform']} in blocks of {said['transform_block']}")
     return found
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

@@ -41,7 +41,8 @@ def test_every_format_is_named() -> None:
         ({"format": "nvfp4", "scale_dtype": "ue5m3"}, 576, "rtn nvfp4, groups of 16, ue5m3 scales"),
         ({"format": "float", "kind": "e4m3", "group_size": 128, "block": True}, 576, "rtn float e4m3, per block"),
         ({"format": "ternary", "scales": "tensor", "group_size": None}, 576, "rtn ternary, one scale"),
-        ({"bits": 4, "outliers": "sigma", "outlier_share": 0.005}, 8, "rtn 4 bits, per channel, outliers by sigma up to 0.50%"),
+        ({"bits": 4, "outliers": "sigma", "outlier_share": 0.005}, 8, "rtn 4 bits, per channel, outliers by sigma up to 0.5 %"),
+        ({"bits": 4, "clip": "fisher"}, 8, "rtn 4 bits, per channel, fitted by gradients"),
         ({"bits": 8, "activations": "int8"}, 8, "rtn 8 bits, per channel, inputs int8"),
     ],
 )
