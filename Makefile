@@ -57,7 +57,7 @@ peer-test: .venv/.tools $(PEERS:%=.venv-peers/%/.made) ## other tools make check
 native: ## compile the CPU kernels beside their sources, for a checkout that is not installed
 	$(PYTHON) kernels/native/build.py
 
-# The test in C++ knows more formats than it takes seconds, those in Python more calls.
+# The test in C++ has more formats and groups, those in Python more calls and threads.
 native-sanitize: .venv/.tools ## the tests of the CPU kernels under the address, undefined-behaviour and thread sanitizers
 	$(PYTHON) kernels/native/build.py build/sanitize/libaerogel_native.so --sanitize
 	g++ -std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -o build/sanitize/selftest tests/kernels/native_selftest.cpp \

@@ -89,7 +89,7 @@ bool fill() {
 #endif
 #elif defined(__aarch64__) && defined(HAVE_NEON)
     const bool dot = (getauxval(AT_HWCAP) & (1ul << 20)) != 0;  // HWCAP_ASIMDDP
-    table[kNeon] = {exact_neon, int8_neon, dot, step_neon, own_neon};
+    table[kNeon] = {exact_portable, int8_neon, dot, step_portable, own_portable};
 #endif
     return true;
 }

@@ -1,4 +1,4 @@
-// Portable C++: what every machine runs. The compiler vectorises four lanes at a time where it can.
+// Portable C++: what every machine runs. The compiler vectorises four lanes at a time where it can; AArch64 looks bytes up.
 #define UNIT portable
 #include "attend.h"
 #include "beside.h"

@@ -32,16 +32,28 @@ double decoded(uint32_t bits, const Kind& kind) {
 // Numbers of a type as a caller hands them over: of 1/4 to 2, and of either sign where the type has one.
 struct Numbers {
     std::vector<uint8_t> stored;
+    std::vector<double> value;
     int32_t type;
 
-    Numbers(size_t count, int32_t of, bool fill = true) : stored(count * kKinds[of].bytes, 0xff), type(of) {
+    Numbers(size_t count, int32_t of) : stored(count * kKinds[of].bytes), type(of) {
         const Kind& kind = kKinds[of];
-        for (size_t i = 0; fill && i < count; ++i) {
+        for (size_t i = 0; i < count; ++i) {
             const uint32_t exponent = static_cast<uint32_t>(kind.bias) - 2 + random_bits() % 3;
             const uint32_t bits = exponent << kind.mantissa | (random_bits() & ((1u << kind.mantissa) - 1)) | (random_bits() % 2 ? kind.sign : 0);
             memcpy(&stored[i * kind.bytes], &bits, kind.bytes);
+            value.push_back(decoded(bits, kind));
         }
     }
+    double operator[](size_t i) const { return value[i]; }
+    int64_t bytes() const { return static_cast<int64_t>(stored.size()); }
+};
+
+// Results of a type: no numbers, until they are written.
+struct Results {
+    std::vector<uint8_t> stored;
+    int32_t type;
+
+    Results(size_t count, int32_t of) : stored(count * kKinds[of].bytes, 0xff), type(of) {}
     double operator[](size_t i) const {
         uint32_t bits = 0;
         memcpy(&bits, &stored[i * kKinds[type].bytes], kKinds[type].bytes);
@@ -52,6 +64,21 @@ struct Numbers {
 
 // What rounding results to a type costs.
 double rounding(int32_t type) { return type == kFloat32 ? 0.0 : std::ldexp(1.0, -kKinds[type].mantissa - 1); }
+
+// The error of results [M, N] beside x times a dense weight [N, K] and what `more` adds, as norms.
+template <class More>
+double error_against(const std::vector<double>& dense, const Numbers& x, const Results& y, int64_t M, int64_t N, int64_t K, More more) {
+    double wrong = 0, all = 0;
+    for (int64_t m = 0; m < M; ++m) {
+        for (int64_t n = 0; n < N; ++n) {
+            double sum = more(m, n);
+            for (int64_t k = 0; k < K; ++k) sum += dense[static_cast<size_t>(n * K + k)] * x[static_cast<size_t>(m * K + k)];
+            const double found = y[static_cast<size_t>(m * N + n)];
+            wrong += (found - sum) * (found - sum), all += sum * sum;
+        }
+    }
+    return std::sqrt(wrong / all);
+}
 
 // Where memory behind `from` begins that is aligned as codes must be.
 uint8_t* aligned(std::vector<uint8_t>& from) { return from.data() + (kVector - reinterpret_cast<uintptr_t>(from.data()) % kVector) % kVector; }
@@ -143,31 +170,26 @@ double error_of(int path, int numerics, int bits, int64_t N, int64_t K, int64_t 
     if (!integers) weight.table = table.data(), weight.table_bytes = static_cast<int64_t>(table.size() * 4);
     if (picks) weight.pick = pick.data(), weight.pick_bytes = static_cast<int64_t>(2 * pick.size());
     if (aerogel_native_check(&weight) != kDone) return INFINITY;
-    Numbers y(static_cast<size_t>(M * N), x.type, false), again = y;
+    Results y(static_cast<size_t>(M * N), x.type), again = y;
     Call call{x.stored.data(), nullptr, y.stored.data(), x.bytes(), y.bytes(), 0, M, x.type, 0, numerics, path, 1, added ? &beside : nullptr};
     if (aerogel_native_gemm(&weight, &call) != kDone) return INFINITY;
     call.y = again.stored.data(), call.threads = 3;
     if (aerogel_native_gemm(&weight, &call) != kDone || again.stored != y.stored) return INFINITY;
-    double wrong = 0, all = 0;
-    for (int64_t m = 0; m < M; ++m) {
-        for (int64_t n = 0; n < N; ++n) {
-            double sum = added ? extra.product(n, x, m * K) : 0;
-            for (int64_t k = 0; k < K; ++k) {
-                const size_t factor = static_cast<size_t>(((n / kStrip) * G + (group ? k / group : 0)) * kStrip + n % kStrip);
-                const size_t code = static_cast<size_t>(u[static_cast<size_t>(n * K + k)]), table_of = picks ? pick[factor / kStrip] >> (n % kStrip) & 1u : 0;
-                double q = static_cast<double>(code);
-                if (kind == kIntegerCodes) q -= (1 << (bits - 1)) + zero[factor];
-                if (kind == kFloatZeros) q -= float_zero[factor];
-                if (!integers) q = 0.5 * table[(table_of << bits) + code];
-                // The inputs of kept columns are not rounded: the product does not see them.
-                const bool seen = numerics == kExact || !added || (k != extra.index[0] && k != extra.index[1]);
-                if (seen) sum += q * scale[factor] * x[static_cast<size_t>(m * K + k)];
-            }
-            const double found = y[static_cast<size_t>(m * N + n)];
-            wrong += (found - sum) * (found - sum), all += sum * sum;
+    std::vector<double> dense(static_cast<size_t>(N * K));
+    for (int64_t n = 0; n < N; ++n) {
+        for (int64_t k = 0; k < K; ++k) {
+            const size_t factor = static_cast<size_t>(((n / kStrip) * G + (group ? k / group : 0)) * kStrip + n % kStrip);
+            const size_t code = static_cast<size_t>(u[static_cast<size_t>(n * K + k)]), table_of = picks ? pick[factor / kStrip] >> (n % kStrip) & 1u : 0;
+            double q = static_cast<double>(code);
+            if (kind == kIntegerCodes) q -= (1 << (bits - 1)) + zero[factor];
+            if (kind == kFloatZeros) q -= float_zero[factor];
+            if (!integers) q = 0.5 * table[(table_of << bits) + code];
+            // The inputs of kept columns are not rounded: the product does not see them.
+            const bool seen = numerics == kExact || !added || (k != extra.index[0] && k != extra.index[1]);
+            dense[static_cast<size_t>(n * K + k)] = seen ? q * scale[factor] : 0;
         }
     }
-    return std::sqrt(wrong / all) - rounding(x.type);
+    return error_against(dense, x, y, M, N, K, [&](int64_t m, int64_t n) { return added ? extra.product(n, x, m * K) : 0; }) - rounding(x.type);
 }
 
 // One code of a weight that is tables, where lookup.h has it.
@@ -220,21 +242,12 @@ double lookup_error_of(int path, int numerics, int bits, int64_t N, int64_t K, i
     weight.unit = unit.data(), weight.unit_bytes = bytes_of(unit);
     if (picked) weight.pick = pick.data(), weight.pick_bytes = bytes_of(pick);
     if (aerogel_native_lookup_check(&weight) != kDone) return INFINITY;
-    Numbers y(static_cast<size_t>(M * N), x.type, false), again = y;
+    Results y(static_cast<size_t>(M * N), x.type), again = y;
     Call call{x.stored.data(), nullptr, y.stored.data(), x.bytes(), y.bytes(), 0, M, x.type, 0, numerics, path, 1, nullptr};
     if (aerogel_native_lookup(&weight, &call) != kDone) return INFINITY;
     call.y = again.stored.data(), call.threads = 3;
     if (aerogel_native_lookup(&weight, &call) != kDone || again.stored != y.stored) return INFINITY;
-    double wrong = 0, all = 0;
-    for (int64_t m = 0; m < M; ++m) {
-        for (int64_t n = 0; n < N; ++n) {
-            double sum = 0;
-            for (int64_t k = 0; k < K; ++k) sum += dense[static_cast<size_t>(n * K + k)] * x[static_cast<size_t>(m * K + k)];
-            const double found = y[static_cast<size_t>(m * N + n)];
-            wrong += (found - sum) * (found - sum), all += sum * sum;
-        }
-    }
-    return std::sqrt(wrong / all) - rounding(x.type);
+    return error_against(dense, x, y, M, N, K, [](int64_t, int64_t) { return 0.0; }) - rounding(x.type);
 }
 
 // Tables of each row and group (own.h), or where `shared` is not 0 of each run of rows and eight columns.
@@ -269,21 +282,12 @@ double own_error_of(int path, int bits, int64_t N, int64_t K, int64_t group, int
     }
     weight.codes = to, weight.codes_bytes = static_cast<int64_t>(codes.size()) - kVector;
     weight.table = table.data(), weight.table_bytes = static_cast<int64_t>(table.size());
-    Numbers y(static_cast<size_t>(M * N), kBfloat16, false), again = y;
+    Results y(static_cast<size_t>(M * N), kBfloat16), again = y;
     Call call{x.stored.data(), nullptr, y.stored.data(), x.bytes(), y.bytes(), 0, M, kBfloat16, 0, kExact, path, 1, nullptr};
     if (aerogel_native_own(&weight, &call) != kDone) return INFINITY;
     call.y = again.stored.data(), call.threads = 3;
     if (aerogel_native_own(&weight, &call) != kDone || again.stored != y.stored) return INFINITY;
-    double wrong = 0, all = 0;
-    for (int64_t m = 0; m < M; ++m) {
-        for (int64_t n = 0; n < N; ++n) {
-            double sum = 0;
-            for (int64_t k = 0; k < K; ++k) sum += dense[static_cast<size_t>(n * K + k)] * x[static_cast<size_t>(m * K + k)];
-            const double found = y[static_cast<size_t>(m * N + n)];
-            wrong += (found - sum) * (found - sum), all += sum * sum;
-        }
-    }
-    return std::sqrt(wrong / all) - rounding(kBfloat16);
+    return error_against(dense, x, y, M, N, K, [](int64_t, int64_t) { return 0.0; }) - rounding(kBfloat16);
 }
 
 // A rotation of inputs in blocks: the largest error beside the largest number.
