@@ -84,6 +84,8 @@ class Gptq:
     gptaq_experts: Literal["error", "plain"] = "error"
 
     def __post_init__(self) -> None:
+        if self.clip == "fisher" and (reason := getattr(self.grid, "no_gradients", "")):
+            raise BadInput(reason)
         if reason := getattr(self.grid, "only_rounded", ""):
             raise BadInput(reason)
         if self.groups == "updated" and self.act_order:

@@ -57,6 +57,8 @@ class PlaneGrid:
     block_rows: int = 1
     scale_dtype: torch.dtype = torch.float32
     without_zero: ClassVar[str] = "bit planes"
+    no_gradients: ClassVar[str] = "bit planes weigh errors by their inputs only; write clip: hessian or mse"
+    """Why `clip: fisher` does not go with it."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -161,7 +163,7 @@ class PlaneGrid:
 
         refuse_zeros(mask_NK, self.without_zero)
         if importance is not None and importance.dim() == 2:
-            raise BadInput("bit planes weigh errors by their inputs only; write clip: hessian or mse")
+            raise BadInput(self.no_gradients)
         weight_K = importance if curvature_KK is None else curvature_KK.diagonal()
         return fit_planes(self, w_NK, weight_K, 0 if Search.of(search).kind == "minmax" else ROUNDS)
 

@@ -48,6 +48,8 @@ class RoundToNearest:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.clip == "fisher" and (reason := getattr(self.grid, "no_gradients", "")):
+            raise BadInput(reason)
         Search(norm=self.norm)
         if self.rounding == "stochastic":
             from aerogel.quantize.emulate.training import check_random

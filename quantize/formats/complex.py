@@ -32,6 +32,7 @@ class Complex:
     """Blocks of 2 x 2 weights in {1, i, -1, -i}, with one scale for each axis; method: rtn only."""
 
     without_zero: ClassVar[str] = "complex codes"
+    no_gradients: ClassVar[str] = "the scales of complex codes are means, which nothing weighs; write clip: mse"
     only_rounded: ClassVar[str] = REFUSAL
     """What a method says that chooses codes column by column, and so cannot take this grid."""
 

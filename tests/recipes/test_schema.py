@@ -117,6 +117,8 @@ def test_what_papers_call_a_format_is_said_in_words_that_are_understood() -> Non
         ({"method": "gptq", "format": "complex"}, "only rounded to: write method: rtn"),
         *(({"method": "rtn", "format": name, "outliers": "sigma"}, "at zero") for name in ("bipolar", "complex", "affine")),
         ({"method": "gptq", "format": "planes", "bits": 3, "columns": "largest"}, "bit planes cannot hold"),
+        *(({"method": name, "format": "planes", "bits": 3, "clip": "fisher"}, "inputs only") for name in ("rtn", "gptq")),
+        ({"method": "rtn", "format": "complex", "clip": "fisher"}, "write clip: mse"),
         *(
             ({"method": "rtn", "rounding": "stochastic", "format": name, **more}, "rounding: stochastic needs")
             for name, more in (("kmeans", {}), ("bitmod", {"bits": 3}), ("planes", {"bits": 2}), ("complex", {}))
