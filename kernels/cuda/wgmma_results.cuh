@@ -18,8 +18,6 @@ struct Rows {
 
 constexpr bool EARLY = INT8 || (BY_ROWS && !GROUPED && BLOCKS * TOKENS <= 128 && (BLOCKS == 1 || TOKENS > 32));
 
-static_assert(!INT8 || SPLIT == 1 || APART, "sums of several blocks have no scales of tokens at hand");
-
 struct Results {
     const Arguments& p;
     const Barriers& barriers;
@@ -65,14 +63,27 @@ struct Results {
         return rows;
     }
 
+    // Of the 32 tokens among which the tile's token `first` is, the lane's scale; `first` need not be known when this is compiled.
+    // Chosen among registers: chosen by address, all of this struct would stand in local memory.
+    FN float scale_near(int first) const {
+        float mine = scales[0];
+#pragma unroll
+        for (int i = 1; INT8 && i < (TOKENS + 31) / 32; i++) {
+            float other = scales[i];
+            asm("" : "+f"(other));
+            if (i == first / 32) mine = other;
+        }
+        return mine;
+    }
+
     // What the sums of 16 tokens (two fragments of 8), the first the tile's token `first`, come to: scaled, with the bias.
     FN void finish(const Sum* v, int first, const Rows& rows, float (&to)[8]) const {
+        const float near = INT8 ? scale_near(first) : 1.0f;
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             float scale[2] = {1.0f, 1.0f};
 #pragma unroll
-            for (int i = 0; INT8 && i < 2; i++)
-                scale[i] = __shfl_sync(0xFFFFFFFFu, scales[first / 32], first % 32 + 8 * j + 2 * (lane % 4) + i);
+            for (int i = 0; INT8 && i < 2; i++) scale[i] = __shfl_sync(0xFFFFFFFFu, near, first % 32 + 8 * j + 2 * (lane % 4) + i);
 #pragma unroll
             for (int i = 4 * j; i < 4 * j + 4; i++)
                 to[i] = fmaf((float)v[i], rows.factor[i / 2 % 2] * scale[i % 2], rows.bias[i / 2 % 2]);
@@ -178,7 +189,7 @@ struct Results {
         if (BLOCKS * TURNS % 2) meet();  // the next tile begins in the place that was just emptied
     }
 
-    FN static Sum joined(Sum a, Sum b) { return APART ? sum_of(float_of(a) + float_of(b)) : a + b; }
+    FN static Sum joined(Sum a, Sum b) { return FINISHED ? sum_of(float_of(a) + float_of(b)) : a + b; }
 
     // Piece i of the sums belongs to the block of rank i % SPLIT: send them all to their owners, add up one's own.
     FN void store_split(const Sum (&acc)[BLOCKS][TOKENS / 2]) const {

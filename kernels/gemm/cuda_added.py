@@ -13,8 +13,6 @@ Shape legend: M tokens, N out features, K in features, E outliers.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -27,8 +25,7 @@ from aerogel.kernels.beside.ref import Beside
 from aerogel.kernels.gemm import cuda_few, cuda_few_plan, cuda_wgmma, cuda_wgmma_plan, cuda_wgmma_table
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_table import config_for
-from aerogel.kernels.gemm.cuda_weight import TileWeight, per_kind
-from aerogel.kernels.gemm.cuda_wgmma import CLUSTERS, Config, ceil_divide, deepest
+from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.problem import Problem
 from aerogel.pack import tiles
 
@@ -36,15 +33,6 @@ NAMES = ("added_row_start", "added_by_row", "added_tiles", "added_by_sheet")
 """Under which the tensors of `TileOutliers` stand beside a layout's, in its order."""
 FEW_TOKENS, MOST_WARPS = 8, 8
 """Tokens; and warps along K without a ring: with more, registers spill (4096 x 4096, 8 tokens: 12.6 us for 11.1)."""
-CUTS = (
-    *((tokens, warpgroups, blocks) for tokens in (16, 32) for warpgroups, blocks in ((2, 2), (2, 1), (1, 1))),
-    *((tokens, warpgroups, 1) for tokens in (64, 128) for warpgroups in (2, 1)),
-)
-"""(tokens, warpgroups, blocks of 64 rows of each) that were the fastest at some size where codes are bytes."""
-CLUSTERINGS = ((1, 1), (2, 1), *((1, split) for split in range(2, 7)))
-"""Blocks that share inputs, and that share K."""
-FILLING = 980
-"""Cycles that a warp takes for two sheets."""
 
 
 def laid(beside: Beside, problem: Problem, place_K: Tensor | None = None) -> TileOutliers | None:
@@ -71,43 +59,6 @@ def among(tensors: Mapping[str, Tensor]) -> list[Tensor] | None:
 def fewest_tokens(exact: TileWeight) -> int:
     """From how many tokens on the kernel for many serves a weight whose outliers have inputs of their own."""
     return min(FEW_TOKENS, cuda_few.most_outlier_tokens(exact, (9, 0))) + 1
-
-
-def config_in_bytes(held: TileWeight, M: int, name: str, multiprocessors: int) -> Config | None:
-    """The cut that multiplies M tokens of a weight `in_bytes` on the device `name`: measured, or else estimated to be fastest;
-    None where none fits."""
-    cuts = cuda_wgmma_table.cuts_for(held, M, name)
-    return cuts[0][1] if cuts else choose_config(held, M, multiprocessors)
-
-
-@per_kind
-def choose_config(held: TileWeight, M: int, multiprocessors: int) -> Config | None:
-    """The cut in bytes with the least estimated time; None where none fits."""
-    found = []
-    for (tokens, warpgroups, blocks), (share, split) in itertools.product(CUTS, CLUSTERINGS):
-        plain = Config(tokens=tokens, warpgroups=warpgroups, blocks=blocks, share=share, split=split, batch=2)
-        alone = ceil_divide(held.codes.shape[0], plain.row_tiles) * ceil_divide(M, tokens)
-        idle = split == 1 or alone < multiprocessors  # blocks that share K begin anew with each tile
-        cut = deepest(held, plain) if idle and (tokens < 2 * M or tokens == CUTS[0][0]) else None
-        if cut is not None:
-            found.append(cut)
-    return min(found, key=lambda cut: microseconds(held, cut, M, multiprocessors), default=None)
-
-
-def microseconds(held: TileWeight, config: Config, M: int, multiprocessors: int) -> float:
-    """Estimate of a launch's time in bytes, fitted on an H200 (13 % off as a rule): whole rounds of tiles, each of steps of 128
-    columns, in which tensor cores work on rows and tokens, beside what takes the same for any number of tokens; and filling two
-    sheets takes its time."""
-    rows, C = 16 * config.row_tiles, ceil_divide(held.codes.shape[1], config.split)
-    count = ceil_divide(held.codes.shape[0], config.row_tiles * config.share) * ceil_divide(M, config.tokens)
-    seats = multiprocessors * CLUSTERS[config.cluster] // CLUSTERS[1]
-    crowd = min(config.resident, ceil_divide(count, seats))
-    tensor, beside = 1.24 * rows / 64 * 6 * config.tokens, 140 + 820 * rows / 128
-    step = max(crowd * math.hypot(tensor, beside), math.sqrt(crowd) * FILLING)
-    edge = 2500 + rows * config.tokens / 16 + (2500 + rows * config.tokens / 8 if config.split > 1 else 0)
-    memory = held.nbytes / (2.9e6 * min(1.0, 0.35 + 0.75 * min(1.0, count * config.cluster / multiprocessors)))
-    rounds = ceil_divide(count, seats * config.resident)
-    return 2.0 + max(rounds * (C * step + edge) / 1.75e3, memory + edge / 1.75e3)
 
 
 def whole(exact: TileWeight) -> TileWeight:

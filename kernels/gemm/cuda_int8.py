@@ -10,8 +10,10 @@ row's range (two-step dequantisation: MixLLM, Zheng et al. 2024, section 3.3; QQ
 4 bits that is about a fortieth of what its own rounding cost; `TWO_STEP` bounds it, and tests hold the kernel to exactly this
 integer arithmetic.
 
-Up to `FEW_TOKENS` tokens, where rows are few, and before Hopper, memory decides and not the tensor cores: x is rounded to the
-same int8 values and multiplied in 16 bits by the weight-only kernels, without a second rounding of the weight.
+Up to `FEW_TOKENS` tokens memory decides and not the tensor cores. Eight bits per channel have the same matmul with other cuts
+(`cuda_bytes`), whose blocks may share K. With groups or fewer bits, for very few tokens, where 16 bits are faster, and before
+Hopper, x is rounded to the same int8 values and multiplied in 16 bits by the weight-only kernels, without a second rounding of
+the weight.
 
 Sparse outliers meet x as it is: `cuda_added`, on Hopper; elsewhere they are added behind the matmul.
 
@@ -32,7 +34,16 @@ from torch import Tensor
 from aerogel.errors import RunFailed
 from aerogel.kernels import gpu_here
 from aerogel.kernels.beside.ref import Beside
-from aerogel.kernels.gemm import cuda, cuda_added, cuda_few, cuda_few_plan, cuda_wgmma, cuda_wgmma_plan, cuda_wgmma_table
+from aerogel.kernels.gemm import (
+    cuda,
+    cuda_added,
+    cuda_bytes,
+    cuda_few,
+    cuda_few_plan,
+    cuda_wgmma,
+    cuda_wgmma_plan,
+    cuda_wgmma_table,
+)
 from aerogel.kernels.gemm.cuda_kept import KEPT, KeptOperand
 from aerogel.kernels.gemm.cuda_made import Made
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
@@ -44,7 +55,7 @@ from aerogel.kernels.problem import Kernel, Layout, Problem, Tuned
 from aerogel.pack import tiles
 from aerogel.quantize.grids import Codes, IntGrid
 
-FEW_TOKENS = 96
+FEW_TOKENS, FEWEST_IN_BYTES = 96, 8
 LONGEST_K = (1 << 31) // (127 * 127)
 """More columns could carry a sum beyond int32."""
 SHARED_TOKENS = 2048
@@ -112,7 +123,7 @@ def microseconds_of_tiles(weight: TileWeight, config: Config, tiles: int, multip
 @per_kind
 def choose_config(weight: TileWeight, M: int, multiprocessors: int) -> Config | None:
     """The cut with the least estimated time; None when the weight has too much beside its codes for any, or when 16 bits are
-    faster: the integer matmul does not split K, and few rows with few tokens leave multiprocessors idle."""
+    faster: blocks of these cuts do not share K, and few rows with few tokens leave multiprocessors idle."""
     found = [config for numbers in CUTS if (config := cut(weight, *numbers)) is not None]
     alike = -1 if M >= SHARED_TOKENS else 1
     best = min(found, key=lambda config: (microseconds(weight, config, M, multiprocessors), alike * config.share), default=None)
@@ -121,6 +132,22 @@ def choose_config(weight: TileWeight, M: int, multiprocessors: int) -> Config | 
         return best
     faster = microseconds(weight, best, M, multiprocessors) < cuda_wgmma.microseconds(weight, wide, M, multiprocessors)
     return best if faster else None
+
+
+def cuts_in_bytes(weight: TileWeight, M: int, name: str, multiprocessors: int) -> list[tuple[int, Config]]:
+    """Runs of rows and their cuts for M tokens on the device `name`: measured, or else estimated to be the fastest. None where
+    16 bits are faster, and where they are more exact: weights in groups with few tokens."""
+    if weight.group_size > 0 and FEW_TOKENS >= M:
+        return []
+    if weight.exact or shares_columns(weight, M):
+        return cuda_bytes.cuts_for(replace(weight, in_bytes=True), M, name, multiprocessors)
+    config = choose_config(weight, M, multiprocessors) if M > FEW_TOKENS else None
+    return [] if config is None else [(weight.N, config)]
+
+
+def shares_columns(weight: TileWeight, M: int) -> bool:
+    """Whether the cuts of `cuda_bytes` are for M tokens of a weight without outliers. Other widths were not measured."""
+    return weight.bits == 8 and weight.group_size == 0 and FEWEST_IN_BYTES < M <= cuda_bytes.TOKENS[-1]
 
 
 def many_tokens(
@@ -136,12 +163,19 @@ def many_tokens(
     facts = torch.cuda.get_device_properties(weight.codes.device)
     if facts.major != 9:
         return None
-    config = config or choose_config(weight, M, facts.multi_processor_count)
-    if config is None:
+    if config is None and kept is not None:  # beside which cuts that share columns were not measured
+        config = choose_config(weight, M, facts.multi_processor_count) if M > FEW_TOKENS else None
+        if config is None:
+            return None
+    found = cuts_in_bytes(weight, M, facts.name, facts.multi_processor_count) if config is None else [(weight.N, config)]
+    if not found:
         return None
-    from aerogel.kernels.gemm.cuda_wgmma_plan import Plan
-
-    plan = Plan(weight, config, M, dtype, row_scale=r, kept=None if kept is None else kept.fragments)
+    fragments = None if kept is None else kept.fragments
+    plan: cuda_wgmma_plan.Plan | cuda_wgmma_plan.Parts
+    if len(found) == 1:
+        plan = cuda_wgmma_plan.Plan(weight, found[0][1], M, dtype, row_scale=r, kept=fragments)
+    else:
+        plan = cuda_wgmma_plan.Parts(weight, found, M, dtype, row_scale=r, kept=fragments)
     columns, keeps = 128 * weight.codes.shape[1], kept is not None
     rounding = Quantizer(
         dtype=dtype, device=weight.codes.device, output=INT8, columns=columns, permuted=True, keeps=keeps
@@ -160,10 +194,8 @@ def many_tokens(
 
 def with_outliers(exact: TileWeight, r: Tensor, M: int, dtype: torch.dtype) -> Runner:
     """The matmul planned for M tokens of a weight whose outliers have inputs of their own; called as `many_tokens`'."""
-    if cuda_added.fewest_tokens(exact) <= M and (exact.group_size == 0 or M > FEW_TOKENS):
-        facts, held = torch.cuda.get_device_properties(exact.codes.device), replace(exact, in_bytes=True)
-        config = cuda_added.config_in_bytes(held, M, facts.name, facts.multi_processor_count)
-        planned = None if config is None else many_tokens(held, r, M, dtype, config)
+    if cuda_added.fewest_tokens(exact) <= M:
+        planned = many_tokens(replace(exact, in_bytes=True), r, M, dtype)
         if planned is not None:
             return planned
     product, columns = cuda_added.product(exact, M, dtype), ceil_divide(exact.K, 16) * 16
@@ -226,7 +258,7 @@ def tiles_linear_int8(
         return one
 
     with nullcontext() if y.get_device() == torch._C._cuda_getDevice() else torch.cuda.device(y.device):
-        if (added is not None or M > FEW_TOKENS) and key not in _plans:
+        if (added is not None or (FEW_TOKENS if group_size else FEWEST_IN_BYTES) < M) and key not in _plans:
             if len(_plans) >= cuda.MOST_PLANS:
                 _plans.clear()
             if added is None:
@@ -334,19 +366,10 @@ class CudaInt8(Kernel):
 
     @staticmethod
     def tune(problem: Problem, tokens: Sequence[int]) -> Tuned | None:
-        """Cuts of the 16-bit matmul, which serves up to FEW_TOKENS tokens; of the integer one nothing is measured."""
-        from aerogel.kernels.gemm import cuda_tune
+        """Cuts of the 16-bit matmul, which serves few tokens, and of the integer one where blocks may share K."""
+        from aerogel.kernels.gemm import cuda_bytes_tune
 
-        few = [M for M in tokens if FEW_TOKENS >= M]
-        if not problem.outliers:
-            inner = replace(problem, activations="none")
-            return cuda_tune.tune_and_keep(lambda: cuda_tune.like(inner), few)
-        if problem.grid.group_size is None or gpu_here.other_than_hopper(torch.cuda.get_device_capability()) is not None:
-            return None
-        weight = cuda_tune.like(problem)
-        if weight is None:
-            return None
-        return cuda_tune.tuned_and_kept(weight, [], [M for M in few if cuda_added.fewest_tokens(weight) <= M])
+        return cuda_bytes_tune.joined(_tune_sixteen(problem, tokens), cuda_bytes_tune.tune_and_keep(problem, tokens))
 
     @staticmethod
     def unpack(layout: Layout, problem: Problem) -> Codes:
@@ -370,6 +393,22 @@ class CudaInt8(Kernel):
             cuda_added.among(layout),
         )
         return y_MN
+
+
+def _tune_sixteen(problem: Problem, tokens: Sequence[int]) -> Tuned | None:
+    """What `Kernel.tune` gives for the matmul in 16 bits."""
+    from aerogel.kernels.gemm import cuda_tune
+
+    few = [M for M in tokens if FEW_TOKENS >= M]
+    if not problem.outliers:
+        inner = replace(problem, activations="none")
+        return cuda_tune.tune_and_keep(lambda: cuda_tune.like(inner), few)
+    if problem.grid.group_size is None or gpu_here.other_than_hopper(torch.cuda.get_device_capability()) is not None:
+        return None
+    weight = cuda_tune.like(problem)
+    if weight is None:
+        return None
+    return cuda_tune.tuned_and_kept(weight, [], [M for M in few if cuda_added.fewest_tokens(weight) <= M])
 
 
 def _weight(layout: Layout, problem: Problem) -> TileWeight:

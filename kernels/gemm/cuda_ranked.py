@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from aerogel.errors import RunFailed
 from aerogel.kernels.cuda.timing import graph_microseconds
@@ -41,7 +42,7 @@ def ranked(
         RunFailed: a configuration whose result is wrong.
     """
     weight = weights[0]
-    x_MK = torch.randn(M, weight.K, device=weight.codes.device).to(dtype)
+    x_MK = inputs(weight, M, dtype)
     y_MN = torch.empty((M, weight.N), dtype=dtype, device=weight.codes.device)
     given = (x_MK, None, y_MN, *([x_MK] if weight.exact else []))  # outliers' inputs, where they have their own
     wanted = x_MK.float() @ dequantize(weight, dtype).float().T
@@ -57,3 +58,13 @@ def ranked(
             raise RunFailed(f"{config} is wrong for {weight.N}x{weight.K} of {weight.bits} bits: relative error {error:.1e}")
         found.append((config, graph_microseconds([partial(run, *given) for run in plans])))
     return sorted(found, key=lambda pair: pair[1])
+
+
+def inputs(weight: TileWeight, M: int, dtype: torch.dtype) -> Tensor:
+    """Random x [M, K]; where it will be rounded to bytes, integers that this leaves as they are."""
+    device = weight.codes.device
+    if not weight.in_bytes:
+        return torch.randn(M, weight.K, device=device).to(dtype)
+    x_MK = torch.randint(-127, 128, (M, weight.K), device=device).to(dtype)
+    x_MK[:, 0] = 127  # the scale of each token is 1
+    return x_MK

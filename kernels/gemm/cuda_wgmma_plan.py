@@ -208,17 +208,50 @@ class Parts:
     """A weight cut into runs of rows, each with its own plan.
 
     One configuration fills whole rounds of the device, and what is left would keep a few multiprocessors busy for a round
-    more; with smaller tiles it does so for a shorter time.
+    more; with smaller tiles it does so for a shorter time. Arguments as those of `Plan`.
     """
 
-    def __init__(self, weight: TileWeight, cuts: Sequence[tuple[int, Config]], M: int, dtype: torch.dtype) -> None:
-        parts = parts_of(weight, cuts)
-        self._parts = [(start, Plan(part, config, M, dtype, y_stride=weight.N)) for start, part, config in parts]
+    def __init__(
+        self,
+        weight: TileWeight,
+        cuts: Sequence[tuple[int, Config]],
+        M: int,
+        dtype: torch.dtype,
+        row_scale: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> None:
+        self._parts = [
+            (
+                start,
+                Plan(
+                    part,
+                    config,
+                    M,
+                    dtype,
+                    y_stride=weight.N,
+                    row_scale=None if row_scale is None else row_scale[start:],
+                    kept=None if kept is None else kept[start // 16 :],
+                ),
+            )
+            for start, part, config in parts_of(weight, cuts)
+        ]
 
     def __call__(self, x_MK: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
         """Queues the kernels."""
+        self.launch(in_pieces(x_MK), None, bias_N, y_MN)
+
+    def launch(
+        self,
+        x_MK: Tensor,
+        token_scale_M: Tensor | None,
+        bias_N: Tensor | None,
+        y_MN: Tensor,
+        chosen: Tensor | None = None,
+    ) -> None:
+        """The same as `Plan.launch`."""
         for start, plan in self._parts:
-            plan(x_MK, None if bias_N is None else bias_N[start:], y_MN[:, start:])
+            bias = None if bias_N is None else bias_N[start:]
+            plan.launch(x_MK, token_scale_M, bias, y_MN[:, start:], chosen=chosen)
 
 
 def parts_of(weight: TileWeight, cuts: Sequence[tuple[int, Config]]) -> list[tuple[int, TileWeight, Config]]:

@@ -6,7 +6,7 @@ of tokens use the next larger one; tables those of other groups too, since what 
 entries of its own but no table those of integers in as large groups, or in groups of 128 where its own are multiples of that.
 Weights with outliers have entries of their own where they want another cut (`4o/g128/4096x4096`), and take those of any
 groups, else what the same weights have without; those whose outliers have inputs of their own take only theirs (`8e/...`, and
-`8i/...` where codes are multiplied as bytes). A
+`8i/...` where codes are multiplied as bytes), and so do weights without outliers that are multiplied as bytes (`8a/...`). A
 weight that no entry suits, or a number of tokens beyond them, is served by the cost model of `cuda_wgmma`: the cut of other
 groups can be half as fast, where two blocks share a multiprocessor.
 """
@@ -28,6 +28,8 @@ from aerogel.kernels.gemm.cuda_wgmma import Config, deepest, fits
 
 FOLDER = Path(__file__).parent
 TOKEN_CLASSES = (16, 32, 64, 128, 256, 512, 1024, 4096)
+TOKENS_IN_BYTES = (16, 32, 48, 64, 96, 128)
+"""Of weights that are multiplied as bytes without outliers, which have cuts for each (`cuda_bytes`)."""
 
 
 @functools.cache
@@ -68,11 +70,24 @@ def token_class(M: int) -> int:
 
 def place_of(weight: TileWeight) -> str:
     """Where a weight's own entries are."""
-    return places(weight)[0] if weight.outliers is None else _beside_outliers(places(weight)[0], weight.exact, weight.in_bytes)
+    if weight.outliers is None:
+        return places(weight)[0].replace("/", "a/", 1) if weight.in_bytes else places(weight)[0]
+    return _beside_outliers(places(weight)[0], weight.exact, weight.in_bytes)
 
 
 def _beside_outliers(place: str, exact: bool = False, in_bytes: bool = False) -> str:
     return place.replace("/", "i/" if in_bytes else "e/" if exact else "o/", 1)
+
+
+def entry_of(weight: TileWeight, M: int, name: str) -> Mapping[str, Any] | None:
+    """A weight's own entry for M tokens on the device `name`; None where it was not measured."""
+    return table(name).get(place_of(weight), {}).get(str(class_of(weight, M)))
+
+
+def class_of(weight: TileWeight, M: int) -> int:
+    """The number of tokens that is measured for M tokens of a weight."""
+    in_bytes = weight.in_bytes and weight.outliers is None
+    return next((size for size in TOKENS_IN_BYTES if size >= M), token_class(M)) if in_bytes else token_class(M)
 
 
 def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
@@ -81,8 +96,8 @@ def cuts_for(weight: TileWeight, M: int, name: str) -> list[tuple[int, Config]]:
     An entry with `rows` and `rest` serves that many rows with `config` and the others with `rest`.
     """
     tokens = token_class(M)
-    if weight.exact:
-        entry = table(name).get(place_of(weight), {}).get(str(tokens))
+    if weight.exact or weight.in_bytes:
+        entry = entry_of(weight, M, name)
         return [] if entry is None else _cuts_of(weight, entry)
     integers = f"{weight.bits}/g{weight.group_size}/{weight.N}x{weight.K}"
     own = places(weight)[:-1] if weight.table is not None or weight.planes else places(weight)[:1]

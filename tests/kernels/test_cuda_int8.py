@@ -14,7 +14,7 @@ from tests.kernels.tile_weights import dense64
 from aerogel.errors import RunFailed
 from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.dispatch import explain
-from aerogel.kernels.gemm import cuda_int8, cuda_quantize, cuda_wgmma_plan
+from aerogel.kernels.gemm import cuda_bytes, cuda_int8, cuda_quantize, cuda_wgmma_plan, cuda_wgmma_table
 from aerogel.kernels.gemm.cuda_made import ACTS, Gated, Normed
 from aerogel.kernels.gemm.cuda_quantize import E4M3, INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_weight import TileWeight
@@ -189,6 +189,34 @@ def test_cuts_fit_and_16_bits_are_left_to_where_they_are_faster() -> None:
         many, fewer = (cuda_int8.choose_config(random_shape(N, K, 8, 0), M, 132) for M in (4096, 1024))
         assert many is not None and fewer is not None and (many.tokens, many.share, many.batch) == (256, 2, 4)
         assert fewer.share == 1
+
+
+def test_cuts_whose_blocks_share_columns_fit_and_keep_the_device_busy() -> None:
+    for N, K in ((16, 128), (4096, 4096), (57344, 8192), (8192, 28672), (300, 99), (33, 14336)):
+        held = replace(random_shape(N, K, 8, 0), in_bytes=True)
+        for M in (9, 16, 17, 48, 96, 128):
+            found = cuda_bytes.candidates(held, M, 132)
+            assert found and all(fits(held, config) and config.tokens >= M for config in found)
+    # As measured on an H200: blocks of 64 rows, two on a multiprocessor, and clusters share K where these are too few.
+    few = cuda_bytes.choose_config(replace(random_shape(4096, 4096, 8, 0), in_bytes=True), 64, 132)
+    assert few is not None and (few.warpgroups, few.resident) == (1, 2) and few.split > 1
+    many = cuda_bytes.choose_config(replace(random_shape(28672, 4096, 8, 0), in_bytes=True), 64, 132)
+    assert many is not None and many.split == 1
+
+
+def test_bytes_serve_where_they_are_faster_and_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    eight, four, grouped = (random_shape(4096, 4096, *kind) for kind in ((8, 0), (4, 0), (8, 128)))
+
+    def served(weight: TileWeight, M: int) -> bool:
+        return len(cuda_int8.cuts_in_bytes(weight, M, "nowhere", 132)) > 0
+
+    assert [served(eight, M) for M in (1, 8, 9, 64, 96, 128, 512)] == [False, False, True, True, True, True, True]
+    assert not any(served(weight, M) for weight in (four, grouped) for M in (9, 96))
+    entry = {"config": {"tokens": 64, "split": 2, "batch": 2}, "us": 9.0, cuda_bytes.SIXTEEN: 10.0}
+    monkeypatch.setattr(cuda_wgmma_table, "table", lambda _: {"8a/g0/4096x4096": {"64": entry}})
+    assert [config.split for _, config in cuda_int8.cuts_in_bytes(eight, 50, "here", 132)] == [2]
+    monkeypatch.setitem(entry, "us", 11.0)
+    assert not served(eight, 50) and served(eight, 33)
 
 
 @needs_nvrtc

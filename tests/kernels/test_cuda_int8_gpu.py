@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from tests.kernels.test_cuda_int8 import KINDS, weight_of
 from tests.kernels.tile_weights import dense64
+from torch import Tensor
 
 from aerogel.kernels.dispatch import choose
 from aerogel.kernels.gemm import cuda_fp8, cuda_int8
 from aerogel.kernels.gemm.cuda_made import ACTS, Gated, Made, Normed
 from aerogel.kernels.gemm.cuda_quantize import E4M3, INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_weight import TileWeight
-from aerogel.kernels.gemm.cuda_wgmma import Config
+from aerogel.kernels.gemm.cuda_wgmma import Config, deepest
 from aerogel.kernels.gemm.ref import Reference, quantize_fp8, quantize_int8
 from aerogel.kernels.problem import Problem
 from aerogel.quantize.grids import Fp8Grid, IntGrid, quantized
@@ -142,6 +144,40 @@ def test_every_cut_on_ragged_shapes(numbers: tuple[int, int, int, int]) -> None:
     for (N, K), M in itertools.product([(1, 512), (1000, 2049)], [17, 777]):
         weight = there(weight_of(4, 128, False, N, K))
         check(weight, M, torch.bfloat16, cuda_int8.cut(weight, *numbers))
+
+
+SPLIT = (
+    (16, 2, 1, 1, 6, 2),
+    (32, 1, 1, 2, 5, 2),
+    (48, 3, 1, 1, 2, 2),
+    (64, 2, 1, 2, 3, 2),
+    (64, 2, 2, 1, 4, 4),
+    (96, 4, 1, 1, 2, 2),
+    (128, 2, 1, 1, 3, 4),
+)
+"""Cuts whose blocks share K: tokens, warpgroups, blocks, resident, split and batch."""
+
+
+@pytest.mark.parametrize("numbers", SPLIT)
+def test_blocks_that_share_columns_add_integers(numbers: tuple[int, ...]) -> None:
+    """Their sums are as exact as those of one block, so every bit is the same."""
+    names = ("tokens", "warpgroups", "blocks", "resident", "split", "batch")
+    for bits, size, N, K, dtype in ((8, 0, 1000, 2049, torch.bfloat16), (4, 128, 33, 1100, torch.float16)):
+        weight = there(weight_of(bits, size, False, N, K))
+        r = cuda_int8.row_scale(weight)
+        wanted: dict[int, Tensor] = {}
+        for split in (1, numbers[4]):
+            given = dict(zip(names, numbers, strict=True)) | {"split": split}
+            config = deepest(replace(weight, in_bytes=True), Config(**given))
+            assert config is not None
+            for M in (9, numbers[0], 2 * numbers[0] + 7):
+                check(weight, M, dtype, config, bias=True)
+                y = torch.empty(M, N, device="cuda", dtype=dtype)
+                x = torch.randn(M, K, device="cuda", generator=torch.Generator("cuda").manual_seed(M)).to(dtype)
+                runner = cuda_int8.many_tokens(weight, r, M, dtype, config)
+                assert runner is not None
+                runner(x, None, y)
+                assert torch.equal(wanted.setdefault(M, y), y), (config, M)
 
 
 def test_few_tokens_many_tokens_and_the_operator_agree_with_the_specification() -> None:

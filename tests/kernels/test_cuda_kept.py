@@ -13,12 +13,13 @@ from aerogel.kernels.cuda import nvrtc, sources
 from aerogel.kernels.gemm import cuda_wgmma_plan
 from aerogel.kernels.gemm.cuda_few import Config
 from aerogel.kernels.gemm.cuda_few_plan import Plan
-from aerogel.kernels.gemm.cuda_int8 import CUTS, cut
+from aerogel.kernels.gemm.cuda_int8 import CUTS, cut, row_scale
 from aerogel.kernels.gemm.cuda_kept import KEPT, KeptColumns, fragments_of
 from aerogel.kernels.gemm.cuda_quantize import INT8, ROUNDED, Quantizer
 from aerogel.kernels.gemm.cuda_quantize import macros as rounding_macros
 from aerogel.kernels.gemm.cuda_weight import TileWeight, tensors_of
-from aerogel.kernels.gemm.cuda_wgmma import defines
+from aerogel.kernels.gemm.cuda_wgmma import Config as Cut
+from aerogel.kernels.gemm.cuda_wgmma import deepest, defines
 from aerogel.kernels.gemm.ref import quantize_int8
 from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.quantize.codes import Codes, quantized
@@ -141,6 +142,32 @@ def test_a_layer_on_a_gpu(grid: IntGrid, dtype: torch.dtype) -> None:
             error = float((found.double() - wanted).norm())
             assert error <= 4e-3 * float(wanted.norm()) + 1.2e-2 * float(quiet.norm()), (M, error)
             assert all(torch.equal(layer(x_MK), found) for _ in range(3)), M
+
+
+@pytest.mark.gpu
+def test_blocks_that_share_columns() -> None:
+    """Of blocks that share the columns of codes the first adds the kept ones; what they send each other are floats by then."""
+    N, K, M = 400, 1192, 70
+    codes = weight_of(GRIDS[0], N, K)
+    layout = {name: tensor.cuda() for name, tensor in tensors_of(codes).items()}
+    kept_NC = torch.randn(N, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = TileWeight(
+        codes=layout["tile_codes"], scale=layout["tile_scale"], zero=None, table=None, pick=None, group_size=0, N=N, K=K,
+    )  # fmt: skip
+    x_MK, x_MC = (torch.randn(M, columns).bfloat16().cuda() for columns in (K, 48))
+    values, scale = quantize_int8(x_MK)
+    wanted_MN = (values.double() * scale.double()) @ codes.decode(torch.float64).cuda().T
+    wanted_MN += x_MC[:, :40].double() @ kept_NC.double().cuda().T
+    rounding = Quantizer(dtype=torch.bfloat16, device=x_MK.device, output=INT8, columns=1280, permuted=True)
+    for tokens, split in ((64, 1), (64, 3), (96, 4)):
+        config = deepest(weight, Cut(tokens=tokens, split=split, batch=2))
+        assert config is not None
+        fragments, r = fragments_of(kept_NC).cuda(), row_scale(weight)
+        plan = cuda_wgmma_plan.Plan(weight, config, M, torch.bfloat16, row_scale=r, kept=fragments)
+        y_MN = torch.full((M, N), float("nan"), device="cuda", dtype=torch.bfloat16)
+        plan.launch(*rounding(x_MK), None, y_MN, chosen=x_MC)
+        error = float((y_MN.double() - wanted_MN).norm() / wanted_MN.norm())
+        assert error <= 3e-3, (config, error)
 
 
 @pytest.mark.gpu

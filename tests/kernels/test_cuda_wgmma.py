@@ -81,7 +81,7 @@ def test_every_measured_configuration_fits() -> None:
     assert len(entries) >= 82
     for key, by_tokens in entries.items():
         named, group, shape = key.split("/")
-        kind, beside = named.rstrip("oei"), named[-1] if named[-1] in "oei" else ""
+        kind, beside = named.rstrip("aoei"), named[-1] if named[-1] in "aoei" else ""
         N, K = (int(size) for size in shape.split("x"))
         kinds: dict[str, dict[str, Any]] = {
             "4t": {"table": 1},
@@ -94,7 +94,9 @@ def test_every_measured_configuration_fits() -> None:
         }
         bits, held = int(kind[0]), kinds.get(kind, {})
         weight = replace(meta_weight(N, K, bits, int(group[1:]), **held), floats={"4f": 1, "8f": 3}.get(kind, 0))
-        if beside:
+        if beside == "a":
+            weight = replace(weight, in_bytes=True)
+        elif beside:
             outliers = meta_outliers(N, K, N * K // 100)
             weight = replace(weight, outliers=outliers, exact=beside in "ei", in_bytes=beside == "i")
         assert key == cuda_wgmma_table.place_of(weight)
