@@ -68,6 +68,10 @@ def session(*, json: str | None, quiet: bool, debug: bool, threads: int | None =
     output = Output(json=json, quiet=quiet, stdout=sys.stdout)
     with contextlib.ExitStack() as stack:
         _calm_libraries(stack, debug)
+        if quiet:
+            log = logging.getLogger("aerogel")
+            stack.callback(log.setLevel, log.level)
+            log.setLevel(logging.ERROR)
         if threads is not None:
             import torch
 

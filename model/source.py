@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from aerogel.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
 
@@ -81,7 +84,7 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _from_hub(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -91,6 +94,8 @@ def _from_hub(repository: str) -> Path:
     )
 
     try:
+        if not isinstance(try_to_load_from_cache(repository, "config.json"), str):
+            logger.warning("downloading %s from the hub", repository)
         return Path(snapshot_download(repository, allow_patterns=HUB_PATTERNS))
     except GatedRepoError as error:
         raise BadInput(f"{repository} is gated: accept its licence on the hub and log in with `hf auth login`") from error
@@ -109,6 +114,7 @@ def _from_gguf(path: Path) -> Path:
     folder = cache_folder() / f"{path.stem}-{digest}"
     if (folder / "config.json").is_file():
         return folder
+    logger.warning("making an ordinary checkpoint of %s, once; a small one takes a minute (kept in %s)", path.name, folder)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 

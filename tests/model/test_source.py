@@ -9,6 +9,7 @@ import torch
 from benchmarks.smollm2 import gguf
 from tests.real import smollm2
 
+from aerogel.cli.app import main
 from aerogel.errors import BadInput
 from aerogel.model import source
 from aerogel.model.reader import CheckpointReader
@@ -47,6 +48,16 @@ def test_smollm2_is_converted_once(tmp_path_factory: pytest.TempPathFactory, mon
     before = (folder / "model.safetensors").stat().st_mtime_ns
     assert source.resolve(file) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_takes_minutes_is_said_first_unless_quiet(
+    quiet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AEROGEL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
+    assert main(["plan", str(tmp_path / "broken.gguf"), *(["--quiet"] if quiet else [])]) == 2
+    assert ("making an ordinary checkpoint of broken.gguf" in caplog.text) == (not quiet)
 
 
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
