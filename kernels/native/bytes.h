@@ -3,7 +3,7 @@
 // A run is the unit in which every instruction set can look bytes up, so each run has its own table and the four runs of
 // sixteen lanes belong to four rows.
 #pragma once
-#include "vector.h"
+#include "codes.h"
 
 namespace aerogel {
 namespace UNIT {
@@ -40,7 +40,16 @@ INLINE Raw raw(const NativeU& v) { return reinterpret_cast<Raw>(v); }
 INLINE NativeU words(const Raw& r) { return reinterpret_cast<NativeU>(r); }
 #endif
 
-// table[index] byte by byte within runs; an index lies below 16.
+// Codes as indices of `look_up`: what that does not look at may be anything.
+template <int BITS, int STEP>
+INLINE U16 indices(const uint8_t* tile) {
+#if defined(__AVX2__)
+    if constexpr (BITS == 3) return threes<STEP>(tile);
+#endif
+    return quad<BITS, STEP>(tile);
+}
+
+// table[index] byte by byte within runs; an index lies below 16, but for bits 4 to 6 on x86.
 INLINE NativeU look_up(const NativeU& table, const NativeU& index) {
 #if defined(__AVX512F__)
     return words(_mm512_shuffle_epi8(raw(table), raw(index)));
@@ -111,40 +120,40 @@ INLINE NativeU every_run(const void* from) {
 #endif
 }
 
-// Sixteen bytes of its own for each of the four runs.
-INLINE U16 four_runs(const uint8_t* const (&from)[4]) {
-    U16 v;
 #if defined(__AVX2__)
-    __m128i run[4];
-    for (int i = 0; i < 4; ++i) run[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[i]));
-    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(run[0]), run[1], 1);
-    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(run[2]), run[3], 1);
+// All four runs of the first two and the last two.
+INLINE U16 joined(__m256i low, __m256i high) {
+    U16 v;
 #if defined(__AVX512F__)
     v.part[0] = words(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
 #else
     v.part[0] = words(low), v.part[1] = words(high);
 #endif
-#else
-    for (int i = 0; i < 4; ++i) memcpy(&v.part[i], from[i], 16);
-#endif
     return v;
+}
+#endif
+
+// Sixteen bytes of its own for each of the four runs.
+INLINE U16 four_runs(const uint8_t* const (&from)[4]) {
+#if defined(__AVX2__)
+    __m128i run[4];
+    for (int i = 0; i < 4; ++i) run[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[i]));
+    return joined(_mm256_set_m128i(run[1], run[0]), _mm256_set_m128i(run[3], run[2]));
+#else
+    U16 v;
+    for (int i = 0; i < 4; ++i) memcpy(&v.part[i], from[i], 16);
+    return v;
+#endif
 }
 
 // 32 bytes of its own for the first two runs, and for the last two.
 INLINE U16 two_halves(const uint8_t* first, const uint8_t* second) {
-    U16 v;
 #if defined(__AVX2__)
-    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
-    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
-#if defined(__AVX512F__)
-    v.part[0] = words(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+    return joined(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
 #else
-    v.part[0] = words(low), v.part[1] = words(high);
+    const uint8_t* const run[4] = {first, first + 16, second, second + 16};
+    return four_runs(run);
 #endif
-#else
-    for (int i = 0; i < 2; ++i) memcpy(&v.part[i], first + 16 * i, 16), memcpy(&v.part[2 + i], second + 16 * i, 16);
-#endif
-    return v;
 }
 
 }  // namespace UNIT

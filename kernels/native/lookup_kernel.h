@@ -141,12 +141,13 @@ inline void write_pairs(const Lookup& weight, uint8_t* to) {
 struct RowFactors {
     static constexpr int64_t kRun = 64;
     const Lookup& weight;
-    int64_t begin;            // of the strip's among all scales
+    int64_t begin, all;       // of the strip's among all scales, and how many there are
     int64_t first, stop = 0;  // groups that have been read
-    float scale[kRun * kLookupStrip];
+    float scale[(kRun + 3) * kLookupStrip];
     uint16_t pair[kRun * 2];
 
-    RowFactors(const Lookup& of, int64_t at) : weight(of), begin(at) {}
+    RowFactors(const LookupPlan& plan, int64_t strip)
+        : weight(*plan.weight), begin(strip * plan.groups * kLookupStrip), all(plan.strips * plan.groups * kLookupStrip) {}
     INLINE F16 scales_of(int64_t group) const { return in_runs(scale + (group - first) * kLookupStrip); }
     INLINE const uint16_t* pairs_of(int64_t group) const { return pair + (group - first) * 2; }
 
@@ -154,7 +155,8 @@ struct RowFactors {
     INLINE void convert(Load&& load) {
         const int64_t count = (stop - first) * kLookupStrip, at = begin + first * kLookupStrip;
         int64_t i = 0;
-        for (; i + 16 <= count; i += 16) store(scale + i, load(at + i));
+        // Sixteen at once also where fewer are wanted, as long as there are others behind them.
+        for (; i < count && at + i + 16 <= all; i += 16) store(scale + i, load(at + i));
         for (; i < count; ++i) scale[i] = read_scale(weight.scale, at + i, weight.scale_type);
     }
     // Groups from .. until - 1, at most kRun.
@@ -209,7 +211,7 @@ void lookup_strip(const LookupPlan& plan, int64_t strip, int64_t token, float* t
     const uint8_t* codes = static_cast<const uint8_t*>(weight.codes) + strip * plan.tiles * tile_bytes<BITS>();
     U16 table[P::kPlanes];
     const int64_t begin = strip * plan.groups * kLookupStrip;
-    RowFactors factors(weight, begin);
+    RowFactors factors(plan, strip);
     int64_t picked = 0;  // the group whose tables these are
     tables_of<P>(weight, strip, begin, table);
     F16 total[M];
@@ -226,10 +228,14 @@ void lookup_strip(const LookupPlan& plan, int64_t strip, int64_t token, float* t
         if (group_at[7] >= factors.stop) factors.read(group_at[0], plan.groups);
         unroll<8 / F>([&](auto fold) ALWAYS {
             const int64_t group = group_at[fold * F];
-            if (plan.pairs) {
-                paired_tables<P>(plan.pairs, factors.pairs_of(group), table);
-            } else if (weight.pick && group != picked) {
-                picked = group, tables_of<P>(weight, strip, begin + group * kLookupStrip, table);
+            // Beside two steps that nearly always are a group a comparison takes longer than reading two pairs.
+            if (weight.pick && ((F == 2 && plan.pairs) || group != picked)) {
+                picked = group;
+                if (plan.pairs) {
+                    paired_tables<P>(plan.pairs, factors.pairs_of(group), table);
+                } else {
+                    tables_of<P>(weight, strip, begin + group * kLookupStrip, table);
+                }
             }
             unroll<F / kRun>([&](auto run) ALWAYS {
                 typename P::Sum sum[kParts][M];
@@ -238,7 +244,7 @@ void lookup_strip(const LookupPlan& plan, int64_t strip, int64_t token, float* t
                     constexpr int kStep = fold * F + run * kRun + each;
                     const typename P::Element* here[M];
                     repeat<M>([&](int m) ALWAYS { here[m] = x[m] + kStep * kLookupStep; });
-                    P::template step<M>(quad<BITS, kStep>(codes), table, here, sum);
+                    P::template step<M>(indices<BITS, kStep>(codes), table, here, sum);
                 });
                 const F16 scale = factors.scales_of(group);
                 repeat<kParts * M>([&](int i) ALWAYS {

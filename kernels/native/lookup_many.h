@@ -22,27 +22,29 @@ LOOKUP_STEP void lookup_numbers(const U16 (&table)[Real::kPlanes], const U16& co
     });
 }
 
-// The same of a tile, one step after the other.
+// The same of some tiles, one step after the other.
 template <int BITS>
-void lookup_panel(const void* of, int64_t strip, int64_t tile, float* to) {
+void lookup_panel(const void* of, int64_t strip, int64_t tile, int64_t tiles, float* to) {
     const LookupPlan& plan = *static_cast<const LookupPlan*>(of);
     const Lookup& weight = *plan.weight;
     const uint8_t* codes = static_cast<const uint8_t*>(weight.codes) + (strip * plan.tiles + tile) * tile_bytes<BITS>();
     U16 table[Real::kPlanes];
     const int64_t begin = strip * plan.groups * kLookupStrip;
-    const int32_t* group_at = plan.group_at + tile * 8;
-    RowFactors factors(weight, begin);
-    factors.read(group_at[0], group_at[7] + 1);
+    const int32_t *group_at = plan.group_at + tile * 8, *const stop = group_at + tiles * 8;
+    RowFactors factors(plan, strip);
+    factors.read(group_at[0], stop[-1] + 1);
     F16 scale;
     int64_t held = -1;
-    unroll<8>([&](auto step) ALWAYS {
-        const int64_t group = group_at[step];
-        if (group != held) {
-            if (held < 0 || weight.pick) tables_of<Real>(weight, strip, begin + group * kLookupStrip, table);
-            scale = factors.scales_of(group), held = group;
-        }
-        lookup_numbers(table, quad<BITS, step>(codes), scale, to + step * 64);
-    });
+    for (; group_at < stop; group_at += 8, codes += tile_bytes<BITS>(), to += kFours * 16) {
+        unroll<8>([&](auto step) ALWAYS {
+            const int64_t group = group_at[step];
+            if (group != held) {
+                if (held < 0 || weight.pick) tables_of<Real>(weight, strip, begin + group * kLookupStrip, table);
+                scale = factors.scales_of(group), held = group;
+            }
+            lookup_numbers(table, quad<BITS, step>(codes), scale, to + step * 64);
+        });
+    }
 }
 
 // All of a product of a plan whose groups are placed.

@@ -132,9 +132,11 @@ LOOKUP_STEP void own_numbers(const OwnStrips<BITS, SHARED, 1>& from, int64_t til
     });
 }
 template <int BITS, bool SHARED>
-void own_panel(const void* of, int64_t strip, int64_t tile, float* to) {
+void own_panel(const void* of, int64_t strip, int64_t tile, int64_t tiles, float* to) {
     const OwnStrips<BITS, SHARED, 1> from(*static_cast<const OwnPlan*>(of), strip);
-    unroll<8>([&](auto step) ALWAYS { own_numbers<BITS, SHARED, step>(from, tile, to + step * 64); });
+    for (const int64_t stop = tile + tiles; tile < stop; ++tile, to += kFours * 16) {
+        unroll<8>([&](auto step) ALWAYS { own_numbers<BITS, SHARED, step>(from, tile, to + step * 64); });
+    }
 }
 
 inline void own_finish_panel(const void* of, int64_t strip, int64_t first, int64_t tokens, const float* total) {

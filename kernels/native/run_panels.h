@@ -31,7 +31,7 @@ struct RunPanels {
     int64_t columns, strips, tiles;
     float* x;    // [block][four columns][token][4], as many bytes as `run_panels_bytes` says
     bool pairs;  // vectors hold every second column of eight, the even ones first; else four that follow each other
-    void (*panel)(const void* plan, int64_t strip, int64_t tile, float* to);  // [four columns][row][column]
+    void (*panel)(const void* plan, int64_t strip, int64_t tile, int64_t tiles, float* to);  // [four columns][row][column]
     void (*finish)(const void* plan, int64_t strip, int64_t first, int64_t tokens, const float* total);
 };
 
@@ -83,7 +83,7 @@ inline void run_unit(const RunPanels& p, int64_t first, int64_t start, int64_t s
         const int64_t tiles = p.tiles - tile < kRunTiles ? p.tiles - tile : kRunTiles, count = tiles * kFours;
         for (int64_t r = 0; r < kRunStrips; ++r) {
             const int64_t strip = first + r < p.strips ? first + r : p.strips - 1;
-            for (int64_t t = 0; t < tiles; ++t) p.panel(p.plan, strip, tile + t, panel + (r * count + t * kFours) * 16);
+            p.panel(p.plan, strip, tile, tiles, panel + r * count * 16);
         }
         for (int64_t block = 0; block < blocks; ++block) {
             const float* x = p.x + ((start + block) * p.tiles + tile) * kFours * kBlockTokens * 4;
