@@ -8,8 +8,8 @@ are a table's. FP8 (e4m3 per channel, tensor or block), e5m2, RF8, FP6, FP5, FP4
 holds exactly, so their products are exact like those of integers. NF4 and the like are rounded to it (about 1e-3 of the
 result's norm, where rounding the result to bfloat16 costs 1.7e-3), for activations in bfloat16 only: others are multiplied
 in float32.
-Without such a product small floats are converted as float16 (AVX2) or decoded by arithmetic (NEON), and other numbers gathered
-from memory; up to 4 bits are left to `cpu_lookup` there.
+Without such a product the two bytes of a small float and of RF8 as bfloat16 are looked up (AVX2), or floats decoded by
+arithmetic, and other numbers gathered from memory; up to 4 bits are left to `cpu_lookup` there.
 With `activations: fp8` the input is rounded first and then multiplied by the same loops.
 
 Layout: `aerogel.pack.native_tables`. Shape legend: M tokens, N out features, K in features, G groups along K, T tables.

@@ -50,8 +50,8 @@ constexpr Sizes sizes_for(int bits, Form form, bool ragged) {
     if (form == kOneTable && tuned(4) && (bits == 5 || bits == 6)) return kSomeSizes;
     return tuned(bits) ? kAllSizes : kNoSizes;
 }
-// What one row has a loop of pairs for (pairs.h).
-constexpr bool paired(int bits, bool ragged) { return tuned(bits) && bits <= 4 && (!ragged || bits >= 3); }
+// What one row has a loop of pairs for (pairs.h): integers of few bits, floats of more.
+constexpr bool paired(int bits, bool ragged) { return bits <= 4 ? tuned(bits) && (!ragged || bits >= 3) : kMostRows > 0 && bits != 7 && !ragged; }
 constexpr int strips_for(int rows) {
     return kNative == 16 ? (rows <= 2 ? 4 : rows <= 8 ? 2 : 1) : kNative == 8 && rows == 1 ? 2 : 1;
 }

@@ -10,12 +10,36 @@
 // A lane is thus one of two sums of a row, added up at the end of a segment; activations lie as 0 2 1 3 and are broadcast in
 // pairs. One strip and one chain of sums: with more the compiler keeps sums in memory.
 #pragma once
-#include "numerics.h"
+#include "two_bytes.h"
 
 namespace aerogel {
 namespace UNIT {
 
-struct Pairs : IntegersOnly, FloatSums {
+// The two bytes of integers.
+struct IntegerBytes : IntegersOnly {
+    template <int BITS, Form FORM>
+    static constexpr bool runs() {
+        return FORM == kIntegers && BITS <= 4;
+    }
+    static bool holds(const Weight& weight) { return weight.bits <= 4 && !weight.table; }
+    // Byte BYTE of q as bfloat16 for the codes 0 .. 2^BITS - 1, repeated to 16.
+    template <int BITS, int BYTE>
+    static INLINE NativeU table() {
+        alignas(16) uint8_t entries[16];
+        for (int i = 0; i < 16; ++i) {
+            const float q = static_cast<float>((i & ((1 << BITS) - 1)) - (1 << (BITS - 1)));
+            entries[i] = static_cast<uint8_t>(float_to_bits(q) >> (16 + 8 * BYTE));
+        }
+        return every_run(entries);
+    }
+    template <int BITS>
+    static INLINE void look_up(const Decoder&, const NativeU& codes, NativeU& low, NativeU& high) {
+        low = UNIT::look_up(table<BITS, 0>(), codes), high = UNIT::look_up(table<BITS, 1>(), codes);
+    }
+};
+
+template <class Bytes>
+struct PairsOf : Bytes, FloatSums {
     struct Accumulator {
         NativeF part[4];  // rows 0 1 4 5, rows 2 3 6 7, and the same of the second eight
     };
@@ -27,28 +51,16 @@ struct Pairs : IntegersOnly, FloatSums {
         return 0;
     }
 
-    // Byte BYTE of q as bfloat16 for the codes 0 .. 2^BITS - 1, repeated to 16.
-    template <int BITS, int BYTE>
-    static INLINE __m256i table() {
-        alignas(16) uint8_t entries[16];
-        for (int i = 0; i < 16; ++i) {
-            const float q = static_cast<float>((i & ((1 << BITS) - 1)) - (1 << (BITS - 1)));
-            entries[i] = static_cast<uint8_t>(float_to_bits(q) >> (16 + 8 * BYTE));
-        }
-        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(entries)));
-    }
-
     template <int BITS, Form FORM, int STEP, int ROWS>
-    static INLINE void weights(const Decoder&, const uint8_t* tile, const U16&, Operand (&out)[kOperands]) {
+    static INLINE void weights(const typename Bytes::Decoder& decoder, const uint8_t* tile, const U16&, Operand (&out)[kOperands]) {
         const U16 u = quad<BITS, STEP>(tile);
-        const __m256i first = table<BITS, 0>(), second = table<BITS, 1>(), upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
         unroll<2>([&](auto p) ALWAYS {
-            const __m256i code = reinterpret_cast<__m256i>(u.part[p]);
-            const __m256i low = _mm256_shuffle_epi8(first, code), high = _mm256_shuffle_epi8(second, code);
-            const __m256i pairs[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+            NativeU low, high;
+            Bytes::template look_up<BITS>(decoder, u.part[p], low, high);
+            const NativeU pairs[2] = {in_turn<1, false>(low, high), in_turn<1, true>(low, high)};
             unroll<2>([&](auto i) ALWAYS {
-                out[0].part[2 * p + i] = reinterpret_cast<NativeF>(_mm256_slli_epi32(pairs[i], 16));
-                out[1].part[2 * p + i] = reinterpret_cast<NativeF>(_mm256_and_si256(pairs[i], upper));
+                out[0].part[2 * p + i] = reinterpret_cast<NativeF>(pairs[i] << 16);
+                out[1].part[2 * p + i] = reinterpret_cast<NativeF>(pairs[i] & 0xffff0000u);
             });
         });
     }
@@ -76,6 +88,9 @@ struct Pairs : IntegersOnly, FloatSums {
         return v;
     }
 };
+
+using Pairs = PairsOf<IntegerBytes>;
+using FloatPairs = PairsOf<FloatBytes>;
 
 }  // namespace UNIT
 }  // namespace aerogel

@@ -17,7 +17,6 @@
 #include "exact_float.h"
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
-#include "halves.h"
 #include "pairs.h"
 #endif
 

@@ -14,11 +14,9 @@ namespace aerogel {
 Status exact_avx2(const Weight& weight, const Call& call) {
     using namespace avx2;
     const bool ragged = segment_tiles(columns_of(weight), Pairs::kLongestSegment) == 0;
-    if (call.tokens == 1 && paired(weight.bits, ragged) && !weight.table) return run<Pairs>(weight, call);
-    Weight small = weight;
-    float unit = 1.0f;
-    if (!Halves::holds(weight, unit)) return run<Exact>(weight, call);
-    return small.factor *= unit, run<Halves>(small, call);
+    const bool pairs = call.tokens == 1 && paired(weight.bits, ragged);
+    if (FloatBytes::holds(weight)) return pairs ? run<FloatPairs>(weight, call) : run<TwoBytes>(weight, call);
+    return pairs && IntegerBytes::holds(weight) ? run<Pairs>(weight, call) : run<Exact>(weight, call);
 }
 Status int8_avx2(const Weight& weight, const Call& call) { return avx2::run<avx2::Int8>(weight, call); }
 Status own_avx2(const OwnTables& weight, const Call& call) { return avx2::own_tables(weight, call); }

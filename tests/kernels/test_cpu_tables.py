@@ -27,6 +27,7 @@ from aerogel.quantize.formats.nvfp4 import Nvfp4
 from aerogel.quantize.formats.rf8 import Rf8
 from aerogel.quantize.grids import Fp8Grid
 from aerogel.quantize.scales import as_stored, numbers_of_byte
+from aerogel.quantize.tables import TableGrid
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
@@ -195,9 +196,22 @@ def test_all_256_bytes_of_e4m3_and_its_nan() -> None:
                 assert not y[:, 4].any()
 
 
-@pytest.mark.parametrize("kind", ["e2m2", "e3m1", "e2m3", "e3m2", "e4m3", "e5m2"])
-def test_every_code_of_a_float_and_what_is_none(kind: Any) -> None:
-    grid = Float(kind=kind, group_size=None)
+@dataclass(frozen=True, kw_only=True)
+class Cubes(TableGrid):
+    """256 numbers of no float."""
+
+    group_size: int | None = None
+    bits = 8
+
+    def numbers(self) -> tuple[tuple[float, ...], ...]:
+        return (tuple(float((code - 100) ** 3) for code in range(256)),)
+
+
+FLOATS: list[TableGrid] = [Float(kind=kind, group_size=None) for kind in ("e2m2", "e3m1", "e2m3", "e3m2", "e4m3", "e5m2")]
+
+
+@pytest.mark.parametrize("grid", [*FLOATS, Rf8(), Cubes()], ids=str)
+def test_every_code_and_what_is_none(grid: TableGrid) -> None:
     numbers = grid.tables[0]
     for path in library.paths():
         for M in (1, 4, 20):
