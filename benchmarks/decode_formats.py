@@ -93,7 +93,7 @@ def measure(decoders: dict[str, Decoder], batch: int, new: int, rounds: int) -> 
 def main() -> int:
     """Make the checkpoints, or time them."""
     sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
-    from formats import FORMATS
+    from formats_cases import FORMATS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)

@@ -1,4 +1,4 @@
-"""How fast the formats of `formats.py` multiply on this machine, each through the kernel that the dispatcher picks for it.
+"""How fast the formats of `formats_cases.py` multiply on this machine, each through the kernel that the dispatcher picks.
 
     python benchmarks/formats_speed.py --device cpu  --out benchmarks/results/formats_speed.json
     python benchmarks/formats_speed.py --device cuda --out benchmarks/results/formats_speed.json      (a minute of an H100)
@@ -11,7 +11,8 @@ kernel's name, and the time over that of 4-bit integers in groups of 64, the row
 of each round. On a CPU also over integers that read as many bytes: of all widths and the groups of GROUPS, with zero points or
 without, those whose bytes are nearest; `gpu_numbers.py` has that for a GPU. A format that fails is written under `failed` with
 its reason, the others go on and the exit code is 1. What a stage keeps beside its codes is left out here: `outliers.py` has its
-price. The file keeps one part for each device.
+price. The file keeps one part for each device. With --seconds no batch of formats is begun once the time is up, and
+the next run of the same command on the same machine goes on with the formats that the file does not have.
 
 # make bench: --device cpu --shape 1024x1024 --rounds 3 --only int4 nf4
 """
@@ -225,7 +226,11 @@ def measure(formats: dict[str, dict[str, Any]], given: argparse.Namespace) -> tu
     rows: dict[str, Any] = {}
     failed: dict[str, str] = {}
     names = list(formats)
+    stop = math.inf if given.seconds is None else time.monotonic() + given.seconds
     for first in range(0, len(names), given.batch):
+        if time.monotonic() > stop:
+            sys.stdout.write(f"{len(names) - first} formats are left: run the same command again\n")
+            break
         found = measure_batch({name: formats[name] for name in names[first : first + given.batch]}, given, failed)
         rows |= found
         for name, row in found.items():
@@ -239,7 +244,7 @@ def measure(formats: dict[str, dict[str, Any]], given: argparse.Namespace) -> tu
 def main() -> int:
     """Measure, and put the result beside the other device's."""
     sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
-    from formats import FORMATS
+    from formats_cases import FORMATS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
@@ -248,22 +253,24 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=101, help="on a CPU, of one token; of M a root of M fewer")
     parser.add_argument("--batch", type=int, default=8, help="formats that take turns")
+    parser.add_argument("--seconds", type=float, help="until when a batch may begin; formats in the file are not repeated then")
     parser.add_argument("--only", nargs="*", default=[""], help="formats whose name contains one of these words")
     given = parser.parse_args()
     # Formats that share a packed form are timed once each all the same: a difference between them is the noise.
     wanted = {name: stage for name, stage in FORMATS.items() if name == BASE or any(word in name for word in given.only)}
-    rows, failed = measure(wanted, given)
+    held = json.loads(given.out.read_text("utf-8")) if given.out and given.out.exists() else {}
+    about = {
+        "command": " ".join(["benchmarks/formats_speed.py", *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "shape": given.shape,
+    }
+    before = held.get(given.device, {})
+    kept = before["rows"] if given.seconds is not None and about.items() <= before.items() else {}
+    rows, failed = measure({name: stage for name, stage in wanted.items() if name not in kept}, given)
     if given.out:
-        held = json.loads(given.out.read_text("utf-8")) if given.out.exists() else {}
-        held[given.device] = {
-            "command": " ".join(["benchmarks/formats_speed.py", *sys.argv[1:]]),
-            "machine": machine(),
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            "shape": given.shape,
-            "rows": rows,
-            "failed": failed,
-        }
+        held[given.device] = {**about, "rows": kept | rows, "failed": failed}
         given.out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
     return 1 if failed else 0
 
