@@ -147,7 +147,7 @@ def task_table(report: Report) -> Table | None:
         metric, pair = task["metric"], task["paired"].get(task["metric"], {})
         flips = f"{pair['lost']} / {pair['gained']}" if pair else NOTHING
         both = (_score(task["dense"], metric), _score(task["compressed"], metric))
-        drop = f"{-100 * task['drop']:+.1f}"
+        drop = f"{0.0 - 100 * task['drop']:+.1f}"  # no change is +0.0, not -0.0
         rows.append((name, metric, str(task["documents"]), *both, drop, flips, number(pair.get("p"), 3)))
     heads = columns("task", "<metric>", "documents", "dense", "compressed", "change", "lost / gained", "McNemar p")
     sources = sorted({f"{task['source']}, {task['split']} split" for task in tasks.values()})

@@ -131,6 +131,13 @@ def test_a_report_of_one_model_alone() -> None:
     assert "first in each window" in found[1].note
 
 
+@pytest.mark.parametrize(("drop", "said"), [(0.0, "+0.0"), (0.04, "-4.0"), (-0.02, "+2.0")])
+def test_no_change_has_no_minus(drop: float, said: str, report: dict[str, Any]) -> None:
+    report["evaluation"]["tasks"]["piqa"]["drop"] = drop
+    found = table.task_table(report)
+    assert found is not None and found.rows[0][5] == said
+
+
 def test_entropy_coding_says_what_it_saved_or_that_it_saved_nothing() -> None:
     row = {"name": "a", "dtype": "int32", "bytes": 4000, "coded_bytes": 3750, "share": 0.9375, "entropy_bits": 7.4}
     found = table.coding_table({"entropy": [row, {**row, "bytes": 2000, "coded_bytes": 1500, "entropy_bits": 5.9}]})
