@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
   const Rows rows = rows_of(p, first_tile);
   KeptColumns kept(p, shared_address(shared) + table_room(p.tables) + outlier_bytes(p), 0, warp);
   const float factor = factor_of(p);
-  if constexpr (BY_ROWS) ask_for_tables(p, shared, first_tile);  // before all else
+  const u32 number = ask_for_tables(p, shared, first_tile);  // before all else
   allow_next_kernel();
   if (OUTLIERS && threadIdx.x >= THREADS)
     return sum_outliers(p, outlier_place, threadIdx.x - THREADS, first_tile * 16, 0, 1, [] { barrier_of(4, THREADS + OUTLIER_THREADS); });
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
   }
   prefetch_row_scales(p, first_tile, threadIdx.x);
   if constexpr (KEPT) kept.copy(first_tile);
-  lay_out_tables(p, shared, first_tile, BY_ROWS ? 0 : ask_for_tables(p, shared, first_tile));
+  lay_out_tables(p, shared, first_tile, number);
   if constexpr (TABLE) barrier_of(1, THREADS);
   OwnTables own_tables;
   own_tables.load(shared_address(shared), 0);
