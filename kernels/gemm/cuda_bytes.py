@@ -27,6 +27,7 @@ PLAIN = {(2, 1, 1): 128, (1, 1, 2): 128, (2, 1, 2): 64, (2, 2, 1): 128, (3, 1, 1
 BESIDE = (
     *((tokens, warpgroups, blocks, 1) for tokens in (16, 32) for warpgroups, blocks in ((2, 2), (2, 1), (1, 1))),
     *((tokens, warpgroups, 1, 1) for tokens in (64, 128) for warpgroups in (2, 1)),
+    *((tokens, 1, 1, 2) for tokens in (16, 32)),
 )
 """(tokens, warpgroups, blocks, resident) that were the fastest at some size where outliers stand beside the codes."""
 CLUSTERINGS = ((1, 1), (2, 1), *((1, split) for split in range(2, 7)))

@@ -163,10 +163,6 @@ def many_tokens(
     facts = torch.cuda.get_device_properties(weight.codes.device)
     if facts.major != 9:
         return None
-    if config is None and kept is not None:  # beside which cuts that share columns were not measured
-        config = choose_config(weight, M, facts.multi_processor_count) if M > FEW_TOKENS else None
-        if config is None:
-            return None
     found = cuts_in_bytes(weight, M, facts.name, facts.multi_processor_count) if config is None else [(weight.N, config)]
     if not found:
         return None

@@ -217,6 +217,33 @@ def test_cuts_in_bytes(grid: IntGrid, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@torch.no_grad()
+def test_runs_of_rows_with_cuts_of_their_own() -> None:
+    """Rows that fill whole rounds of the device and the rest, codes as bytes: each run finds its scales, outliers and bias."""
+    N, K, M, grid = 400, 1192, 50, GRIDS[0]
+    layer, alone_NK = layer_of(grid, N, K, torch.bfloat16, True, "cuda")
+    laid, layout = layer._laid, layer.operands()
+    assert laid is not None and layer.bias is not None
+    weight = TileWeight(
+        codes=layout["tile_codes"], scale=layout["tile_scale"], zero=None, table=None, pick=None, group_size=0, N=N, K=K,
+        exact=True, in_bytes=True, outliers=TileOutliers.given([laid[name] for name in cuda_added.NAMES]),
+    )  # fmt: skip
+    r = cuda_int8.row_scale(weight)
+    first, rest = (cuda_wgmma.deepest(weight, cut) for cut in cuts_of((64, 2, 1, 1, 2, 1, 2), (64, 2, 1, 1, 1, 2, 2)))
+    assert first is not None and rest is not None
+    plan = cuda_wgmma_plan.Parts(weight, [(256, first), (144, rest)], M, torch.bfloat16, row_scale=r)
+    x_MK = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16().cuda()
+    rounding = Quantizer(dtype=x_MK.dtype, device=x_MK.device, output=INT8, columns=1280, permuted=True)
+    y_MN = torch.full((M, N), float("nan"), device="cuda", dtype=torch.bfloat16)
+    plan.launch(*rounding(x_MK), layer.bias, y_MN, chosen=cuda_wgmma_plan.in_pieces(x_MK))
+    values, scale = quantize_int8(x_MK)
+    wanted_MN = (values.double() * scale.double()) @ layer.columns().codes.decode(torch.float64).T
+    wanted_MN += x_MK.double() @ alone_NK.T + layer.bias.double()
+    for rows in (slice(0, 256), slice(256, N)):
+        assert float((y_MN[:, rows].double() - wanted_MN[:, rows]).norm() / wanted_MN[:, rows].norm()) <= 3e-3
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("M", [4, 40, 300])
 @torch.no_grad()
 def test_overlapping_replays_of_a_graph(M: int) -> None:
