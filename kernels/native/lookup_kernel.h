@@ -228,14 +228,11 @@ void lookup_strip(const LookupPlan& plan, int64_t strip, int64_t token, float* t
         if (group_at[7] >= factors.stop) factors.read(group_at[0], plan.groups);
         unroll<8 / F>([&](auto fold) ALWAYS {
             const int64_t group = group_at[fold * F];
-            // Beside two steps that nearly always are a group a comparison takes longer than reading two pairs.
-            if (weight.pick && ((F == 2 && plan.pairs) || group != picked)) {
-                picked = group;
-                if (plan.pairs) {
-                    paired_tables<P>(plan.pairs, factors.pairs_of(group), table);
-                } else {
-                    tables_of<P>(weight, strip, begin + group * kLookupStrip, table);
-                }
+            // Of two steps that are a group nearly always, reading two pairs is faster than a comparison.
+            if (plan.pairs && (F == 2 || group != picked)) {
+                picked = group, paired_tables<P>(plan.pairs, factors.pairs_of(group), table);
+            } else if (weight.pick && group != picked) {
+                picked = group, tables_of<P>(weight, strip, begin + group * kLookupStrip, table);
             }
             unroll<F / kRun>([&](auto run) ALWAYS {
                 typename P::Sum sum[kParts][M];
