@@ -197,20 +197,20 @@ def test_all_256_bytes_of_e4m3_and_its_nan() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cubes(TableGrid):
-    """256 numbers of no float."""
+class Shuffled(TableGrid):
+    """256 numbers that no float has in this order; bfloat16 holds them."""
 
     group_size: int | None = None
     bits = 8
 
     def numbers(self) -> tuple[tuple[float, ...], ...]:
-        return (tuple(float((code - 100) ** 3) for code in range(256)),)
+        return (tuple(float(37 * code % 256 - 128) for code in range(256)),)
 
 
 FLOATS: list[TableGrid] = [Float(kind=kind, group_size=None) for kind in ("e2m2", "e3m1", "e2m3", "e3m2", "e4m3", "e5m2")]
 
 
-@pytest.mark.parametrize("grid", [*FLOATS, Rf8(), Cubes()], ids=str)
+@pytest.mark.parametrize("grid", [*FLOATS, Rf8(), Shuffled()], ids=str)
 def test_every_code_and_what_is_none(grid: TableGrid) -> None:
     numbers = grid.tables[0]
     for path in library.paths():
