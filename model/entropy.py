@@ -98,7 +98,7 @@ def coded_tensors(name: str, tensor: Tensor) -> tuple[dict[str, Tensor], Saving 
     after = sum(part.nbytes for part in parts.values())
     if after > WORTH * tensor.nbytes:
         return whole, None
-    found = entropy(torch.bincount(symbols.int(), minlength=256))
+    found = entropy(choose.counts(symbols))
     kind = str(tensor.dtype).removeprefix("torch.")
     saving = Saving(name=name, dtype=kind, before=tensor.nbytes, after=after, entropy=found)
     return {f"{name}{MARK}{part}": held for part, held in parts.items()}, saving

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from aerogel.kernels.entropy import ref
@@ -24,6 +25,15 @@ def encode(symbols: Tensor) -> Coded:
     from aerogel.kernels.entropy import cpu
 
     return cpu.encode(symbols)
+
+
+def counts(symbols: Tensor) -> Tensor:
+    """How often each byte occurs among contiguous uint8 on the CPU, int64 [256]."""
+    if not _compiled(symbols):
+        return torch.bincount(symbols.int(), minlength=256)
+    from aerogel.kernels.entropy import cpu
+
+    return cpu.counts(symbols)
 
 
 def decode(coded: Coded) -> Tensor:

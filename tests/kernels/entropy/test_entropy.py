@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aerogel.errors import BadInput
-from aerogel.kernels.entropy import ref
+from aerogel.kernels.entropy import choose, ref
 from aerogel.kernels.native.library import missing
 
 needs_native = pytest.mark.skipif(missing() is not None, reason="the compiled CPU kernels are missing")
@@ -100,6 +100,11 @@ def test_exponents_of_gaussian_weights_cost_what_the_paper_says() -> None:
     assert 2.4 < bound < 2.7
     assert ref.bits_per_symbol(coded) < bound + 0.2  # whole bits, run lengths and padding
     assert (8 + ref.bits_per_symbol(coded)) / 16 < 0.69
+
+
+def test_counts_are_the_histogram() -> None:
+    symbols = bytes_like("exponents", 5000)
+    assert torch.equal(choose.counts(symbols), torch.bincount(symbols.int(), minlength=256))
 
 
 @pytest.mark.parametrize("name", CODERS)
