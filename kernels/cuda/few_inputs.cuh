@@ -5,32 +5,33 @@
 // Where outliers find the inputs of a few tokens, these come with the stages of the first row block. The barriers of those will not
 // do: by then they may be in use for other stages.
 INLINE void tell_outliers(const Share& share, const Room& room, int stage) {
-  if (OUTLIER_SHARE && !X_TURNED && threadIdx.x == 0 && stage == share.stages - 1) mbarrier_arrive(room.outliers.here);
+  if (OUTLIER_SHARE && !X_TOLD && threadIdx.x == 0 && stage == share.stages - 1) mbarrier_arrive(room.outliers.here);
 }
-// Inputs of more tokens are turned by the outliers' warps, of which `thread` is one: shared ones stage by stage, and the warps that
-// multiply wait for that.
-INLINE void wait_for_inputs(const Arguments& p, const Room& room, int thread) {
+// Inputs that are turned are so by the outliers' warps, of which `thread` is one: shared ones stage by stage, and the warps that multiply
+// wait for that.
+INLINE void wait_for_inputs(const Arguments& p, const Share& share, const Room& room, int thread) {
   const OutlierRoom& inputs = room.outliers;
   auto turn = [&](int first, int end) {
     for (int tile = first + thread / 32; tile < end; tile += OUTLIER_WARPS) turn_tokens(inputs.x + tile * 256, inputs.x_stride);
   };
-  if constexpr (X_TURNED) {
-    const int stages = outlier_stages(p);
-    for (int stage = 0; stage < stages; stage++) {
+  if constexpr (X_TOLD) {
+    for (int stage = 0; stage < share.stages; stage++) {
       mbarrier_wait(x_is_here(room, stage), 0);
-      turn(stage * K_WARPS, min((stage + 1) * K_WARPS, p.k_tiles));
+      if (!X_TURNED) continue;
+      const int tile = stage_of(share, stage) * K_WARPS;
+      turn(tile, min(tile + K_WARPS, p.k_tiles));
       if (arrives(thread & 31)) mbarrier_arrive(x_is_turned(room, stage));
     }
-    mbarrier_wait(x_is_turned(room, stages - 1), 0);
+    if (X_TURNED) mbarrier_wait(x_is_turned(room, share.stages - 1), 0);
   } else {
     mbarrier_wait(inputs.here, 0);
     if (OUTLIERS_TURNED) turn(0, p.k_tiles), barrier_of(3, OUTLIER_THREADS);
   }
 }
 INLINE void init_barriers_of_outliers(const Arguments& p, const Share& share, const Room& room) {
-  if (!X_TURNED) return mbarrier_init(room.outliers.here, 1);
+  if (!X_TOLD) return mbarrier_init(room.outliers.here, 1);
   for (int stage = 0; stage < share.stages; stage++) {
     mbarrier_init(x_is_here(room, stage), 1), mbarrier_init(x_is_turned(room, stage), OUTLIER_WARPS * ARRIVALS);
-    mbarrier_expect(x_is_here(room, stage), p.M * min(K_WARPS, p.k_tiles - stage * K_WARPS) * 256);
+    mbarrier_expect(x_is_here(room, stage), p.M * min(K_WARPS, p.k_tiles - stage_of(share, stage) * K_WARPS) * 256);
   }
 }

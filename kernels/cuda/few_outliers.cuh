@@ -6,8 +6,8 @@ constexpr int OUTLIER_THREADS = 32 * OUTLIER_WARPS;
 #if APART
 #include "few_apart.cuh"
 #endif
-// In shared memory: a barrier for inputs that are here, or two for each stage of those that are shared and turned, that it is here and
-// that it is turned; the inputs, behind each token's 16 bytes of zeros, and the bytes from token to token; the sums of a row block
+// In shared memory: a barrier for inputs that are here, or where they are shared and products wait for them two for each stage, that it is
+// here and that it is turned; the inputs, behind each token's 16 bytes of zeros, and the bytes from token to token; the sums of a row block
 // and of the one before; what is on its way. A cluster's blocks each have all of this.
 struct OutlierRoom {
   u32 here, x, x_stride, queue;
@@ -19,7 +19,7 @@ INLINE int outlier_sums_bytes(const Arguments& p) { return (one_round(p) ? 1 : 2
 INLINE int outlier_x_stride(const Arguments& p) { return p.k_tiles * 256 + 16; }
 INLINE int outlier_x_bytes(const Arguments& p) { return OUTLIER_SHARE || APART ? 0 : (OUTLIERS * outlier_x_stride(p) + 127) & ~127; }
 INLINE int outlier_stages(const Arguments& p) { return (p.k_tiles + K_WARPS - 1) / K_WARPS; }
-INLINE int outlier_barrier_bytes(const Arguments& p) { return (OUTLIERS_TURNED && OUTLIER_SHARE ? outlier_stages(p) * 16 + 127 : 128) & ~127; }
+INLINE int outlier_barrier_bytes(const Arguments& p) { return (OUTLIER_PRODUCTS && OUTLIER_SHARE ? outlier_stages(p) * 16 + 127 : 128) & ~127; }
 INLINE int outlier_bytes(const Arguments& p) {
   return OUTLIERS ? outlier_barrier_bytes(p) + outlier_x_bytes(p) + outlier_sums_bytes(p) + (APART ? 0 : OUTLIER_WARPS * OUTLIER_ROUNDS * OUTLIER_ROUND) : 0;
 }
@@ -41,24 +41,34 @@ INLINE void turn_tokens(u32 address, int stride) {
   __syncwarp();
 }
 
+// What such a warp knows of its outliers, as soon as it can ask.
+#if OUTLIERS && !APART
+constexpr int OWN_ROWS = BLOCK_ROWS / OUTLIER_WARPS;
+using OwnOutliers = OutlierSums<OWN_ROWS>;
+#else
+struct OwnOutliers {};
+#endif
+INLINE void ask_for_outliers(const Arguments& p, OwnOutliers& outliers, int thread, int first_row, int row_step, int row_blocks) {
+#if OUTLIERS && !APART
+  outliers.ask(p.outlier_start, p.N, first_row + thread / 32 * OWN_ROWS, row_step, row_blocks);
+#endif
+}
+
 // What OUTLIER_WARPS warps of a block do, of which `thread` is one: the sums of its row blocks. The warps that multiply meet them
 // at the end of each, at barrier 2; they may then already begin the next one, whose sums have a place of their own.
-// wait(): for the inputs, turned if they are many.
+// wait(): for the inputs, and until they are turned.
 template <typename Wait>
-INLINE void sum_outliers(const Arguments& p, const OutlierRoom& room, int thread, int first_row, int row_step, int row_blocks, const Wait& wait) {
+INLINE void sum_outliers(const Arguments& p, OwnOutliers& outliers, const OutlierRoom& room, int thread, int first_row, int row_step, int row_blocks, const Wait& wait) {
 #if APART
   collect_outliers(p, room.sums, thread, first_row, row_step, row_blocks);
 #elif OUTLIERS
-  constexpr int ROWS = BLOCK_ROWS / OUTLIER_WARPS;
   const int warp = thread / 32;
-  OutlierSums<ROWS> outliers;
-  outliers.begin(p.outlier_start, p.outlier, room.queue + warp * OUTLIER_ROUNDS * OUTLIER_ROUND, p.k_tiles * 128, p.N,
-                 first_row + warp * ROWS, row_step, row_blocks);
+  outliers.begin(p.outlier, room.queue + warp * OUTLIER_ROUNDS * OUTLIER_ROUND, p.k_tiles * 128);
   if (thread < p.M) store_shared_u32x4(room.x + thread * room.x_stride + p.k_tiles * 256, 0);
   barrier_of(3, OUTLIER_THREADS);
   for (int block = 0; block < row_blocks; block++) {
     if (block == 0) wait();
-    while (!outliers.done(block)) outliers.step(room.x, room.x_stride, p.M, room.sums + warp * ROWS, BLOCK_ROWS);
+    while (!outliers.done(block)) outliers.step(room.x, room.x_stride, p.M, room.sums + warp * OWN_ROWS, BLOCK_ROWS);
     barrier_of(2, THREADS + OUTLIER_THREADS);
   }
   copies_wait<0>();

@@ -75,8 +75,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + OUTLIER_THREADS, BLOCKS) 
   const float factor = factor_of(p);
   const u32 number = ask_for_tables(p, shared, first_tile);  // before all else
   allow_next_kernel();
-  if (OUTLIERS && threadIdx.x >= THREADS)
-    return sum_outliers(p, outlier_place, threadIdx.x - THREADS, first_tile * 16, 0, 1, [] { barrier_of(4, THREADS + OUTLIER_THREADS); });
+  if (OUTLIERS && threadIdx.x >= THREADS) {
+    OwnOutliers outliers;
+    const int thread = threadIdx.x - THREADS;
+    ask_for_outliers(p, outliers, thread, first_tile * 16, 0, 1);
+    return sum_outliers(p, outliers, outlier_place, thread, first_tile * 16, 0, 1, [] { barrier_of(4, THREADS + OUTLIER_THREADS); });
+  }
   int tile = warp;
   u32 words[ROW_TILES][WORDS], next[ROW_TILES][WORDS];
   if (tile < p.k_tiles) {

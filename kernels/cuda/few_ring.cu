@@ -23,7 +23,8 @@ constexpr bool X_BY_WARPS = !X_RESIDENT && !X_IN_STAGE;
 constexpr int STAGE_TOKEN_BYTES = K_WARPS * 256 + 16;  // of one token in a stage
 constexpr int STAGE_BYTES = WEIGHT_BYTES + (X_IN_STAGE ? (TOKEN_TILES * 8 * STAGE_TOKEN_BYTES + 127) & ~127 : 0);
 static_assert(!OUTLIER_SHARE || (X_RESIDENT && CLUSTER == 1), "outliers find all inputs where the whole of x stays");
-constexpr bool X_TURNED = OUTLIERS_TURNED && OUTLIER_SHARE;
+constexpr bool X_TOLD = OUTLIER_PRODUCTS && OUTLIER_SHARE;  // each stage of x has a barrier of its own
+constexpr bool X_TURNED = OUTLIERS_TURNED && X_TOLD;
 constexpr bool SIDES = GROUP != 0 || ZERO != 0 || TABLE == 3;
 
 // Warps beside the multiplying ones: the one that produces, with BESIDE three more (few_beside.cuh), and with 8 multiplying warps three
@@ -60,9 +61,9 @@ INLINE Share share_of(const Arguments& p) {
   const int all_blocks = (p.row_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
   // As many as the cluster's first block: those that share x take turns together, if need be without rows.
   s.row_blocks = divide_small(all_blocks - s.row_start / X_SHARE * X_SHARE + s.row_step - 1, s.row_step);
-  s.readers = X_IN_STAGE || s.stages > p.stages ? X_SHARE : 1;
+  s.readers = X_IN_STAGE || (!X_TOLD && s.stages > p.stages) ? X_SHARE : 1;
   const int start = s.row_start / X_SHARE;
-  s.rotation = OUTLIERS_TURNED || s.stages == 0 ? 0 : start - divide_small(start, s.stages) * s.stages;  // inputs are turned in their order
+  s.rotation = (OUTLIERS_TURNED && !X_TURNED) || s.stages == 0 ? 0 : start - divide_small(start, s.stages) * s.stages;  // inputs are turned in their order
   return s;
 }
 
@@ -123,7 +124,8 @@ INLINE void fetch_weights(const Arguments& p, u32 stage, u32 full, int row_block
   }
 }
 
-// Whether tokens come with a row block's stages. Those that are turned have barriers of their own.
+// Whether tokens come with a row block's stages. Those that products of outliers wait for have barriers of their own: they are here
+// before the weights of their stage, and are not forgotten when these make room for others.
 INLINE bool with_x(int block) { return X_IN_STAGE || (X_RESIDENT && block == 0); }
 INLINE u32 x_is_here(const Room& room, int stage) { return room.outliers.here + 16 * stage; }
 INLINE u32 x_is_turned(const Room& room, int stage) { return x_is_here(room, stage) + 8; }
@@ -132,7 +134,7 @@ INLINE u32 x_is_turned(const Room& room, int stage) { return x_is_here(room, sta
 INLINE void fetch_turn(const Arguments& p, const Share& share, const Room& room, int block, int stage, int slot) {
   const int tile = share.first_tile + stage_of(share, stage) * K_WARPS, tiles = min(K_WARPS, share.end_tile - tile);
   fetch_weights(p, shared_address(room.ring) + slot * STAGE_BYTES, room.full + 8 * slot,
-                share.row_start + block * share.row_step, tile, tiles, with_x(block) && !X_TURNED ? p.M * tiles * 256 : 0);
+                share.row_start + block * share.row_step, tile, tiles, with_x(block) && !X_TOLD ? p.M * tiles * 256 : 0);
 }
 
 // A place in the ring: the stage that is next, and how often (modulo 2) the ring has come round to it.
@@ -148,7 +150,7 @@ struct Slot {
 INLINE void fetch_stage_token(const Arguments& p, const Share& share, const Room& room, int stage, int slot, int token) {
   const int first = stage_of(share, stage) * K_WARPS;
   const u32 bytes = min(K_WARPS, share.end_tile - share.first_tile - first) * 256;
-  const u32 full = X_TURNED ? x_is_here(room, stage) : room.full + 8 * slot;
+  const u32 full = X_TOLD ? x_is_here(room, stage) : room.full + 8 * slot;
   const u32 to = X_RESIDENT ? room.x + token * room.x_stride + first * 256
                             : shared_address(room.ring) + slot * STAGE_BYTES + WEIGHT_BYTES + token * STAGE_TOKEN_BYTES;
   const u16* from = p.x + (size_t)token * p.x_stride + (share.first_tile + first) * 128;
@@ -161,8 +163,9 @@ INLINE void fetch_stage_token(const Arguments& p, const Share& share, const Room
 
 // Up to 8 tokens, all that the ring holds is asked for before the previous kernel has ended. More tokens weigh as much as the weights,
 // and copies are served one after the other: x should not wait behind weights that are needed after it, nor the previous kernel's
-// stores behind either. So only the first turn goes ahead of x, and each turn's tokens follow its weights (X_FOLLOWS).
-constexpr bool X_FOLLOWS = TOKEN_TILES > 1 && !X_BY_WARPS;
+// stores behind either. So only the first turn goes ahead of x, and each turn's tokens follow its weights (X_FOLLOWS). Where outliers
+// wait for them they go before (X_LEADS).
+constexpr bool X_FOLLOWS = TOKEN_TILES > 1 && !X_BY_WARPS, X_LEADS = X_FOLLOWS && X_TOLD;
 
 // The first turn's tokens, by all warps, since one alone takes some 50 cycles for each. They may be here before the barrier has
 // been told to expect them.
@@ -189,6 +192,7 @@ INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
   for (int block = 0; block < share.row_blocks; block++)
     for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {
       if (X_FOLLOWS && turn == 0) continue;
+      if (X_LEADS && block == 0 && token < p.M) fetch_stage_token(p, share, room, stage, slot.index, token);
       if (turn >= p.stages) mbarrier_wait(room.empty + 8 * slot.index, slot.round ^ 1);
       fetch_turn(p, share, room, block, stage, slot.index);
       if (turn == ahead - 1) {  // the ring is full of weights: now x is needed
@@ -197,7 +201,7 @@ INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
         for (int t = 0; t < end; t++)
           if (token < p.M) fetch_stage_token(p, share, room, t % share.stages, t, token);
         if (COPY) fetch_inputs_of_outliers(p, room, token);
-      } else if (turn >= ahead && token < p.M && with_x(block)) {
+      } else if (!X_LEADS && turn >= ahead && token < p.M && with_x(block)) {
         fetch_stage_token(p, share, room, stage, slot.index, token);
       }
     }
@@ -260,7 +264,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
       if (X_BY_WARPS) copies_wait<1>(), __syncwarp();
       mbarrier_wait(room.full + 8 * slot.index, slot.round);
       if (block == 0) tell_outliers(share, room, stage);
-      if (X_TURNED && block == 0) mbarrier_wait(x_is_turned(room, stage), 0);
+      if (X_TOLD && block == 0) mbarrier_wait(X_TURNED ? x_is_turned(room, stage) : x_is_here(room, stage), 0);
       if (KEPT && turn == 0) wait_for_previous_kernel(), kept.begin();
       if (tile < share.end_tile) {
         Tokens x;
@@ -331,6 +335,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, BLOCKS) few_ring(
   const int warp = threadIdx.x >> 5;
   const u32 number = warp < WARPS ? ask_for_tables(p, room.tables, share.row_start * BLOCK_TILES) : 0;  // before all else
   const bool beside = OUTLIERS && (warp >= (COLLECTS_AMONG ? WARPS + 1 : ALL_WARPS));  // they wait for the previous kernel when they have asked for what does not depend on it
+  const int beside_thread = threadIdx.x - THREADS - (COLLECTS_AMONG ? 32 : PRODUCER_THREADS);
+  const int first_row = share.row_start * BLOCK_ROWS, row_step = share.row_step * BLOCK_ROWS;
+  OwnOutliers outliers;
+  if (beside) ask_for_outliers(p, outliers, beside_thread, first_row, row_step, share.row_blocks);
   if ((threadIdx.x & 31) == 0) {
 #pragma unroll 1
     for (int i = warp; i < p.stages; i += BLOCK_WARPS)
@@ -353,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, BLOCKS) few_ring(
   if (X_FOLLOWS && warp == WARPS && share.stages > 0) fetch_turn(p, share, room, 0, 0, 0);
   if (X_FOLLOWS && warp < ALL_WARPS) wait_for_previous_kernel();
 #if X_SHARE * CLUSTER > 1
-  cluster_wait();
+  if (!beside) cluster_wait();  // outliers' warps have nothing to do with other blocks
 #endif
   if (X_FOLLOWS && warp < ALL_WARPS) fetch_first_tokens(p, share, room);
   if (warp < WARPS) {
@@ -365,9 +373,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, BLOCKS) few_ring(
     if (warp == WARPS) produce(p, share, room);
     if (BESIDE && warp == WARPS + 2) add_up_beside(p, share, room);
     if (BESIDE && (warp == WARPS + 1 || warp == WARPS + 3)) lay_out_beside(p, share, room, (warp - WARPS) / 2 * 32 + (threadIdx.x & 31));
-    const int thread = threadIdx.x - THREADS - (COLLECTS_AMONG ? 32 : PRODUCER_THREADS);
     if (beside)
-      sum_outliers(p, room.outliers, thread, share.row_start * BLOCK_ROWS, share.row_step * BLOCK_ROWS, share.row_blocks,
-                   [&] { wait_for_inputs(p, room, thread); });
+      sum_outliers(p, outliers, room.outliers, beside_thread, first_row, row_step, share.row_blocks,
+                   [&] { wait_for_inputs(p, share, room, beside_thread); });
   }
 }

@@ -81,6 +81,13 @@ INLINE u32 kept_in_register(u32 v) {
   return v;
 }
 
+// Twice the lower half of v, plus `base`, in one instruction.
+INLINE u32 twice_lower_half(u32 v, u32 base) {
+  u32 d;
+  asm("dp2a.lo.u32.u32 %0, %1, 2, %2;" : "=r"(d) : "r"(v), "r"(base));
+  return d;
+}
+
 // ---- 16-bit numbers --------------------------------------------------------------------------------------------------
 // (v & mask) | bits in one instruction; written in C++ it becomes two.
 INLINE u32 and_or(u32 v, u32 mask, u32 bits) {

@@ -18,15 +18,16 @@
 // column then makes the sums of three other rows NaN as well, for that token; these are not finite anyway, since the codes of every row
 // meet the same column.
 //
-// Up to 8 tokens the inputs are turned for that (turn_tokens): of every 8 tokens x 8 columns the first row becomes the first column, so
-// that the 8 numbers of a column lie side by side, where those of one token did. That is a row of the matrices that ldmatrix loads, each
-// from wherever it is told. With 16 tokens turning would be 128 KB more in and out of shared memory, nothing could be multiplied before
-// it, and all that reads turned inputs afterwards is slower: a fifth of the time of 4096x4096. There a look-up brings four columns'
-// inputs of 8 tokens, one for each lane. Pairs of columns lie in four kinds of banks: quads are filled so that the four are of different
-// kinds, as far as a row has them (`by_rows` in cuda_outliers.py), else lanes wait for each other.
+// Inputs may be turned for that (turn_tokens): of every 8 tokens x 8 columns the first row becomes the first column, so that the 8
+// numbers of a column lie side by side, where those of one token did. That is a row of the matrices that ldmatrix loads, each from
+// wherever it is told: 64 outliers and 16 tokens are some 40 instructions. But before anything is multiplied all inputs go through
+// shared memory once more. Else a look-up brings four columns' inputs of 8 tokens, one for each lane: 190 instructions. Pairs of columns lie in
+// four kinds of banks: quads are filled so that the four are of different kinds, as far as a row has them (`by_rows` in
+// cuda_outliers.py), else lanes wait for each other.
 //
 // APART: 1 where other blocks add them, 8 or 16 tokens at a time (few_apart.cuh); then nothing here is used but OUTLIERS.
 // OUTLIERS: tokens that sums are kept for, 1, 2, 4, 8 or 16, at least M; 0 where a weight has no outliers.
+// OUTLIER_TURN: 1 where inputs are turned.
 // OUTLIER_SHARE: 1 where few_ring shares the inputs; else they have a place of their own.
 // EXACT: 1 where codes meet rounded inputs and outliers others, as they were: up to 8 tokens.
 // OUTLIER_WARPS, OUTLIER_ROUNDS: how many warps, and rounds of each that are on their way (at most 8).
@@ -39,6 +40,7 @@
 #define OUTLIER_SHARE 0
 #define OUTLIER_WARPS 0
 #define OUTLIER_ROUNDS 1
+#define OUTLIER_TURN 0
 #endif
 #ifndef APART
 #define APART 0
@@ -47,7 +49,7 @@
 #define EXACT 0
 #endif
 
-constexpr bool OUTLIER_PRODUCTS = OUTLIERS > 4, OUTLIERS_TURNED = OUTLIER_PRODUCTS && OUTLIERS <= 8 && !APART;
+constexpr bool OUTLIER_PRODUCTS = OUTLIERS > 4, OUTLIERS_TURNED = OUTLIER_PRODUCTS && OUTLIER_TURN && !APART;
 // Rows that a warp reads at once, and each lane's quads of a round: 64 outliers of a row, which are enough for 1 % of 4096 inputs.
 constexpr int OUTLIER_ROWS = 8, OUTLIER_QUADS = 4;
 constexpr int OUTLIER_ROUND = 32 * 16 * OUTLIER_QUADS;  // bytes
@@ -121,10 +123,13 @@ template <int ROWS> struct OutlierSums {
     }
     find();
   }
-  INLINE void begin(const int* start_N1, const u32* outlier_E, u32 room, int columns, int rows, int first, int step, int blocks) {
-    start = start_N1, quads = outlier_E, queue = room, nothing = columns + (OUTLIERS_TURNED ? 0 : 6);
-    N = rows, first_row = first, row_step = step, row_blocks = blocks;
+  // Before all else, and long before begin(): where outliers are is the first of two trips to memory that nothing hides at a launch's start.
+  INLINE void ask(const int* start_N1, int rows, int first, int step, int blocks) {
+    start = start_N1, N = rows, first_row = first, row_step = step, row_blocks = blocks;
     here = bounds_of(0), behind = bounds_of(1);
+  }
+  INLINE void begin(const u32* outlier_E, u32 room, int columns) {
+    quads = outlier_E, queue = room, nothing = columns + (OUTLIERS_TURNED ? 0 : 6);
     find();
 #pragma unroll 1
     for (int i = 0; i < ROUNDS; i++) fetch();
@@ -150,7 +155,7 @@ template <int ROWS> struct OutlierSums {
       mask[group][i] = (t >> 1) == (g & 1) && g >> 1 == 2 * group + i ? ~0u : 0;
 #pragma unroll 1
     for (int first = 0; first < count; first += 4) {  // what lies behind the rows' last quads is nothing
-      u32 pair[4][2], column[4], b[4][4];
+      u32 pair[4][2], column[4], b[4][TILES][4];
       UNROLL for (int q = 0; q < 4; q++) {
         const u32 from = round + (first + q) * 128;
         column[q] = load_shared_u32(from + lane() * 4);
@@ -158,11 +163,17 @@ template <int ROWS> struct OutlierSums {
       }
       UNROLL for (int q = 0; q < 4; q++) {
         const u32 k = column_of(column[q]);
-        load_matrices_across(b[q], x + (k & 7) * stride + k / 8 * 16);
+        UNROLL for (int n = 0; n < TILES; n++) load_matrices_across(b[q][n], x + ((k & 7) + 8 * n) * stride + k / 8 * 16);
       }
       UNROLL for (int q = 0; q < 4; q++) UNROLL for (int group = 0; group < 2; group++) {
-        const u32 values = __byte_perm(pair[q][0], pair[q][1], 0x7632), a[4] = {values & mask[group][0], 0, values & mask[group][1], 0};
-        matrix_multiply(products[group], a, b[q][2 * group], b[q][2 * group + 1], products[group]);
+        const u32 values = __byte_perm(pair[q][0], pair[q][1], 0x7632), two[2] = {values & mask[group][0], values & mask[group][1]};
+        if constexpr (TILES == 1) {
+          const u32 a[4] = {two[0], 0, two[1], 0};
+          matrix_multiply(products[group], a, b[q][0][2 * group], b[q][0][2 * group + 1], products[group]);
+        } else {  // the other way round, so that no half of the product is empty
+          const u32 a[4] = {b[q][0][2 * group], b[q][TILES - 1][2 * group], b[q][0][2 * group + 1], b[q][TILES - 1][2 * group + 1]};
+          matrix_multiply(products[group], a, two[0], two[1], products[group]);
+        }
       }
     }
   }
@@ -179,7 +190,7 @@ template <int ROWS> struct OutlierSums {
     auto add = [&](const u32 (*words)[2]) {
       u32 inputs[AT_ONCE][TILES][2];
       UNROLL for (int row = 0; row < AT_ONCE; row++) UNROLL for (int e = 0; e < 2; e++) UNROLL for (int n = 0; n < TILES; n++)
-        inputs[row][n][e] = load_shared_u16(from[n] + 2 * column_of(words[row][e]));
+        inputs[row][n][e] = load_shared_u16(twice_lower_half(words[row][e], from[n]));
       UNROLL for (int row = 0; row < AT_ONCE; row += 2) {
         u32 a[4], b[2];
         UNROLL for (int i = 0; i < 2; i++) {
@@ -220,12 +231,12 @@ template <int ROWS> struct OutlierSums {
     if constexpr (OUTLIER_PRODUCTS) {
       const int g = lane() >> 2, t = lane() & 3;
       UNROLL for (int n = 0; n < TILES; n++) UNROLL for (int e = 0; e < 2; e++) {
-        if constexpr (OUTLIERS_TURNED)
+        if constexpr (OUTLIERS_TURNED && TILES == 1)
           to[(2 * t + e) * width + g] = g < 4 ? products[0][e] : products[1][e];
         else
           to[(n * 8 + g) * width + 2 * t + e] = t < 2 ? products[0][2 * n + e] : products[1][2 * n + e];
       }
-      UNROLL for (int j = 0; j < (OUTLIERS_TURNED ? 2 : 4); j++) products[0][j] = products[1][j] = 0;
+      UNROLL for (int j = 0; j < (OUTLIERS_TURNED && TILES == 1 ? 2 : 4); j++) products[0][j] = products[1][j] = 0;
     } else {
       UNROLL for (int m = 0; m < TOKENS; m++) {
         UNROLL for (int far = LANES / 2; far; far /= 2) sums[m] += __shfl_xor_sync(~0u, sums[m], far);

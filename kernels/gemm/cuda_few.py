@@ -35,7 +35,7 @@ TOKENS = 16
 OUTLIER_TOKENS = (1, 2, 4, 8, TOKENS)
 """For so many tokens sums of outliers are kept."""
 LANE_TOKENS = 4
-"""With more, outliers are a matrix product, for which up to TURNED_TOKENS inputs are turned: a column's lie side by side."""
+"""With more, outliers are a matrix product, for which inputs may be turned: a column's lie side by side."""
 TURNED_TOKENS = 8
 MOST_TOKENS = 96
 """Above this, decoding the whole weight and multiplying densely is faster than passing over it every 16 tokens."""
@@ -67,6 +67,7 @@ class Config:
     copies: of all pairs of numbers in shared memory, for tables of rows. With two, look-ups wait less for each other, with
         none numbers are looked up one by one, in a quarter of the room of one copy. None: two for up to three row tiles.
     apart: blocks that add outliers and nothing else, the same number for each slice of their inputs (`cuda_apart.py`).
+    turned: inputs of outliers are turned, from LANE_TOKENS + 1 tokens on. None: those of up to TURNED_TOKENS are.
     """
 
     ring: bool
@@ -84,6 +85,7 @@ class Config:
     half_sums: bool = False
     copies: int | None = None
     apart: int = 0
+    turned: bool | None = None
 
     @property
     def row_copies(self) -> int:
@@ -155,12 +157,14 @@ def outlier_defines(weight: TileWeight, config: Config, M: int) -> dict[str, int
             "OUTLIER_SHARE": 0,
             "OUTLIER_WARPS": collecting_warps(config, M),
             "OUTLIER_ROUNDS": 1,
+            "OUTLIER_TURN": 0,
         }
     return {
         "OUTLIERS": outlier_tokens(M),
         "OUTLIER_SHARE": int(shares_inputs(weight, config)),
         "OUTLIER_WARPS": outlier_warps(config, M),
         "OUTLIER_ROUNDS": outlier_rounds(config, M),
+        "OUTLIER_TURN": int(turns_inputs(config, M)),
         **({"EXACT": 1} if weight.exact else {}),
     }
 
@@ -188,13 +192,13 @@ def shares_inputs(weight: TileWeight, config: Config) -> bool:
 
 def x_rows(weight: TileWeight, config: Config, M: int) -> int:
     """Tokens that there is room for where the whole of x stays: inputs are turned in squares."""
-    turned = weight.outliers is not None and shares_inputs(weight, config) and turns_inputs(M)
+    turned = weight.outliers is not None and shares_inputs(weight, config) and turns_inputs(config, M)
     return outlier_tokens(M) if turned else M
 
 
-def turns_inputs(M: int) -> bool:
+def turns_inputs(config: Config, M: int) -> bool:
     """Whether inputs of outliers are turned."""
-    return LANE_TOKENS < M <= TURNED_TOKENS
+    return LANE_TOKENS < M and (M <= TURNED_TOKENS if config.turned is None else config.turned)
 
 
 def outlier_warps(config: Config, M: int) -> int:
@@ -229,7 +233,7 @@ def outlier_rounds(config: Config, M: int) -> int:
 
 def _few_far_ahead(config: Config, M: int) -> bool:
     """Whether half as many warps have twice the rounds on their way: beside three row tiles more leave too few registers."""
-    return not config.ring and config.row_tiles == 3 and turns_inputs(M)
+    return not config.ring and config.row_tiles == 3 and turns_inputs(config, M)
 
 
 def outlier_bytes(weight: TileWeight, config: Config, M: int, single: bool) -> int:
@@ -242,7 +246,7 @@ def outlier_bytes(weight: TileWeight, config: Config, M: int, single: bool) -> i
     tokens = outlier_tokens(M)
     inputs = 0 if shares_inputs(weight, config) else ceil_divide(tokens * (weight.codes.shape[1] * 256 + 16), 128) * 128
     rounds = outlier_warps(config, M) * outlier_rounds(config, M) * 2048
-    stages = ceil_divide(weight.codes.shape[1], config.k_warps) if shares_inputs(weight, config) and turns_inputs(M) else 1
+    stages = ceil_divide(weight.codes.shape[1], config.k_warps) if shares_inputs(weight, config) and M > LANE_TOKENS else 1
     return ceil_divide(16 * stages, 128) * 128 + inputs + 2 * tokens * config.block_tiles * 16 * 4 + rounds
 
 

@@ -28,7 +28,19 @@ from aerogel.kernels.gemm.block_scales import E5M3, E8M0, unit_of_sums
 from aerogel.kernels.gemm.cuda import choose
 from aerogel.kernels.gemm.cuda_apart import slice_count
 from aerogel.kernels.gemm.cuda_decoder import by_rows
-from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, Few, as_data, ceil_divide, defines, fits, grid_of, shared_bytes
+from aerogel.kernels.gemm.cuda_few import (
+    HALF_SHARED,
+    LANE_TOKENS,
+    Config,
+    Few,
+    as_data,
+    ceil_divide,
+    defines,
+    fits,
+    grid_of,
+    shared_bytes,
+    turns_inputs,
+)
 from aerogel.kernels.gemm.cuda_few_plan import Plan
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_ranked import ranked
@@ -209,7 +221,7 @@ def candidates(weight: TileWeight, M: int, capability: tuple[int, int], multipro
 
     Of the depths of a ring two are kept: the deepest that leaves room for the next kernel's blocks, and the deepest of all.
     """
-    cuts = (config for cut in _cuts(weight, M) for config in _with_blocks_apart(weight, cut, multiprocessors))
+    cuts = (config for cut in _cuts(weight, M) for config in _with_outliers(weight, cut, M, multiprocessors))
     found = [config for config in cuts if fits(weight, config, M, capability, multiprocessors)]
     best = max((_fill(weight, config, multiprocessors) for config in found), default=0.0)
     full = [config for config in found if _fill(weight, config, multiprocessors) >= LEAST_FILL * best]
@@ -276,9 +288,12 @@ def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
                 yield replace(config, stages=stages, blocks=blocks, seats=seats, half_sums=True)
 
 
-def _with_blocks_apart(weight: TileWeight, config: Config, multiprocessors: int) -> Iterator[Config]:
-    """The cut, and for weights with outliers in units once more with as many blocks apart as leave the others their rounds."""
+def _with_outliers(weight: TileWeight, config: Config, M: int, multiprocessors: int) -> Iterator[Config]:
+    """The cut, and for weights with outliers those that differ in how these are added: inputs are turned or not, and where they
+    are in units as many blocks apart as leave the others their rounds."""
     yield config
+    if weight.outliers is not None and M > LANE_TOKENS and not weight.exact:
+        yield replace(config, turned=not turns_inputs(config, M))
     if weight.outliers is None or weight.outliers.apart is None or config.blocks > 1:
         return
     step = math.lcm(slice_count(weight.K), config.share * config.cluster)

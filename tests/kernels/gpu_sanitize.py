@@ -58,6 +58,7 @@ FEW = (
     FewConfig(ring=True, row_tiles=1, k_warps=2, stages=2, x_resident=True, cluster=2),
     FewConfig(ring=True, row_tiles=2, k_warps=2, stages=2, x_resident=True),
     FewConfig(ring=True, row_tiles=2, k_warps=2, stages=2, share=2),
+    FewConfig(ring=True, row_tiles=2, k_warps=2, stages=2, x_resident=True, share=2, turned=True),
     FewConfig(ring=False, row_tiles=2, k_warps=4, apart=2),
     FewConfig(ring=True, row_tiles=1, k_warps=2, stages=2, x_in_stage=True, apart=128),
 )

@@ -100,8 +100,11 @@ CUTS = (
     Config(ring=True, row_tiles=1, row_warps=2, k_warps=4, stages=2, x_resident=True),
     Config(ring=True, row_tiles=2, k_warps=8, stages=4, x_resident=True, share=2),
     Config(ring=True, row_tiles=2, k_warps=4, stages=3, cluster=2),
+    Config(ring=True, row_tiles=2, k_warps=8, stages=2, x_resident=True, share=2, turned=True),
+    Config(ring=False, row_tiles=2, k_warps=12, turned=False),
 )
-"""Inputs in registers' way, resident, shared by blocks, and once more beside those that a cluster's blocks split."""
+"""Inputs in registers' way, resident, shared by blocks, once more beside those that a cluster's blocks split, turned however
+many tokens there are, and looked up however few."""
 APART_CUTS = (
     Config(ring=False, row_tiles=2, k_warps=8, apart=3),
     Config(ring=True, row_tiles=3, k_warps=4, stages=3, x_in_stage=True, apart=12),
@@ -113,7 +116,7 @@ APART_CUTS = (
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", CUTS, ids=["registers", "resident", "rows", "share", "cluster"])
+@pytest.mark.parametrize("config", CUTS, ids=["registers", "resident", "rows", "share", "cluster", "turned", "looked up"])
 def test_cuts_beside_few_outliers(config: Config) -> None:
     """Right sums from every kind of cut, wherever the outliers are; what is not finite stays in its token."""
     for (N, K), which in itertools.product(((77, 904), (1040, 2048)), ("column", "row", "few", "corner", "none")):
