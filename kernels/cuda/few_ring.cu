@@ -163,9 +163,9 @@ INLINE void fetch_stage_token(const Arguments& p, const Share& share, const Room
 
 // Up to 8 tokens, all that the ring holds is asked for before the previous kernel has ended. More tokens weigh as much as the weights,
 // and copies are served one after the other: x should not wait behind weights that are needed after it, nor the previous kernel's
-// stores behind either. So only the first turn goes ahead of x, and each turn's tokens follow its weights (X_FOLLOWS). Where outliers
-// wait for them they go before (X_LEADS).
-constexpr bool X_FOLLOWS = TOKEN_TILES > 1 && !X_BY_WARPS, X_LEADS = X_FOLLOWS && X_TOLD;
+// stores behind either. So only the first turn goes ahead of x, and each turn's tokens follow its weights (X_FOLLOWS). Those that outliers
+// wait for do not also wait for room in the ring.
+constexpr bool X_FOLLOWS = TOKEN_TILES > 1 && !X_BY_WARPS;
 
 // The first turn's tokens, by all warps, since one alone takes some 50 cycles for each. They may be here before the barrier has
 // been told to expect them.
@@ -192,7 +192,8 @@ INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
   for (int block = 0; block < share.row_blocks; block++)
     for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {
       if (X_FOLLOWS && turn == 0) continue;
-      if (X_LEADS && block == 0 && token < p.M) fetch_stage_token(p, share, room, stage, slot.index, token);
+      const bool leads = X_FOLLOWS && X_TOLD && turn >= p.stages;
+      if (leads && block == 0 && token < p.M) fetch_stage_token(p, share, room, stage, slot.index, token);
       if (turn >= p.stages) mbarrier_wait(room.empty + 8 * slot.index, slot.round ^ 1);
       fetch_turn(p, share, room, block, stage, slot.index);
       if (turn == ahead - 1) {  // the ring is full of weights: now x is needed
@@ -201,7 +202,7 @@ INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
         for (int t = 0; t < end; t++)
           if (token < p.M) fetch_stage_token(p, share, room, t % share.stages, t, token);
         if (COPY) fetch_inputs_of_outliers(p, room, token);
-      } else if (!X_LEADS && turn >= ahead && token < p.M && with_x(block)) {
+      } else if (!leads && turn >= ahead && token < p.M && with_x(block)) {
         fetch_stage_token(p, share, room, stage, slot.index, token);
       }
     }
