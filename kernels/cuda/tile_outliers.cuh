@@ -137,26 +137,37 @@ struct Filler {
     }
 };
 
-// A warp's reading of its warpgroup's two sheets.
+// A warp's reading of its warpgroup's two sheets: AT_ONCE steps, where registers suffice all of a sheet, which is then waited for once and
+// free again at once.
 struct Sheets {
+    static constexpr int AT_ONCE = SHEETS_AT_ONCE ? SHEET_STEPS : 1;
     u32 full;     // barrier of the first
     int at;       // the lane's part of the first step
     u32 odd = 0;  // the tile
+    uint4 held[BLOCKS][AT_ONCE];
 
     FN Sheets(const Barriers& barriers, int warp, int lane)
         : full(barriers.sheet_full(warp / 4, 0)), at(AT_SHEETS + warp / 4 * BLOCKS * 2 * SHEET_BYTES + warp % 4 * 2048 + lane * 16) {}
 
-    // Before a step's first look.
-    FN void before(int step) const {
-        if (step % SHEET_STEPS == 0) barrier_wait(full + 8 * (step / SHEET_STEPS), odd);
-    }
     // Of 16 columns, the `part`s of a step.
-    FN uint4 of_step(int b, int step, int part = 0) const {
+    FN uint4 read(int b, int step, int part = 0) const {
         const int sixteen = step * SIXTEENS + part;
         return *(const uint4*)(memory + at + (2 * b + sixteen / 4) * SHEET_BYTES + sixteen % 4 * 512);
     }
-    // When what was found in a step is in registers.
+    // Before a step is looked at. Without `there` it is of no use.
+    FN void before(int step, bool there) {
+        if (there && step % SHEET_STEPS == 0) barrier_wait(full + 8 * (step / SHEET_STEPS), odd);
+        if (AT_ONCE == 1 || step % AT_ONCE != 0) return;
+#pragma unroll
+        for (int i = 0; i < BLOCKS * AT_ONCE; i++) held[i / AT_ONCE][i % AT_ONCE] = read(i / AT_ONCE, step + i % AT_ONCE);
+    }
+    FN uint4 of_step(int b, int step) const { return AT_ONCE == 1 ? read(b, step) : held[b][step % AT_ONCE]; }
+    // When the products of steps up to this one have been started; a whole sheet that is in registers is left before.
     FN void after(int step, int lane) {
+        if (!SHEETS_AT_ONCE) leave(step, lane);
+    }
+    // When what was found in steps up to this one is in registers.
+    FN void leave(int step, int lane) {
         if ((step + 1) % SHEET_STEPS != 0) return;
         __syncwarp();
         if (arrives(lane)) barrier_arrive(full + 16 + 8 * (step / SHEET_STEPS));
@@ -166,7 +177,6 @@ struct Sheets {
 #else
 struct Sheets {
     FN Sheets(const Barriers&, int, int) {}
-    FN void before(int) const {}
     FN void after(int, int) const {}
 };
 #endif

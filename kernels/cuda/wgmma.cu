@@ -138,13 +138,13 @@ struct Consumer {
 #endif
         }
 #if OUTLIERS
-        if (there) sheets.before(step);
+        sheets.before(step, there);
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
 #if EXACT
 #pragma unroll
             for (int part = 0; part < SIXTEENS; part++) {
-                const uint4 sheet = sheets.of_step(b, step, part);
+                const uint4 sheet = sheets.read(b, step, part);
                 u32(&to)[4] = a[BLOCKS * (1 + part) + b][step % BATCH];
                 to[0] = sheet.x, to[1] = sheet.y, to[2] = sheet.z, to[3] = sheet.w;
             }
@@ -152,6 +152,7 @@ struct Consumer {
             decode(a[b][step % BATCH], codes[b], step % (STEPS / 2), group[b], GROUPED, sheets.of_step(b, step));
 #endif
         }
+        if (SHEETS_AT_ONCE) sheets.leave(step, lane);
 #endif
     }
     // Operands in registers must be final before the fence that hands them to the tensor cores: steps s .. s + count.

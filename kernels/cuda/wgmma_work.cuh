@@ -64,6 +64,8 @@ constexpr int W_STAGE = AT_ZEROS + up_to(ZEROS_STAGE, 128);
 constexpr int UNITS = OUTLIERS ? ROW_TILES / 4 : 0, FILLERS = UNITS > 2 ? 4 : UNITS;
 constexpr bool FILLERS_APART = FILLERS > 2;
 constexpr int FIRST_FILLER = WARPS + (FILLERS_APART ? 4 : 2), THREADS = CONSUMERS + (FILLERS_APART ? 256 : 128);
+// Whether a whole sheet fits into a consumer's registers, and is worth it: not where products are started with a tile's fragments.
+constexpr bool SHEETS_AT_ONCE = !EXACT && BATCH == 4 && MIN_BLOCKS == 1 && TOKENS * ROW_TILES <= 1024;
 constexpr int SHEET_STEPS = 64 / STEP, SHEET_BYTES = 2048 * 4, LINE = 64, RING = LINES * LINE;
 
 constexpr int PIECES = BLOCKS * TOKENS / 16;  // of a warp's sums: 16 rows x 16 tokens
