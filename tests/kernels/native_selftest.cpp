@@ -29,25 +29,6 @@ double decoded(uint32_t bits, const Kind& kind) {
     return (bits & kind.sign ? -1.0 : 1.0) * std::ldexp(mantissa, (exponent ? exponent : 1) - kind.bias);
 }
 
-// Numbers of a type as a caller hands them over: of 1/4 to 2, and of either sign where the type has one.
-struct Numbers {
-    std::vector<uint8_t> stored;
-    std::vector<double> value;
-    int32_t type;
-
-    Numbers(size_t count, int32_t of) : stored(count * kKinds[of].bytes), type(of) {
-        const Kind& kind = kKinds[of];
-        for (size_t i = 0; i < count; ++i) {
-            const uint32_t exponent = static_cast<uint32_t>(kind.bias) - 2 + random_bits() % 3;
-            const uint32_t bits = exponent << kind.mantissa | (random_bits() & ((1u << kind.mantissa) - 1)) | (random_bits() % 2 ? kind.sign : 0);
-            memcpy(&stored[i * kind.bytes], &bits, kind.bytes);
-            value.push_back(decoded(bits, kind));
-        }
-    }
-    double operator[](size_t i) const { return value[i]; }
-    int64_t bytes() const { return static_cast<int64_t>(stored.size()); }
-};
-
 // Results of a type: no numbers, until they are written.
 struct Results {
     std::vector<uint8_t> stored;
@@ -60,6 +41,22 @@ struct Results {
         return decoded(bits, kKinds[type]);
     }
     int64_t bytes() const { return static_cast<int64_t>(stored.size()); }
+};
+
+// Numbers of a type as a caller hands them over: of 1/4 to 2, and of either sign where the type has one.
+struct Numbers : Results {
+    std::vector<double> value;
+
+    Numbers(size_t count, int32_t of) : Results(count, of) {
+        const Kind& kind = kKinds[of];
+        for (size_t i = 0; i < count; ++i) {
+            const uint32_t exponent = static_cast<uint32_t>(kind.bias) - 2 + random_bits() % 3;
+            const uint32_t bits = exponent << kind.mantissa | (random_bits() & ((1u << kind.mantissa) - 1)) | (random_bits() % 2 ? kind.sign : 0);
+            memcpy(&stored[i * kind.bytes], &bits, kind.bytes);
+            value.push_back(decoded(bits, kind));
+        }
+    }
+    double operator[](size_t i) const { return value[i]; }
 };
 
 // What rounding results to a type costs.
@@ -337,6 +334,9 @@ void rotations(int path, Count& count) {
     }
 }
 
+// Rows of a weight: some of those that few tokens meet are large enough for several threads.
+int64_t rows_for(bool large) { return large ? 600 : 37; }
+
 // Groups of whole tiles, of halves, of octets and filled up; more of them than are read together.
 void products(int path, Count& count) {
     int number = 0;
@@ -347,7 +347,7 @@ void products(int path, Count& count) {
                     for (int kind = 0; kind < kAllCodes; ++kind) {
                         if (kind != kIntegerCodes && numerics != kExact) continue;
                         if ((kind == kFloatCodes && bits < 5) || (kind == kPickedCodes && bits > 4)) continue;
-                        const double error = error_of(path, numerics, bits, 37, 200, group, M, kind, number++);
+                        const double error = error_of(path, numerics, bits, rows_for(group == 32 && M < 9), 200, group, M, kind, number++);
                         count.of(error, numerics == kExact ? 1e-5 : 3e-2, "path %d numerics %d bits %d M %d group %d kind %d case %d", path, numerics,
                                  bits, M, group, kind, number - 1);
                     }
@@ -361,7 +361,7 @@ void own_tables(int path, Count& count) {
     for (int bits = 1; bits <= 4; ++bits) {
         for (int64_t M : {1, 3, 9, 17}) {
             for (int64_t kind : {0, 1, 2}) {
-                const double error = own_error_of(path, bits, 37, 200, kind == 1 ? 32 : 0, kind == 2 ? 8 : 0, M);
+                const double error = own_error_of(path, bits, rows_for(kind == 1 && M < 9), 500, kind == 1 ? 32 : 0, kind == 2 ? 8 : 0, M);
                 count.of(error, 1e-5, "path %d own tables of %d bits M %d kind %d", path, bits, M, kind);
             }
         }
@@ -377,7 +377,7 @@ void lookups(int path, Count& count) {
                 for (int64_t tables : {1, 40, 2, 4, 6}) {
                     for (int32_t numerics : {int32_t{kExact}, kFixed}) {
                         const int64_t K = group == 16 ? 1100 : 300;
-                        const double error = lookup_error_of(path, numerics, bits, 37, K, group, M, tables, tables > 1 && tables < 40, number++);
+                        const double error = lookup_error_of(path, numerics, bits, rows_for(tables < 2 && M < 9), K, group, M, tables, tables > 1 && tables < 40, number++);
                         count.of(error, numerics == kExact ? 1e-5 : 2e-4, "path %d lookups of %d bits numerics %d M %d group %d tables %d case %d", path,
                                  bits, numerics, M, group, tables, number - 1);
                     }
