@@ -333,7 +333,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const bool fills = warp >= FIRST_FILLER && filler.unit < UNITS;
     if (fills) filler.find(work.cluster);
 #endif
-    if (warp == 0) barriers.init(work.split, lane);
+    if (threadIdx.x == 0) barriers.init(work.split);
     __syncthreads();
     if (CLUSTER > 1) cluster_meet();
     let_next_kernel_start();
