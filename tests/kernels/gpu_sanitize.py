@@ -71,6 +71,8 @@ MANY = (
 )
 MANY_INT8 = ((128, 1, 1, 2), (64, 1, 1, 4), (256, 1, 2, 4))
 """As `cuda_int8.CUTS`."""
+SPLIT_INT8 = Config(tokens=32, warpgroups=1, blocks=1, split=3, batch=2, resident=2, x_stages=3, w_stages=2)
+"""Blocks that share K, two on a multiprocessor (`cuda_bytes`)."""
 SECTIONS = ("scales", "tables", "floats", "planes", "outliers", "kept", "rounded", "grouped", "blocks", "others")
 RACECHECK = "racecheck"
 Case = tuple[str, Callable[[], cuda.Runner], int]
@@ -219,10 +221,11 @@ def rounded() -> int:
         back = codes.float()[:, :K] * (1 if output == ROUNDED else scale[:, None])
         y = (what if isinstance(what, torch.Tensor) else what.settled()).float()
         wrong += not float((back - y).norm() / y.norm()) < 5e-2
-    for (rows, bits, group), numbers in itertools.product(((N, 4, 128), (ODD, 8, 0)), MANY_INT8):
+    for (rows, bits, group), numbers in itertools.product(((N, 4, 128), (ODD, 8, 0)), (*MANY_INT8, None)):
         weight = random_weight(rows, K, bits, group, "cuda")
+        config = shallow(replace(weight, in_bytes=True), SPLIT_INT8) if numbers is None else cuda_int8.cut(weight, *numbers)
         r, y = cuda_int8.row_scale(weight), torch.full((70, rows), torch.nan, device="cuda", dtype=torch.bfloat16)
-        run = cuda_int8.many_tokens(weight, r, 70, torch.bfloat16, cuda_int8.cut(weight, *numbers))
+        run = cuda_int8.many_tokens(weight, r, 70, torch.bfloat16, config)
         if run is not None:
             run(x, None, y)
             wanted = (x @ dequantize(weight, torch.bfloat16).T).float()
