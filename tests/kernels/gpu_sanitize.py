@@ -188,6 +188,7 @@ def main() -> int:
         for name, plan, M in cases(weight, every_cut):
             if next(turn) != part:
                 continue
+            print(f"{what}: {name}: ", end="", flush=True)  # before it runs: one that never ends is named too
             run, x, y = plan(), torch.randn(M, K).bfloat16(), torch.full((M, weight.N), torch.nan).bfloat16().cuda()
             run(x.cuda(), None, y)
             if reference is None:
@@ -195,7 +196,7 @@ def main() -> int:
             wanted = x.float() @ reference.T
             error = float((y.cpu().float() - wanted).norm() / wanted.norm())
             count += 1
-            print(f"{what}: {name}: relative error {error:.2g}", flush=True)  # behind what the tool says of it
+            print(f"relative error {error:.2g}", flush=True)  # behind what the tool says of it
             wrong += not error < 1e-2
     for section, run_all in SINGLE.items():
         if section in asked:

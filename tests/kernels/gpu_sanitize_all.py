@@ -14,6 +14,7 @@ import argparse
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -31,6 +32,10 @@ ALONE = ("kept", "rounded", "grouped", "blocks", "others")
 PARTS = {"memcheck": (["1", "2", "3", "4", "5", "6", "7", "8", *MATMULS], 8), "racecheck": (["3", "4", "8", *MATMULS], 16)}
 """Of each tool the sections with matmuls, and into how many shares they are cut."""
 OPTIONS = {"memcheck": [], "racecheck": ["--show-backtrace", "no"]}
+LONGEST = 240
+"""Seconds for a share. They need 20 to 115 with a processor each; one that waits for itself would never end."""
+RUNNING: set[int] = set()
+"""Processes that lead a group of their own, which an interrupt at the terminal does not reach."""
 PROCESS_MEMORY = 4 << 30
 """Bytes of a device for each share."""
 FOUND = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warnings?\)")
@@ -93,22 +98,37 @@ def run(tool: str, share: Share, free: queue.Queue[str]) -> Outcome:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     started = time.perf_counter()
     try:
-        done = subprocess.run(
-            [tool, *options, sys.executable, str(SCRIPT), *words],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
-        )  # fmt: skip
+        code, said = run_within(LONGEST, [tool, *options, sys.executable, str(SCRIPT), *words], environment)
     finally:
         free.put(gpu)
-    found, counted = FOUND.search(done.stdout), COUNTED.search(done.stdout)
+    found, counted = FOUND.search(said), COUNTED.search(said)
     return Outcome(
         share=share,
         seconds=time.perf_counter() - started,
-        code=done.returncode,
-        text=done.stdout,
+        code=code,
+        text=said,
         found=sum(int(number or 0) for number in found.groups()) if found else None,
         matmuls=int(counted[1]) if counted else 0,
         wrong=int(counted[2]) if counted else None,
     )
+
+
+def run_within(seconds: float, command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """(exit code, what it said) of a command. One that takes longer is killed with all that it started: the code is negative,
+    and the last that it said names the kernel that did not end."""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        RUNNING.add(process.pid)
+        try:
+            said, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            said, _ = process.communicate()
+            said += f"\nkilled after {seconds:.0f} s\n"
+        RUNNING.remove(process.pid)
+    return process.returncode, said
 
 
 def arguments() -> tuple[list[Share], list[str]]:
@@ -143,9 +163,15 @@ def main() -> int:
         free.put(gpu)
     print(f"{len(todo)} shares, {len(there)} at a time on {len(set(there))} GPUs", flush=True)
     with ThreadPoolExecutor(len(there)) as pool:
-        for done in as_completed([pool.submit(run, tool, share, free) for share in todo]):
-            outcomes.append(done.result())
-            tell(outcomes[-1], f"{len(outcomes)}/{len(todo)}")
+        try:
+            for done in as_completed([pool.submit(run, tool, share, free) for share in todo]):
+                outcomes.append(done.result())
+                tell(outcomes[-1], f"{len(outcomes)}/{len(todo)}")
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for group in list(RUNNING):
+                os.killpg(group, signal.SIGKILL)
+            raise
     return conclude(outcomes)
 
 

@@ -82,3 +82,25 @@ def test_what_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str], share: S
     assert not found.passed and conclude([found]) == 1
     gpu_sanitize_all.tell(found, "1/1")
     assert said in capsys.readouterr().out
+
+
+def test_a_share_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed with what it has started, counts as failed, and the kernel it stopped at is its last word but one."""
+    monkeypatch.setattr(gpu_sanitize_all, "LONGEST", 1)
+    tool = tmp_path / "tool"
+    tool.write_text("#!/bin/sh\nprintf 'a kernel: '\nsleep 600 &\necho $! > \"$0.child\"\nwait\n")
+    tool.chmod(0o755)
+    free: queue.Queue[str] = queue.Queue()
+    free.put("0")
+    found = run(str(tool), MATMULS, free)
+    child = Path(f"{tool}.child").read_text().strip()
+    assert found.code < 0 and found.found is None and not found.passed
+    assert found.text == "a kernel: \nkilled after 1 s\n"
+    assert free.get_nowait() == "0"
+    assert not is_running(int(child))
+
+
+def is_running(process: int) -> bool:
+    """Whether it is there and no zombie."""
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
