@@ -41,6 +41,7 @@ def command(
 def _tables(found: Mapping[str, Any], every: bool) -> Iterable[RenderableType]:
     from aerogel.cli.show import plain_table
     from aerogel.eval.table import number, percent, seconds, size
+    from aerogel.model.servers import lines
 
     rows = found["tensors"] if every else _by_kind(found["tensors"])
     yield plain_table(
@@ -64,6 +65,7 @@ def _tables(found: Mapping[str, Any], every: bool) -> Iterable[RenderableType]:
         f"{size(total['source_bytes'])} -> {size(total['bytes'])} (exact), {number(total['compression'], 3)}× smaller;"
         f" {percent(total['coverage'], 1)} of the weights quantized, at {number(total['bits_per_weight'])} bits each"
     )
+    yield from lines(found["loads"])
     yield f"peak memory about {size(memory['peak_bytes'])} beside the libraries ({memory['basis']})"
     yield f"about {seconds(time['seconds'])} here ({time['basis']})"
 

@@ -23,6 +23,7 @@ from aerogel.model.journal import Journal
 from aerogel.model.plan import stored_dtype
 from aerogel.model.reader import read_header
 from aerogel.model.relayout import PORTABLE_INDEX, to_native
+from aerogel.model.servers import obstacles, only_aerogel
 from aerogel.model.structure import Structure
 from aerogel.model.writer import assemble, disk_errors, index_of, shard, write_json
 from aerogel.pack.config import quantization_config
@@ -53,7 +54,7 @@ class Assembly:
 
     structure, recipe: the model and what was asked of it.
     stages: resolved stages by matrix name.
-    planned: the plan's row for each tensor of the source.
+    planned: the plan's row for each tensor of the source. loads: who loads the result, as the plan says it.
     kept_dtype: what tensors that are not compressed were cast to; None where they stayed.
     """
 
@@ -61,6 +62,7 @@ class Assembly:
     recipe: Recipe
     stages: Mapping[str, list[StageSpec]]
     planned: list[dict[str, Any]]
+    loads: dict[str, Any]
     kept_dtype: torch.dtype | None
 
     def finish(self, journal: Journal, calibration: Mapping[str, Any] | None, key: str, model: str) -> dict[str, Any]:
@@ -87,6 +89,7 @@ class Assembly:
             "recipe": described,
             "versions": versions(),
             "calibration": calibration,
+            "loads": self.loads,
             "blocks": rows,
             "experts": [{"block": row["index"], **facts} for row in rows for facts in row.get("experts", [])],
             "entropy": [saving.as_row() for saving in savings],
@@ -147,10 +150,8 @@ class Assembly:
                 if spec.kind == "quantize"
             ]
             ignore = [m.name for m in self.structure.matrices if m.name not in coded and m.kind in ("Linear", "Conv1D")]
-            # Only aerogel can put back together what no other loader expects: transposed weights, expert stacks, sidecars.
-            special = any(m.transposed or m.index is not None or m.kind == "Embedding" for m in matrices)
-            special |= any(spec.keeps for m in matrices for spec in self.stages[m.name])
+            alone = only_aerogel(obstacles(self.structure, self.stages, self.recipe))
             config["quantization_config"] = quantization_config(
-                grids, ignore, wanted=self.recipe.pack.format, method="aerogel" if special else "compressed-tensors"
+                grids, ignore, wanted=self.recipe.pack.format, method="aerogel" if alone else "compressed-tensors"
             )
         write_json(final / "config.json", config)

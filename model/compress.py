@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -31,6 +32,7 @@ from aerogel.model.journal import Journal, fingerprint, restore, weights_digest,
 from aerogel.model.plan import plan_structure, stored_dtype
 from aerogel.model.progress import Progress, silent
 from aerogel.model.runner import Activations, Runner
+from aerogel.model.servers import surprises
 from aerogel.model.source import resolve
 from aerogel.model.storage import Job
 from aerogel.model.structure import Structure, discover
@@ -38,6 +40,8 @@ from aerogel.model.walk import Part, Walk
 from aerogel.recipes.assign import assign
 from aerogel.recipes.schema import Recipe
 from aerogel.recipes.stages import StageSpec
+
+logger = logging.getLogger(__name__)
 
 
 def compress(
@@ -144,6 +148,8 @@ class _Run:
         self.assigned: dict[str, list[StageSpec]] = sized(assigned, sizes)
         # The plan raises whatever would go wrong later: formats that cannot store a grid, patterns, shapes.
         self.plan = plan_structure(structure, recipe, sizes)
+        for line in surprises(self.plan["loads"]):
+            logger.warning("%s", line)
         self.kept_dtype = None if recipe.pack.dtype == "source" else stored
         self.compute = _compute_dtype(recipe.calibration.compute, stored, device)
 
@@ -180,6 +186,7 @@ class _Run:
             recipe=self.recipe,
             stages=self.assigned,
             planned=self.plan["tensors"],
+            loads=self.plan["loads"],
             kept_dtype=self.kept_dtype,
         )
 

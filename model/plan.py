@@ -23,6 +23,7 @@ import torch
 from aerogel.errors import BadInput
 from aerogel.kernels import layouts
 from aerogel.kernels.linear import problem_of, stored_shapes
+from aerogel.model import servers
 from aerogel.model.experts import rows_of
 from aerogel.model.granularity import Sizes, adaptive_sizes, sized
 from aerogel.pack.config import choose_format
@@ -46,8 +47,9 @@ def plan(model: str | Path, recipe: Recipe | str | Path | Mapping[str, Any]) -> 
     """The fate of every tensor of `model` under `recipe`, with predicted bytes, memory and time. Loads no weights.
 
     Returns:
-        {"model", "recipe", "tensors": [row], "size": {...}, "memory": {...}, "time": {...}}; a row is as in the report:
-        {"name", "fate": compressed | pruned | kept, "why", "shape", "bits_per_weight", "bytes", "source_bytes"}.
+        {"model", "recipe", "tensors": [row], "loads": {...}, "size": {...}, "memory": {...}, "time": {...}}; a row is as in
+        the report: {"name", "fate": compressed | pruned | kept, "why", "shape", "bits_per_weight", "bytes", "source_bytes"};
+        `loads`: `servers.facts`.
 
     Raises:
         BadInput: whatever would stop the real run before it starts: model, architecture, recipe, patterns.
@@ -68,6 +70,8 @@ def plan_structure(structure: Structure, recipe: Recipe, sizes: Sizes | None = N
     _check_outside(structure, assigned)
     _check_stacks(structure, assigned)
     _check_gradients(structure, assigned)
+    stored = {name: [spec.at(str(dtype).removeprefix("torch.")) for spec in specs] for name, specs in assigned.items()}
+    loads = servers.facts(servers.obstacles(structure, stored, recipe), recipe)
     by_tensor: dict[str, list[Matrix]] = defaultdict(list)
     for matrix in structure.matrices:
         if not matrix.tied:
@@ -83,6 +87,7 @@ def plan_structure(structure: Structure, recipe: Recipe, sizes: Sizes | None = N
     return {
         "recipe": recipe.as_dict(),
         "tensors": [row for row in rows if row["bytes"] or row["source_bytes"]],
+        "loads": loads,
         "size": _size(rows),
         "memory": _memory(structure, assigned, recipe),
         "time": _time(structure, assigned, recipe),

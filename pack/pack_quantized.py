@@ -8,8 +8,8 @@
     W[n, k] = (q[n, k] - z[n, g(k)]) * scale[n, g(k)]
 
 compressed-tensors defines it; transformers, vLLM and SGLang load it as it is when K is a multiple of the group. A short
-last group, which our codes allow, is stored the same way but only aerogel reads it. Cost: b + (16 [+ b]) / group bits
-per weight.
+last group, which our codes allow, is stored the same way but only aerogel reads it, and the checkpoint's `quant_method` says
+so (`model/servers.py`). Cost: b + (16 [+ b]) / group bits per weight.
 
 Shape legend: N out features, K in features, G groups along K.
 """

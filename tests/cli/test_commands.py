@@ -249,3 +249,17 @@ def test_inspect_shapes(aerogel, tiny: Path) -> None:
     shown = aerogel("inspect", tiny, "--shape")
     assert shown.code == 0 and "Golomb" in shown.stdout
     assert aerogel("inspect", tiny, "--step", "0.5").code == 2
+
+
+def test_who_loads_the_result_is_said_before_the_work(aerogel, tiny: Path, caplog) -> None:
+    """Groups of 32 leave a short last one in the 48 inputs of down_proj."""
+    short = ("-r", "w4-fast", "--set", "quantize.group_size=32")
+    done = aerogel("plan", tiny, *short)
+    assert done.code == 0
+    assert "loads in aerogel only" in done.stdout and "write quantize.group_size: 16, which" in done.stdout
+    assert not caplog.text
+    assert aerogel("compress", tiny, *short, "-o", "out").code == 0
+    assert "write quantize.group_size: 16, which" in caplog.text
+    done = aerogel("plan", tiny, *short, "--set", "pack.format=pack-quantized")
+    assert done.code == 2 and "write quantize.group_size: 16, which" in done.stderr
+    assert "loads in aerogel, transformers, vLLM and SGLang" in aerogel("plan", tiny, "-r", "w8").stdout
