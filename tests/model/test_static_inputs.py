@@ -26,7 +26,7 @@ from aerogel.pack.export import export_dense
 STAGES: dict[str, dict[str, Any]] = {
     "int8-static": {"method": "gptq", "bits": 8, "group_size": None, "activations": "int8-static"},
     "fp8-static": {"method": "rtn", "format": "fp8", "activations": "fp8-static"},
-    "w4": {"method": "rtn", "bits": 4, "group_size": 32, "activations": "int8-static"},
+    "w4": {"method": "rtn", "bits": 4, "group_size": 16, "activations": "int8-static"},
     "outliers": {"method": "rtn", "bits": 8, "activations": "int8-static", "outliers": "sigma", "outlier_sigma": 2.0},
 }
 
