@@ -107,6 +107,16 @@ INLINE NativeI dot_pairs(const NativeI& sum, const NativeU& a, const NativeU& b)
 #endif
 }
 
+// Keeps the compiler from adding products up in another order, for which more of them have to be kept than there are registers.
+template <class Sum>
+INLINE void in_this_order(Sum& sum) {
+#if defined(__AVX2__)
+    asm("" : "+v"(sum));
+#else
+    (void)sum;
+#endif
+}
+
 // The same 16 bytes in every run.
 INLINE NativeU every_run(const void* from) {
 #if defined(__AVX512F__)

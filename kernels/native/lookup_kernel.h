@@ -58,15 +58,6 @@ struct Real {
     static INLINE NativeF value(const NativeF& sum) { return sum; }
 };
 
-// Keeps the compiler from adding products up in another order, for which more of them have to be kept than there are registers.
-INLINE void in_this_order(NativeI& sum) {
-#if defined(__AVX2__)
-    asm("" : "+v"(sum));
-#else
-    (void)sum;
-#endif
-}
-
 struct Fixed {
     using Sum = NativeI;
     using Element = int16_t;
@@ -109,12 +100,9 @@ INLINE F16 in_runs(const float* four) {
     const __m512i order = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
     v.part[0] = reinterpret_cast<NativeF>(_mm512_permutexvar_ps(order, _mm512_castps128_ps512(_mm_loadu_ps(four))));
 #elif defined(__AVX2__)
-    const __m256i order = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
-    unroll<2>([&](auto p) ALWAYS {
-        double two;
-        memcpy(&two, four + 2 * p, sizeof two);
-        v.part[p] = reinterpret_cast<NativeF>(_mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(two)), order));
-    });
+    const __m256 all = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(four));
+    v.part[0] = reinterpret_cast<NativeF>(_mm256_permutevar_ps(all, _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0)));
+    v.part[1] = reinterpret_cast<NativeF>(_mm256_permutevar_ps(all, _mm256_set_epi32(3, 3, 3, 3, 2, 2, 2, 2)));
 #else
     for (int lane = 0; lane < 16; ++lane) v.part[lane / kNative][lane % kNative] = four[lane / 4];
 #endif
@@ -136,20 +124,30 @@ inline void write_pairs(const Lookup& weight, uint8_t* to) {
     }
 }
 
-// The scales of a strip as floats for a run of groups, [group][4], and which pairs of tables its rows have, [group][2]. Read group by
-// group, what a scale is would be decided each time.
+// The scales of a strip as floats for a run of groups, [group][4], and a word that changes where rows have other tables than in the group
+// before: two pairs of tables, a half each, or the group's number where rows pick among more. Read group by group, what a scale is would
+// be decided each time.
 struct RowFactors {
     static constexpr int64_t kRun = 64;
     const Lookup& weight;
+    bool paired;
     int64_t begin, all;       // of the strip's among all scales, and how many there are
     int64_t first, stop = 0;  // groups that have been read
     float scale[(kRun + 3) * kLookupStrip];
-    uint16_t pair[kRun * 2];
+    alignas(64) uint16_t tables[kRun * 2];
 
     RowFactors(const LookupPlan& plan, int64_t strip)
-        : weight(*plan.weight), begin(strip * plan.groups * kLookupStrip), all(plan.strips * plan.groups * kLookupStrip) {}
+        : weight(*plan.weight), paired(plan.pairs != nullptr), begin(strip * plan.groups * kLookupStrip),
+          all(plan.strips * plan.groups * kLookupStrip) {
+        if (!weight.pick) memset(tables, 0, sizeof tables);
+    }
     INLINE F16 scales_of(int64_t group) const { return in_runs(scale + (group - first) * kLookupStrip); }
-    INLINE const uint16_t* pairs_of(int64_t group) const { return pair + (group - first) * 2; }
+    INLINE const uint16_t* tables_of(int64_t group) const { return tables + (group - first) * 2; }
+    INLINE uint32_t word_of(int64_t group) const {
+        uint32_t word;
+        memcpy(&word, tables_of(group), sizeof word);
+        return word;
+    }
 
     template <class Load>
     INLINE void convert(Load&& load) {
@@ -159,12 +157,23 @@ struct RowFactors {
         for (; i < count && at + i + 16 <= all; i += 16) store(scale + i, load(at + i));
         for (; i < count; ++i) scale[i] = read_scale(weight.scale, at + i, weight.scale_type);
     }
+    // The lines behind those of the groups that were read, which are next: of this strip, or of the one that follows.
+    INLINE void ask_for(const uint8_t* bytes, int64_t size) const {
+        const int64_t count = (stop - first) * kLookupStrip * size, at = (begin + stop * kLookupStrip) * size;
+        for (int64_t line = 0; line < count; line += kVector) __builtin_prefetch(bytes + at + line);
+    }
     // Groups from .. until - 1, at most kRun.
     __attribute__((noinline)) void read(int64_t from, int64_t until) {
         first = from, stop = until - from < kRun ? until : from + kRun;
         const uint8_t* pick = static_cast<const uint8_t*>(weight.pick);
+        ask_for(static_cast<const uint8_t*>(weight.scale), weight.scale_type < kFloat8E4m3 ? size_of(weight.scale_type) : 1);
+        if (pick) ask_for(pick, 1);
         for (int64_t i = 0, at = begin + first * kLookupStrip; pick && i < (stop - first) * 2; ++i, at += 2) {
-            pair[i] = static_cast<uint16_t>(pick[at] * weight.tables + pick[at + 1]);
+            tables[i] = static_cast<uint16_t>(pick[at] * weight.tables + pick[at + 1]);
+        }
+        for (int64_t group = first; pick && !paired && group < stop; ++group) {
+            const uint32_t word = static_cast<uint32_t>(group);
+            memcpy(tables + (group - first) * 2, &word, sizeof word);
         }
         const uint8_t* bytes = static_cast<const uint8_t*>(weight.scale);
         switch (weight.scale_type) {
@@ -212,7 +221,7 @@ void lookup_strip(const LookupPlan& plan, int64_t strip, int64_t token, float* t
     U16 table[P::kPlanes];
     const int64_t begin = strip * plan.groups * kLookupStrip;
     RowFactors factors(plan, strip);
-    int64_t picked = 0;  // the group whose tables these are
+    uint32_t held = weight.pick ? ~0u : 0;  // which tables these are
     tables_of<P>(weight, strip, begin, table);
     F16 total[M];
     repeat<M>([&](int m) ALWAYS { total[m] = zero_f(); });
@@ -229,10 +238,12 @@ void lookup_strip(const LookupPlan& plan, int64_t strip, int64_t token, float* t
         unroll<8 / F>([&](auto fold) ALWAYS {
             const int64_t group = group_at[fold * F];
             // Of two steps that are a group nearly always, reading two pairs is faster than a comparison.
-            if (plan.pairs && (F == 2 || group != picked)) {
-                picked = group, paired_tables<P>(plan.pairs, factors.pairs_of(group), table);
-            } else if (weight.pick && group != picked) {
-                picked = group, tables_of<P>(weight, strip, begin + group * kLookupStrip, table);
+            if (F == 2 && plan.pairs) {
+                paired_tables<P>(plan.pairs, factors.tables_of(group), table);
+            } else if (const uint32_t word = factors.word_of(group); word != held) {
+                held = word;
+                if (plan.pairs) paired_tables<P>(plan.pairs, factors.tables_of(group), table);
+                if (!plan.pairs) tables_of<P>(weight, strip, begin + group * kLookupStrip, table);
             }
             unroll<F / kRun>([&](auto run) ALWAYS {
                 typename P::Sum sum[kParts][M];

@@ -24,6 +24,7 @@ constexpr int kOwnTokens = 4, kOwnElement = 4;
 constexpr int kOwnTokens = 1, kOwnElement = 4;  // a loop would take seconds to compile for a machine that hardly anyone has
 #endif
 constexpr int kOwnTogether = kNative == 16 ? 4 : 1;  // strips that a few tokens meet together
+constexpr int kOwnParts = kNative == 8 ? 2 : 1;      // parts of a strip that meet what is read of a token together
 constexpr int kOwnEight = 8 * kOwnElement, kOwnStep = 2 * kOwnEight;
 constexpr int kOwnStrips = 4;              // of a unit of work: sixteen rows
 constexpr int64_t kOwnPiece = 256 * 1024;  // bytes of codes that stay in the second-level cache while blocks of tokens pass
@@ -138,17 +139,19 @@ constexpr int64_t kOwnAhead = 1536;
 
 template <int BITS, bool SHARED, int R, int M, int CHAINS, int STEP>
 LOOKUP_STEP void own_step(const OwnStrips<BITS, SHARED, R>& from, int64_t tile, const uint8_t* x, F16 (&sum)[M][R][CHAINS]) {
-    repeat<kParts>([&](int part) ALWAYS {
-        NativeU w[2][R];
-        from.template decode<STEP>(tile, part, w);
+    repeat<kParts / kOwnParts>([&](int group) ALWAYS {
+        NativeU w[kOwnParts][2][R];
+        repeat<kOwnParts>([&](int p) ALWAYS { from.template decode<STEP>(tile, group * kOwnParts + p, w[p]); });
         unroll<2>([&](auto half) ALWAYS {
-            OwnPairs pairs[R];
-            repeat<R>([&](int r) ALWAYS { pairs[r] = own_pairs(w[half][r]); });
+            OwnPairs pairs[kOwnParts][R];
+            repeat<kOwnParts * R>([&](int i) ALWAYS { pairs[i / R][i % R] = own_pairs(w[i / R][half][i % R]); });
             repeat<M>([&](int m) ALWAYS {
                 const OwnPairs eight = own_eight(x + m * kOwnStep + half * kOwnEight);
-                repeat<R>([&](int r) ALWAYS {
-                    NativeF& into = sum[m][r][(2 * STEP + half) % CHAINS].part[part];
-                    into = own_dot(into, pairs[r], eight);
+                repeat<kOwnParts * R>([&](int i) ALWAYS {
+                    NativeF& into = sum[m][i % R][(2 * STEP + half) % CHAINS].part[group * kOwnParts + i / R];
+                    NativeF added = own_dot(into, pairs[i / R][i % R], eight);
+                    if constexpr (kOwnParts > 1) in_this_order(added);
+                    into = added;
                 });
             });
         });
@@ -168,7 +171,7 @@ INLINE void own_runs(const OwnPlan& plan, int64_t first, const uint8_t* x, F16 (
         // Behind the end of a strip lies one of these; what is read next lies behind the last of them.
         const int64_t ahead = tile * tile_bytes<BITS>() + kOwnAhead, next = ahead < strip_bytes ? ahead : ahead + (R - 1) * strip_bytes;
         repeat<R>([&](int r) ALWAYS { repeat<BITS>([&](int line) ALWAYS { __builtin_prefetch(from.codes[r] + next + line * kVector); }); });
-        if (M == 1 && !SHARED && plan.groups > 1) {  // the lines of groups of 64 columns
+        if (R == 1 && !SHARED && plan.groups > 1) {  // the lines of groups of 64 columns
             const uint8_t* tables = from.tables[0] + plan.group_at[tile * 8] * from.kTableBytes + tables_ahead;
             repeat<2>([&](int line) ALWAYS { __builtin_prefetch(tables + line * kVector); });
         }
