@@ -15,6 +15,7 @@ Folders = Annotated[
 ]
 Average = Annotated[float, typer.Option("--average", metavar="BITS", min=1.0, max=8.0, help="Bits per weight not to exceed.")]
 File = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The recipe to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the recipe if it exists.")]
 
 
 def command(
@@ -23,7 +24,7 @@ def command(
     out: File,
     json: options.Json = None,
     quiet: options.Quiet = False,
-    overwrite: options.Overwrite = False,
+    overwrite: Overwrite = False,
     debug: options.Debug = False,
 ) -> None:
     """Write a recipe that gives each layer its own width, so that the summed error is least at an average number of bits."""

@@ -25,7 +25,7 @@ def command(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show the fate of every tensor, exact sizes, and the memory and time to expect. Loads no weights."""
+    """Show the fate of every tensor, sizes, who will load the result, and the memory and time to expect. Loads no weights."""
     with session(json=json, quiet=quiet, debug=debug) as output:
         from aerogel.model.pipeline import source_of
         from aerogel.model.plan import plan
@@ -62,8 +62,8 @@ def _tables(found: Mapping[str, Any], every: bool) -> Iterable[RenderableType]:
     )
     total, memory, time = found["size"], found["memory"], found["time"]
     yield (
-        f"{size(total['source_bytes'])} -> {size(total['bytes'])} (exact), {number(total['compression'], 3)}× smaller;"
-        f" {percent(total['coverage'], 1)} of the weights quantized, at {number(total['bits_per_weight'])} bits each"
+        f"{size(total['source_bytes'])} -> {size(total['bytes'])} ({total['basis']}),"
+        f" {number(total['compression'], 3)}× smaller; {percent(total['coverage'], 1)} of the weights quantized, at {number(total['bits_per_weight'])} bits each"
     )
     yield from lines(found["loads"])
     yield f"peak memory about {size(memory['peak_bytes'])} beside the libraries ({memory['basis']})"

@@ -88,7 +88,7 @@ def plan_structure(structure: Structure, recipe: Recipe, sizes: Sizes | None = N
         "recipe": recipe.as_dict(),
         "tensors": [row for row in rows if row["bytes"] or row["source_bytes"]],
         "loads": loads,
-        "size": _size(rows),
+        "size": {**_size(rows), "basis": _size_basis(assigned, recipe)},
         "memory": _memory(structure, assigned, recipe),
         "time": _time(structure, assigned, recipe),
     }
@@ -161,7 +161,8 @@ def stored_bytes(spec: StageSpec, n: int, k: int, recipe: Recipe, dtype: torch.d
     Raises:
         BadInput: no format fits, or the layout does not hold it.
     """
-    grid = spec.at(str(dtype).removeprefix("torch.")).stage.grid
+    spec = spec.at(str(dtype).removeprefix("torch."))
+    grid = spec.stage.grid
     name = choose_format(grid, spec.activations, recipe.pack.format).name
     scheme = Scheme(format=name, grid=grid, activations=spec.activations, layout=layout)
     if layout is not None:
@@ -250,6 +251,20 @@ def _size(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "bits_per_weight": 8 * sum(row["bytes"] for row in quantized) / weights if weights else None,
         "coverage": weights / everything if everything else 0.0,
     }
+
+
+def _size_basis(assigned: Mapping[str, list[StageSpec]], recipe: Recipe) -> str:
+    """What the planned bytes are: exact, unless the weights or the data decide a part of them."""
+    rules = {
+        rule
+        for specs in assigned.values()
+        for spec in specs
+        for rule in ("outliers", "columns", "rows")
+        if spec.options.get(rule, "none") != "none"
+    }
+    said = [f"{' and '.join(sorted(rules))} counted at their whole share"] if rules else []
+    said += ["before entropy coding"] if recipe.pack.entropy else []
+    return "; ".join(said) or "exact"
 
 
 def _blocks(structure: Structure) -> dict[int, list[Matrix]]:

@@ -55,7 +55,11 @@ def matrix(block: int, device: torch.device) -> Tensor:
 def check_block(size: int, block: int) -> None:
     """Raises `BadInput` for a block that is no power of two, or does not divide `size`."""
     if block < 1 or block & (block - 1) or size % block:
-        raise BadInput(f"a Hadamard transform of {size} values needs a power of two as block that divides them, found {block}")
+        largest = size & -size
+        instead = f"write transform_block: {largest} or less" if largest > 1 else "no block does: add the weight to ignore"
+        raise BadInput(
+            f"a Hadamard transform of {size} values needs a power of two as block that divides them, found {block}; {instead}"
+        )
 
 
 def random_signs(size: int, generator: torch.Generator) -> Tensor:

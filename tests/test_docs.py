@@ -147,7 +147,7 @@ def test_the_comparison_of_formats_is_what_was_measured() -> None:
 
 
 def test_every_recipe_is_taught() -> None:
-    """By name on a page about its method; plain integers and pruning are in the guide, the overview of recipes and the README."""
+    """By name on a page about its method; plain integers and pruning are in the guide and the overview of recipes."""
     pages = [*(ROOT / "docs" / "methods").glob("*.md")]
     taught = {word for page in pages for word in re.findall(r"`(w[0-9][\w-]*)`", page.read_text("utf-8"))}
     plain = {"w2", "w3", "w4", "w4-fast", "w4-awq", "w4-cpu", "w4-sparse24", "w8", "demo", "lossless", "prune-50"}

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from tests.zoo import save
 
 from aerogel.errors import BadInput
@@ -115,3 +116,14 @@ def test_a_gptq_checkpoint_of_somebody_else(tmp_path: Path) -> None:
 
 def test_block_and_expert_numbers_are_collapsed() -> None:
     assert collapse("model.layers.12.mlp.experts.3.up.weight") == "model.layers.*.mlp.experts.*.up.weight"
+
+
+def test_what_stands_beside_codes_is_planned_in_the_checkpoint_s_type(tmp_path: Path) -> None:
+    """Scales of rows of more bits are bfloat16 as the others are; what data decide is not called exact."""
+    folder = save("llama", tmp_path, dtype=torch.bfloat16)
+    rows = ["quantize.group_size=16", "quantize.rows=loss", "quantize.row_share=0.5", "quantize.row_bits=6"]
+    size = plan(folder, Recipe.load("w4", rows))["size"]
+    assert size == plan(folder, Recipe.load("w4", [*rows, "quantize.scale_dtype=bfloat16"]))["size"]
+    assert size["basis"] == "rows counted at their whole share"
+    assert plan(folder, FAST)["size"]["basis"] == "exact"
+    assert plan(folder, Recipe.load("lossless"))["size"]["basis"] == "before entropy coding"
