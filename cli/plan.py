@@ -63,7 +63,8 @@ def _tables(found: Mapping[str, Any], every: bool) -> Iterable[RenderableType]:
     total, memory, time = found["size"], found["memory"], found["time"]
     yield (
         f"{size(total['source_bytes'])} -> {size(total['bytes'])} ({total['basis']}),"
-        f" {number(total['compression'], 3)}× smaller; {percent(total['coverage'], 1)} of the weights quantized, at {number(total['bits_per_weight'])} bits each"
+        f" {number(total['compression'], 3)}× smaller; {percent(total['coverage'], 1)} of the weights quantized,"
+        f" at {number(total['bits_per_weight'])} bits each"
     )
     yield from lines(found["loads"])
     yield f"peak memory about {size(memory['peak_bytes'])} beside the libraries ({memory['basis']})"
