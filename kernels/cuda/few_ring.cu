@@ -164,7 +164,8 @@ INLINE void fetch_stage_token(const Arguments& p, const Share& share, const Room
 // Up to 8 tokens, all that the ring holds is asked for before the previous kernel has ended. More tokens weigh as much as the weights,
 // and copies are served one after the other: x should not wait behind weights that are needed after it, nor the previous kernel's
 // stores behind either. So only the first turn goes ahead of x, and each turn's tokens follow its weights (X_FOLLOWS). Those that outliers
-// wait for do not also wait for room in the ring.
+// wait for come before weights from the third turn on: products of outliers begin when all of x is there, and end after the others'. Were
+// they to come before the second turn's weights too, memory would rest.
 constexpr bool X_FOLLOWS = TOKEN_TILES > 1 && !X_BY_WARPS;
 
 // The first turn's tokens, by all warps, since one alone takes some 50 cycles for each. They may be here before the barrier has
@@ -192,7 +193,7 @@ INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
   for (int block = 0; block < share.row_blocks; block++)
     for (int stage = 0; stage < share.stages; stage++, turn++, slot.next(p.stages)) {
       if (X_FOLLOWS && turn == 0) continue;
-      const bool leads = X_FOLLOWS && X_TOLD && turn >= p.stages;
+      const bool leads = X_FOLLOWS && X_TOLD && turn > 1;
       if (leads && block == 0 && token < p.M) fetch_stage_token(p, share, room, stage, slot.index, token);
       if (turn >= p.stages) mbarrier_wait(room.empty + 8 * slot.index, slot.round ^ 1);
       fetch_turn(p, share, room, block, stage, slot.index);
