@@ -32,7 +32,7 @@
 constexpr int PIECE_ROWS = 256, PIECE_GROUPS = PIECE_ROWS / 8;
 constexpr int APART_TOKENS = OUTLIERS, APART_PLANES = APART_TOKENS > 8 ? 2 : 1;
 constexpr int APART_AHEAD = 16;  // units that a warp has asked for
-constexpr int APART_CHUNKS = 8;  // of 32 columns, that a warp turns at once
+constexpr int APART_CHUNKS = 8 * APART_PLANES;  // of 32 columns, that a warp turns at once; of 16 tokens nearly a whole slice is on its way
 
 INLINE int pieces_of(const Arguments& p) { return (p.N + PIECE_ROWS - 1) / PIECE_ROWS; }
 

@@ -45,7 +45,7 @@ from aerogel.kernels.gemm.cuda_few_plan import Plan
 from aerogel.kernels.gemm.cuda_outliers import TileOutliers
 from aerogel.kernels.gemm.cuda_ranked import ranked
 from aerogel.kernels.gemm.cuda_weight import TileWeight
-from aerogel.kernels.gemm.cuda_wgmma import ManyTokens
+from aerogel.kernels.gemm.cuda_wgmma import CLUSTERS, ManyTokens
 from aerogel.kernels.gemm.plane_tables import numbers_of_rows, tables_of_blocks
 from aerogel.kernels.gemm.small_floats import mantissa_bits
 from aerogel.kernels.problem import Problem, Tuned
@@ -62,7 +62,7 @@ FLOATS_OF_8 = {"e4m3": 3, "block": 3, "mxfp8": 3, "e5m2": 2}
 """Bits of mantissa."""
 _WARPS = ((1, 4), (1, 5), (1, 6), (1, 7), (1, 8), (1, 12), (1, 15), (1, 16), (2, 4), (2, 7), (2, 8))
 """Multiplying warps along rows and along K of a ring's block."""
-_CLUSTERS = ((1, 1), (2, 1), (4, 1), (1, 2))
+_CLUSTERS = ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4))
 """Blocks of a cluster that share K, and that share x."""
 
 
@@ -273,7 +273,7 @@ def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
             if k_warps <= C:
                 yield from _laid_out(weight, Config(ring=False, row_tiles=row_tiles, k_warps=k_warps))
     for row_tiles, (row_warps, k_warps), (cluster, share) in itertools.product(range(1, 9), _WARPS, _CLUSTERS):
-        if k_warps * cluster > C or (share > 1 and M <= 4):
+        if k_warps * cluster > C or (share > 1 and M <= 4) or (share > 2 and M <= 8):
             continue
         plain = Config(ring=True, row_tiles=row_tiles, row_warps=row_warps, k_warps=k_warps, cluster=cluster, share=share)
         placed = [replace(plain, x_resident=True), plain]
@@ -296,10 +296,11 @@ def _with_outliers(weight: TileWeight, config: Config, M: int, multiprocessors: 
         yield replace(config, turned=not turns_inputs(config, M))
     if weight.outliers is None or weight.outliers.apart is None or config.blocks > 1:
         return
-    step = math.lcm(slice_count(weight.K), config.share * config.cluster)
+    size = config.share * config.cluster
+    step, room = math.lcm(slice_count(weight.K), size), multiprocessors * CLUSTERS[size] // CLUSTERS[1] * size
     blocks = ceil_divide(weight.codes.shape[0], config.block_tiles * config.share) * config.share * config.cluster
-    rounds = ceil_divide(blocks, multiprocessors - LEAST_APART) if config.ring and config.cluster == 1 else 1
-    apart = (multiprocessors - ceil_divide(blocks, rounds * config.share) * config.share) // step * step
+    rounds = ceil_divide(blocks, room - LEAST_APART) if config.ring and config.cluster == 1 else 1
+    apart = (room - ceil_divide(blocks, rounds * config.share) * config.share) // step * step
     if apart >= LEAST_APART:
         yield replace(config, apart=apart)
 

@@ -22,15 +22,16 @@ from aerogel.kernels.gemm.cuda_few import (
     Few,
     default_config,
     fits,
+    grid_of,
     most_outlier_tokens,
     outlier_tokens,
 )
 from aerogel.kernels.gemm.cuda_few_plan import Plan
 from aerogel.kernels.gemm.cuda_outliers import Apart, TileOutliers
-from aerogel.kernels.gemm.cuda_table import config_for, has_apart_cut
-from aerogel.kernels.gemm.cuda_tune import measure, random_weight, with_outliers
+from aerogel.kernels.gemm.cuda_table import config_for, has_apart_cut, table
+from aerogel.kernels.gemm.cuda_tune import candidates, measure, random_weight, with_outliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
-from aerogel.kernels.gemm.cuda_wgmma import ManyTokens
+from aerogel.kernels.gemm.cuda_wgmma import CLUSTERS, ManyTokens
 from aerogel.pack import tiles
 from aerogel.quantize.outliers import Outliers
 
@@ -187,6 +188,17 @@ def test_blocks_apart_are_for_devices_that_have_room_for_them(monkeypatch: pytes
             config = config_for(weight, M)
             assert (config.apart > 0) is (multiprocessors == 132)
             assert not config.apart or fits(weight, config, M, (9, 0), multiprocessors)
+
+
+def test_blocks_apart_run_at_once_with_those_that_wait_for_them() -> None:
+    """The search tries the shipped cut of clusters of four, of which an H100 runs all at once."""
+    nothing = torch.empty(0, dtype=torch.int32)
+    weight = weight_of(4096, 14336, 4)
+    assert weight.outliers is not None
+    weight = replace(weight, outliers=replace(weight.outliers, apart=Apart(nothing, nothing, nothing)))
+    shipped = Config(**table("NVIDIA H100")["o/4/g128/4096x14336/m16"]["config"])
+    assert shipped.share == 4 and shipped in candidates(weight, 16, (9, 0), 132)
+    assert grid_of(weight, shipped, 132) // 4 <= CLUSTERS[4]
 
 
 @pytest.mark.parametrize("apart", [True, False])
