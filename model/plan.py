@@ -255,14 +255,11 @@ def _size(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _size_basis(assigned: Mapping[str, list[StageSpec]], recipe: Recipe) -> str:
     """What the planned bytes are: exact, unless the weights or the data decide a part of them."""
-    rules = {
-        rule
-        for specs in assigned.values()
-        for spec in specs
-        for rule in ("outliers", "columns", "rows")
-        if spec.options.get(rule, "none") != "none"
-    }
-    said = [f"{' and '.join(sorted(rules))} counted at their whole share"] if rules else []
+    options = [spec.options for specs in assigned.values() for spec in specs]
+    most = [rule for rule in ("columns", "outliers") if any(each.get(rule, "none") != "none" for each in options)]
+    said = [f"{' and '.join(most)} counted at their whole share"] if most else []
+    if any(each.get("rows", "none") != "none" for each in options):
+        said.append("about: rows of more bits counted at the same share of every weight")
     said += ["before entropy coding"] if recipe.pack.entropy else []
     return "; ".join(said) or "exact"
 

@@ -124,6 +124,6 @@ def test_what_stands_beside_codes_is_planned_in_the_checkpoint_s_type(tmp_path: 
     rows = ["quantize.group_size=16", "quantize.rows=loss", "quantize.row_share=0.5", "quantize.row_bits=6"]
     size = plan(folder, Recipe.load("w4", rows))["size"]
     assert size == plan(folder, Recipe.load("w4", [*rows, "quantize.scale_dtype=bfloat16"]))["size"]
-    assert size["basis"] == "rows counted at their whole share"
+    assert size["basis"] == "about: rows of more bits counted at the same share of every weight"
     assert plan(folder, FAST)["size"]["basis"] == "exact"
     assert plan(folder, Recipe.load("lossless"))["size"]["basis"] == "before entropy coding"

@@ -25,8 +25,11 @@ PRUNED = ("prune-50", "w4-sparse24")
 NOT_PACKED = ("lossless", "prune-50")
 DECODED = ("w1-complex",)
 """Recipes of formats without a kernel of their own."""
-UPPER = {"outliers": ("sigma",), "columns": ("threshold",), "rows": ("loss",)}
-"""Rules that look at weights, inputs or gradients: the plan knows the most that there can be."""
+UPPER = {"outliers": ("sigma",), "columns": ("threshold",)}
+"""Rules that look at weights or inputs: the plan knows the most that there can be."""
+NEAR = 0.005
+"""Where the loss chooses rows among layers the plan counts as many in each. Their number rounds up or down, and the indices and
+scales of short ones take more beside as many weights."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,10 @@ def test_a_shipped_recipe_makes_a_model_that_runs(name: str, dense: Path, tmp_pa
     report = compress(dense, recipe, out)
     most = name == "lossless" or any(spec.options.get(key) in rules for spec in recipe.stages for key, rules in UPPER.items())
     expected, written = planned["size"]["bytes"], report["size"]["bytes"]
-    assert (written <= expected) if most else (written == expected), (written, expected)
+    if any(spec.options.get("rows") == "loss" for spec in recipe.stages):
+        assert abs(written / expected - 1) < NEAR, (written, expected)
+    else:
+        assert (written <= expected) if most else (written == expected), (written, expected)
     wanted, model = logits(load(dense, dtype=torch.float32)), load(out, dtype=torch.float32)
     bound = 0.0 if name == "lossless" else 0.6 if name in PRUNED else WORSE.get(name[1], 0.1)
     assert error(logits(model), wanted) <= bound
