@@ -238,8 +238,8 @@ def missed(result: dict[str, Any]) -> list[str]:
         share = apart / check["divergence_from_dense"]["cpu"]
         if share > MOST_SHARE and apart > MOST_LAST_BITS * itself:
             found.append(
-                f"{name}: predictions of the devices differ by {share:.0%} of what compression changed, and "
-                f"{apart / itself:.2f} times what last bits change"
+                f"{name}: predictions of the devices differ by {apart:.4f}, {share:.0%} of what compression changed;"
+                f" last bits change {itself:.4f}"
             )
     return found
 

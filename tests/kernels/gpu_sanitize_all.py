@@ -11,6 +11,7 @@ barrier and read behind it is a race where threads have arrived at another one w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import queue
 import re
@@ -170,7 +171,8 @@ def main() -> int:
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for group in list(RUNNING):
-                os.killpg(group, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.killpg(group, signal.SIGKILL)
             raise
     return conclude(outcomes)
 
