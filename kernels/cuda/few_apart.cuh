@@ -42,6 +42,8 @@ INLINE int pieces_of(const Arguments& p) { return (p.N + PIECE_ROWS - 1) / PIECE
 INLINE void turn_slice(const Arguments& p, u32 to, int plane, int first_tile, int tiles, int warp, int warps) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, chunks = tiles * 4;
   const u16* from = p.x + (size_t)min(g + 8 * plane, p.M - 1) * p.x_stride + 8 * t;
+  const int row = lane & 7;  // of matrix lane / 8: column 8 * (row / 2) + 2 * (lane / 8) + row % 2 of a chunk
+  const u32 own = (row >> 1) * 128 + (row + 2 * (lane >> 3) & 7) * 16;
   for (int chunk = warp * APART_CHUNKS; chunk < chunks; chunk += warps * APART_CHUNKS) {
     uint4 found[APART_CHUNKS];
     UNROLL for (int c = 0; c < APART_CHUNKS; c++) {
@@ -50,8 +52,12 @@ INLINE void turn_slice(const Arguments& p, u32 to, int plane, int first_tile, in
     }
     UNROLL for (int c = 0; c < APART_CHUNKS; c++) {
       if (chunk + c >= chunks) break;
-      const u32 words[4] = {found[c].x, found[c].y, found[c].z, found[c].w}, at = to + (chunk + c) * 512 + (g >> 1) * 128 + 4 * t;
-      UNROLL for (int i = 0; i < 4; i++) store_shared_u32(at + (g + 2 * i & 7) * 16, across(words[i]));
+      const u32 words[4] = {found[c].x, found[c].y, found[c].z, found[c].w}, at = to + (chunk + c) * 512;
+#if __CUDA_ARCH__ >= 900
+      store_matrices_across(at + own, words);
+#else
+      UNROLL for (int i = 0; i < 4; i++) store_shared_u32(at + (g >> 1) * 128 + 4 * t + (g + 2 * i & 7) * 16, across(words[i]));
+#endif
     }
   }
 }

@@ -28,6 +28,20 @@ INLINE void wait_for_inputs(const Arguments& p, const Share& share, const Room& 
     if (OUTLIERS_TURNED) turn(0, p.k_tiles), barrier_of(3, OUTLIER_THREADS);
   }
 }
+#if PATCHES
+static_assert(X_IN_STAGE && K_WARPS == PATCH_TILES, "a stage's inputs are those of a patch");
+// Inputs of patches, stage by stage.
+struct PatchInputs {
+  const Share& share;
+  const Room& room;
+  int stages;
+  Slot slot;
+
+  INLINE u32 place() const { return shared_address(room.ring) + slot.index * STAGE_BYTES + WEIGHT_BYTES; }
+  INLINE void wait() const { mbarrier_wait(room.full + 8 * slot.index, slot.round); }
+  INLINE void done() { give_back(share, room, slot.index), slot.next(stages); }
+};
+#endif
 INLINE void init_barriers_of_outliers(const Arguments& p, const Share& share, const Room& room) {
   if (!X_TOLD) return mbarrier_init(room.outliers.here, 1);
   for (int stage = 0; stage < share.stages; stage++) {

@@ -33,6 +33,7 @@ constexpr bool SIDES = GROUP != 0 || ZERO != 0 || TABLE == 3;
 #define BESIDE 0
 #endif
 constexpr int PRODUCER_THREADS = TRADE || BESIDE ? 128 : 32, ALL_WARPS = WARPS + PRODUCER_THREADS / 32;
+constexpr int STAGE_READERS = WARPS + (PATCHES ? OUTLIER_WARPS : 0);
 constexpr bool COLLECTS_AMONG = APART && TRADE;  // the three then wait for sums of outliers
 constexpr int BLOCK_WARPS = ALL_WARPS + (COLLECTS_AMONG ? 0 : OUTLIER_WARPS);
 
@@ -186,7 +187,7 @@ INLINE void fetch_inputs_of_outliers(const Arguments& p, const Room& room, int t
 
 INLINE void produce(const Arguments& p, const Share& share, const Room& room) {
   const int ahead = X_FOLLOWS ? 0 : min(share.row_blocks * share.stages, p.stages), token = threadIdx.x & 31;
-  constexpr bool COPY = OUTLIERS && !OUTLIER_SHARE && !APART;
+  constexpr bool COPY = OUTLIERS && !OUTLIER_SHARE && !APART && !PATCHES;
   if (COPY && ahead == 0) wait_for_previous_kernel(), fetch_inputs_of_outliers(p, room, token);
   Slot slot;
   int turn = 0;
@@ -230,6 +231,16 @@ INLINE void renew_tables(const Arguments& p, const Room& room, int block, int fi
   if (TABLE == 0 || (block > 0 && (TABLE != 2 || BY_ROWS))) return;
   if (block > 0) barrier_of(1, THREADS), lay_out_tables(p, room.tables, first_tile, 0);
   barrier_of(1, THREADS);
+}
+
+// A warp has read a stage.
+INLINE void give_back(const Share& share, const Room& room, int slot) {
+  const int lane = threadIdx.x & 31;
+  fence_loads();
+  __syncwarp();
+  if (share.readers == 1 && arrives(lane)) mbarrier_arrive(room.empty + 8 * slot);
+  for (int rank = SANITIZE ? 0 : lane; X_SHARE > 1 && share.readers > 1 && rank < X_SHARE; rank += SANITIZE ? 1 : 32)
+    mbarrier_arrive_at(room.empty + 8 * slot, rank);
 }
 
 #include "few_inputs.cuh"
@@ -288,11 +299,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
                                  table_at(tables, row_tile, g + 8), own_tables[r], made + r * MADE_BYTES, x, acc[r]);
         }
       }
-      fence_loads();
-      __syncwarp();
-      if (share.readers == 1 && arrives(lane)) mbarrier_arrive(room.empty + 8 * slot.index);
-      for (int rank = SANITIZE ? 0 : lane; X_SHARE > 1 && share.readers > 1 && rank < X_SHARE; rank += SANITIZE ? 1 : 32)
-        mbarrier_arrive_at(room.empty + 8 * slot.index, rank);
+      give_back(share, room, slot.index);
       if (X_BY_WARPS) fetch_own();
     }
     if constexpr (KEPT) copies_wait<0>(), kept.add(first_row_tile + row_warp * ROW_TILES, acc);
@@ -310,7 +317,7 @@ INLINE void consume(const Arguments& p, const Share& share, const Room& room) {
 #if CLUSTER == 1
     const Outputs<THREADS> outputs(p, first_row_tile, threadIdx.x);
 #endif
-    barrier_of(1, THREADS);  // all have read the ring, and used the last partial sums
+    barrier_of(PATCHES ? 3 : 1, THREADS + (PATCHES ? OUTLIER_THREADS : 0));  // all have read the ring, and used the last partial sums
     if constexpr (HALF_SUMS)
       store_half_partials(room.partials, p, row_warp, slice, acc);
     else
@@ -344,7 +351,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, BLOCKS) few_ring(
   if ((threadIdx.x & 31) == 0) {
 #pragma unroll 1
     for (int i = warp; i < p.stages; i += BLOCK_WARPS)
-      mbarrier_init(room.full + 8 * i, 1), mbarrier_init(room.empty + 8 * i, WARPS * share.readers * ARRIVALS);
+      mbarrier_init(room.full + 8 * i, 1), mbarrier_init(room.empty + 8 * i, STAGE_READERS * share.readers * ARRIVALS);
 #if CLUSTER > 1
     if (warp == 0) mbarrier_init(room.bell, 1), mbarrier_expect(room.bell, p.M * BLOCK_ROWS * 4);
 #endif
@@ -376,8 +383,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, BLOCKS) few_ring(
     if (warp == WARPS) produce(p, share, room);
     if (BESIDE && warp == WARPS + 2) add_up_beside(p, share, room);
     if (BESIDE && (warp == WARPS + 1 || warp == WARPS + 3)) lay_out_beside(p, share, room, (warp - WARPS) / 2 * 32 + (threadIdx.x & 31));
+#if PATCHES
+    if (beside) {
+      PatchInputs inputs = {share, room, p.stages};
+      sum_patches(p, outliers, room.outliers, beside_thread, share.row_blocks, share.rotation, STAGE_TOKEN_BYTES, inputs);
+    }
+#else
     if (beside)
       sum_outliers(p, outliers, room.outliers, beside_thread, first_row, row_step, share.row_blocks,
                    [&] { wait_for_inputs(p, share, room, beside_thread); });
+#endif
   }
 }

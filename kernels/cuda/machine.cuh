@@ -81,6 +81,13 @@ INLINE u32 kept_in_register(u32 v) {
   return v;
 }
 
+// Two halves side by side, by the multiplier: logic and permutations have another pipe, which is busy with codes.
+INLINE u32 joined(u32 low, u32 high) {
+  u32 d;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(high), "r"(kept_in_register(65536)), "r"(low));
+  return d;
+}
+
 // Twice the lower half of v, plus `base`, in one instruction.
 INLINE u32 twice_lower_half(u32 v, u32 base) {
   u32 d;
@@ -204,6 +211,13 @@ INLINE u16 load_shared_u16(u32 address) {
   return v;
 }
 
+// 16 bits as the lower half of a register.
+INLINE u32 load_shared_half(u32 address) {
+  u32 v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+
 // 16 bytes to shared memory without a register in between; bytes beyond `valid` become zero.
 INLINE void copy_async(u32 shared, const void* global, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");
@@ -237,6 +251,16 @@ INLINE void barrier_of(int name, int threads) { asm volatile("bar.sync %0, %1;" 
 
 // ---- Compute capability 9.0 ------------------------------------------------------------------------------------------
 #if __CUDA_ARCH__ >= 900
+// Four 8 x 8 matrices to where load_matrices would find them.
+INLINE void store_matrices(u32 address, const u32* r) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
+// The same, each matrix across its diagonal.
+INLINE void store_matrices_across(u32 address, const u32* r) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
 // A barrier in shared memory that completes when its arrivals and its bytes are all in.
 INLINE void mbarrier_init(u32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");

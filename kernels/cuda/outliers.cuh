@@ -26,6 +26,7 @@
 // cuda_outliers.py), else lanes wait for each other.
 //
 // APART: 1 where other blocks add them, 8 or 16 tokens at a time (few_apart.cuh); then nothing here is used but OUTLIERS.
+// PATCHES: 1 where they are added as inputs come, 8 or 16 tokens at a time (few_patches.cuh); then nothing here is used but OUTLIERS.
 // OUTLIERS: tokens that sums are kept for, 1, 2, 4, 8 or 16, at least M; 0 where a weight has no outliers.
 // OUTLIER_TURN: 1 where inputs are turned.
 // OUTLIER_SHARE: 1 where few_ring shares the inputs; else they have a place of their own.
@@ -44,6 +45,9 @@
 #endif
 #ifndef APART
 #define APART 0
+#endif
+#ifndef PATCHES
+#define PATCHES 0
 #endif
 #ifndef EXACT
 #define EXACT 0

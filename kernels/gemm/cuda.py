@@ -225,12 +225,13 @@ class Cuda(Kernel):
     @staticmethod
     def lay_beside(beside: Beside, layout: Layout, problem: Problem, place_K: Tensor | None = None) -> dict[str, Tensor] | None:
         """Outliers in the orders of the kernels."""
-        from aerogel.kernels.gemm.cuda_table import has_apart_cut
+        from aerogel.kernels.gemm.cuda_table import has_apart_cut, has_patch_cut
 
         place = layout["tile_codes"].device
-        apart = place.type == "cuda" and has_apart_cut(torch.cuda.get_device_name(place), problem.N, problem.K)
+        device = torch.cuda.get_device_name(place) if place.type == "cuda" else ""
+        apart, patches = (has(device, problem.N, problem.K) for has in (has_apart_cut, has_patch_cut))
         unit = unit_of_sums(layout["tile_scale"], problem.mantissa > 0, layout.get("tile_factor"), problem.dtype)
-        laid = TileOutliers.of(beside, problem.N, problem.K, problem.dtype, place_K, unit, apart=apart)
+        laid = TileOutliers.of(beside, problem.N, problem.K, problem.dtype, place_K, unit, apart=apart, patches=patches)
         return None if laid is None else laid.named()
 
     @staticmethod

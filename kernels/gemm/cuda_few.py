@@ -28,6 +28,7 @@ from aerogel.kernels.gemm.cuda_decoder import (
     table_bytes,
     table_room,
 )
+from aerogel.kernels.gemm.cuda_patches import COLUMNS
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.pack import tiles
 
@@ -44,6 +45,8 @@ SHARED_LIMIT = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10, 12: 99 << 10}
 """Shared memory of a block in bytes, by the major compute capability; the least of the generation's devices."""
 APART_AHEAD = 4096
 """Bytes that each warp of a block that adds outliers apart has on their way."""
+PATCH_TILES, PATCH_ROUNDS, PATCH_ROUND = COLUMNS // tiles.COLUMNS, 4, 512
+"""K tiles of a patch; rounds of patches that a warp has on their way, and bytes of each."""
 HALF_SHARED = 112 << 10
 """With this much shared memory the next kernel's blocks can move in beside the present one's."""
 
@@ -159,12 +162,14 @@ def outlier_defines(weight: TileWeight, config: Config, M: int) -> dict[str, int
             "OUTLIER_ROUNDS": 1,
             "OUTLIER_TURN": 0,
         }
+    patched = takes_patches(weight, config)
     return {
-        "OUTLIERS": outlier_tokens(M),
+        **({"PATCHES": 1} if patched else {}),
+        "OUTLIERS": apart_tokens(M) if patched else outlier_tokens(M),
         "OUTLIER_SHARE": int(shares_inputs(weight, config)),
         "OUTLIER_WARPS": outlier_warps(config, M),
-        "OUTLIER_ROUNDS": outlier_rounds(config, M),
-        "OUTLIER_TURN": int(turns_inputs(config, M)),
+        "OUTLIER_ROUNDS": PATCH_ROUNDS if patched else outlier_rounds(config, M),
+        "OUTLIER_TURN": int(turns_inputs(config, M) and not patched),
         **({"EXACT": 1} if weight.exact else {}),
     }
 
@@ -190,6 +195,17 @@ def shares_inputs(weight: TileWeight, config: Config) -> bool:
     return config.ring and config.x_resident and config.cluster == 1 and not weight.exact and not config.apart
 
 
+def takes_patches(weight: TileWeight, config: Config) -> bool:
+    """Whether outliers are added patch by patch, as inputs come (`cuda_patches.py`)."""
+    listed = weight.outliers is not None and weight.outliers.patches is not None and not weight.exact
+    return listed and wants_patches(config)
+
+
+def wants_patches(config: Config) -> bool:
+    """Whether that is the cut's way of adding outliers, where a weight has them by patches."""
+    return config.ring and config.stages_hold_x and config.k_warps == PATCH_TILES and config.cluster == 1 and not config.apart
+
+
 def x_rows(weight: TileWeight, config: Config, M: int) -> int:
     """Tokens that there is room for where the whole of x stays: inputs are turned in squares."""
     turned = weight.outliers is not None and shares_inputs(weight, config) and turns_inputs(config, M)
@@ -204,7 +220,7 @@ def turns_inputs(config: Config, M: int) -> bool:
 def outlier_warps(config: Config, M: int) -> int:
     """Warps that add outliers: several for a row tile, where that is not too many for a block, else one for 16 or 32 rows."""
     tiles = config.block_tiles
-    if tiles <= (2 if M <= LANE_TOKENS else 4) and not _few_far_ahead(config, M):
+    if tiles <= (4 if M > LANE_TOKENS or wants_patches(config) else 2) and not _few_far_ahead(config, M):
         return tiles * 2
     return tiles if tiles <= 8 else tiles // 2
 
@@ -243,9 +259,12 @@ def outlier_bytes(weight: TileWeight, config: Config, M: int, single: bool) -> i
         return 0
     if config.apart:
         return 128 + (1 if single else 2) * apart_tokens(M) * config.block_tiles * 16 * 4
-    tokens = outlier_tokens(M)
-    inputs = 0 if shares_inputs(weight, config) else ceil_divide(tokens * (weight.codes.shape[1] * 256 + 16), 128) * 128
-    rounds = outlier_warps(config, M) * outlier_rounds(config, M) * 2048
+    patched = takes_patches(weight, config)
+    tokens = apart_tokens(M) if patched else outlier_tokens(M)
+    inputs = (
+        0 if patched or shares_inputs(weight, config) else ceil_divide(tokens * (weight.codes.shape[1] * 256 + 16), 128) * 128
+    )
+    rounds = outlier_warps(config, M) * (PATCH_ROUNDS * PATCH_ROUND if patched else outlier_rounds(config, M) * 2048)
     stages = ceil_divide(weight.codes.shape[1], config.k_warps) if shares_inputs(weight, config) and M > LANE_TOKENS else 1
     return ceil_divide(16 * stages, 128) * 128 + inputs + 2 * tokens * config.block_tiles * 16 * 4 + rounds
 
@@ -330,11 +349,18 @@ def fits(weight: TileWeight, config: Config, M: int, capability: tuple[int, int]
         return False
     if config.apart and not _parts_fit(weight, config, M, multiprocessors):
         return False
-    if weight.outliers is not None and M > 8 and not config.apart and (trades(config, M) or not shares_inputs(weight, config)):
-        return False  # registers are all spoken for, or inputs are there twice
+    if weight.outliers is not None and not config.apart and not _outliers_fit(weight, config, M):
+        return False
     grid = grid_of(weight, config, multiprocessors)
     resident = min(config.blocks, 2) if config.ring else 1
     return shared_bytes(weight, config, M, grid) * resident <= SHARED_LIMIT.get(capability[0], 99 << 10)
+
+
+def _outliers_fit(weight: TileWeight, config: Config, M: int) -> bool:
+    """Whether the blocks themselves can add the weight's outliers: not where registers are all spoken for, or all inputs of
+    many tokens would be there twice."""
+    once = M <= TURNED_TOKENS or shares_inputs(weight, config) or takes_patches(weight, config)
+    return once and not trades(config, M)
 
 
 def _parts_fit(weight: TileWeight, config: Config, M: int, multiprocessors: int) -> bool:
@@ -382,11 +408,12 @@ class Few:
     @staticmethod
     def refuses(weight: TileWeight, M: int, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
         """Too many tokens, or tables that do not fit into shared memory."""
-        from aerogel.kernels.gemm.cuda_table import adds_apart
+        from aerogel.kernels.gemm.cuda_table import adds_without_room
 
         if M > MOST_TOKENS:
             return f"passes over the weight once per {TOKENS} tokens, {M} are better served by a dense product"
-        if weight.outliers is not None and (most := most_outlier_tokens(weight, capability)) < M and not adds_apart(weight, M):
+        most = M if weight.outliers is None else most_outlier_tokens(weight, capability)
+        if most < M and not adds_without_room(weight, M):
             return f"adds outliers of this weight for up to {most} tokens, found {M}"
         if table_bytes(weight, 1) > MOST_TABLE_BYTES:
             return f"holds its tables in shared memory, and these are {table_bytes(weight, 1)} bytes"

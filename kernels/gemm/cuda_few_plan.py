@@ -16,7 +16,7 @@ from aerogel.kernels.cuda.launch import Launch
 from aerogel.kernels.cuda.sources import function
 from aerogel.kernels.cuda.stream_flags import flags
 from aerogel.kernels.gemm.cuda_apart import PIECE_ROWS, slice_count, slice_tiles
-from aerogel.kernels.gemm.cuda_few import Config, apart_tokens, grid_of, kernel_of, shared_bytes, threads_of
+from aerogel.kernels.gemm.cuda_few import Config, apart_tokens, grid_of, kernel_of, shared_bytes, takes_patches, threads_of
 from aerogel.kernels.gemm.cuda_outliers import Apart
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.pack import tiles
@@ -35,6 +35,16 @@ class Arguments(ctypes.Structure):
         ),
         *((name, ctypes.c_int) for name in ("apart_blocks", "apart_slices", "apart_tiles", "apart_round_rows")),
     ]
+
+
+def lists_of(weight: TileWeight, config: Config) -> tuple[Tensor, Tensor] | None:
+    """Where the outliers that a block adds beside its codes begin, and these; None where a weight has none."""
+    if weight.outliers is None:
+        return None
+    patches = weight.outliers.patches
+    if takes_patches(weight, config) and patches is not None:
+        return patches.start_P1, patches.word_U
+    return weight.outliers.start_N1, weight.outliers.by_row_E
 
 
 class Plan:
@@ -57,6 +67,7 @@ class Plan:
         self._columns = C * 128 if whole_tiles else -(-weight.K // 8) * 8
         self._pad, self.exact = self._columns - weight.K, weight.exact
         self._device, self._dtype, self._lock = device.index, dtype, threading.Lock()
+        lists = lists_of(weight, config)
         self._arguments: Any = Arguments(
             codes=weight.codes.data_ptr(),
             scale=weight.scale.data_ptr(),
@@ -64,8 +75,8 @@ class Plan:
             table=None if self._table is None else self._table.data_ptr(),
             pick=None if weight.pick is None else weight.pick.data_ptr(),
             factor=None if weight.factor is None else weight.factor.data_ptr(),
-            outlier_start=None if weight.outliers is None else weight.outliers.start_N1.data_ptr(),
-            outlier=None if weight.outliers is None else weight.outliers.by_row_E.data_ptr(),
+            outlier_start=None if lists is None else lists[0].data_ptr(),
+            outlier=None if lists is None else lists[1].data_ptr(),
             kept=None if weight.kept is None else weight.kept.data_ptr(),
             kept_steps=0 if weight.kept is None else weight.kept.shape[1],
             M=M,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from aerogel.errors import BadInput
 from aerogel.kernels.beside.ref import Beside
-from aerogel.kernels.gemm import cuda_apart
+from aerogel.kernels.gemm import cuda_apart, cuda_patches
 from aerogel.pack import tiles
 
 MOST_COLUMNS = (1 << 16) - tiles.COLUMNS
@@ -38,8 +38,9 @@ LINE, MOST_LINES = 64, 16
 SHEET_NUMBERS, LEAST = 8, 10
 """Words know their sheets modulo so many, and every sheet has so many: of 64 in a row none is taken for another's."""
 NAMES = ("tile_outlier_rows", "tile_outlier_by_row", "tile_outlier_tiles", "tile_outlier_by_sheet")
+PATCH_NAMES = ("tile_outlier_patches", "tile_outlier_by_patch")
 APART_NAMES = ("tile_outlier_groups", "tile_outlier_units", "tile_outlier_group_rows")
-"""Under which the tensors stand beside a layout's, in the order of `TileOutliers`, and those of its `Apart`."""
+"""Under which the tensors stand beside a layout's, in the order of `TileOutliers`, and those of its `Patches` and `Apart`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +52,28 @@ class Apart:
     row_G: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """Outliers as they are added while inputs come. start_P1, word_U: see `cuda_patches.patches`."""
+
+    start_P1: Tensor
+    word_U: Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileOutliers:
     """Outliers of one weight, on its device.
 
     start_N1: int32 [N + 1], at which quad the outliers of each row begin. by_row_E: int32 [4 * quads].
     start_T1: int32 [T + 1], which word is each pair's first. by_sheet_E: int32, the words sheet by sheet, and two
-    lines more. apart: None where few tokens' inputs fit into every block.
+    lines more. patches, apart: None where no cut takes them.
     """
 
     start_N1: Tensor
     by_row_E: Tensor
     start_T1: Tensor
     by_sheet_E: Tensor
+    patches: Patches | None = None
     apart: Apart | None = None
 
     @classmethod
@@ -76,12 +86,14 @@ class TileOutliers:
         place_K: Tensor | None = None,
         unit: Tensor | None = None,
         apart: bool = False,
+        patches: bool = False,
     ) -> Self | None:
         """What stands beside a weight, kept columns among the outliers: they are as many bytes as in that form. None where a
         column does not fit 16 bits or a value not `dtype`, the activations' type, to which values are rounded.
 
         N, K: of the weight that the kernels see. place_K: which of its columns each input is; None for its own. unit: what sums
-        of codes are multiplied with in the end, float32 scalar; None for 1. apart: once more for blocks of their own.
+        of codes are multiplied with in the end, float32 scalar; None for 1.
+        apart, patches: once more for blocks of their own, and for adding them as inputs come.
         """
         row_E, column_E, value_E = entries(beside)
         column_E = column_E if place_K is None else place_K[column_E]
@@ -93,8 +105,10 @@ class TileOutliers:
         row_E, column_E = key_E // K, key_E % K
         quads = by_rows(row_E, column_E, value_E.view(torch.int16).int() << 16 | column_E.int(), N, K)
         sheets = by_sheets(row_E, column_E, among_codes_E.view(torch.int16).int(), N, K)
-        more = cuda_apart.units(row_E, column_E, value_E.view(torch.int16), N, K) if apart else ()
-        return cls.given([*quads, *sheets, *more])
+        bits_E = value_E.view(torch.int16)
+        patched = cuda_patches.patches(row_E, column_E, bits_E, N, K) if patches and K <= cuda_patches.MOST_COLUMNS else ()
+        more = cuda_apart.units(row_E, column_E, bits_E, N, K) if apart else ()
+        return cls.given([*quads, *sheets, *patched, *more])
 
     @classmethod
     def among(cls, tensors: Mapping[str, Tensor]) -> Self | None:
@@ -106,23 +120,26 @@ class TileOutliers:
         """From the list that an operator is called with; None for None."""
         if tensors is None:
             return None
-        start_N1, by_row_E, start_T1, by_sheet_E, *apart = tensors
-        held = Apart(*apart) if apart else None
-        return cls(start_N1=start_N1, by_row_E=by_row_E, start_T1=start_T1, by_sheet_E=by_sheet_E, apart=held)
+        start_N1, by_row_E, start_T1, by_sheet_E, *more = tensors
+        patches = Patches(*more[:2]) if len(more) in (2, 5) else None
+        apart = Apart(*more[-3:]) if len(more) in (3, 5) else None
+        return cls(start_N1=start_N1, by_row_E=by_row_E, start_T1=start_T1, by_sheet_E=by_sheet_E, patches=patches, apart=apart)
 
     @classmethod
     def listed(cls, tensors: Mapping[str, Tensor]) -> list[Tensor] | None:
         """What an operator is called with, among a layout's tensors; None where there are none."""
-        return [tensors[name] for name in (*NAMES, *APART_NAMES) if name in tensors] or None
+        return [tensors[name] for name in (*NAMES, *PATCH_NAMES, *APART_NAMES) if name in tensors] or None
 
     def tensors(self) -> list[Tensor]:
         """What an operator is called with; `given` takes it back."""
+        patches = () if self.patches is None else (self.patches.start_P1, self.patches.word_U)
         apart = () if self.apart is None else (self.apart.start_G1, self.apart.unit_U, self.apart.row_G)
-        return [self.start_N1, self.by_row_E, self.start_T1, self.by_sheet_E, *apart]
+        return [self.start_N1, self.by_row_E, self.start_T1, self.by_sheet_E, *patches, *apart]
 
     def named(self) -> dict[str, Tensor]:
-        """The tensors by `NAMES` and `APART_NAMES`."""
-        return dict(zip((*NAMES, *APART_NAMES), self.tensors(), strict=False))
+        """The tensors by `NAMES`, `PATCH_NAMES` and `APART_NAMES`."""
+        names = (*NAMES, *(() if self.patches is None else PATCH_NAMES), *(() if self.apart is None else APART_NAMES))
+        return dict(zip(names, self.tensors(), strict=True))
 
     def rows(self, start: int, stop: int, C: int) -> Self:
         """Those of rows start..stop as views; `start` is a multiple of SHEET_ROWS."""
@@ -131,6 +148,7 @@ class TileOutliers:
         first, last = start // SHEET_ROWS, -(-stop // SHEET_ROWS)
         return replace(
             self,
+            patches=None,
             apart=None,
             start_N1=self.start_N1[start : stop + 1],
             start_T1=self.start_T1[first * C : last * C + 1],

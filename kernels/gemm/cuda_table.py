@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,17 @@ from typing import Any
 import torch
 
 from aerogel.kernels.cuda.nvrtc import cache_folder, keep
-from aerogel.kernels.gemm.cuda_few import HALF_SHARED, Config, ceil_divide, default_config, fits, grid_of, shared_bytes
+from aerogel.kernels.gemm.cuda_few import (
+    HALF_SHARED,
+    Config,
+    ceil_divide,
+    default_config,
+    fits,
+    grid_of,
+    shared_bytes,
+    takes_patches,
+    wants_patches,
+)
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 
 SHIPPED = Path(__file__).parent
@@ -142,14 +152,28 @@ def config_for(weight: TileWeight, M: int, device: torch.device | None = None) -
 
 def has_apart_cut(name: str, N: int, K: int) -> bool:
     """Whether the device `name` adds outliers of weights of this shape by blocks of their own, for some number of tokens."""
-    return any(f"/{N}x{K}/" in key and "apart" in entry["config"] for key, entry in table(name).items())
+    return any(config.apart > 0 for config in _beside_outliers(name, N, K))
 
 
-def adds_apart(weight: TileWeight, M: int) -> bool:
-    """Whether a cut is known with which blocks of their own add the weight's outliers."""
-    if TOKEN_CLASSES[-1] < M or weight.outliers is None or weight.outliers.apart is None or not weight.codes.is_cuda:
+def has_patch_cut(name: str, N: int, K: int) -> bool:
+    """Whether it adds them patch by patch, as inputs come, for some number of tokens."""
+    return any(wants_patches(config) for config in _beside_outliers(name, N, K))
+
+
+def _beside_outliers(name: str, N: int, K: int) -> Iterator[Config]:
+    """Cuts that were measured beside outliers of weights of this shape."""
+    return (Config(**entry["config"]) for key, entry in table(name).items() if key[:2] == "o/" and f"/{N}x{K}/" in key)
+
+
+def adds_without_room(weight: TileWeight, M: int) -> bool:
+    """Whether a cut is known that adds the weight's outliers though a block has no room for all inputs: by blocks of their own,
+    or as inputs come."""
+    if TOKEN_CLASSES[-1] < M or weight.outliers is None or not weight.codes.is_cuda:
         return False
-    return config_for(weight, M).apart > 0
+    if weight.outliers.apart is None and weight.outliers.patches is None:
+        return False
+    config = config_for(weight, M)
+    return config.apart > 0 or takes_patches(weight, config)
 
 
 def _costs_a_round(weight: TileWeight, config: Config, multiprocessors: int) -> bool:

@@ -39,6 +39,7 @@ from aerogel.kernels.gemm.cuda_few import (
     fits,
     grid_of,
     shared_bytes,
+    takes_patches,
     turns_inputs,
 )
 from aerogel.kernels.gemm.cuda_few_plan import Plan
@@ -126,7 +127,9 @@ def random_planes(
     return replace(plain, scale=laid["tile_scale"], zero=laid.get("tile_zero"))
 
 
-def with_outliers(weight: TileWeight, share: float = 0.01, *, seed: int = 0, apart: bool = False) -> TileWeight:
+def with_outliers(
+    weight: TileWeight, share: float = 0.01, *, seed: int = 0, apart: bool = False, patches: bool = True
+) -> TileWeight:
     """The weight with random outliers beside it, as many of its numbers as `share` says or a few less."""
     N, K, device = weight.N, weight.K, weight.codes.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -135,7 +138,9 @@ def with_outliers(weight: TileWeight, share: float = 0.01, *, seed: int = 0, apa
     start_N1[1:] = torch.bincount(place_E // K, minlength=N).cumsum(0)
     value_E = torch.randn(len(place_E), device=device, generator=generator).bfloat16()
     unit = unit_of_sums(weight.scale, weight.floats > 0, weight.factor, torch.bfloat16)
-    laid = TileOutliers.of(Beside(start_N1, place_E % K, value_E), N, K, torch.bfloat16, unit=unit, apart=apart)
+    laid = TileOutliers.of(
+        Beside(start_N1, place_E % K, value_E), N, K, torch.bfloat16, unit=unit, apart=apart, patches=patches
+    )
     return replace(weight, outliers=laid, group_size=weight.group_size or tile_counts(N, K)[1] * COLUMNS)
 
 
@@ -277,7 +282,7 @@ def _cuts(weight: TileWeight, M: int) -> Iterator[Config]:
             continue
         plain = Config(ring=True, row_tiles=row_tiles, row_warps=row_warps, k_warps=k_warps, cluster=cluster, share=share)
         placed = [replace(plain, x_resident=True), plain]
-        if share == 1 and (M > 4 or by_rows(weight)):
+        if share == 1 and (M > 4 or by_rows(weight) or takes_patches(weight, replace(plain, x_in_stage=True))):
             placed.append(replace(plain, x_in_stage=True))
         # Warps that add outliers leave no seats to the next launch; `config_for` does not take such a cut for them.
         alone = [(1, 1)] if M > 4 or weight.outliers is not None else [(1, 1), (1, 2)]

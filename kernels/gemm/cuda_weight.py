@@ -119,7 +119,8 @@ class TileWeight:
         held = (self.codes, self.scale, self.zero, self.table, self.pick)
         facts = (None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in held)
         apart = self.outliers is not None and self.outliers.apart is not None
-        beside = self.outliers is not None, apart, self.exact, self.in_bytes, self.kept is not None
+        patches = self.outliers is not None and self.outliers.patches is not None
+        beside = self.outliers is not None, apart, patches, self.exact, self.in_bytes, self.kept is not None
         return (self.N, self.K, self.group_size, self.floats, *beside, *facts)
 
     def check(self) -> None:

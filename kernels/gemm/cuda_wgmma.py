@@ -364,15 +364,15 @@ class ManyTokens:
     @staticmethod
     def refuses(weight: TileWeight, M: int, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
         """Other devices than Hopper's, few tokens, and tables that leave no room in shared memory."""
-        from aerogel.kernels.gemm.cuda_table import adds_apart
+        from aerogel.kernels.gemm.cuda_table import adds_without_room
 
         elsewhere = gpu_here.other_than_hopper(capability)
         if elsewhere is not None:
             return elsewhere
         if fewest_tokens(weight) > M:
             return f"takes {fewest_tokens(weight)} tokens and more of this weight, found {M}"
-        if adds_apart(weight, M):
-            return f"leaves {M} tokens to blocks that add this weight's outliers apart"
+        if adds_without_room(weight, M):
+            return f"leaves {M} tokens to a cut that adds this weight's outliers though not all inputs fit into a block"
         if not candidates(weight, M):
             return "finds no cut of this weight that fits into shared memory (its tables are too large)"
         return None

@@ -59,6 +59,8 @@ FEW = (
     FewConfig(ring=True, row_tiles=2, k_warps=2, stages=2, x_resident=True),
     FewConfig(ring=True, row_tiles=2, k_warps=2, stages=2, share=2),
     FewConfig(ring=True, row_tiles=2, k_warps=2, stages=2, x_resident=True, share=2, turned=True),
+    FewConfig(ring=True, row_tiles=2, k_warps=8, stages=2, x_in_stage=True),
+    FewConfig(ring=True, row_tiles=1, k_warps=8, stages=2, share=2),
     FewConfig(ring=False, row_tiles=2, k_warps=4, apart=2),
     FewConfig(ring=True, row_tiles=1, k_warps=2, stages=2, x_in_stage=True, apart=128),
 )
@@ -155,7 +157,7 @@ def planes() -> Iterator[tuple[str, TileWeight, bool]]:
 def outliers() -> Iterator[tuple[str, TileWeight, bool]]:
     """Two in a hundred weights, and a tile of nothing else; beside scales of a byte too."""
     for rows, bits, group in ((N, 4, 128), (ODD, 3, 32)):
-        laid = TileOutliers.of(beside_of(rows, K, kinds="o"), rows, K, torch.bfloat16, apart=True)
+        laid = TileOutliers.of(beside_of(rows, K, kinds="o"), rows, K, torch.bfloat16, apart=True, patches=True)
         yield f"{bits} bits with outliers", replace(random_weight(rows, K, bits, group, "cpu"), outliers=laid), True
     plain = random_numbers(N, K, "nvfp4", 16, "cpu")
     unit = unit_of_sums(plain.scale, True, plain.factor, torch.bfloat16)

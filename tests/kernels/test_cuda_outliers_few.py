@@ -25,10 +25,11 @@ from aerogel.kernels.gemm.cuda_few import (
     grid_of,
     most_outlier_tokens,
     outlier_tokens,
+    takes_patches,
 )
 from aerogel.kernels.gemm.cuda_few_plan import Plan
 from aerogel.kernels.gemm.cuda_outliers import Apart, TileOutliers
-from aerogel.kernels.gemm.cuda_table import config_for, has_apart_cut, table
+from aerogel.kernels.gemm.cuda_table import config_for, has_apart_cut, has_patch_cut, table
 from aerogel.kernels.gemm.cuda_tune import candidates, measure, random_weight, with_outliers
 from aerogel.kernels.gemm.cuda_weight import TileWeight
 from aerogel.kernels.gemm.cuda_wgmma import CLUSTERS, ManyTokens
@@ -66,7 +67,7 @@ def few_outliers(N: int, K: int, mask_NK: Tensor) -> tuple[TileWeight, Tensor]:
     w_NK = torch.randn(N, K, generator=torch.Generator().manual_seed(N)).bfloat16()
     outliers = Outliers.of(w_NK, mask_NK)
     beside = Beside(outliers.start_N1.cuda(), outliers.column_E.cuda(), outliers.value_E.cuda())
-    laid = TileOutliers.of(beside, N, K, torch.bfloat16, apart=True)
+    laid = TileOutliers.of(beside, N, K, torch.bfloat16, apart=True, patches=True)
     return replace(random_weight(N, K, 4, 128, "cuda"), outliers=laid), torch.where(mask_NK, w_NK, 0).double()
 
 
@@ -95,6 +96,28 @@ def test_columns_that_are_looked_up_together_lie_in_different_banks() -> None:
     assert sum(waits) / len(waits) < 1.5 and max(waits) < 4  # at random it is 2.1
 
 
+def test_patches_hold_all_outliers_and_lanes_have_their_own_banks() -> None:
+    """Each outlier is in its patch with its row, column and value, little is filled up, and the four columns that lanes look up
+    at once hardly ever lie in the same banks."""
+    N, K = 77, 4096 - 152
+    mask_NK = torch.rand(N, K, generator=torch.Generator().manual_seed(3)) < 0.01
+    mask_NK[7], mask_NK[9], mask_NK[24:32] = False, True, False
+    outliers = Outliers.of(torch.randn(N, K, generator=torch.Generator().manual_seed(4)).bfloat16(), mask_NK)
+    laid = TileOutliers.of(Beside(outliers.start_N1, outliers.column_E, outliers.value_E), N, K, torch.bfloat16, patches=True)
+    assert laid is not None and laid.patches is not None
+    word_ULJ = laid.patches.word_U.long()
+    patch_U = torch.arange(len(laid.patches.start_P1) - 1).repeat_interleave(laid.patches.start_P1.long().diff())
+    row_ULJ = patch_U[:, None, None] // 4 * 8 + (word_ULJ >> 16 & 7)
+    column_ULJ = patch_U[:, None, None] % 4 * 1024 + (word_ULJ >> 22 & 1023)
+    value_ULJ = laid.patches.word_U.to(torch.int16).view(torch.bfloat16).double()
+    found_NK, wanted_NK = (torch.zeros(80, 4096, dtype=torch.float64) for _ in range(2))
+    found_NK.index_put_((row_ULJ.flatten(), column_ULJ.flatten()), value_ULJ.flatten(), accumulate=True)
+    wanted_NK[:N, :K][mask_NK] = outliers.value_E.double()
+    assert torch.equal(found_NK, wanted_NK) and word_ULJ.numel() * 0.85 < mask_NK.sum()
+    at_once = torch.nn.functional.one_hot(column_ULJ // 2 % 4, 4).sum(1).amax(-1).double()
+    assert at_once.mean() < 1.3
+
+
 CUTS = (
     Config(ring=False, row_tiles=2, k_warps=16),
     Config(ring=True, row_tiles=2, k_warps=8, stages=2, x_resident=True),
@@ -103,9 +126,11 @@ CUTS = (
     Config(ring=True, row_tiles=2, k_warps=4, stages=3, cluster=2),
     Config(ring=True, row_tiles=2, k_warps=8, stages=2, x_resident=True, share=2, turned=True),
     Config(ring=False, row_tiles=2, k_warps=12, turned=False),
+    Config(ring=True, row_tiles=4, k_warps=8, stages=2, x_in_stage=True),
+    Config(ring=True, row_tiles=1, k_warps=8, stages=2, share=2),
 )
 """Inputs in registers' way, resident, shared by blocks, once more beside those that a cluster's blocks split, turned however
-many tokens there are, and looked up however few."""
+many tokens there are, looked up however few, and added by patches as they come, to two blocks at once too."""
 APART_CUTS = (
     Config(ring=False, row_tiles=2, k_warps=8, apart=3),
     Config(ring=True, row_tiles=3, k_warps=4, stages=3, x_in_stage=True, apart=12),
@@ -117,7 +142,11 @@ APART_CUTS = (
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", CUTS, ids=["registers", "resident", "rows", "share", "cluster", "turned", "looked up"])
+@pytest.mark.parametrize(
+    "config",
+    CUTS,
+    ids=["registers", "resident", "rows", "share", "cluster", "turned", "looked up", "patches", "shared patches"],
+)
 def test_cuts_beside_few_outliers(config: Config) -> None:
     """Right sums from every kind of cut, wherever the outliers are; what is not finite stays in its token."""
     for (N, K), which in itertools.product(((77, 904), (1040, 2048)), ("column", "row", "few", "corner", "none")):
@@ -125,7 +154,7 @@ def test_cuts_beside_few_outliers(config: Config) -> None:
         weight, outliers_NK = few_outliers(N, K, mask_NK)
         both_NK = dequantize(replace(weight, outliers=None), torch.bfloat16).double().cpu() + outliers_NK
         for M in (1, 3, 5, 8, 9, 16):
-            if M > 8 and not (config.ring and config.x_resident):
+            if M > 8 and not (config.ring and (config.x_resident or config.stages_hold_x)):
                 assert not fits(weight, config, M, torch.cuda.get_device_capability(), 132)
                 continue
             run = Plan(weight, config, M, torch.bfloat16)
@@ -141,6 +170,29 @@ def test_cuts_beside_few_outliers(config: Config) -> None:
             other_MK[0, K // 2] = float("inf")
             run(other_MK, None, again_MN)
             assert torch.equal(again_MN[1:], y_MN[1:]) and not again_MN[0].isfinite().any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["row", "few", "many"])
+def test_patches_of_many_row_blocks(which: str) -> None:
+    """Each block has several row blocks and stages, the last one short: right sums, the same bits twice."""
+    N, K = 4112, 3200
+    mask_NK = torch.rand(N, K, generator=torch.Generator().manual_seed(2)) < 0.03 if which == "many" else masks(N, K)[which]
+    weight, outliers_NK = few_outliers(N, K, mask_NK)
+    both_NK = dequantize(replace(weight, outliers=None), torch.bfloat16).double() + outliers_NK.cuda()
+    one = Config(ring=True, row_tiles=1, k_warps=8, stages=2, x_in_stage=True)
+    for config, M in itertools.product((one, replace(one, share=2), replace(one, row_tiles=5)), (3, 8, 11, 16)):
+        if not fits(weight, config, M, torch.cuda.get_device_capability(), 132):
+            assert config.row_tiles == 5 and M > 8  # registers are all spoken for
+            continue
+        run = Plan(weight, config, M, torch.bfloat16)
+        x_MK = torch.randn(M, K, device="cuda").bfloat16()
+        y_MN, again_MN = (torch.full((M, N), float("nan"), device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        run(x_MK, None, y_MN)
+        run(x_MK, None, again_MN)
+        x = x_MK.double()
+        error = (y_MN.double() - x @ both_NK.T).norm() / (x.square() @ both_NK.T.square()).sqrt().norm()
+        assert error <= 6e-3 and torch.equal(again_MN, y_MN), (config, M, float(error))
 
 
 def test_groups_of_rows_hold_all_outliers_and_little_else() -> None:
@@ -184,7 +236,7 @@ def test_blocks_apart_are_for_devices_that_have_room_for_them(monkeypatch: pytes
         weight = weight_of(N, K, 4)
         assert weight.outliers is not None
         weight = replace(weight, outliers=replace(weight.outliers, apart=Apart(nothing, nothing, nothing)))
-        for M in (8, 16):
+        for M in (8, 16) if K == 14336 else (16,):
             config = config_for(weight, M)
             assert (config.apart > 0) is (multiprocessors == 132)
             assert not config.apart or fits(weight, config, M, (9, 0), multiprocessors)
@@ -204,7 +256,7 @@ def test_blocks_apart_run_at_once_with_those_that_wait_for_them() -> None:
 @pytest.mark.parametrize("apart", [True, False])
 def test_tokens_go_to_blocks_apart_where_there_is_a_cut(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two kernels that could add the outliers of many inputs one is chosen, by whether a cut for it is known."""
-    monkeypatch.setattr(cuda_table, "adds_apart", lambda weight, M: apart and M <= 16)
+    monkeypatch.setattr(cuda_table, "adds_without_room", lambda weight, M: apart and M <= 16)
     weight = weight_of(8192, 28672, 4)
     for M in (2, 4, 16, 17, 64):
         few = M <= 2 or (apart and M <= 16)
@@ -316,10 +368,11 @@ def test_wherever_few_outliers_are(which: str) -> None:
 @pytest.mark.parametrize(("N", "K"), [(4096, 4096), (6144, 4096), (28672, 4096), (57344, 8192), (4096, 14336), (8192, 28672)])
 def test_cuts_of_large_weights_do_not_spill(N: int, K: int) -> None:
     """What runs fast without outliers may have no registers left beside the warps that add them, and takes twice the time."""
-    apart = has_apart_cut(torch.cuda.get_device_name(), N, K)
-    weight = with_outliers(random_weight(N, K, 4, 128, "cuda"), apart=apart)
+    apart, patches = (has(torch.cuda.get_device_name(), N, K) for has in (has_apart_cut, has_patch_cut))
+    weight = with_outliers(random_weight(N, K, 4, 128, "cuda"), apart=apart, patches=patches)
     if apart and torch.cuda.get_device_capability() == (9, 0):
-        assert choose(weight, 8, torch.bfloat16, (9, 0)) is Few and config_for(weight, 8).apart
+        assert choose(weight, 8, torch.bfloat16, (9, 0)) is Few
+        assert takes_patches(weight, config_for(weight, 8)) if patches else config_for(weight, 8).apart
     for M in (1, 2, 4, 8, 16):
         if Few.refuses(weight, M, torch.bfloat16, torch.cuda.get_device_capability()) is None:
             assert measure([weight], [config_for(weight, M)], M), M  # those that spill are left out, those that are wrong raise
