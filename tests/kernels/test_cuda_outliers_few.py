@@ -71,6 +71,12 @@ def few_outliers(N: int, K: int, mask_NK: Tensor) -> tuple[TileWeight, Tensor]:
     return replace(random_weight(N, K, 4, 128, "cuda"), outliers=laid), torch.where(mask_NK, w_NK, 0).double()
 
 
+def most_error(M: int) -> float:
+    """What M tokens' outputs may be off by, over their size. With one token and outliers in one row a single output decides,
+    and its rounding to bfloat16 alone is up to 1.1e-2 of that."""
+    return 6e-3 if M > 1 else 1.2e-2
+
+
 def masks(N: int, K: int) -> dict[str, Tensor]:
     """Where outliers are: all in one column, all in one row, one in a thousand, in the last rows and columns only, none."""
     column, row, corner = (torch.zeros(N, K, dtype=torch.bool) for _ in range(3))
@@ -163,7 +169,7 @@ def test_cuts_beside_few_outliers(config: Config) -> None:
             run(x_MK, None, y_MN)
             x = x_MK.double().cpu()
             error = (y_MN.double().cpu() - x @ both_NK.T).norm() / (x.square() @ both_NK.T.square()).sqrt().norm()
-            assert error <= 6e-3, (N, which, M, float(error))
+            assert error <= most_error(M), (N, which, M, float(error))
             again_MN, other_MK = torch.empty_like(y_MN), x_MK.clone()
             run(x_MK, None, again_MN)
             assert torch.equal(again_MN, y_MN)
@@ -287,7 +293,7 @@ def test_blocks_that_add_outliers_apart(config: Config, most_tiles: int, monkeyp
             wanted = x @ both_NK.T + bias_N.double().cpu()
             size = (x.square() @ both_NK.T.square() + bias_N.double().cpu().square()).sqrt().norm()
             error = (y_MN.double().cpu() - wanted).norm() / size
-            assert error <= 6e-3, (N, which, M, float(error))
+            assert error <= most_error(M), (N, which, M, float(error))
             graph, again = torch.cuda.CUDAGraph(), [torch.empty_like(y_MN) for _ in range(12)]
             with torch.cuda.graph(graph):
                 for other_MN in again:
@@ -350,7 +356,7 @@ def test_wherever_few_outliers_are(which: str) -> None:
             run(x_MK, None, y_MN)
             both_NK, x = codes_NK + outliers_NK, x_MK.double().cpu()
             error = (y_MN.double().cpu() - x @ both_NK.T).norm() / (x.square() @ both_NK.T.square()).sqrt().norm()
-            assert error <= 6e-3, (M, float(error))
+            assert error <= most_error(M), (M, float(error))
             without = Few.plan(replace(weight, outliers=None), M, torch.bfloat16)
             for value in (float("inf"), float("nan")):
                 other_MK, other_MN, plain_MN = x_MK.clone(), torch.empty_like(y_MN), torch.empty_like(y_MN)
