@@ -12,12 +12,15 @@
 
 Why bytes: the lookup that every machine has takes 16 bytes of table, so a number is put together from its bytes. The
 integers are what the kernel multiplies when activations are 16 bits wide. The unit is the largest number over an integer
-from 8192 to 16383, the one that fits best: tables on a grid (floats of 4 bits, integers) are then represented exactly.
+from 8192 to 16383, the one that fits best: tables on a grid (floats of 4 bits, integers) are then represented exactly, and what
+all integers are multiples of is taken out of them. The smaller they are, the longer a sum of products fits in 32 bits.
 
 Shape legend: N out features, K in features, G groups along K, T tables, E entries of a table.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -93,7 +96,11 @@ def integers_of(table_TE: Tensor, alike: bool) -> tuple[Tensor, Tensor]:
         error_TC = (scaled_TCE - scaled_TCE.round()).abs().amax(-1) / tried_C
         most_T = tried_C[(error_TC.amax(0, keepdim=True).expand_as(error_TC) if alike else error_TC).argmin(1)]
     unit_T = peak_T / most_T
-    return (numbers_TE / unit_T[:, None]).round().to(torch.int16), unit_T.float()
+    integers_TE = (numbers_TE / unit_T[:, None]).round().to(torch.int16)
+    if alike or len(peak_T) == 1:
+        common = max(1, math.gcd(*integers_TE.flatten().tolist()))
+        integers_TE, unit_T = integers_TE // common, unit_T * common
+    return integers_TE, unit_T.float()
 
 
 def _planes(numbers_TE: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ int32_t aerogel_native_lookup(const Lookup* weight, const Call* call) {
     const LookupRuns& runs = path_entry(path).step.lookup;
     Call bounded = *call;
     bounded.threads = bounded_threads(call->threads);
-    Lookup filled = *weight;
+    FilledLookup filled{*weight, weight->group};
     Call seen = bounded;
     if (filled_group(*weight) != weight->group) {
         filled.group = filled_group(*weight), filled.columns = filled_columns(*weight);

@@ -31,6 +31,11 @@ struct Lookup {
     int32_t bits, scale_type;
 };
 
+// The same as the loops see it, with groups filled up to whole steps; what fills them follows the `used` columns of each.
+struct FilledLookup : Lookup {
+    int64_t used;
+};
+
 // What `Call::numerics` may be here beside kExact: integers of 15 bits, see lookup_kernel.h.
 constexpr int32_t kFixed = 2;
 

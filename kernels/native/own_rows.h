@@ -132,11 +132,12 @@ LOOKUP_STEP void own_numbers(const OwnStrips<BITS, SHARED, 1>& from, int64_t til
     });
 }
 template <int BITS, bool SHARED>
-void own_panel(const void* of, int64_t strip, int64_t tile, int64_t tiles, float* to) {
+int64_t own_panel(const void* of, int64_t strip, int64_t tile, int64_t tiles, float* to) {
     const OwnStrips<BITS, SHARED, 1> from(*static_cast<const OwnPlan*>(of), strip);
     for (const int64_t stop = tile + tiles; tile < stop; ++tile, to += kFours * 16) {
         unroll<8>([&](auto step) ALWAYS { own_numbers<BITS, SHARED, step>(from, tile, to + step * 64); });
     }
+    return tiles * kFours;
 }
 
 inline void own_finish_panel(const void* of, int64_t strip, int64_t first, int64_t tokens, const float* total) {
@@ -165,7 +166,7 @@ Status own_width(const OwnPlan& plan) {
     if (own_many(*plan.call)) {
         const auto panel = plan.weight->shared ? own_panel<BITS, true> : own_panel<BITS, false>;
         float* x = reinterpret_cast<float*>(plan.x);
-        return run_panels({plan.call, &plan, plan.weight->columns, plan.strips, plan.tiles, x, true, panel, own_finish_panel});
+        return run_panels({plan.call, &plan, plan.weight->columns, plan.strips, plan.tiles, x, true, nullptr, plan.tiles * kFours, panel, own_finish_panel});
     }
 #endif
     return own_all(plan, plan.weight->shared ? own_rows_for<BITS, true> : own_rows_for<BITS, false>), kDone;

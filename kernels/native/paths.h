@@ -11,8 +11,8 @@ enum Path : int32_t { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx5
 using Run = Status (*)(const Weight&, const Call&);
 
 struct LookupRuns {
-    Status (*real)(const Lookup&, const Call&);
-    Status (*fixed)(const Lookup&, const Call&);
+    Status (*real)(const FilledLookup&, const Call&);
+    Status (*fixed)(const FilledLookup&, const Call&);
 };
 
 struct Step {

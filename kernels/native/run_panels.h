@@ -16,13 +16,16 @@
 namespace aerogel {
 namespace UNIT {
 
-// Tokens from which on panels are worth their decoding, those of a block, and the strips that it meets together.
+// Tokens from which on panels are worth their decoding, those of a block and of a last one that has few, and the strips that it meets
+// together.
 constexpr int64_t kPanelTokens = 9;
-constexpr int kBlockTokens = kNative >= 8 ? 6 : 4, kTogether = kNative == 16 ? 4 : 1;
+constexpr int kBlockTokens = kNative >= 8 ? 6 : 4, kFewTokensOfBlock = kBlockTokens - 2, kTogether = kNative == 16 ? 4 : 1;
 // Strips and tiles of a panel; tokens of a pass, whose totals stay in the second-level cache.
 constexpr int kRunStrips = 4;
 constexpr int64_t kRunTiles = 2, kRunPass = 528;
 constexpr int64_t kFours = kLookupTile / 4;  // vectors of a strip and tile: four columns of four rows
+constexpr int64_t kSpareFours = 3;           // of a step whose first vector counts
+constexpr int64_t kPanelFours = kRunTiles * kFours + kSpareFours;  // room for a strip
 
 // A weight of that kind, what its panels hold, and what becomes of totals [token][16].
 struct RunPanels {
@@ -31,7 +34,10 @@ struct RunPanels {
     int64_t columns, strips, tiles;
     float* x;    // [block][four columns][token][4], as many bytes as `run_panels_bytes` says
     bool pairs;  // vectors hold every second column of eight, the even ones first; else four that follow each other
-    void (*panel)(const void* plan, int64_t strip, int64_t tile, int64_t tiles, float* to);  // [four columns][row][column]
+    const int32_t* four_at;  // the first columns of the vectors of a panel, where those that fill groups up are left out; or null
+    int64_t fours;           // vectors of a strip
+    // [four columns][row][column]; returns how many vectors there are, and may write kSpareFours more.
+    int64_t (*panel)(const void* plan, int64_t strip, int64_t tile, int64_t tiles, float* to);
     void (*finish)(const void* plan, int64_t strip, int64_t first, int64_t tokens, const float* total);
 };
 
@@ -39,33 +45,31 @@ inline size_t run_panels_bytes(int64_t tokens, int64_t tiles) {
     return static_cast<size_t>(ceil_div(tokens, kBlockTokens) * kBlockTokens * tiles * kLookupTile) * sizeof(float);
 }
 
-// Adds what `count` vectors of each of some strips give with a block of tokens to totals [strip][token][16], whose strips lie `stride`
-// apart.
+// Adds what `count` vectors of each of some strips give with the first TOKENS of a block to totals [strip][token][16], whose strips lie
+// `stride` apart.
+template <int TOKENS>
 inline void add_panel(const float* panel, const float* x, int64_t count, float* total, int64_t stride) {
-    F16 sum[kTogether][kBlockTokens];
-    repeat<kTogether * kBlockTokens>([&](int i) ALWAYS {
-        sum[i / kBlockTokens][i % kBlockTokens] = load<F16>(total + i / kBlockTokens * stride + i % kBlockTokens * 16);
-    });
+    F16 sum[kTogether][TOKENS];
+    const auto sums_at = [&](int i) ALWAYS { return total + i / TOKENS * stride + i % TOKENS * 16; };
+    repeat<kTogether * TOKENS>([&](int i) ALWAYS { sum[i / TOKENS][i % TOKENS] = load<F16>(sums_at(i)); });
     for (int64_t four = 0; four < count; ++four, panel += 16, x += 4 * kBlockTokens) {
         F16 w[kTogether];
-        repeat<kTogether>([&](int r) ALWAYS { w[r] = load<F16>(panel + r * count * 16); });
-        repeat<kBlockTokens>([&](int m) ALWAYS {
+        repeat<kTogether>([&](int r) ALWAYS { w[r] = load<F16>(panel + r * kPanelFours * 16); });
+        repeat<TOKENS>([&](int m) ALWAYS {
             const NativeF same = reinterpret_cast<NativeF>(every_run(x + 4 * m));
             repeat<kTogether>([&](int r) ALWAYS {
                 repeat<kParts>([&](int part) ALWAYS { sum[r][m].part[part] = w[r].part[part] * same + sum[r][m].part[part]; });
             });
         });
     }
-    repeat<kTogether * kBlockTokens>([&](int i) ALWAYS {
-        store(total + i / kBlockTokens * stride + i % kBlockTokens * 16, sum[i / kBlockTokens][i % kBlockTokens]);
-    });
+    repeat<kTogether * TOKENS>([&](int i) ALWAYS { store(sums_at(i), sum[i / TOKENS][i % TOKENS]); });
 }
 
 // A token among those of its block, zeros beyond the last column and token.
 inline void place_in_fours(const RunPanels& p, int64_t token) {
-    float* to = p.x + (token / kBlockTokens * p.tiles * kFours * kBlockTokens + token % kBlockTokens) * 4;
-    for (int64_t four = 0; four < p.tiles * kFours; ++four, to += 4 * kBlockTokens) {
-        const int64_t begin = p.pairs ? four / 2 * 8 + four % 2 : 4 * four, step = p.pairs ? 2 : 1;
+    float* to = p.x + (token / kBlockTokens * p.fours * kBlockTokens + token % kBlockTokens) * 4;
+    for (int64_t four = 0; four < p.fours; ++four, to += 4 * kBlockTokens) {
+        const int64_t begin = p.four_at ? p.four_at[four] : p.pairs ? four / 2 * 8 + four % 2 : 4 * four, step = p.pairs ? 2 : 1;
         for (int64_t lane = 0; lane < 4; ++lane) {
             const int64_t k = begin + step * lane;
             to[lane] = k < p.columns && token < p.call->tokens ? read_float(p.call->x, token * p.columns + k, p.call->x_type) : 0.0f;
@@ -77,20 +81,24 @@ inline void place_in_fours(const RunPanels& p, int64_t token) {
 // repeat it.
 inline void run_unit(const RunPanels& p, int64_t first, int64_t start, int64_t stop, float* panel, float* totals) {
     constexpr int64_t kBlock = kBlockTokens * 16;
-    const int64_t blocks = stop - start, stride = blocks * kBlock;
+    const int64_t blocks = stop - start, stride = blocks * kBlock, last = p.call->tokens - (stop - 1) * kBlockTokens;
+    int64_t done = 0;  // vectors
     memset(totals, 0, sizeof(float) * static_cast<size_t>(kRunStrips * stride));
     for (int64_t tile = 0; tile < p.tiles; tile += kRunTiles) {
-        const int64_t tiles = p.tiles - tile < kRunTiles ? p.tiles - tile : kRunTiles, count = tiles * kFours;
+        const int64_t tiles = p.tiles - tile < kRunTiles ? p.tiles - tile : kRunTiles;
+        int64_t count = 0;
         for (int64_t r = 0; r < kRunStrips; ++r) {
             const int64_t strip = first + r < p.strips ? first + r : p.strips - 1;
-            p.panel(p.plan, strip, tile, tiles, panel + r * count * 16);
+            count = p.panel(p.plan, strip, tile, tiles, panel + r * kPanelFours * 16);
         }
         for (int64_t block = 0; block < blocks; ++block) {
-            const float* x = p.x + ((start + block) * p.tiles + tile) * kFours * kBlockTokens * 4;
+            const float* x = p.x + ((start + block) * p.fours + done) * kBlockTokens * 4;
+            const auto add = block == blocks - 1 && last <= kFewTokensOfBlock ? add_panel<kFewTokensOfBlock> : add_panel<kBlockTokens>;
             for (int64_t r = 0; r < kRunStrips; r += kTogether) {
-                add_panel(panel + r * count * 16, x, count, totals + r * stride + block * kBlock, stride);
+                add(panel + r * kPanelFours * 16, x, count, totals + r * stride + block * kBlock, stride);
             }
         }
+        done += count;
     }
     for (int64_t r = 0; r < kRunStrips && first + r < p.strips; ++r) {
         p.finish(p.plan, first + r, start * kBlockTokens, blocks * kBlockTokens, totals + r * stride);
@@ -101,7 +109,7 @@ inline Status run_panels(const RunPanels& p) {
     const int threads = p.call->threads;
     const int64_t blocks = ceil_div(p.call->tokens, kBlockTokens), passes = ceil_div(blocks * kBlockTokens, kRunPass);
     const int64_t per_pass = ceil_div(blocks, passes), number = ceil_div(p.strips, kRunStrips);
-    constexpr size_t kPanel = kRunStrips * kRunTiles * kFours * 16;
+    constexpr size_t kPanel = kRunStrips * kPanelFours * 16;
     const size_t each = (kPanel + static_cast<size_t>(kRunStrips * per_pass * kBlockTokens * 16) + 1023) / 1024 * 1024;
     float* memory = static_cast<float*>(scratch(kWorkerScratch, sizeof(float) * each * static_cast<size_t>(threads)));
     if (!memory) return kOutOfMemory;

@@ -4,7 +4,7 @@
 #include "beside.h"
 #include "gemm.h"
 #include "hadamard.h"
-#include "lookup_many.h"
+#include "lookup_run.h"
 #include "own_rows.h"
 #include "paths.h"
 #include "prompt.h"

@@ -71,7 +71,7 @@ def test_every_path_against_float64(path: str, numerics: str) -> None:
                 bias = torch.randn(N, generator=torch.Generator().manual_seed(N)).to(TYPES[M % 3])
                 wanted = x.double() @ dense.T + bias.double()
                 found = linear(x, layout, bias, N, group, numerics, number, threads=1)
-                limit = ROUNDING[dtype] + (1e-4 if numerics == "fixed" else 0.0)
+                limit = ROUNDING[dtype] + (1.5e-4 if numerics == "fixed" else 0.0)  # of one token, where few columns count
                 assert relative(found, wanted) <= limit, f"{codes.grid} [{M}, {N}, {K}] {dtype}"
                 assert torch.equal(found, linear(x, layout, bias, N, group, numerics, number, threads=3))
 
@@ -118,7 +118,12 @@ def test_floats_of_four_bits_are_integers_exactly() -> None:
     for grid in (Mx(), Float(kind="e2m1"), Float(kind="e1m1")):
         integers, unit = lookup.integers_of(grid.tables, alike=False)
         assert torch.allclose(integers * unit[:, None], grid.tables.nan_to_num(), rtol=1e-7, atol=0), grid
-        assert int(integers.abs().max()) <= lookup.LARGEST
+        assert int(integers.abs().max()) <= 16, grid  # the smallest there are, so that sums of many products fit
+
+
+def test_numbers_on_no_grid_are_integers_of_fifteen_bits() -> None:
+    integers, _ = lookup.integers_of(Nf4().tables, alike=False)
+    assert lookup.LARGEST // 2 < int(integers.abs().max()) <= lookup.LARGEST
 
 
 def problem_of(codes: Codes, dtype: torch.dtype) -> Problem:
