@@ -7,6 +7,7 @@ from typing import Any
 INT4 = {"bits": 4, "group_size": 64}
 INT3 = {"bits": 3, "group_size": 72, "symmetric": False}
 PLAIN = {"gptaq": False, "gptaq_experts": "error"}
+SHIFT3 = {"format": "planes", "bits": 3, "group_size": 8, "block_rows": 128, "power_of_two": True, "groups": "updated"}
 OUTLIERS = {"outliers": "sensitivity", "outlier_share": 0.005}
 SPARSE = {"format": "kmeans", "clip": "fisher", "outliers": "sensitivity", "outlier_share": 0.0045}
 FORMATS: dict[str, dict[str, Any]] = {
@@ -60,10 +61,10 @@ FORMATS: dict[str, dict[str, Any]] = {
     "planes1 g64, plain": {"format": "planes", "bits": 1, "group_size": 64, "refit": 4, **PLAIN},
     "bitmod4 e4m3 scales g32": {"format": "bitmod", "bits": 4, "group_size": 32, "scale_dtype": "e4m3"},
     "bitmod3 e4m3 scales g32": {"format": "bitmod", "bits": 3, "group_size": 32, "scale_dtype": "e4m3"},
-    "shift3 8x128, plain": {"format": "planes", "bits": 3, "group_size": 8, "block_rows": 128, "power_of_two": True, **PLAIN},
+    "shift3 8x128, plain": {**SHIFT3, **PLAIN},
     "nested4 g64": {"method": "nested", "bits": 4, "group_size": 64},
     "planes3 g128": {"format": "planes", "bits": 3, "group_size": 128, "offset": "scale"},
-    "shift3 8x128": {"format": "planes", "bits": 3, "group_size": 8, "block_rows": 128, "power_of_two": True},
+    "shift3 8x128": SHIFT3,
     "int8 per channel, rtn": {"method": "rtn", "bits": 8},
     "hqq4 floating zero g64": {"method": "hqq", "format": "affine", "bits": 4, "group_size": 64},
     "hqq4 floating zero g128": {"method": "hqq", "format": "affine", "bits": 4, "group_size": 128},

@@ -70,7 +70,8 @@ class Layer:
     fisher_NK: mean squared gradient of each weight, float32 [N, K]; None unless a stage needs it.
     target_NK: what the codes were to approach where the method moved it from `weight_NK` and rows get more bits; else None.
     tokens: how many calibration tokens its input was seen with; 0 without data. Set when the statistics are let go.
-    loss: relative output error tr(D H D^T) / tr(W H W^T) of this layer against the weight it came with, or None.
+    loss: relative output error tr(D H D^T) / tr(W H W^T) of this layer, or None: against the weight it came with, or what
+        gptaq made of it.
     notes: facts for the report, such as {"damping": 0.01, "retries": 0}. Plain JSON values only.
     """
 

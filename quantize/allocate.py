@@ -13,6 +13,7 @@ Cost: sorting as many numbers as there are layers times widths.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any
 
@@ -88,7 +89,9 @@ def mixed_recipe(recipe: Mapping[str, Any], chosen: Mapping[str, int]) -> dict[s
     (place,) = places
     widths = sorted(set(chosen.values()))
     named = {bits: sorted(name for name, found in chosen.items() if found == bits) for bits in widths}
-    split = [{"quantize": {**stages[place]["quantize"], "bits": bits, "targets": named[bits]}} for bits in widths]
+    # Each with values of its own: what two stages share would be written as a reference, which recipes do not have.
+    own = (deepcopy(stages[place]["quantize"]) for _ in widths)
+    split = [{"quantize": {**stage, "bits": bits, "targets": named[bits]}} for stage, bits in zip(own, widths, strict=True)]
     return {**recipe, "stages": [*stages[:place], *split, *stages[place + 1 :]]}
 
 

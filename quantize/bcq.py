@@ -38,7 +38,8 @@ ROUNDS = 15
 """Rounds of refinement where nothing else is said, as LUT-GEMM's own code has it."""
 RANGES = (1.0, 0.85, 0.7, 0.6, 0.5)
 """Shares of a group's range that uniform planes are tried on."""
-CHUNK = 1 << 20
+CHUNK = 1 << 18
+"""Weights that are fitted at a time, each from two starts on five ranges."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +133,11 @@ def refine(grid: PlaneGrid, w_Rm: Tensor, weight_Rm: Tensor, rounds: int) -> Fit
     first = greedy(grid, w_Rm, weight_Rm)
     if not rounds:
         return first
-    ends = [alternate(grid, w_Rm, weight_Rm, start, rounds) for start in (first, uniform(grid, w_Rm, weight_Rm))]
-    return ends[0].best(ends[1])
+    # Both starts in one go: small groups, fitted while a solver runs, are many small operations.
+    starts = Fit(*(torch.cat(pair) for pair in zip(first, uniform(grid, w_Rm, weight_Rm), strict=True)))
+    ends = alternate(grid, w_Rm.repeat(2, 1), weight_Rm.repeat(2, 1), starts, rounds)
+    from_greedy, from_uniform = zip(*(part.chunk(2) for part in ends), strict=True)
+    return Fit(*from_greedy).best(Fit(*from_uniform))
 
 
 def alternate(grid: PlaneGrid, w_Rm: Tensor, weight_Rm: Tensor, best: Fit, rounds: int) -> Fit:
@@ -164,10 +168,11 @@ def greedy(grid: PlaneGrid, w_Rm: Tensor, weight_Rm: Tensor) -> Fit:
 
 def uniform(grid: PlaneGrid, w_Rm: Tensor, weight_Rm: Tensor) -> Fit:
     """Evenly spaced sums over the best of a few ranges."""
-    low_R, high_R = w_Rm.amin(1), w_Rm.amax(1)
-    steps = [grid.step_of_range(low_R * part, high_R * part) for part in RANGES]
-    fits = [_judged(grid, w_Rm, weight_Rm, step.scale, torch.as_tensor(step.low)) for step in steps]
-    return functools.reduce(Fit.best, fits)
+    share_S1 = torch.tensor(RANGES, device=w_Rm.device)[:, None]
+    step = grid.step_of_range((w_Rm.amin(1) * share_S1).flatten(), (w_Rm.amax(1) * share_S1).flatten())
+    every = (w_Rm.repeat(len(RANGES), 1), weight_Rm.repeat(len(RANGES), 1))
+    fits = zip(*(part.chunk(len(RANGES)) for part in _judged(grid, *every, step.scale, torch.as_tensor(step.low))), strict=True)
+    return functools.reduce(Fit.best, (Fit(*fit) for fit in fits))
 
 
 def _judged(grid: PlaneGrid, w_Rm: Tensor, weight_Rm: Tensor, alpha_Rq: Tensor, offset_R: Tensor) -> Fit:

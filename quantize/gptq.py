@@ -5,14 +5,17 @@ the order of falling activation, each is rounded to nearest after the errors of 
 (`sweep` has the recursion; it equals that of Frantar et al. 2022, arXiv 2210.17323, without forming H^-1).
 
 What is added to the paper's method, each an option:
-- clip: scales are fitted before the solve, by a range search in which an error at input k costs 1 / (H^-1)_kk, the price
+- groups: scales are fitted before the solve, or group by group when a group is due, to the weights as errors of earlier ones
+  have left them (GPTQ's and ShiftAddLLM's way). Scales that many outputs share need that: they cannot follow otherwise.
+- clip: scales are fitted by a range search in which an error at input k costs 1 / (H^-1)_kk, the price
   that remains after all other inputs have adapted. Scoring the clip by the inverse factor is due to Marlin's authors
   (Frantar et al. 2024, arXiv 2408.11743).
 - act_order changes only the order of solving. Groups stay consecutive inputs and codes are stored in natural order, so
   no runtime pays for it.
 - refit: afterwards codes and scales descend on the same loss until they stop paying (`refine`).
 - gptaq: earlier layers are compressed already, so this one sees other inputs than in the dense model; the weight is
-  shifted towards the dense model's outputs before it is rounded (`problem.toward_dense`), by `gptaq_alpha` of the way.
+  shifted towards the dense model's outputs before it is rounded (`problem.toward_dense`), by `gptaq_alpha` of the way. The
+  layer's loss is that of rounding what came out: how far the shift went says what earlier layers did, not what this one costs.
 - a mask is honoured inside the loop: a pruned column has q = 0 and its error moves on like any other. When the kept
   weights were refitted on the mask first, this is the joint optimum of pruning and quantizing for that mask, because
   what refitting leaves is orthogonal to everything the codes can still change.
@@ -60,8 +63,8 @@ class Gptq:
     clip: `none` spans every weight; `mse` searches the range with the least squared error; `hessian` weighs that error
         by what the data say about each input; `fisher` by the mean squared gradient of each weight (needs gradients).
     groups: `static` fits all scales before the solve; `updated` fits each group when its turn comes, from the weights
-        as they then are (needs act_order: false).
-    act_order: solve the inputs with the largest activations first.
+        as they then are.
+    act_order: solve the inputs with the largest activations first; with `updated` whole groups, by their sum.
     damping: share of the mean diagonal of H added to its diagonal; grows tenfold when H cannot be factored.
     precision: type of the factorisation and the solve.
     refit: rounds of descent on codes and scales after the solve; 0 leaves plain GPTQ.
@@ -88,10 +91,10 @@ class Gptq:
             raise BadInput(reason)
         if reason := getattr(self.grid, "only_rounded", ""):
             raise BadInput(reason)
-        if self.groups == "updated" and self.act_order:
-            raise BadInput("groups: updated solves in natural order; write act_order: false, or groups: static")
-        if self.groups == "updated" and self.grid.shared_rows != 1:
-            raise BadInput("groups: updated needs one scale per output; write groups: static for this format")
+        if self.groups == "updated" and (self.grid.shared_rows is None or ROWS % self.grid.shared_rows):
+            raise BadInput(
+                "groups: updated needs scales of one output or of a few together; write groups: static for this format"
+            )
         if not 0 < self.damping <= 1:
             raise BadInput(f"damping must lie above 0 and at most at 1, found {self.damping}")
         if self.refit < 0:
@@ -123,6 +126,7 @@ class Gptq:
                     name=layer.name,
                     damping=self.damping,
                     act_order=self.act_order,
+                    together=self._together(len(h_KK)),
                     importance=self.clip == "hessian",
                     precision=self.precision,
                 )
@@ -148,9 +152,13 @@ class Gptq:
             chunks.append(self._solve_rows(target_KN, mask_KN, rows_of(self.grid, fitted, rows), problem))
         codes = self._codes(chunks, fitted)
         weight_NK = codes.decode()
-        loss = relative_loss(layer.weight_NK, weight_NK, h_KK)
+        loss = relative_loss(target_NK, weight_NK, h_KK)
         wanted = target_NK if layer.rows_R is not None else None
         return layer.with_(weight_NK=weight_NK, codes=codes, loss=loss, notes=notes, target_NK=wanted)
+
+    def _together(self, K: int) -> int:
+        """Inputs that are solved one behind the other: a group, where its scales are fitted when it is due."""
+        return min(self.grid.group_size or K, K) if self.groups == "updated" else 1
 
     @property
     def _search(self) -> Search:
@@ -162,10 +170,11 @@ class Gptq:
         rounder = self.grid.rounder(fitted, N, K, target_KN.dtype)
         order_K = problem.permutation
         work_KN = target_KN[order_K]
-        chooser: Chooser = OnGrid(rounder, problem.order, None if mask_KN is None else mask_KN[order_K])
+        mask_in_order = None if mask_KN is None else mask_KN[order_K]
+        chooser: Chooser = OnGrid(rounder, problem.order, mask_in_order)
         segment = BLOCK
         if self.groups == "updated":
-            chooser = _Updated(rounder, mask_KN, problem, self._search, self.clip == "hessian")
+            chooser = _Updated(rounder, mask_in_order, problem, self._search, self.clip == "hessian")
             segment = rounder.size
         q_KN = torch.empty_like(target_KN)
         q_KN[order_K] = sweep(work_KN, work_KN, problem.lower_KK, chooser, segment=segment)
@@ -175,9 +184,10 @@ class Gptq:
         return self.grid.encode(q_KN.T.float(), params), params
 
     def _codes(self, chunks: Sequence[tuple[Tensor, Params]], fitted: Params) -> Codes:
-        """All rows together. Scales that outputs share never change while solving, so those are the fitted ones."""
+        """All rows together. Scales that outputs share change only where each group's are fitted when it is due."""
         values_NK = torch.cat([values for values, _ in chunks])
-        params = stacked([params for _, params in chunks]) if self.grid.shared_rows == 1 else fitted
+        changed = self.grid.shared_rows == 1 or self.groups == "updated"
+        params = stacked([params for _, params in chunks]) if changed else fitted
         if params is None:
             raise RunFailed(
                 "the rows of one weight do not fit together; this is a mistake in aerogel, report it with the recipe"
@@ -187,7 +197,8 @@ class Gptq:
 
 @dataclass(frozen=True)
 class _Updated:
-    """Chooser that fits the scales of a group when its first column is due, natural column order only."""
+    """Chooser that fits the scales of a group when its first column is due; columns and mask are in the order of solving, in
+    which groups are whole."""
 
     rounder: Rounder
     mask_KN: Tensor | None
@@ -206,11 +217,11 @@ class _Updated:
         N, K = kept.shape[1], stop - start
         fitted = self.rounder.grid.fit(kept.T.float(), None, None, self.search, curvature)
         single = self.rounder.grid.rounder(fitted, N, K, target_kN.dtype)
-        self.rounder.replace(start // self.rounder.size, single.step(0))
+        self.rounder.replace(self.rounder.group(self.problem.order[start]), single.step(0))
 
     def column(self, i: int, target_N: Tensor, out: Tensor) -> None:
         """The nearest grid values, zero where pruned."""
-        self.rounder.column(i, target_N, out)
+        self.rounder.column(self.problem.order[i], target_N, out)
         if self.mask_KN is not None:
             out.mul_(self.mask_KN[i])
 

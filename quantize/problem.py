@@ -136,7 +136,8 @@ def prepare(
     """Damp, order and factor a second moment. `name` is who to name if it cannot be factored (`RunFailed`).
 
     act_order: columns with the largest mean square first, so that their errors are still corrected by all others.
-    together: runs of so many neighbours stay together and in their order, sorted by their summed mean square.
+    together: runs of so many neighbours stay together and in their order, sorted by their summed mean square; a shorter last
+        one is solved last.
     importance: also compute `importance_K`.
     """
     h_KK = h_KK.to(torch.float64 if precision == "float64" else torch.float32)
@@ -144,8 +145,10 @@ def prepare(
     unit = h_KK.diagonal()[~dead].mean()
     order = torch.arange(len(h_KK), device=h_KK.device)
     if act_order:
-        runs = h_KK.diagonal().view(-1, together).sum(1)
-        order = order.view(-1, together)[torch.argsort(runs, descending=True, stable=True)].flatten()
+        whole = len(h_KK) // together * together
+        runs = h_KK.diagonal()[:whole].view(-1, together).sum(1)
+        first = order[:whole].view(-1, together)[torch.argsort(runs, descending=True, stable=True)].flatten()
+        order = torch.cat([first, order[whole:]])
     upper, used, retries = _factor(h_KK, unit, order, damping, name)
     diagonal = upper.diagonal().clone()
     importance_K = None

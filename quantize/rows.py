@@ -287,6 +287,6 @@ def _with(layer: Layer, solved: Layer, found: Layer | None) -> Layer:
     weight_NK = rows.put(solved.weight_NK.clone())
     stats = layer.stats
     known = stats is not None and stats.second_moment_KK is not None and stats.tokens > 0
-    loss = relative_loss(layer.weight_NK, weight_NK, stats.second_moment_KK) if known else None  # type: ignore[union-attr, arg-type]
+    loss = relative_loss(_target(layer, solved), weight_NK, stats.second_moment_KK) if known else None  # type: ignore[union-attr, arg-type]
     notes: dict[str, object] = {"rows": len(rows.index_R), **weight_error(layer, weight_NK)}
     return solved.with_(weight_NK=weight_NK, sidecars=(rows,), loss=loss, target_NK=None, notes=notes)

@@ -264,3 +264,21 @@ def test_who_loads_the_result_is_said_before_the_work(aerogel, tiny: Path, caplo
     done = aerogel("plan", tiny, *short, "--set", "pack.format=pack-quantized")
     assert done.code == 2 and "write quantize.group_size: 16, which" in done.stderr
     assert "loads in aerogel, transformers, vLLM and SGLang" in aerogel("plan", tiny, "-r", "w8").stdout
+
+
+def test_bits_are_shared_out_as_the_page_says(aerogel, tiny: Path) -> None:
+    """Compress at each width, allocate, compress by the recipe that came out."""
+    Path("text.txt").write_text("\n\n".join(" ".join(f"w{(7 * i + j) % 90}" for j in range(40)) for i in range(40)))
+    sets = ("quantize.group_size=16", "calibration.source=text.txt", "calibration.samples=4", "calibration.sequence_length=32")
+    for bits in (2, 3, 4):
+        changes = [word for each in (*sets, f"quantize.bits={bits}") for word in ("--set", each)]
+        done = aerogel("compress", tiny, "-r", "w3", "-o", f"w{bits}", *changes, "--quiet")
+        assert done.code == 0, done.stderr
+    shared = aerogel("allocate", "w2", "w3", "w4", "--average", 3, "-o", "mixed.yaml", "--json", "-")
+    bits_of = json.loads(shared.stdout)["bits"]
+    done = aerogel("compress", tiny, "-r", "mixed.yaml", "-o", "mixed", "--quiet")
+    assert done.code == 0, done.stderr
+    report = json.loads(Path("mixed/aerogel_report.json").read_text())
+    rows = [layer for block in report["blocks"] for layer in block["layers"]]
+    assert {row["name"]: row["bits"] for row in rows} == bits_of
+    assert len(set(bits_of.values())) > 1

@@ -14,6 +14,7 @@ from aerogel.prune.sparsegpt import SparseGpt
 from aerogel.quantize.gptq import Gptq
 from aerogel.quantize.grids import Fp8Grid, IntGrid
 from aerogel.quantize.problem import prepare, relative_loss
+from aerogel.quantize.ranges import Search
 from aerogel.quantize.rtn import RoundToNearest
 
 W4 = IntGrid(bits=4, group_size=32)
@@ -79,7 +80,13 @@ def test_weight_is_what_the_codes_decode_to(layer):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"groups": "updated", "act_order": False}, {"groups": "updated", "act_order": False, "clip": "mse"}]
+    "options",
+    [
+        {},
+        {"groups": "updated"},
+        {"groups": "updated", "act_order": False},
+        {"groups": "updated", "act_order": False, "clip": "mse"},
+    ],
 )
 @pytest.mark.parametrize("K, group", [(192, 32), (150, 32), (192, None), (130, 48), (64, 128), (300, 256), (5, 4), (1, None)])
 def test_ragged_shapes(make_layer, options, K, group):
@@ -100,6 +107,22 @@ def test_updated_groups_beat_static_ones_in_natural_order(layer):
     assert Gptq(grid=W3, refit=0, act_order=False, groups="updated")(layer).loss < static
 
 
+def test_updated_groups_are_solved_whole_in_the_order_of_activations(layer):
+    """The first group's scales are those of the untouched weight: nothing came before it."""
+    size, h_KK = 32, layer.stats.second_moment_KK.clone()
+    loud = slice(3 * size, 4 * size)
+    h_KK[loud] *= 30
+    h_KK[:, loud] *= 30
+    loud_layer = replace(layer, stats=replace(layer.stats, second_moment_KK=h_KK))
+    grid = IntGrid(bits=3, group_size=size)
+    options = {"grid": grid, "refit": 0, "groups": "updated", "clip": "mse"}
+    ordered, natural = (Gptq(act_order=order, **options)(loud_layer) for order in (True, False))
+    alone = grid.fit(layer.weight_NK[:, loud], None, None, Search(kind="mse", signed=True))
+    assert torch.equal(ordered.codes.scale_NG[:, 3], alone.scale_NG[:, 0])
+    assert not torch.equal(natural.codes.scale_NG[:, 3], alone.scale_NG[:, 0])
+    assert ordered.loss < natural.loss
+
+
 def test_activation_order_leaves_groups_in_place(layer):
     """Loud channels come first in the solve, but scales belong to consecutive inputs and codes lie in natural order."""
     quiet = replace(layer, weight_NK=layer.weight_NK.clone())
@@ -109,7 +132,7 @@ def test_activation_order_leaves_groups_in_place(layer):
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
-@pytest.mark.parametrize("options", [{}, {"groups": "updated", "act_order": False}])
+@pytest.mark.parametrize("options", [{}, {"groups": "updated"}, {"groups": "updated", "act_order": False}])
 def test_mask_is_honoured_inside_the_loop(layer, pattern, options):
     sparse = SparseGpt(pattern=pattern, refit=True)(layer)
     for grid in (W4, IntGrid(bits=4, group_size=32, symmetric=False)):
@@ -256,11 +279,10 @@ def test_gptaq_without_its_statistics_fails_by_name(layer):
 @pytest.mark.parametrize(
     "options, word",
     [
-        ({"groups": "updated"}, "act_order"),
         ({"damping": 0.0}, "damping"),
         ({"refit": -1}, "refit"),
         ({"gptaq_alpha": 2.0}, "gptaq_alpha"),
-        ({"groups": "updated", "act_order": False, "grid": Fp8Grid(strategy="tensor")}, "static"),
+        ({"groups": "updated", "grid": Fp8Grid(strategy="tensor")}, "static"),
     ],
 )
 def test_contradictions_are_refused(options, word):

@@ -145,6 +145,25 @@ def test_gptq_knows_nothing_of_planes_and_helps_them() -> None:
         assert losses[1] < 0.6 * losses[0]
 
 
+def test_shared_scales_are_fitted_when_their_group_is_due() -> None:
+    """The loudest group comes first, so its scales fit the untouched weight; later ones fit what its errors leave."""
+    layer, loud = layer_of(48, 96), slice(40, 48)
+    assert layer.stats is not None and layer.stats.second_moment_KK is not None
+    h_KK = layer.stats.second_moment_KK.clone()
+    h_KK[loud] *= 20
+    h_KK[:, loud] *= 20
+    layer = layer.with_(stats=Stats(second_moment_KK=h_KK, tokens=layer.stats.tokens))
+    grid = PlaneGrid(bits=3, group_size=8, power_of_two=True, block_rows=16)
+    updated = Gptq(grid=grid, groups="updated", clip="mse", refit=0)(layer)
+    assert updated.codes is not None and torch.equal(updated.codes.decode(), updated.weight_NK)
+    before = grid.fit(layer.weight_NK, search="mse").scale_NG
+    same_G = (updated.codes.scale_NG == before).all(2).all(0)
+    assert updated.codes.scale_NG.shape == (3, 12, 3)
+    assert bool(same_G[5]) and not bool(same_G.all())
+    static = Gptq(grid=grid, clip="mse", refit=0)(layer)
+    assert updated.loss is not None and static.loss is not None and updated.loss < 1.05 * static.loss
+
+
 def test_every_prefix_of_nested_planes_is_a_better_model_than_the_last() -> None:
     layer = layer_of(40, 64)
     assert layer.stats is not None and layer.stats.second_moment_KK is not None
