@@ -6,7 +6,8 @@ Rows come from benchmarks/results/formats.json (`formats.py`), sorted by bits an
 linear in formats_speed.json (`formats_speed.py`): of one token over that of 4-bit integers, on a CPU and on a GPU, and between
 them, on a CPU, of 1 and 16 tokens over integers that read as many bytes. A recipe gets the line of the row whose quantize stage
 is its own, and keeps what it has where there is none. The second table has what stages.py measured on the packed models, inputs
-rounded and outliers or columns beside the codes (stages_kl.json).
+rounded and outliers or columns beside the codes (stages_kl.json), the third what bits shared out over layers bring
+(allocation.json, `allocation.py`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ BEGIN_STAGES = "<!-- stages, from benchmarks/formats_table.py -->\n"
 STAGES_HEAD = """| stage | bits/weight | KL |
 |---|--:|--:|
 """
+BEGIN_ALLOCATION = "<!-- allocation, from benchmarks/formats_table.py -->\n"
+ALLOCATION_HEAD = """| planes | layers of 2, 3, 4 bits | bits/weight | KL |
+|---|--:|--:|--:|
+"""
 MEASURED = "# measured: SmolLM2-135M-Instruct, WikiText-2 raw test, 40 x 1024, no BOS (128 x 512 C4 tokens, formats.json):"
 HEAD = """| format | bits/weight | KL | perplexity | MB | CPU, int4 = 1 | CPU, equal bytes = 1 | GPU, int4 = 1 |
 |---|--:|--:|--:|--:|--:|--:|--:|
@@ -50,6 +55,15 @@ def stages(rows: dict[str, Any]) -> str:
         said = " -> ".join(map(words, Recipe.load({"aerogel": 1, "stages": row["stages"]}).stages))
         lines.append(f"| {said} | {row['bits_per_weight']:.2f} | {row['kl']:.4f} ± {row['kl_error']:.4f} |\n")
     return STAGES_HEAD + "".join(lines)
+
+
+def allocation(rows: dict[str, Any]) -> str:
+    """Markdown lines, narrow models first."""
+    lines = []
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["bits_per_weight"]):
+        layers = ", ".join(str(row["layers"].get(bits, 0)) for bits in ("2", "3", "4"))
+        lines.append(f"| {name} | {layers} | {row['bits_per_weight']:.2f} | {row['kl']:.4f} ± {row['kl_error']:.4f} |\n")
+    return ALLOCATION_HEAD + "".join(lines)
 
 
 def _line(name: str, row: dict[str, Any], speed: dict[str, Any]) -> str:
@@ -82,7 +96,8 @@ def results(name: str) -> dict[str, Any]:
 def page(text: str) -> str:
     """The page with its tables made anew."""
     text = _between(text, BEGIN, table(results("formats.json"), results("formats_speed.json")))
-    return _between(text, BEGIN_STAGES, stages(results("stages_kl.json")["rows"]))
+    text = _between(text, BEGIN_STAGES, stages(results("stages_kl.json")["rows"]))
+    return _between(text, BEGIN_ALLOCATION, allocation(results("allocation.json")["rows"]))
 
 
 def _between(text: str, begin: str, made: str) -> str:
