@@ -30,16 +30,22 @@ CALIBRATION = {"samples": 32, "sequence_length": 512}
 WINDOWS, LENGTH = 12, 512
 
 
+def divergence(model: Path, compressed: Path, ids: Path, device: str = "cpu") -> dict[str, float]:
+    """KL(dense || compressed) in float32 and its standard error over windows."""
+    tokens_WT = load_file(ids)["evaluation"][:WINDOWS, :LENGTH].long()
+    pair = (partial(load, path, dtype=torch.float32, device=device) for path in (model, compressed))
+    found = evaluate_pair(*pair, tokens_WT)["divergence"]
+    return {"kl": found["kl"], "kl_error": found["kl_se"]}
+
+
 def row(model: Path, ids: Path, stages: list[dict[str, Any]]) -> dict[str, float]:
-    """Bits per weight, KL and its standard error over windows."""
-    tokens = load_file(ids)["evaluation"][:WINDOWS, :LENGTH].long()
+    """Bits per weight, and the divergence."""
     calibration = {"source": f"{ids}:calibration", **CALIBRATION}
     recipe = {"aerogel": 1, "calibration": calibration, "stages": stages, "evaluate": None, "bench": None}
     with tempfile.TemporaryDirectory() as folder:
         report = compress(model, recipe, Path(folder) / "out")
-        pair = (partial(load, path, dtype=torch.float32) for path in (model, Path(folder) / "out"))
-        found = evaluate_pair(*pair, tokens)["divergence"]
-    return {"bits_per_weight": report["size"]["bits_per_weight"], "kl": found["kl"], "kl_error": found["kl_se"]}
+        found = divergence(model, Path(folder) / "out", ids)
+    return {"bits_per_weight": report["size"]["bits_per_weight"], **found}
 
 
 def main() -> None:
