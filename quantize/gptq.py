@@ -14,8 +14,9 @@ What is added to the paper's method, each an option:
   no runtime pays for it.
 - refit: afterwards codes and scales descend on the same loss until they stop paying (`refine`).
 - gptaq: earlier layers are compressed already, so this one sees other inputs than in the dense model; the weight is
-  shifted towards the dense model's outputs before it is rounded (`problem.toward_dense`), by `gptaq_alpha` of the way. The
-  layer's loss is that of rounding what came out: how far the shift went says what earlier layers did, not what this one costs.
+  shifted towards the dense model's outputs before it is rounded (`problem.toward_dense`), by `gptaq_alpha` of the way. Half
+  of it is best or nearly so from three bits on, a quarter below (docs/accuracy.md). The layer's loss is that of rounding what
+  came out: how far the shift went says what earlier layers did, not what this one costs.
 - a mask is honoured inside the loop: a pruned column has q = 0 and its error moves on like any other. When the kept
   weights were refitted on the mask first, this is the joint optimum of pruning and quantizing for that mask, because
   what refitting leaves is orthogonal to everything the codes can still change.
@@ -83,7 +84,7 @@ class Gptq:
     refit: int = 2
     signed_scales: bool = True
     gptaq: bool = False
-    gptaq_alpha: float = 1.0
+    gptaq_alpha: float = 0.5
     gptaq_experts: Literal["error", "plain"] = "error"
 
     def __post_init__(self) -> None:
@@ -133,14 +134,25 @@ class Gptq:
             solved.append(self._solve(layer, h_KK, problems[id(h_KK)]))
         return solved
 
-    def _solve(self, layer: Layer, h_KK: Tensor, problem: Problem) -> Layer:
-        target_NK = layer.weight_NK.float()
-        notes = dict(problem.notes)
+    def moved(self, layer: Layer) -> Layer:
+        """The layer with the weight that gptaq asks for, for a stage that takes something out of it before it is solved."""
+        h_KK = second_moment(layer, "gptq")
+        check_weight(layer, "gptq")
+        problem = prepare(h_KK, name=layer.name, damping=self.damping, act_order=False, precision=self.precision)
+        target_NK, notes = self._target(layer, problem)
+        return layer.with_(weight_NK=target_NK, notes=notes)
+
+    def _target(self, layer: Layer, problem: Problem) -> tuple[Tensor, dict[str, object]]:
+        """What codes are to approach, float32 [N, K], and what the report says of it."""
         paired = layer.stats is not None and layer.stats.cross_moment_KK is not None
         if self.gptaq and (paired or self.gptaq_experts == "error"):
-            target_NK = toward_dense(layer, problem, self.gptaq_alpha, "gptaq")
-        elif self.gptaq:
-            notes["gptaq"] = "not used: a routed expert's tokens cannot be paired"
+            return toward_dense(layer, problem, self.gptaq_alpha, "gptaq"), {}
+        note = {"gptaq": "not used: a routed expert's tokens cannot be paired"} if self.gptaq else {}
+        return layer.weight_NK.float(), {**note}
+
+    def _solve(self, layer: Layer, h_KK: Tensor, problem: Problem) -> Layer:
+        target_NK, notes = self._target(layer, problem)
+        notes |= problem.notes
         mask_NK = layer.mask_NK
         importance = importance_of(layer, "gptq") if self.clip == "fisher" else problem.importance_K
         fitted = self.grid.fit(target_NK, importance, mask_NK, self._search)

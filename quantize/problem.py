@@ -210,8 +210,8 @@ def toward_dense(layer: Layer, problem: Problem, share: float, method: str) -> T
 
     Earlier layers are compressed, so the layer sees x where the dense model would give x'. Minimising |W x' - Q x|^2 is
     the same quadratic form around W + W C H^-1 with C = sum (x' - x) x^T (Li et al. 2025, arXiv 2504.02692, add the part
-    of it that their recursion has not yet passed). `share` of the shift is added: the shift is a fit to the calibration
-    data, and what does not carry over to other text grows with it.
+    of it that their recursion has not yet passed; Arai and Ichikawa 2025, arXiv 2504.09629, add it beforehand, as here).
+    `share` of the shift is added; what share is best was measured (docs/accuracy.md).
     """
     w_NK = layer.weight_NK.float()
     stats = layer.stats

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aerogel.errors import BadInput, RunFailed
+from aerogel.errors import RunFailed
 from aerogel.model.layer import Layer, Need, solve_together
 from aerogel.quantize import columns as kept_columns
 from aerogel.quantize import input_scale, rotation
@@ -90,17 +90,16 @@ def with_sidecars(w_NK: Tensor, tensors: Mapping[str, Tensor], name: str) -> Ten
 
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
-    """Stage `Layer -> Layer`: `method` on what is left when outliers and columns are taken out."""
+    """Stage `Layer -> Layer`: `method` on what is left when outliers and columns are taken out.
+
+    Where the method moves weights towards the dense model's outputs first (gptaq), they are taken out of the moved weight.
+    """
 
     method: Any
     keep: Keep = Keep()  # noqa: RUF009  (frozen)
     columns: KeepColumns = KeepColumns()  # noqa: RUF009
 
     def __post_init__(self) -> None:
-        if getattr(self.method, "gptaq", False):
-            raise BadInput(
-                "outliers and columns cannot be kept with gptaq, which moves the weights before it solves; write gptaq: false"
-            )
         if numbers := getattr(self.grid, "without_zero", ""):
             raise no_zeros(numbers)
 
@@ -133,9 +132,13 @@ class Keeping:
 
     def call_group(self, layers: Sequence[Layer]) -> list[Layer]:
         """Several layers, handed to the method together where it takes several."""
+        method = self.method
+        if getattr(method, "gptaq", False):
+            layers = [method.moved(layer) for layer in layers]
+            method = replace(method, gptaq=False)
         taken = [self._take(layer) for layer in layers]
         rest = [_without(layer, mask) for layer, (mask, _) in zip(layers, taken, strict=True)]
-        solved = solve_together(self.method, rest)
+        solved = solve_together(method, rest)
         return [_with(layer, found, *held) for layer, found, held in zip(layers, solved, taken, strict=True)]
 
     def _take(self, layer: Layer) -> tuple[Tensor, tuple[Sidecar, ...]]:
