@@ -1,17 +1,18 @@
 """Number formats on one model with one solver: KL to dense, bits per weight and size, every format on the same token ids.
 
     python benchmarks/formats.py MODEL --ids IDS.safetensors --out benchmarks/results/formats.json [--device cuda]
-        [--jobs 8] [--only WORD ...] [--seconds 240] [--samples 128] [--windows 40]
+        [--jobs 8] [--only WORD ...] [--shares 0.25 0.5 1] [--seconds 240] [--samples 128] [--windows 40]
 
 IDS.safetensors holds `calibration` [rows, length] and `evaluation` [windows, length] token ids. Each format is quantized by
-GPTQ with this package's defaults and its error feedback from layer to layer (`gptaq`, as recipe w4 has it; not where the
-name says `plain`), or rounded to nearest (`rtn`), on 128 x 512 calibration tokens, scales as float16 unless the format says.
+GPTQ with this package's defaults and half the shift towards the dense model's outputs (`gptaq`, as recipe w4 has it; a
+quarter of it, or none, where the name says `a quarter` or `plain`), or rounded to nearest (`rtn`), on 128 x 512 calibration
+tokens, scales as float16 unless the format says.
 Then KL(dense || compressed) in float32 on the evaluation ids, per token with the standard error over windows.
 
 A solve is bound by the launches of small operations, not by the device, so `--jobs` processes share the device and each
 takes the next format. Rows are written as they come; a format that fails is written under `failed` with its reason and the
 others go on (the exit code is 1 then). With --seconds no format is begun once the time is up, and rows already in the
-file are not repeated.
+file are not repeated. With --shares each format is solved once for every share of the shift instead.
 
 MODEL may be a GGUF. The dense weights of SmolLM2's are on a 4-bit grid in groups of 32 with a minimum each, so integers
 with a zero point at a group size of 32 would find nothing to round; all formats here have other groups or say so.
@@ -23,6 +24,7 @@ import argparse
 import json
 import multiprocessing
 import queue
+import re
 import shutil
 import sys
 import tempfile
@@ -131,6 +133,19 @@ def collect(processes: list[Any], done: Any) -> Iterator[tuple[str, dict[str, An
                 return
 
 
+def shared(formats: dict[str, dict[str, Any]], shares: list[float]) -> dict[str, dict[str, Any]]:
+    """The formats that GPTQ solves, once for every share of the shift."""
+    return {
+        f"{re.sub(', (plain|a quarter)$', '', name)}, share {share:g}": {
+            **stage,
+            **({"gptaq": True, "gptaq_alpha": share} if share else {"gptaq": False, "gptaq_experts": "error"}),
+        }
+        for name, stage in formats.items()
+        if stage.get("method", "gptq") == "gptq"
+        for share in shares
+    }
+
+
 def show(name: str, row: dict[str, Any] | None, reason: str | None) -> None:
     """One line for a format, or the whole reason why it has none."""
     if row is None:
@@ -154,6 +169,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
     parser.add_argument("--only", nargs="*", default=[""], help="formats whose name contains one of these words")
+    parser.add_argument("--shares", type=float, nargs="*", default=[], help="shares of the shift, from 0 to 1; 0 is none")
     parser.add_argument("--samples", type=int, default=128, help="calibration rows")
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows")
     parser.add_argument("--seconds", type=float, default=float("inf"))
@@ -163,12 +179,15 @@ def main() -> int:
     if given.out.exists():
         held = json.loads(given.out.read_text())
     command = f"--device {given.device} --jobs {given.jobs} --samples {given.samples} --windows {given.windows}"
+    if given.shares:
+        command += f" --shares {' '.join(map(str, given.shares))}"
     held |= {"command": f"python benchmarks/formats.py MODEL --ids IDS --out OUT {command}", "failed": {}}
     context = multiprocessing.get_context("spawn")
     wanted, done = context.Queue(), context.Queue()
-    pending = [n for n in FORMATS if n not in held["rows"] and any(word in n for word in given.only)]
+    formats = shared(FORMATS, given.shares) if given.shares else FORMATS
+    pending = [n for n in formats if n not in held["rows"] and any(word in n for word in given.only)]
     for name in pending:
-        wanted.put((name, FORMATS[name]))
+        wanted.put((name, formats[name]))
     jobs = min(given.jobs, len(pending))
     task = Task(
         model=resolve(given.model),

@@ -7,6 +7,7 @@ from typing import Any
 INT4 = {"bits": 4, "group_size": 64}
 INT3 = {"bits": 3, "group_size": 72, "symmetric": False}
 PLAIN = {"gptaq": False, "gptaq_experts": "error"}
+QUARTER = {"gptaq_alpha": 0.25}
 SHIFT3 = {"format": "planes", "bits": 3, "group_size": 8, "block_rows": 128, "power_of_two": True, "groups": "updated"}
 OUTLIERS = {"outliers": "sensitivity", "outlier_share": 0.005}
 SPARSE = {"format": "kmeans", "clip": "fisher", "outliers": "sensitivity", "outlier_share": 0.0045}
@@ -52,24 +53,25 @@ FORMATS: dict[str, dict[str, Any]] = {
     "fp8 e5m2 per channel, rtn": {"method": "rtn", "format": "float", "kind": "e5m2"},
     "rf8 per channel, rtn": {"method": "rtn", "format": "rf8"},
     "int4 symmetric adaptive, rtn": {"method": "rtn", **INT4, "granularity": "adaptive"},
-    "int4 symmetric g128, 0.5 % outliers, plain": {"bits": 4, "group_size": 128, **PLAIN, **OUTLIERS},
-    "int4 symmetric g128, plain": {"bits": 4, "group_size": 128, **PLAIN},
-    "ternary g64, plain": {"format": "ternary", "group_size": 64, "refit": 4, **PLAIN},
+    "int4 symmetric g128, 0.5 % outliers": {"bits": 4, "group_size": 128, **OUTLIERS},
+    "int4 symmetric g128": {"bits": 4, "group_size": 128},
+    "int4 symmetric g64, plain": {**INT4, **PLAIN},
+    "ternary g64, a quarter": {"format": "ternary", "group_size": 64, "refit": 4, **QUARTER},
     "bcq3 g128": {"method": "bcq", "bits": 3, "group_size": 128, "offset": "scale"},
-    "bipolar4 per channel, plain": {"format": "bipolar", "bits": 4, "group_size": None, **PLAIN},
+    "bipolar4 per channel": {"format": "bipolar", "bits": 4, "group_size": None},
     "fp6 e3m2 per channel": {"format": "float", "kind": "e3m2"},
-    "planes1 g64, plain": {"format": "planes", "bits": 1, "group_size": 64, "refit": 4, **PLAIN},
+    "planes1 g64, a quarter": {"format": "planes", "bits": 1, "group_size": 64, "refit": 4, **QUARTER},
     "bitmod4 e4m3 scales g32": {"format": "bitmod", "bits": 4, "group_size": 32, "scale_dtype": "e4m3"},
     "bitmod3 e4m3 scales g32": {"format": "bitmod", "bits": 3, "group_size": 32, "scale_dtype": "e4m3"},
     "shift3 8x128, plain": {**SHIFT3, **PLAIN},
     "nested4 g64": {"method": "nested", "bits": 4, "group_size": 64},
     "planes3 g128": {"format": "planes", "bits": 3, "group_size": 128, "offset": "scale"},
-    "shift3 8x128": SHIFT3,
+    "shift3 8x128, a quarter": {**SHIFT3, **QUARTER},
     "int8 per channel, rtn": {"method": "rtn", "bits": 8},
     "hqq4 floating zero g64": {"method": "hqq", "format": "affine", "bits": 4, "group_size": 64},
     "hqq4 floating zero g128": {"method": "hqq", "format": "affine", "bits": 4, "group_size": 128},
     "affine4 g128": {"format": "affine", "bits": 4, "group_size": 128},
-    "affine1 g64, plain": {"format": "affine", "bits": 1, "group_size": 64, "refit": 4, **PLAIN},
+    "affine1 g64, a quarter": {"format": "affine", "bits": 1, "group_size": 64, "refit": 4, **QUARTER},
     "int4 symmetric g64, rtn, hadamard": {"method": "rtn", **INT4, "transform": "hadamard"},
     "int4 symmetric g64, hadamard": {**INT4, "transform": "hadamard"},
     "mxfp4 g32, hadamard": {"format": "mx", "transform": "hadamard"},

@@ -75,10 +75,16 @@ def _line(name: str, row: dict[str, Any], speed: dict[str, Any]) -> str:
 
 
 def _timed(name: str, stage: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
-    """A format's row; nothing for a weight with something beside its codes, which was not timed there."""
-    beside = any(stage.get(rule, "none") != "none" for rule in ("rows", "outliers", "columns", "transform"))
-    found: dict[str, Any] = {} if beside else rows.get(name, {})
+    """A format's row, however it was solved; nothing where something stands beside the codes, which was not timed there."""
+    if any(stage.get(rule, "none") != "none" for rule in ("rows", "outliers", "columns", "transform")):
+        return {}
+    found: dict[str, Any] = rows.get(name) or {_format(other): row for other, row in rows.items()}.get(_format(name), {})
     return found
+
+
+def _format(name: str) -> str:
+    """The name without the share of the shift."""
+    return re.sub(", (plain|a quarter)$", "", name)
 
 
 def _times(row: dict[str, Any], over: str, tokens: tuple[str, ...]) -> str:
@@ -128,7 +134,7 @@ def _whole(stage: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(stage: dict[str, Any]) -> dict[str, Any]:
     """Without what says a default."""
-    defaults = {"gptaq": False, "gptaq_experts": "error", "symmetric": True, "group_size": None}
+    defaults = {"gptaq": False, "gptaq_alpha": 0.5, "gptaq_experts": "error", "symmetric": True, "group_size": None}
     return {key: value for key, value in stage.items() if key not in defaults or defaults[key] != value}
 
 
