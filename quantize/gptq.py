@@ -27,7 +27,7 @@ Shape legend: N out features, K in features, G groups; [K, N] is a weight transp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -116,8 +116,19 @@ class Gptq:
     def call_group(self, layers: Sequence[Layer]) -> list[Layer]:
         """Several layers; those whose statistics are the same tensor share one factorisation. Results do not depend
         on who else is in the group."""
+        return [self._solve(layer, second_moment(layer, "gptq"), problem) for layer, problem in self._problems(layers)]
+
+    def moved(self, layers: Sequence[Layer]) -> list[Layer]:
+        """Layers with the weights that gptaq asks for, for a stage that takes something out of them before they are solved."""
+        found = []
+        for layer, problem in self._problems(layers):
+            target_NK, notes = self._target(layer, problem)
+            found.append(layer.with_(weight_NK=target_NK, notes=notes))
+        return found
+
+    def _problems(self, layers: Sequence[Layer]) -> Iterator[tuple[Layer, Problem]]:
+        """Each layer with its statistics factored, once for all that share them."""
         problems: dict[int, Problem] = {}
-        solved = []
         for layer in layers:
             h_KK = second_moment(layer, "gptq")
             check_weight(layer, "gptq")
@@ -131,16 +142,7 @@ class Gptq:
                     importance=self.clip == "hessian",
                     precision=self.precision,
                 )
-            solved.append(self._solve(layer, h_KK, problems[id(h_KK)]))
-        return solved
-
-    def moved(self, layer: Layer) -> Layer:
-        """The layer with the weight that gptaq asks for, for a stage that takes something out of it before it is solved."""
-        h_KK = second_moment(layer, "gptq")
-        check_weight(layer, "gptq")
-        problem = prepare(h_KK, name=layer.name, damping=self.damping, act_order=False, precision=self.precision)
-        target_NK, notes = self._target(layer, problem)
-        return layer.with_(weight_NK=target_NK, notes=notes)
+            yield layer, problems[id(h_KK)]
 
     def _target(self, layer: Layer, problem: Problem) -> tuple[Tensor, dict[str, object]]:
         """What codes are to approach, float32 [N, K], and what the report says of it."""

@@ -134,7 +134,7 @@ class Keeping:
         """Several layers, handed to the method together where it takes several."""
         method = self.method
         if getattr(method, "gptaq", False):
-            layers = [method.moved(layer) for layer in layers]
+            layers = method.moved(layers)
             method = replace(method, gptaq=False)
         taken = [self._take(layer) for layer in layers]
         rest = [_without(layer, mask) for layer, (mask, _) in zip(layers, taken, strict=True)]
