@@ -152,6 +152,10 @@ class Assembly:
             ignore = [m.name for m in self.structure.matrices if m.name not in coded and m.kind in ("Linear", "Conv1D")]
             alone = only_aerogel(obstacles(self.structure, self.stages, self.recipe))
             config["quantization_config"] = quantization_config(
-                grids, ignore, wanted=self.recipe.pack.format, method="aerogel" if alone else "compressed-tensors"
+                grids,
+                ignore,
+                heads=[m.name for m in matrices if m.block is None and m.kind == "Linear"],
+                wanted=self.recipe.pack.format,
+                method="aerogel" if alone else "compressed-tensors",
             )
         write_json(final / "config.json", config)

@@ -1,10 +1,12 @@
 """Who loads the result beside aerogel: transformers and the servers that read compressed-tensors, or nobody, and why.
 
 compressed-tensors describes a format; what its readers accept is narrower. All of them count the scales of a row as K / group
-and refuse a short last group, for integers, NVFP4, MXFP4 and MXFP8 alike (transformers 5.23 with compressed-tensors 0.20, run;
-vLLM and SGLang, read in source). Blocks of 128 x 128 in FP8 may end raggedly where only weights are rounded, in transformers;
-where inputs are rounded in blocks of 128 they may not. Servers stack q, k, v and gate, up into one matrix, which must be of one
-kind and, in blocks, be cut at whole ones. Servers read zero points at 4 and 8 bits, and SGLang packs no other width.
+and refuse a short last group, for integers, NVFP4, MXFP4 and MXFP8 alike. Blocks of 128 x 128 in FP8 may end raggedly where
+only weights are rounded, in transformers; where inputs are rounded in blocks of 128 they may not. Servers stack q, k, v and
+gate, up into one matrix, which must be of one kind and, in blocks, be cut at whole ones. Each knows some formats only.
+
+Where this comes from: transformers 5.23 with compressed-tensors 0.20 and vLLM 0.32, run (docs/compatibility.md); SGLang 0.5.23,
+read in source.
 
 What nothing else can load is not called compressed-tensors: its `quant_method` is aerogel, which other loaders do not know, and
 say so, instead of stopping over a tensor's shape. A recipe that names such a format under `pack` is refused.
@@ -24,7 +26,7 @@ from aerogel.errors import BadInput
 from aerogel.kernels import layouts
 from aerogel.pack.config import choose_format
 from aerogel.pack.format import Format
-from aerogel.quantize.grids import BLOCK, IntGrid
+from aerogel.quantize.grids import BLOCK, Fp8Grid, IntGrid
 from aerogel.recipes.schema import Recipe
 from aerogel.recipes.stages import StageSpec
 
@@ -75,7 +77,7 @@ def obstacles(structure: Structure, assigned: Mapping[str, Sequence[StageSpec]],
         spec = next((spec for spec in assigned[matrix.name] if spec.kind == "quantize"), None)
         if spec is not None:
             coded.append(Coded(matrix, spec, choose_format(spec.stage.grid, spec.activations, recipe.pack.format)))
-    found = [*_beside(coded), *_places(coded), *_groups(coded, recipe), *_widths(coded), *_merged(coded)]
+    found = [*_beside(coded), *_places(coded), *_groups(coded, recipe), *_kinds(coded), *_merged(coded)]
     hidden = next((each for each in found if not each.shown and each.lost == LOADERS), None)
     if hidden is not None and recipe.pack.format != "auto":
         raise BadInput(
@@ -177,18 +179,40 @@ def _other_groups(members: Sequence[Coded], size: int, adaptive: bool) -> str:
     return f"write {fixed}quantize.group_size: {sizes[0]}, which divides every input width"
 
 
-def _widths(coded: Sequence[Coded]) -> list[Obstacle]:
-    """Integers that servers do not unpack."""
+def _kinds(coded: Sequence[Coded]) -> list[Obstacle]:
+    """Formats that a server refuses whatever their shapes."""
     found = []
-    packed = [each.spec.stage.grid for each in coded if each.form.name == "pack-quantized"]
-    odd = [grid for grid in packed if grid.bits not in PACKED_WIDTHS]
-    if any(not grid.symmetric for grid in odd):
-        why = f"they read zero points at {_and(map(str, PACKED_WIDTHS))} bits only"
-        found.append(Obstacle(lost=SERVERS, why=why, instead="write quantize.symmetric: true, or 4 or 8 bits", shown=True))
-    elif odd:
+    packed = [each for each in coded if each.form.name == "pack-quantized"]
+    if any(each.spec.stage.grid.bits not in PACKED_WIDTHS for each in packed):
         why = f"it unpacks {_and(map(str, PACKED_WIDTHS))} bits only"
         found.append(Obstacle(lost=("SGLang",), why=why, instead="write 4 or 8 bits", shown=True))
+    instead = "write bits: 8 and group_size: null (recipes w8a8 and w8a8-static)"
+    if any(each.spec.activations.endswith("-static") for each in packed):
+        why = "with one scale for all inputs they read 8 bits with a scale per output only"
+        found.append(Obstacle(lost=SERVERS, why=why, instead=instead, shown=True))
+    elif any(each.spec.activations != "none" for each in packed):
+        why = "with rounded inputs it reads 8 bits with a scale per output only"
+        found.append(Obstacle(lost=("SGLang",), why=why, instead=instead, shown=True))
+    if any(each.form.name == "float-quantized" and _in_blocks(each) and each.spec.activations == "none" for each in coded):
+        why = "they read FP8 in blocks with rounded inputs only"
+        instead = "write activations: fp8, or strategy: channel (recipe w8-fp8)"
+        found.append(Obstacle(lost=SERVERS, why=why, instead=instead, shown=True))
+    scaled = sorted({each.form.name for each in coded if each.form.name in ("mxfp4-pack-quantized", "mxfp8-quantized")})
+    if scaled:
+        instead = "take NVFP4 (w4-nvfp4), FP8 (w8-fp8) or integers"
+        found.append(Obstacle(lost=("SGLang",), why=f"it does not read {_and(scaled)}", instead=instead, shown=True))
     return found
+
+
+def _in_blocks(each: Coded) -> bool:
+    """Whether an FP8 weight has its scales in blocks."""
+    return each.spec.stage.grid.group_size is not None
+
+
+def _one_scale(each: Coded) -> bool:
+    """Whether a weight is FP8 with a single scale."""
+    grid = each.spec.stage.grid
+    return isinstance(grid, Fp8Grid) and grid.strategy == "tensor"
 
 
 def _merged(coded: Sequence[Coded]) -> list[Obstacle]:
@@ -199,13 +223,15 @@ def _merged(coded: Sequence[Coded]) -> list[Obstacle]:
         for family in MERGED:
             if last in family:
                 modules[parent, family][last] = each
-    unlike, cut = [], []
+    unlike, cut, again = [], [], []
     for (_, family), members in modules.items():
         ordered = [members[last] for last in family if last in members]
         if len({(each.form.name, each.spec.activations, repr(each.spec.stage.grid)) for each in ordered}) > 1:
             unlike.append(ordered[0].matrix)
-        blocks = [each for each in ordered[:-1] if each.form.name == "float-quantized" and each.spec.stage.grid.group_size]
+        blocks = [each for each in ordered[:-1] if each.form.name == "float-quantized" and _in_blocks(each)]
         cut += [each.matrix for each in blocks if each.matrix.n % BLOCK]
+        if len(ordered) > 1 and all(_one_scale(each) and each.spec.activations != "none" for each in ordered):
+            again.append(ordered[0].matrix)
     found = []
     if unlike:
         why = f"they run {_and(' + '.join(family) for family in MERGED)} as one, and these differ in format ({_names(unlike)})"
@@ -213,6 +239,9 @@ def _merged(coded: Sequence[Coded]) -> list[Obstacle]:
     if cut:
         why = f"stacked with others, blocks of {BLOCK} do not divide their outputs ({_names(cut)})"
         found.append(Obstacle(lost=SERVERS, why=why, instead="write quantize.strategy: channel (recipe w8-fp8)"))
+    if again:
+        why = f"they bring stacked tensors with a scale each to one scale, which rounds the weights again ({_names(again)})"
+        found.append(Obstacle(lost=SERVERS, why=why, instead="write quantize.strategy: channel (recipe w8a8-fp8)"))
     return found
 
 

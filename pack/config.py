@@ -1,7 +1,8 @@
 """The `quantization_config` of compressed-tensors: written from what was done, and matched against layer names.
 
 One scheme for everything becomes one group with the target "Linear"; several become several groups that name their
-layers, since a class name cannot tell two linears apart. The top-level `format` is what older readers look at: it is
+layers, since a class name cannot tell two linears apart. An output head is named in any case: to servers it is no linear,
+and without its name they expect it dense. The top-level `format` is what older readers look at: it is
 "mixed-precision" only when the groups differ in their *format*; two widths of integers are both pack-quantized.
 
 A target, and an entry of `ignore`, is an exact layer name, a class name, or `re:` and a regular expression that is matched
@@ -19,8 +20,8 @@ from aerogel.lazy import load
 from aerogel.pack import FORMATS
 from aerogel.pack.format import Activations, Format, Grid
 
-VERSION = "0.17.0"
-"""The compressed-tensors release whose layout this is."""
+VERSION = "0.18.0"
+"""The first compressed-tensors release whose layout this is; before, widths that do not divide 32 left bits of a word empty."""
 
 
 def format_of(name: str) -> type[Format]:
@@ -54,6 +55,7 @@ def quantization_config(
     assignments: Sequence[tuple[str, Grid, Activations]],
     ignore: Iterable[str] = (),
     *,
+    heads: Iterable[str] = (),
     wanted: str = "auto",
     method: str = "compressed-tensors",
 ) -> dict[str, Any]:
@@ -62,6 +64,7 @@ def quantization_config(
     Args:
         assignments: every quantized layer: its name in the checkpoint (without `.weight`), its grid, its activations.
         ignore: names of the linears that were kept, `lm_head` too when it was.
+        heads: names of quantized layers outside the blocks, the output head.
         wanted: the recipe's `pack.format`: a format name or "auto".
         method: `quant_method`; "aerogel" for what only aerogel loads (such as transposed Conv1D weights). Formats that no
             standard knows make it "aerogel" by themselves.
@@ -80,7 +83,7 @@ def quantization_config(
         groups.setdefault(repr(group), (group, []))[1].append(name)
     single = len(groups) == 1
     config_groups = {
-        f"group_{index}": {**group, "targets": ["Linear"] if single else names}
+        f"group_{index}": {**group, "targets": ["Linear", *heads] if single else names}
         for index, (group, names) in enumerate(groups.values())
     }
     if not all(format_of(group["format"]).standard for group in config_groups.values()):

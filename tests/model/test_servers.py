@@ -43,8 +43,8 @@ def why(found: dict[str, Any]) -> str:
         ({"bits": 4, "group_size": 32}, EVERYONE, []),
         ({"bits": 4}, EVERYONE, []),
         ({"format": "nvfp4"}, EVERYONE, []),
-        ({"format": "mx"}, EVERYONE, []),
-        ({"format": "mx", "kind": "e4m3"}, EVERYONE, []),
+        ({"format": "mx"}, EVERYONE[:3], ["['SGLang'] it does not read mxfp4-pack-quantized"]),
+        ({"format": "mx", "kind": "e4m3"}, EVERYONE[:3], ["['SGLang'] it does not read mxfp8-quantized"]),
         ({"format": "fp8", "activations": "fp8"}, EVERYONE, []),
         ({"bits": 4, "group_size": 64}, EVERYONE[:1], ["groups of 64 do not divide 96 and 160 inputs", "group_size: 32,"]),
         ({"bits": 4, "group_size": 24}, EVERYONE[:1], ["groups of 24 do not divide 160 inputs", "group_size: 16,"]),
@@ -56,10 +56,12 @@ def why(found: dict[str, Any]) -> str:
         (
             {"format": "fp8", "strategy": "block"},
             EVERYONE[:2],
-            ["blocks of 128 do not divide 96", "stacked with others", "and 2 more", "strategy: channel"],
+            ["blocks of 128 do not divide 96", "stacked with others", "and 2 more", "strategy: channel", "activations: fp8"],
         ),
         ({"bits": 3, "group_size": 32}, EVERYONE[:3], ["['SGLang'] it unpacks 4 and 8 bits only"]),
-        ({"bits": 2, "group_size": 32, "symmetric": False}, EVERYONE[:2], ["zero points at 4 and 8 bits only"]),
+        ({"bits": 2, "group_size": 32, "symmetric": False}, EVERYONE[:3], ["['SGLang'] it unpacks 4 and 8 bits only"]),
+        ({"bits": 4, "group_size": 32, "activations": "int8"}, EVERYONE[:3], ["['SGLang'] with rounded inputs", "w8a8"]),
+        ({"bits": 8, "group_size": None, "activations": "int8"}, EVERYONE, []),
         ({"format": "nf4", "group_size": 32}, EVERYONE[:1], ["no standard has table-packed"]),
         ({"bits": 4, "group_size": 32, "transform": "hadamard", "transform_block": 32}, EVERYONE[:1], ["rotations"]),
     ],
@@ -76,6 +78,42 @@ def test_who_loads(llama: Path, tmp_path: Path, numbers: dict[str, Any], loaders
     assert report["loads"] == found["loads"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == ("compressed-tensors" if "transformers" in loaders else "aerogel")
+    assert logits(load(tmp_path / "out", dtype=torch.float32)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("refused", "said", "advised"),
+    [
+        (
+            {"bits": 4, "group_size": 32, "activations": "int8-static"},
+            "w8a8-static",
+            {"bits": 8, "group_size": None, "activations": "int8-static"},
+        ),
+        (
+            {"format": "fp8", "strategy": "block"},
+            "activations: fp8",
+            {"format": "fp8", "strategy": "block", "activations": "fp8"},
+        ),
+    ],
+    ids=["integers with static inputs", "blocks of weights alone"],
+)
+def test_what_servers_refuse_of_any_shape(llama: Path, refused: dict[str, Any], said: str, advised: dict[str, Any]) -> None:
+    """vLLM 0.32 stops: no scheme for the first, an assertion in its own code for the second. What is written instead loads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ZOO, "llama", {**SMALL, "hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 1})
+        whole = save("llama", llama.parent / "whole")
+    found = plan(whole, recipe(None, rtn(**refused)))
+    assert found["loads"]["in"] == EVERYONE[:2]
+    (row,) = found["loads"]["not"]
+    assert row["shown"] and said in row["instead"]
+    assert plan(whole, recipe(None, rtn(**advised)))["loads"]["in"] == EVERYONE
+
+
+def test_servers_find_the_head_by_its_name(llama: Path, tmp_path: Path) -> None:
+    """To them it is no Linear: vLLM 0.32 stops at `lm_head.weight_packed` where the config's only target is that class."""
+    compress(llama, recipe(None, rtn(bits=4, group_size=32, ignore=[])), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"] and config["ignore"] == []
     assert logits(load(tmp_path / "out", dtype=torch.float32)).isfinite().all()
 
 

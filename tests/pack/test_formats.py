@@ -126,6 +126,8 @@ def test_uniform_config_is_one_group_that_targets_linear() -> None:
     assert config["ignore"] == ["lm_head"] and config["quant_method"] == "compressed-tensors"
     wanted = {"num_bits": 4, "strategy": "group", "group_size": 128, "symmetric": True, "type": "int", "zp_dtype": None}
     assert group["weights"] | wanted == group["weights"]
+    named = quantization_config([("a", grid, "none"), ("lm_head", grid, "none")], heads=["lm_head"])
+    assert named["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]
 
 
 def test_mixed_bits_are_several_groups_and_mixed_formats_say_so() -> None:
