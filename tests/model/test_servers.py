@@ -62,6 +62,12 @@ def why(found: dict[str, Any]) -> str:
         ({"bits": 2, "group_size": 32, "symmetric": False}, EVERYONE[:3], ["['SGLang'] it unpacks 4 and 8 bits only"]),
         ({"bits": 4, "group_size": 32, "activations": "int8"}, EVERYONE[:3], ["['SGLang'] with rounded inputs", "w8a8"]),
         ({"bits": 8, "group_size": None, "activations": "int8"}, EVERYONE, []),
+        ({"format": "fp8", "strategy": "tensor"}, EVERYONE, []),
+        (
+            {"format": "fp8", "strategy": "tensor", "activations": "fp8"},
+            EVERYONE[:2],
+            ["rounds the weights again (", " and 1 more)", "strategy: channel (recipe w8a8-fp8)"],
+        ),
         ({"format": "nf4", "group_size": 32}, EVERYONE[:1], ["no standard has table-packed"]),
         ({"bits": 4, "group_size": 32, "transform": "hadamard", "transform_block": 32}, EVERYONE[:1], ["rotations"]),
     ],
