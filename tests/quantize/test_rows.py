@@ -52,7 +52,7 @@ def test_chosen_rows_are_like_rows_of_many_bits_and_others_do_not_change(method:
     found = Refining(method=method, more=LOSS)(layer.with_(rows_R=rows_R))
     assert torch.equal(found.weight_NK[others], base.weight_NK[others])
     assert found.codes is not None and torch.equal(found.codes.decode()[others], base.weight_NK[others])
-    target = layer.weight_NK * (1.01 if getattr(method, "gptaq", False) else 1)
+    target = layer.weight_NK * (1 + 0.01 * method.gptaq_alpha if getattr(method, "gptaq", False) else 1)
 
     def losses(solved: Layer) -> torch.Tensor:
         d_RK = (target - solved.weight_NK)[rows_R]
