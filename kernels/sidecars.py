@@ -11,7 +11,7 @@ threshold (LLM.int8()) the columns depend on x: what is wanted is read back to t
 hold.
 
 A scale of inputs (static rounding) is no product: the kernel is called with it. A rotation comes before everything: the kernel
-sees x R.
+sees x R; and so do factors of inputs: it sees s x.
 
 Rows of more bits: one more packed linear of R outputs through whatever kernel serves it, added to those outputs.
 
@@ -35,7 +35,7 @@ from aerogel.kernels.hadamard import choose as hadamard_ops
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.packed import Uncast
 from aerogel.pack.format import Activations
-from aerogel.quantize.sidecars import SIDECARS, Sidecar
+from aerogel.quantize.sidecars import SIDECARS, Sidecar, decoding_dtype
 
 
 class Product(Uncast):
@@ -164,12 +164,23 @@ class RotationProduct(Product):
         return hadamard_ops.turned(x_MK, *self.held)
 
 
+class InputFactorProduct(Product):
+    """The factors of inputs."""
+
+    factor_K: Tensor
+
+    def forward(self, x_MK: Tensor) -> Tensor:
+        """s x in x's type."""
+        return x_MK * self.factor_K.to(x_MK.dtype)
+
+
 PRODUCTS: dict[str, type[Product]] = {
     "weight_outliers": OutlierProduct,
     "weight_columns": ColumnProduct,
     "weight_rows": RowProduct,
     "input_scale": InputScaleHeld,
     "rotation": RotationProduct,
+    "input_factor": InputFactorProduct,
 }
 
 
@@ -243,8 +254,9 @@ class SidecarLinear(Linear):
             self.prepare(x.dtype)
         problem = self._problem or self.problem()
         x_MK = x.reshape(-1, self.in_features).contiguous()
-        if "rotation" in self._modules:
-            x_MK = self._modules["rotation"](x_MK)  # type: ignore[misc]
+        for before in ("input_factor", "rotation"):
+            if before in self._modules:
+                x_MK = self._modules[before](x_MK)  # type: ignore[misc]
         if self._adds and x.dtype is problem.dtype and not torch.compiler.is_compiling():
             added = self._wanted(x_MK).operands() if self._added is None else self._added
             y_MN = self._kernel.run(x_MK, self.operands() | added, problem, self.bias)
@@ -268,7 +280,7 @@ class SidecarLinear(Linear):
         the kernel, `turned_before` and `rows_added`."""
         stored = self._stored()
         by_kernel = self._adds or not stored.operands()
-        scaled = "input_scale" in self._modules
+        scaled = "input_scale" in self._modules or "input_factor" in self._modules
         return stored if by_kernel and not self._looks() and not scaled else None
 
     def turned_before(self) -> tuple[Tensor, int] | None:
@@ -302,10 +314,11 @@ class SidecarLinear(Linear):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [N, K], with what is kept in its place."""
-        w_NK = super().dequantize(dtype)
+        dtype = dtype or self.compute_dtype
+        w_NK = super().dequantize(decoding_dtype(self._modules, dtype))
         for product in self._products():
             product.sidecar.put(w_NK)
-        return w_NK
+        return w_NK.to(dtype)
 
     @property
     def packed_bytes(self) -> int:

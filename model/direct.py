@@ -274,8 +274,8 @@ class _Checkpoint:
         """The linear [N, K] of a packed weight, as it is stored, with what stands beside it."""
         if name not in self.groups:
             raise NotDirect(f"{name} is not packed")
-        header = {local: self.entries[tensor].dtype for local, tensor in self.groups[name].items()}
-        scheme = self.source.scheme((name,), header, ("Linear",))
+        entries = {local: self.entries[tensor] for local, tensor in self.groups[name].items()}
+        scheme = self.source.scheme_of((name,), entries, ("Linear",))
         wanted = stored_shapes(scheme, N, K)
         tensors = {local: self.take(tensor) for local, tensor in self.groups[name].items()}
         beside = {local: tensors.pop(local) for local in sidecars.NAMES if local in tensors}

@@ -8,11 +8,14 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from aerogel.errors import BadInput
 from aerogel.model.entropy import MARK
 from aerogel.model.reader import CheckpointReader
 from aerogel.model.source import resolve
 from aerogel.pack.hqq import Hqq
+from aerogel.pack.modelopt import config_beside
 from aerogel.quantize.sidecars import NAMES as SIDECARS
 
 REPORT = "aerogel_report.json"
@@ -40,6 +43,7 @@ BESIDE = {
     "rows of more bits": "weight_row_index",
     "stored scale of inputs": "input_scale",
     "rotated inputs": "input_signs",
+    "factors of inputs": "pre_quant_scale",
 }
 """What stands beside codes -> a tensor that every linear with it has."""
 HQQ = Hqq.suffixes
@@ -60,9 +64,10 @@ def inspect(model: str | Path) -> dict[str, Any]:
         BadInput: nothing there, no config.json, or damaged safetensors.
     """
     folder = resolve(model)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    config = {"quantization_config": config_beside(folder), **config}
     reader = CheckpointReader(folder)
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    text: dict[str, Any] = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     weights = _weights(reader, _native_shapes(config))
     packed = {name: facts for name, facts in weights.items() if facts["quantized"]}
     logical = sum(facts["weights"] for facts in packed.values())
@@ -151,7 +156,7 @@ def _logical(leaves: dict[str, Any], reader: CheckpointReader) -> int:
     if "W_q" in leaves and "shape" in leaves:  # HQQ
         return math.prod(int(size) for size in reader.read(leaves["shape"].name).tolist())
     if (weight := _shape(leaves, "weight", reader)) is not None:
-        pairs = "weight_scale_2" in leaves and len(weight) == 2  # ModelOpt's NVFP4: two to a byte
+        pairs = "weight_scale_2" in leaves or _in_groups(leaves)  # ModelOpt's four bits: two to a byte
         return (2 if pairs else 1) * math.prod(weight)
     if (packed := _shape(leaves, "weight_packed", reader)) is not None:
         return 2 * math.prod(packed)  # NVFP4 and MXFP4 of compressed-tensors, which are stored without a width
@@ -162,6 +167,12 @@ def _logical(leaves: dict[str, Any], reader: CheckpointReader) -> int:
         # AWQ packs along N, so K is plain; the scales have N columns.
         return codes[0] * scales[1]
     return 0
+
+
+def _in_groups(leaves: dict[str, Any]) -> bool:
+    """Whether a weight is bytes of two codes with scales of groups."""
+    weight, scale = leaves.get("weight"), leaves.get("weight_scale")
+    return weight is not None and scale is not None and weight.dtype == torch.uint8 and len(scale.shape) == 2
 
 
 def _quantization(config: dict[str, Any], count: int, reader: CheckpointReader) -> dict[str, Any] | None:

@@ -15,7 +15,6 @@ Shape legend: N out features, K in features.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from aerogel.kernels.decode.merge import merging
 from aerogel.model.quantizer import first_line, register
 from aerogel.model.stored_bits import at_bits, bits_wanted
 from aerogel.model.trim import trim
+from aerogel.pack.modelopt import config_beside
 from aerogel.pack.planes import narrowed
 
 __all__ = ["at_bits", "load", "register"]
@@ -66,9 +66,8 @@ def load(
         raise BadInput(f"{path} is not a checkpoint transformers can read ({first_line(error)})") from error
     bits = bits_wanted() if bits is None else bits
     stored = getattr(config, "quantization_config", None)
-    beside = Path(path) / "hf_quant_config.json"
-    if stored is None and beside.is_file():  # where ModelOpt once put it, and only there
-        config.quantization_config = {"quant_method": "modelopt", **json.loads(beside.read_text("utf-8"))}
+    if stored is None and (beside := config_beside(Path(path))) is not None:
+        config.quantization_config = beside
     if bits is not None and stored is not None:
         config.quantization_config = narrowed(stored, bits)
     name = (config.architectures or [""])[0]

@@ -35,7 +35,7 @@ from aerogel.pack.scheme import Scheme
 from aerogel.pack.source import Source, UnevenGroups, order_of
 from aerogel.quantize.input_scale import NAMES as INPUT_SCALE
 from aerogel.quantize.planes import PlaneGrid
-from aerogel.quantize.sidecars import with_sidecars
+from aerogel.quantize.sidecars import decoding_dtype, with_sidecars
 
 NUMBERED = re.compile(r"(?P<stem>.+)\.(?P<number>\d+)\.(?P<leaf>[^.]+)")
 
@@ -225,8 +225,8 @@ class _Planner:
         return tied[0] if self.model.get_submodule(tied[0].rpartition(".")[0]) is head else None
 
     def _scheme(self, name: str, tensors: Mapping[str, str], parameter: str, owner: nn.Module) -> Scheme:
-        header = {local: self.header[tensor].dtype for local, tensor in tensors.items()}
-        return self.source.scheme((name, parameter.removesuffix(".weight")), header, ("Linear", type(owner).__name__))
+        entries = {local: self.header[tensor] for local, tensor in tensors.items()}
+        return self.source.scheme_of((name, parameter.removesuffix(".weight")), entries, ("Linear", type(owner).__name__))
 
     def _stays_packed(self, tensors: Mapping[str, str], scheme: Scheme, parameter: str, owner: nn.Module) -> bool:
         plain = isinstance(owner, nn.Linear) and type(owner).forward is nn.Linear.forward
@@ -277,5 +277,6 @@ def decoded(placement: Placement, source: Source, tensors: Mapping[str, Tensor],
         one = replace(placement, whole=False)
         experts = range(len(next(iter(tensors.values()))))
         return torch.stack([decoded(one, source, of_expert(tensors, e), dtype) for e in experts])
-    weight = with_sidecars(source.columns(placement.name, tensors, placement.scheme).dense(dtype), tensors, placement.name)
+    decoded_NK = source.columns(placement.name, tensors, placement.scheme).dense(decoding_dtype(tensors, dtype))
+    weight = with_sidecars(decoded_NK, tensors, placement.name).to(dtype)
     return weight.T.contiguous() if placement.transposed else weight

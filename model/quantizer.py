@@ -42,8 +42,9 @@ STOCK: dict[str, tuple[str, str]] = {
 METHODS = (*STOCK, "modelopt", "aerogel")
 FIRST_TOKENS = (1, 512)
 """Numbers of tokens whose kernels are compiled while a model is loaded: a step of decoding, and a prompt."""
-UNREAD = (r"\.weight_packed_\d$", r"\.weight_scale_\d$")
-"""Names of bit planes, which transformers need not wonder about when a model is loaded without the last of them."""
+UNREAD = (r"\.weight_packed_\d$", r"\.weight_scale_\d$", r"\.[kv]_scale$")
+"""Names of bit planes, and of scales of a cache: transformers need not wonder about them when a model is loaded without the
+last planes, or with a cache that is not rounded, of which the source of the checkpoint speaks."""
 
 
 def register() -> None:

@@ -24,6 +24,7 @@ from aerogel.errors import BadInput
 from aerogel.model.naming import Group, group_tensors
 from aerogel.model.reader import CheckpointReader
 from aerogel.model.source import check_config
+from aerogel.pack.modelopt import config_beside
 
 Kind = Literal["Linear", "Conv1D", "Expert", "Embedding"]
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -198,8 +199,8 @@ def discover(folder: str | Path, *, trust_remote_code: bool = False) -> Structur
     """
     folder = Path(folder)
     raw = check_config(folder, trust_remote_code=trust_remote_code)
-    if raw.get("quantization_config"):
-        method = dict(raw["quantization_config"]).get("quant_method", "?")  # type: ignore[call-overload]
+    if stored := raw.get("quantization_config") or config_beside(folder):
+        method = dict(stored).get("quant_method", "?")  # type: ignore[call-overload]
         raise BadInput(
             f"{folder} is already quantized ({method}); start from the dense checkpoint, or make one with"
             " `aerogel export --to dense`"

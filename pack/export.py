@@ -38,6 +38,7 @@ from aerogel.model.entropy import (
 from aerogel.model.placement import Placement, decoded, make_plan
 from aerogel.model.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
 from aerogel.model.writer import disk_errors, write_json, write_tensors
+from aerogel.pack.modelopt import config_beside
 from aerogel.pack.source import Source, open_source
 
 SHARD_BYTES = 5 * 1000**3
@@ -217,7 +218,8 @@ def read_config(path: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((path / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} holds no readable config.json ({error}); give the folder of a checkpoint") from error
-    return config
+    stored = config.get("quantization_config") or config_beside(path)
+    return config if stored is None else {**config, "quantization_config": stored}
 
 
 def check_quantized(path: Path, config: Mapping[str, Any]) -> None:
@@ -235,8 +237,8 @@ def _tensors(path: Path, source: Source, config: dict[str, Any]) -> Iterator[tup
     groups = source.groups(reader.entries)
     for name in (name for name in plan.homeless if name in groups):
         # The architecture does not use it, yet the dense original had it.
-        header = {local: reader.entry(tensor).dtype for local, tensor in groups[name].items()}
-        scheme = source.scheme((name,), header, ("Linear",))
+        entries = {local: reader.entry(tensor) for local, tensor in groups[name].items()}
+        scheme = source.scheme_of((name,), entries, ("Linear",))
         placed[name] = Placement(name=name, tensors=groups[name], scheme=scheme, parameter="", dense_name=f"{name}.weight")
     plain = source.plain_groups(reader.entries)
     apart = {min(parts.values()): name for name, parts in plain.items()}

@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from aerogel.lazy import load
 from aerogel.pack import SOURCES
 from aerogel.pack.scheme import NotServed, Scheme
 from aerogel.quantize.grids import Codes, IntGrid
+
+if TYPE_CHECKING:
+    from aerogel.model.reader import Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,10 @@ class Source(ABC):
         Raises:
             BadInput: the config does not cover this weight.
         """
+
+    def scheme_of(self, names: Sequence[str], entries: Mapping[str, Entry], class_names: Sequence[str]) -> Scheme:
+        """As `scheme`, for sources that must see the shapes of its tensors as well: entries of the file by local name."""
+        return self.scheme(names, {local: entry.dtype for local, entry in entries.items()}, class_names)
 
     @abstractmethod
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Columns:

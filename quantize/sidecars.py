@@ -1,8 +1,8 @@
 """What may stand beside codes, whatever the codes are, and the stage that takes it out before codes are chosen.
 
     W = codes + the sidecars        where a sidecar holds a weight the code is 0, so that nothing is added twice; only rows of
-                                    more bits (`rows`) add to what is coded. `input_scale` holds no weight, and
-                                    `rotation` says in which basis the codes are
+                                    more bits (`rows`) add to what is coded. `input_scale` holds no weight,
+                                    `rotation` says in which basis the codes are, `input_factor` in which units
 
 A sidecar is a frozen dataclass of tensors with `shapes`, `read`, `tensors`, `check` and `put`; `SIDECARS` lists them, and
 everything else (storing, loading, planning, exporting) goes over that list. Any method solves what remains: it sees the
@@ -13,7 +13,7 @@ Shape legend: N out features, K in features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,12 @@ from torch import Tensor
 from aerogel.errors import RunFailed
 from aerogel.model.layer import Layer, Need, solve_together
 from aerogel.quantize import columns as kept_columns
-from aerogel.quantize import input_scale, rotation
+from aerogel.quantize import input_factor, input_scale, rotation
 from aerogel.quantize import outliers as sparse_outliers
 from aerogel.quantize import rows as finer_rows
 from aerogel.quantize.codes import no_zeros
 from aerogel.quantize.columns import Columns, KeepColumns
+from aerogel.quantize.input_factor import InputFactor
 from aerogel.quantize.input_scale import InputScale
 from aerogel.quantize.outliers import Keep, Outliers
 from aerogel.quantize.problem import relative_loss
@@ -38,16 +39,20 @@ from aerogel.quantize.rtn import weight_error
 if TYPE_CHECKING:
     from aerogel.pack.format import Shapes
 
-Sidecar = Outliers | Columns | Rows | InputScale | Rotation
+Sidecar = Outliers | Columns | Rows | InputScale | Rotation | InputFactor
 SIDECARS: dict[str, Callable[[Mapping[str, Tensor]], Sidecar | None]] = {
     "weight_outliers": Outliers.read,
     "weight_columns": Columns.read,
     "weight_rows": Rows.read,
     "input_scale": InputScale.read,
     "rotation": Rotation.read,
+    "input_factor": InputFactor.read,
 }
 """Name of the module that runs a sidecar (`kernels/sidecars.py`) -> what reads it from stored tensors, None without any."""
-NAMES = (*sparse_outliers.NAMES, *kept_columns.NAMES, *finer_rows.NAMES, *input_scale.NAMES, *rotation.NAMES)
+NAMES = (
+    *(*sparse_outliers.NAMES, *kept_columns.NAMES, *finer_rows.NAMES),
+    *(*input_scale.NAMES, *rotation.NAMES, *input_factor.NAMES),
+)
 """Local names of everything that a sidecar stores beside a packed weight."""
 
 
@@ -78,6 +83,12 @@ def below(parts: Sequence[Mapping[str, Sidecar]], heights: Sequence[int]) -> dic
             return None
         tensors |= joined.tensors()
     return tensors
+
+
+def decoding_dtype(names: Iterable[str], dtype: torch.dtype) -> torch.dtype:
+    """The type in which a weight with these sidecars is decoded on its way to `dtype`: where factors follow, a wider one, so
+    that the product is rounded once. names: keys of `SIDECARS`, or local names of stored tensors."""
+    return torch.float32 if {"input_factor", *input_factor.NAMES} & set(names) else dtype
 
 
 def with_sidecars(w_NK: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:

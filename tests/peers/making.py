@@ -95,6 +95,7 @@ def record(case: Path, weights: Mapping[str, torch.Tensor], logits: torch.Tensor
     tensors = {name: weight.detach().cpu().contiguous().clone() for name, weight in weights.items()}
     save_file({**tensors, "logits": logits.cpu().contiguous(), "ids": test_ids(vocabulary)}, case / "decoded.safetensors")
     names = ("torch", "transformers", "compressed-tensors", "llmcompressor", "auto-round", "gptqmodel", "hqq")
+    names += ("nvidia-modelopt", "gpt-oss")
     versions = {}
     for name in names:
         try:
