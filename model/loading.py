@@ -26,6 +26,7 @@ from aerogel.errors import BadInput
 from aerogel.kernels.decode.merge import merge as merge_linears
 from aerogel.kernels.decode.merge import merging
 from aerogel.model.quantizer import first_line, register
+from aerogel.model.source import check_config
 from aerogel.model.stored_bits import at_bits, bits_wanted
 from aerogel.model.trim import trim
 from aerogel.pack.modelopt import config_beside
@@ -63,6 +64,8 @@ def load(
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
+        if Path(path).is_dir():
+            check_config(Path(path), trust_remote_code=True)  # which knows more of what it may be instead
         raise BadInput(f"{path} is not a checkpoint transformers can read ({first_line(error)})") from error
     bits = bits_wanted() if bits is None else bits
     stored = getattr(config, "quantization_config", None)

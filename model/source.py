@@ -69,13 +69,23 @@ def check_config(folder: Path, *, trust_remote_code: bool = False) -> dict[str, 
     except (ValueError, OSError) as error:
         raise BadInput(f"{file} cannot be read as JSON ({error}); get it again") from error
     if not isinstance(config, dict) or not config.get("model_type"):
-        raise BadInput(f"{file} names no model_type; it is not the config of a transformers model")
+        raise BadInput(f"{file} names no model_type; {_other_layout(config)}")
     if config.get("auto_map") and not trust_remote_code:
         raise BadInput(
             f"{folder} asks to run Python code of its own (auto_map in config.json); aerogel never does unless you pass"
             " --trust-remote-code, and you should read that code first"
         )
     return config
+
+
+def _other_layout(config: object) -> str:
+    """What a config.json without a model_type is."""
+    if isinstance(config, dict) and {"experts_per_token", "swiglu_limit"} <= config.keys():
+        return (
+            "this is gpt-oss in OpenAI's own layout (the folder `original` of its release); give the folder above it, or"
+            " openai/gpt-oss-20b, which has the same weights in the layout of transformers"
+        )
+    return "it is not the config of a transformers model"
 
 
 def _is_gguf(path: Path) -> bool:

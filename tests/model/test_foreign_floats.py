@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from aerogel.errors import BadInput
 from aerogel.kernels.experts import ExpertLinear
 from aerogel.kernels.linear import Linear
 from aerogel.model.inspect import inspect
@@ -91,6 +92,15 @@ def test_gpt_oss_experts_that_cannot_stay_packed_are_decoded_and_it_is_said(
     assert "decoded into dense weights: computes something else" in caplog.text
     dense = AutoModelForCausalLM.from_pretrained(wanted, dtype=torch.float32)
     close(logits(model), logits(dense), 2e-5)
+
+
+def test_gpt_oss_in_the_layout_of_openai_is_refused_with_the_folder_to_take(tmp_path: Path) -> None:
+    words = {"num_hidden_layers": 24, "num_experts": 32, "experts_per_token": 4, "hidden_size": 2880, "swiglu_limit": 7.0}
+    (tmp_path / "config.json").write_text(json.dumps(words))
+    save_file({"block.0.mlp.mlp1_weight.blocks": torch.zeros(1, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    for read in (load, inspect):
+        with pytest.raises(BadInput, match=r"OpenAI's own layout .* give the folder above it, or openai/gpt-oss-20b"):
+            read(tmp_path)
 
 
 def modelopt_nvfp4(folder: Path, name: str, factors: list[float]) -> tuple[Path, torch.nn.Module]:
