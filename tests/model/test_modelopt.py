@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import zoo
+from tests.model.test_direct import PROMPTS, steps
 from tests.model.test_loading import close, logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,6 +20,7 @@ from aerogel.errors import BadInput
 from aerogel.kernels.experts import ExpertLinear
 from aerogel.kernels.linear import Linear
 from aerogel.kernels.sidecars import SidecarLinear
+from aerogel.model.direct import load_to_decode
 from aerogel.model.inspect import inspect
 from aerogel.model.loading import load
 from aerogel.model.structure import discover
@@ -292,3 +294,14 @@ def test_what_is_not_read_says_what_to_take_instead(tmp_path: Path) -> None:
     save_file(held, packed / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NotServed, match=r"experts that ModelOpt stored in one tensor.*start from the dense model"):
         load(packed)
+
+
+def test_tokens_are_decoded_with_factors_of_inputs_in_every_loop(tmp_path: Path) -> None:
+    packed, wanted = save(tmp_path, lambda _, w: int4(w), late, quant_algo="W4A16_AWQ")
+    for path in (packed, wanted):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    expected = steps(AutoModelForCausalLM.from_pretrained(wanted), "plain", PROMPTS)
+    model = load_to_decode(packed)
+    assert "tensors than its format's" in str(model.not_direct)
+    assert steps(model, "fused", PROMPTS) == steps(load(packed), "plain", PROMPTS) == expected
