@@ -29,7 +29,7 @@ from aerogel.kernels.linear import Linear, stored_shapes
 from aerogel.kernels.sidecars import SidecarLinear
 from aerogel.model.experts import Stack
 from aerogel.model.native import CODES
-from aerogel.model.placement import Placement, Plan, decoded, features, of_expert
+from aerogel.model.placement import Placement, Plan, decoded, features
 from aerogel.model.reader import Entry, read_header
 from aerogel.pack.config import format_of
 from aerogel.pack.source import Source
@@ -212,7 +212,7 @@ class Decoder(WeightConverter):  # type: ignore[misc, unused-ignore]
         if item.scheme is None:
             raise RunFailed(f"{item.name} has no scheme; please report this checkpoint")
         tensors = _local(item, held)
-        return self.source.read(of_expert(tensors, expert) if item.whole else tensors, item.scheme).codes
+        return self.source.read(self.source.of_expert(tensors, expert) if item.whole else tensors, item.scheme).codes
 
 
 def _joined(parts: list[Codes], grid: Grid) -> Codes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,13 @@ def _weights(reader: CheckpointReader, native: dict[str, list[int]]) -> dict[str
         stacks = {leaf.removesuffix("_blocks"): entry for leaf, entry in leaves.items() if leaf.endswith("_blocks")}
         for stem, blocks in stacks.items():  # gpt-oss: all experts of a layer in two tensors, two weights to a byte
             held = [leaves.pop(f"{stem}_{part}") for part in ("blocks", "scales") if f"{stem}_{part}" in leaves]
-            facts = {"quantized": True, "weights": 2 * math.prod(blocks.shape), "bytes": sum(entry.nbytes for entry in held)}
+            facts = {"quantized": True, "weights": 2 * math.prod(blocks.shape), "bytes": _bytes_of(held)}
             found[f"{module}.{stem}"] = facts
+        ends = ("", "_weight_scale", "_weight_scale_2", "_input_scale")
+        for stem in [leaf.removesuffix(ends[1]) for leaf in leaves if leaf.endswith(ends[1])]:  # ModelOpt's: the same in others
+            stored = [leaves.pop(stem + end) for end in ends if stem + end in leaves]
+            count = math.prod(stored[0].shape) * (2 if stored[0].dtype == torch.uint8 else 1)
+            found[f"{module}.{stem}"] = {"quantized": True, "weights": count, "bytes": _bytes_of(stored)}
         hqq = not Hqq.markers.isdisjoint(leaves)
         quantized = hqq or module in native or any(leaf in leaves for leaf in PACKED)
         own = leaves.keys() - {"bias"} if module in native else HQQ if hqq else {leaf for leaf in leaves if _packed(leaf)}
@@ -133,7 +139,11 @@ def _packed(leaf: str) -> bool:
 
 
 def _bytes(entries: dict[str, Any]) -> int:
-    return sum(entry.nbytes for entry in entries.values())
+    return _bytes_of(entries.values())
+
+
+def _bytes_of(entries: Iterable[Any]) -> int:
+    return sum(entry.nbytes for entry in entries)
 
 
 def _numbers(leaves: dict[str, Any], reader: CheckpointReader) -> int:

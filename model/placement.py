@@ -6,7 +6,7 @@ tensor's is. That leads to one of five places:
     a linear's weight      the linear is replaced by `kernels.Linear` and stays packed (a GPT-2 Conv1D as well)
     a part of a parameter  experts that transformers fuses into one 3-D parameter: decoded, and handed to its own rule
     a slice of a stack     `...experts.E.gate_up_proj` where the model has `...experts.gate_up_proj` [E, ., .]: decoded, stacked
-    a whole stack          `...experts.gate_up_proj` with all experts in its tensors (gpt-oss)
+    a whole stack          `...experts.gate_up_proj` with all experts in its tensors (gpt-oss, some of ModelOpt)
     any other parameter    decoded
 
 Nothing here reads a weight. Read are column indices (GPTQ's g_idx, K integers each), since whether their groups are even
@@ -202,6 +202,7 @@ class _Planner:
                 embedding=path,
             )
         transposed = bool(getattr(owner, "is_transposed", False)) if whole or stack is not None else isinstance(owner, Conv1D)
+        transposed = transposed or (whole and self.source.turned)
         return Placement(
             name=name,
             tensors=tensors,
@@ -253,11 +254,6 @@ def _wanted(tensors: Mapping[str, str], scheme: Scheme) -> Mapping[str, str]:
     return {local: name for local, name in tensors.items() if local in read}
 
 
-def of_expert(tensors: Mapping[str, Tensor], expert: int) -> dict[str, Tensor]:
-    """The tensors of one expert among those of a whole stack."""
-    return {local: tensor[expert] for local, tensor in tensors.items()}
-
-
 def features(module: nn.Module) -> tuple[int, int]:
     """(N, K) of an `nn.Linear` or a Conv1D."""
     if isinstance(module, Conv1D):
@@ -275,8 +271,8 @@ def decoded(placement: Placement, source: Source, tensors: Mapping[str, Tensor],
     tensors = source.opened(tensors)
     if placement.whole:
         one = replace(placement, whole=False)
-        experts = range(len(next(iter(tensors.values()))))
-        return torch.stack([decoded(one, source, of_expert(tensors, e), dtype) for e in experts])
+        experts = range(max(len(tensor) for tensor in tensors.values() if tensor.ndim))
+        return torch.stack([decoded(one, source, source.of_expert(tensors, e), dtype) for e in experts])
     decoded_NK = source.columns(placement.name, tensors, placement.scheme).dense(decoding_dtype(tensors, dtype))
     weight = with_sidecars(decoded_NK, tensors, placement.name).to(dtype)
     return weight.T.contiguous() if placement.transposed else weight

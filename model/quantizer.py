@@ -42,9 +42,9 @@ STOCK: dict[str, tuple[str, str]] = {
 METHODS = (*STOCK, "modelopt", "aerogel")
 FIRST_TOKENS = (1, 512)
 """Numbers of tokens whose kernels are compiled while a model is loaded: a step of decoding, and a prompt."""
-UNREAD = (r"\.weight_packed_\d$", r"\.weight_scale_\d$", r"\.[kv]_scale$")
-"""Names of bit planes, and of scales of a cache: transformers need not wonder about them when a model is loaded without the
-last planes, or with a cache that is not rounded, of which the source of the checkpoint speaks."""
+UNREAD = (r"\.weight_packed_\d$", r"\.weight_scale_\d$", r"\.[kv]_scale$", r"[._]input_scale$")
+"""Names of bit planes, and of scales of a cache and of inputs: transformers need not wonder about them when a model is loaded
+without the last planes, or rounds no cache and no inputs, of which the source of the checkpoint speaks."""
 
 
 def register() -> None:
@@ -130,7 +130,7 @@ class AerogelQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
         """Unfuses Llama 4's experts for checkpoints that hold them apart; the stacks we store keep their own class."""
-        if not any(".gate_up_proj.weight_" in name for name in self.header):
+        if not any(".gate_up_proj.weight_" in name or name.endswith(".gate_up_proj_weight_scale") for name in self.header):
             super()._convert_model_for_quantization(model)  # type: ignore[no-untyped-call, unused-ignore]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

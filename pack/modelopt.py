@@ -14,6 +14,9 @@
     W8A..     weight          int8 [N, K]               W = q * weight_scale[n]
               weight_scale    float32 [N]
 
+Experts in one tensor (gpt-oss, Llama 4; FP8 with one scale, and NVFP4) have the names NAME, NAME_weight_scale, ... and matrices
+that are turned: e4m3 [E, K, N], uint8 [E, K/2, N] with scales [E, K/16, N].
+
     input_scale      float32 []  of inputs rounded with a fixed scale: used with FP8 and W8A8
     pre_quant_scale  [K]         multiplies inputs before anything else (`quantize/input_factor.py`)
     k_scale, v_scale float32 []  of a cache in eight or four bits; not used
@@ -88,8 +91,8 @@ STATIC = {"FP8": "fp8-static", "W8A8_SQ_PER_CHANNEL": "int8-static"}
 AS_THEY_ARE = ("NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8", "MXFP4", "W4A8_MXFP4_FP8", "MXFP8", "W4A8_AWQ")
 """Algorithms that ask for inputs in floats of four or eight bits, which we leave alone."""
 MIXED = "MIXED_PRECISION"
-STACKED = ("_weight_scale", "_weight_scale_2")
-"""Ends of names that only experts in one tensor have: `experts.gate_up_proj_weight_scale`."""
+STACKED = ("FP8", "NVFP4")
+"""Algorithms that experts in one tensor may have."""
 
 
 def config_beside(folder: Path) -> dict[str, Any] | None:
@@ -113,6 +116,7 @@ class ModelOpt(Source):
     suffixes: frozenset[str] = frozenset({"weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale"})
     markers: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
     index: ClassVar[str] = "weight_g_idx"
+    turned: ClassVar[bool] = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         inner = config.get("quantization")
@@ -130,15 +134,19 @@ class ModelOpt(Source):
             logger.warning("the checkpoint asks for a %s cache of keys and values; it is not rounded", kind)
 
     def groups(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
-        """As any source has them. Raises `NotServed` for experts that lie in one tensor, whose names are others."""
-        names = list(names)
-        for name in names:
-            if name.endswith(STACKED):
-                raise NotServed(
-                    f"{name} belongs to experts that ModelOpt stored in one tensor, {NOT_SERVED}; start from the"
-                    " dense model (`aerogel compress`)"
-                )
-        return super().groups(names)
+        """As any source has them, and experts in one tensor, whose scales have its name with an end."""
+        names = set(names)
+        found = super().groups(sorted(names))
+        for name in sorted(names):
+            stem = name.removesuffix("_weight_scale")
+            if stem != name and stem in names:
+                ends = ("weight_scale", "weight_scale_2", "input_scale")
+                found[stem] = {"weight": stem} | {end: f"{stem}_{end}" for end in ends if f"{stem}_{end}" in names}
+        return found
+
+    def of_expert(self, tensors: Mapping[str, Tensor], expert: int) -> dict[str, Tensor]:
+        """Matrices are [K, N] in stacks; what has no axes is everybody's."""
+        return {local: tensor[expert].T.contiguous() if tensor.ndim == 3 else tensor for local, tensor in tensors.items()}
 
     def scheme(self, names: Sequence[str], header: Mapping[str, torch.dtype], class_names: Sequence[str]) -> Scheme:
         """By the algorithm. Raises `BadInput` where a tensor is missing or the config does not name the layer."""
@@ -157,11 +165,18 @@ class ModelOpt(Source):
         """As `scheme`, in groups of the size that the shapes have."""
         found = super().scheme_of(names, entries, class_names)
         grid = found.grid
+        weight, scale = entries["weight"].shape, entries["weight_scale"].shape
+        if len(weight) == 3:
+            algorithm = self._algorithm_of(names)
+            if algorithm not in STACKED or (algorithm == "FP8" and scale):
+                raise NotServed(
+                    f"{names[0]} holds all experts of a layer in {algorithm} with scales {list(scale)}, {NOT_SERVED} in one"
+                    " tensor; start from the dense model (`aerogel compress`)"
+                )
         if not isinstance(grid, Nvfp4 | IntGrid) or grid.group_size is None:
             return found
-        weight, scale = entries["weight"].shape, entries["weight_scale"].shape
-        if len(weight) != 2 or len(scale) != 2 or not scale[1]:
-            raise BadInput(f"{names[0]} is {list(weight)} with scales {list(scale)}, not two matrices; the file is damaged")
+        if len(weight) not in (2, 3) or len(scale) != len(weight) or not scale[1]:
+            raise BadInput(f"{names[0]} is {list(weight)} with scales {list(scale)}, not in groups; the file is damaged")
         K = weight[1] if isinstance(grid, IntGrid) else 2 * weight[1]
         return replace(found, grid=replace(grid, group_size=K // scale[1]))
 

@@ -67,6 +67,8 @@ class Source(ABC):
     """Local names of which at least one shows that the weight beside it is packed."""
     index: ClassVar[str]
     """Local name of the column-to-group index."""
+    turned: ClassVar[bool] = False
+    """Whether matrices of whole stacks lie as [K, N], as in the models whose stacks these are."""
 
     @abstractmethod
     def __init__(self, config: Mapping[str, Any]) -> None: ...
@@ -99,6 +101,10 @@ class Source(ABC):
     def plain_groups(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         """Tensors that are not packed but stored in parts: {name of the dense tensor: {local name: tensor name}}. None."""
         return {}
+
+    def of_expert(self, tensors: Mapping[str, Tensor], expert: int) -> dict[str, Tensor]:
+        """The tensors of one expert among those of a whole stack, as `read` wants them."""
+        return {local: tensor[expert] for local, tensor in tensors.items()}
 
     def opened(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of one weight as `read` and the format want them, by local name; "" is one that is not packed."""

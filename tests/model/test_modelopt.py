@@ -51,9 +51,9 @@ def pairs(w_NK: Tensor) -> tuple[Tensor, Tensor]:
     return code[:, 0::2] | code[:, 1::2] << 4, E2M1[code.long()]
 
 
-def nvfp4(w_NK: Tensor, group: int = 16) -> Stored:
-    second = w_NK.abs().max() / (6 * 448)
-    scale = (w_NK.unflatten(1, (-1, group)).abs().amax(2) / 6 / second).to(torch.float8_e4m3fn)
+def nvfp4(w_NK: Tensor, group: int = 16, second: Tensor | None = None) -> Stored:
+    second = w_NK.abs().max() / (6 * 448) if second is None else second
+    scale = (w_NK.unflatten(1, (-1, group)).abs().amax(2) / 6 / second).clamp(2**-9, 448).to(torch.float8_e4m3fn)
     unit = (scale.float() * second).repeat_interleave(group, 1)
     packed, f = pairs(w_NK / unit)
     return {"weight": packed, "weight_scale": scale, "weight_scale_2": second}, f * unit
@@ -286,13 +286,59 @@ def test_what_is_not_read_says_what_to_take_instead(tmp_path: Path) -> None:
     packed, _ = save(tmp_path, lambda _, w: fp8(w), quant_algo="NVFP4_SVD")
     with pytest.raises(NotServed, match=r"low-rank part beside its weights.*export NVFP4 or NVFP4_AWQ"):
         load(packed)
-    config = json.loads((packed / "config.json").read_text())
-    config["quantization_config"]["quant_algo"] = "FP8"
-    (packed / "config.json").write_text(json.dumps(config))
-    held = load_file(packed / "model.safetensors")
-    held["model.layers.0.mlp.experts.gate_up_proj_weight_scale"] = torch.tensor(1.0)
+
+
+@pytest.mark.parametrize("algorithm", ["FP8", "NVFP4"])
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4_text"])
+def test_experts_in_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, algorithm: str) -> None:
+    """Matrices are [K, N] there, two codes of K in a byte."""
+    more = {"intermediate_size_mlp": 64, "num_experts_per_tok": 1} if name == "llama4_text" else {}
+    monkeypatch.setitem(zoo.ZOO, name, {**zoo.ZOO["gpt_oss"], "intermediate_size": 64, **more})
+    packed, wanted = save(tmp_path, lambda _, w: fp8(w) if algorithm == "FP8" else nvfp4(w), name=name, quant_algo=algorithm)
+    held, decoded = (load_file(path / "model.safetensors") for path in (packed, wanted))
+    store = fp8 if algorithm == "FP8" else nvfp4
+    for stem in [n for n in held if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        stack = held.pop(stem)
+        experts = [store(w_KN.T.float().contiguous()) for w_KN in stack]
+        second = experts[0][0].get("weight_scale_2", experts[0][0]["weight_scale"])
+        experts = [rescaled(w_KN.T.float().contiguous(), algorithm, second) for w_KN in stack]
+        held[stem] = torch.stack([tensors["weight"].T for tensors, _ in experts]).contiguous()
+        decoded[stem] = torch.stack([w_NK.T for _, w_NK in experts]).contiguous()
+        if algorithm == "NVFP4":
+            held[f"{stem}_weight_scale"] = torch.stack([tensors["weight_scale"].T for tensors, _ in experts]).contiguous()
+        held[f"{stem}_weight_scale_2" if algorithm == "NVFP4" else f"{stem}_weight_scale"] = second.clone()
+        if algorithm == "NVFP4":
+            held[f"{stem}_input_scale"] = torch.tensor(0.01)
     save_file(held, packed / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NotServed, match=r"experts that ModelOpt stored in one tensor.*start from the dense model"):
+    save_file(decoded, wanted / "model.safetensors", metadata={"format": "pt"})
+    model = load(packed, dtype=torch.float32)
+    assert any(isinstance(module, ExpertLinear) for module in model.modules()) == (name == "gpt_oss")
+    reference = AutoModelForCausalLM.from_pretrained(wanted, dtype=torch.float32, experts_implementation="eager")
+    close(logits(model), logits(reference), 2e-5)
+    assert inspect(packed)["parameters"] == sum(tensor.numel() for tensor in decoded.values())
+    exported = load_file(export_dense(packed, tmp_path / "exported") / "model.safetensors")
+    for tensor_name, tensor in decoded.items():
+        assert torch.equal(exported[tensor_name], tensor.bfloat16()), tensor_name
+
+
+def rescaled(w_NK: Tensor, algorithm: str, unit: Tensor) -> Stored:
+    """As `fp8` and `nvfp4`, in a unit that all experts share."""
+    if algorithm == "FP8":
+        f = (w_NK / unit).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return {"weight": f}, f.float() * unit
+    return nvfp4(w_NK, second=unit)
+
+
+def test_experts_in_one_tensor_with_other_numbers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ModelOpt's MXFP4 has groups along the outputs there."""
+    packed, _ = save(tmp_path, lambda _, w: mxfp4(w), name="gpt_oss", quant_algo="mxfp4")
+    held = load_file(packed / "model.safetensors")
+    stem = "model.layers.0.mlp.experts.down_proj"
+    E, K, N = held[stem].shape
+    held[stem] = torch.zeros(E, K, N // 2, dtype=torch.uint8)
+    held[f"{stem}_weight_scale"] = torch.zeros(E, K, N // 32, dtype=torch.uint8)
+    save_file(held, packed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NotServed, match=r"all experts of a layer in MXFP4 .* start from the dense model"):
         load(packed)
 
 
