@@ -150,6 +150,7 @@ class Assembly:
                 if spec.kind == "quantize"
             ]
             ignore = [m.name for m in self.structure.matrices if m.name not in coded and m.kind in ("Linear", "Conv1D")]
+            ignore += self.structure.routers
             alone = only_aerogel(obstacles(self.structure, self.stages, self.recipe))
             config["quantization_config"] = quantization_config(
                 grids,

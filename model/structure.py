@@ -181,6 +181,17 @@ class Structure:
         """What a tensor of the checkpoint is, in a word: linear, expert, embedding, head, norm, router, bias, other."""
         return self._roles.get(tensor, "unused by this architecture")
 
+    @property
+    def routers(self) -> list[str]:
+        """Names, as matrices have them, of the weights that choose experts: [experts, K], never compressed, and in other
+        loaders linears like all others."""
+        shapes = {entry.name: entry.shape for entry in self.reader}
+        return [
+            name.removesuffix(".weight")
+            for name, role in self._roles.items()
+            if role == "router" and name.endswith(".weight") and len(shapes[name]) == 2
+        ]
+
     @cached_property
     def _roles(self) -> dict[str, str]:
         roles = {name: _plain_role(self.model, group.outputs[0]) for group in self.groups for name, _ in group.sources}
