@@ -17,7 +17,7 @@ Shape legend: N out features, K in features.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,7 @@ def obstacles(structure: Structure, assigned: Mapping[str, Sequence[StageSpec]],
         spec = next((spec for spec in assigned[matrix.name] if spec.kind == "quantize"), None)
         if spec is not None:
             coded.append(Coded(matrix, spec, choose_format(spec.stage.grid, spec.activations, recipe.pack.format)))
-    found = [*_beside(coded), *_places(coded), *_groups(coded, recipe), *_kinds(coded), *_merged(coded)]
+    found = [*_beside(coded), *_places(coded), *_groups(coded, recipe), *_kinds(coded), *_experts(coded), *_merged(coded)]
     hidden = next((each for each in found if not each.shown and each.lost == LOADERS), None)
     if hidden is not None and recipe.pack.format != "auto":
         raise BadInput(
@@ -201,6 +201,34 @@ def _kinds(coded: Sequence[Coded]) -> list[Obstacle]:
     if scaled:
         instead = "take NVFP4 (w4-nvfp4), FP8 (w8-fp8) or integers"
         found.append(Obstacle(lost=("SGLang",), why=f"it does not read {_and(scaled)}", instead=instead, shown=True))
+    return found
+
+
+def _experts(coded: Sequence[Coded]) -> list[Obstacle]:
+    """Formats that vLLM runs in linears and not in experts."""
+    ways: dict[str, tuple[str, Callable[[str], bool], str]] = {
+        "packed integers without rounded inputs only": (
+            "pack-quantized",
+            lambda activations: activations != "none",
+            "leave activations out, or write bits: 8 and group_size: null (recipe w8a8)",
+        ),
+        "int8 with a scale per token of inputs only": (
+            "int-quantized",
+            lambda activations: activations.endswith("-static"),
+            "write activations: int8 (recipe w8a8)",
+        ),
+        "FP8 with rounded inputs only": (
+            "float-quantized",
+            lambda activations: activations == "none",
+            "write activations: fp8 (recipe w8a8-fp8)",
+        ),
+    }
+    found = []
+    for what, (form, refused, instead) in ways.items():
+        experts = [c.matrix for c in coded if c.matrix.kind == "Expert" and c.form.name == form and refused(c.spec.activations)]
+        if experts:
+            why = f"it reads experts in {what} ({_names(experts)})"
+            found.append(Obstacle(lost=("vLLM",), why=why, instead=instead))
     return found
 
 

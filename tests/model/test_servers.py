@@ -163,6 +163,33 @@ def test_linears_that_servers_stack(llama: Path) -> None:
     assert "q_proj + k_proj + v_proj" in why(found)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ({"bits": 4, "group_size": 32}, ""),
+        ({"bits": 4, "group_size": 32, "activations": "int8"}, "packed integers without rounded inputs only"),
+        ({"bits": 8, "group_size": None, "activations": "int8"}, ""),
+        ({"bits": 8, "group_size": None, "activations": "int8-static"}, "a scale per token of inputs only"),
+        ({"format": "fp8"}, "FP8 with rounded inputs only"),
+        ({"format": "fp8", "activations": "fp8"}, ""),
+        ({"format": "fp8", "activations": "fp8-static"}, ""),
+        ({"format": "nvfp4"}, ""),
+    ],
+    ids=str,
+)
+def test_experts_that_vllm_does_not_run(tmp_path: Path, numbers: dict[str, Any], said: str) -> None:
+    """It has kernels for these in linears."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ZOO, "mixtral", {**ZOO["mixtral"], "intermediate_size": 64})
+        experts = save("mixtral", tmp_path / "mixtral")
+    found = plan(experts, recipe(None, rtn(**numbers)))
+    rows = [row for row in found["loads"]["not"] if "it reads experts in" in row["why"]]
+    assert [row["in"] for row in rows] == ([["vLLM"]] if said else [])
+    assert ("vLLM" in found["loads"]["in"]) == (not said)
+    if said:
+        assert said in rows[0]["why"] and "experts.0.w1" in rows[0]["why"]
+
+
 def test_a_format_asked_for_by_name_is_refused(llama: Path, tmp_path: Path) -> None:
     """It is for servers, and they would not load it: before any work, with what to write."""
     ragged = recipe(None, rtn(bits=4, group_size=64), pack={"format": "pack-quantized"})
